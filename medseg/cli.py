@@ -1,0 +1,359 @@
+"""The command `medseg`: one function per verb that parses, calls the face, prints; no work is done here."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import medseg
+
+OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# without a terminal a line now and then says that work goes on
+SECONDS_BETWEEN_LINES = 20.0
+
+app = typer.Typer(
+    name="medseg",
+    help="Medical image segmentation: from a folder of scans to masks and a Dice report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
+DatasetArg = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="nnU-Net or Decathlon folder, images/ + labels/, or a CSV/JSON list.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; repeatable.")
+]
+
+
+class Precision(str, Enum):
+    """Number formats of `--precision`."""
+
+    auto = "auto"
+    full = "32"
+    bf16 = "bf16"
+
+
+class Tta(str, Enum):
+    """Test-time augmentations of `--tta`."""
+
+    none = "none"
+    flip = "flip"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"medseg {medseg.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Medical image segmentation: from a folder of scans to masks and a Dice report."""
+
+
+@app.command(epilog="Example: medseg demo -o demo")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for everything.")] = Path(
+        "demo"
+    ),
+    time_budget: Annotated[str, typer.Option(help="Time of the training loop, such as 90s or 3m.")] = "3m",
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Train on the sample data (hippocampus MR), segment held-back cases, write a Dice report."""
+    _log(verbose)
+    with _progress() as progress:
+        result = medseg.demo(output, time_budget=time_budget, device=device, progress=progress)
+    _print_report(result.report)
+    _finish(f"Report: {result.folder / 'report.html'}", _failed(result.results, result.report))
+
+
+@app.command(epilog="Example: medseg check my_data/")
+def check(dataset: DatasetArg, verbose: Verbose = False) -> None:
+    """Look at every file before any work: geometry, labels, ranges, pairs, duplicates."""
+    _log(verbose)
+    with _progress() as progress:
+        findings = medseg.check_dataset(dataset, progress=progress)
+    for finding in findings.findings:
+        style = {"error": "red", "warning": "yellow"}.get(finding.severity, "dim")
+        place = escape(finding.file or finding.case or str(dataset))
+        out.print(f"[{style}]{finding.severity}[/{style}] {place}: {escape(finding.found)}", end="")
+        out.print(f"; expected {escape(finding.expected)}; {escape(finding.fix)}")
+    errors = len(findings.errors)
+    _finish(
+        f"{dataset}: {len(findings.facts)} cases looked at, {errors} errors, {len(findings.findings) - errors} other findings",
+        [],
+        errors > 0,
+    )
+
+
+@app.command(epilog="Example: medseg plan my_data/ -o plan.yaml")
+def plan(
+    dataset: DatasetArg,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.yaml", help="Where to; left out: printed.")
+    ] = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Measure a data set and write the full configuration that `train` would use, with a reason beside each choice."""
+    _log(verbose)
+    with _progress() as progress:
+        made = medseg.plan(dataset, settings=_settings(settings), device=device, progress=progress)
+    text = medseg.dump_yaml(made.config, made.reasons)
+    if output is None:
+        out.print(text, markup=False)
+        return
+    medseg.write_text(output, text)
+    _finish(f"Plan: {output}")
+
+
+@app.command(epilog="Example: medseg train my_data/ -o runs/first --time-budget 20m")
+def train(
+    dataset: DatasetArg,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", metavar="FILE.yaml", help="Settings; left out: planned.")
+    ] = None,
+    settings: Settings = None,
+    fold: Annotated[str, typer.Option(metavar="K|all", help="Fold held back for validation; all: none.")] = "0",
+    folds: Annotated[int, typer.Option(help="Number of folds, where the data set has none of its own.", min=2)] = 5,
+    time_budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time of the training loop: 90s, 20m, 1.5h.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of a time budget.", min=1)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in RUN.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.", min=0)] = None,
+    precision: Annotated[Precision, typer.Option(help="auto: bf16 where the hardware has it.")] = Precision.auto,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same seed, same weights, bit for bit.")
+    ] = False,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Plan, preprocess, train and validate at full resolution."""
+    _log(verbose)
+    chosen: dict[str, Any] = {"precision": precision.value} if precision is not Precision.auto else {}
+    chosen |= {"seed": seed} if seed is not None else {}
+    chosen |= {"deterministic": True} if deterministic else {}
+    options = medseg.TrainOptions(
+        config=config,
+        settings=_settings(settings, {"train": chosen} if chosen else {}),
+        fold=_fold(fold),
+        folds=folds,
+        device=device,
+        resume=resume,
+    )
+    with _progress() as progress:
+        run = medseg.train(dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
+    out.print(f"{run.steps} steps; {spent}")
+    if run.report is not None:
+        _print_report(run.report)
+    _finish(f"Model: {run.folder}", _failed((), run.report))
+
+
+@app.command(epilog="Example: medseg infer scans/ -m runs/first -o masks/")
+def infer(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Files or folders: NIfTI, NRRD, MHA, PNG, TIFF.")
+    ],
+    model: Annotated[
+        list[Path], typer.Option("-m", "--model", metavar="RUN", help="Run folder; several -m: an ensemble.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for masks and run.json.")],
+    tta: Annotated[Tta, typer.Option(help="flip: average over mirrored copies (slower, a little better).")] = Tta.none,
+    overlap: Annotated[
+        float | None, typer.Option(help="Overlap of windows, 0 to below 1; left out: the model's own.")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="i/n", help="Do every n-th case only, beginning with the i-th.")
+    ] = "1/1",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    precision: Annotated[Precision, typer.Option(help="auto: bf16 where the hardware has it.")] = Precision.auto,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Segment images; masks come back on each image's own grid. Finished masks are skipped."""
+    _log(verbose)
+    options = medseg.InferOptions(
+        device=device,
+        precision=precision.value,
+        tta=tta.value,
+        overlap=overlap,
+        shard=_shard(shard),
+        overwrite=overwrite,
+    )
+    with _progress() as progress:
+        results = medseg.infer(inputs, model, output, options, progress=progress)
+    done = sum(r.status == "done" for r in results)
+    skipped = sum(r.status == "skipped" for r in results)
+    failed = _failed(results)
+    _finish(f"{output}: {done} masks written, {skipped} there already, {len(failed)} cases failed", failed)
+
+
+@app.command(epilog="Example: medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first")
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of masks, or one mask.")],
+    references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="Folder of label maps, or one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder for the report.")],
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE|RUN", help="Names of the labels: run folder, dataset.json or YAML.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Images to draw the contours on.")] = None,
+    nsd_tolerance_mm: Annotated[float, typer.Option(help="Tolerance of the surface Dice in mm.", min=0)] = 1.0,
+    surface: Annotated[str, typer.Option(metavar="surfel|voxel", help="How surfaces are measured.")] = "surfel",
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Report missing predictions instead of refusing.")
+    ] = False,
+    resample_prediction: Annotated[
+        bool, typer.Option("--resample-prediction", help="Bring predictions to the reference's grid.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Cases at a time.", min=1)] = 1,
+    verbose: Verbose = False,
+) -> None:
+    """Compare masks with references: Dice, distances, volumes, as CSV, JSON and one HTML page."""
+    _log(verbose)
+    with _progress() as progress:
+        report = medseg.evaluate(
+            predictions,
+            references,
+            labels=medseg.read_labels(labels) if labels else None,
+            images=images,
+            nsd_tolerance_mm=nsd_tolerance_mm,
+            surface=surface,
+            allow_missing=allow_missing,
+            resample_prediction=resample_prediction,
+            jobs=jobs,
+            progress=lambda done, total: progress("evaluate", done, total),
+        )
+        report.save(output)
+    _print_report(report)
+    _finish(f"Report: {output / 'report.html'}", _failed((), report))
+
+
+def main() -> None:
+    """Run the command line and exit with the code that the outcome deserves."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line. A user's mistake is one message; its traceback is shown with -v."""
+    try:
+        app(arguments, prog_name="medseg")
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else USAGE
+        if code == INTERRUPTED:
+            err.print("interrupted; what was finished is valid")
+        return code
+    except medseg.MedsegError as error:
+        logging.getLogger("medseg").debug("traceback", exc_info=True)
+        err.print(f"[red]error:[/red] {escape(str(error))}")
+        return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE
+    return OK
+
+
+def _log(verbose: bool) -> None:
+    logger = logging.getLogger("medseg")
+    logger.handlers.clear()
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    handler = RichHandler(console=err, show_time=False, show_path=verbose, markup=False)
+    handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.addHandler(handler)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on a terminal, else a line now and then."""
+    if not err.is_terminal:
+        yield _Lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: float, total: float, detail: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, detail=detail)
+            bars.update(tasks[stage], completed=done, total=total, detail=escape(detail))
+
+        yield show
+
+
+class _Lines:
+    """Progress for a log: the first word of a stage after a while, then one line every twenty seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, stage: str, done: float, total: float, detail: str = "") -> None:
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            err.print(f"{stage}: {done:.0f} of {total:.0f}  {escape(detail)}")
+
+
+def _print_report(report: Any) -> None:
+    out.print(report.text_table(), markup=False)
+
+
+def _failed(results: Any = (), report: Any = None) -> list[str]:
+    lines = [f"{r.case}: {r.reason}" for r in results if r.status == "failed"]
+    if report is not None:
+        lines += [f"{f.case}: {f.reason}" for f in report.failures]
+    return lines
+
+
+def _finish(line: str, failed: list[str] | None = None, bad: bool = False) -> None:
+    out.print(escape(line))
+    for reason in failed or []:
+        err.print(f"[red]failed:[/red] {escape(reason)}")
+    if failed or bad:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _settings(assignments: list[str] | None, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    return medseg.settings_from(assignments or [], more or {})
+
+
+def _fold(text: str) -> Any:
+    if text != "all" and not text.isdecimal():
+        raise medseg.ConfigError(f"--fold {text}: expected a number from 0 or all")
+    return "all" if text == "all" else int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not slash or not part.isdecimal() or not parts.isdecimal():
+        raise medseg.ConfigError(f"--shard {text}: expected i/n, such as 1/4")
+    return int(part), int(parts)

@@ -1,0 +1,365 @@
+"""Every setting of medseg: one frozen class per section of the YAML, read and written here; no defaults elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from medseg.errors import ConfigError
+
+BACKGROUND = "background"
+IGNORE = "ignore"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    """Base of all sections: values are frozen, unknown keys are refused, NaN is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What goes in and what comes out.
+
+    `labels` maps a name to its value in the label files, or, for regions (which may overlap), to all values that make
+    the region. `background` is 0 and need not be listed; voxels of the label `ignore` take no part in training.
+    """
+
+    spatial_dims: Literal[1, 2, 3] = 3
+    channels: tuple[str, ...] = Field(("image",), min_length=1)
+    labels: dict[str, int | tuple[int, ...]] = Field(default_factory=dict)
+    region_values: tuple[int, ...] = ()
+    """For regions only: the value written for each region, in the order in which later ones overwrite earlier ones."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.labels.get(BACKGROUND, 0) != 0:
+            raise ValueError(f"label `{BACKGROUND}` must be 0, found {self.labels[BACKGROUND]}")
+        for name, values in self.labels.items():
+            for value in values if isinstance(values, tuple) else (values,):
+                if not 0 <= value <= 65535:
+                    raise ValueError(f"label `{name}`: value {value} is outside 0..65535")
+        plain = [v for n, v in self.labels.items() if not isinstance(v, tuple) and n != IGNORE]
+        if not self.is_regions and len(set(plain)) != len(plain):
+            raise ValueError("two labels share one value; map a name to a list of values to make a region")
+        if self.is_regions and len(self.region_values) != len(self.foreground):
+            raise ValueError(
+                f"{len(self.foreground)} regions need {len(self.foreground)} region_values, found {len(self.region_values)}"
+            )
+        return self
+
+    @property
+    def is_regions(self) -> bool:
+        """Whether any label stands for several values: then labels may overlap and each is its own yes or no."""
+        return any(isinstance(v, tuple) and n != IGNORE for n, v in self.labels.items())
+
+    @property
+    def foreground(self) -> tuple[str, ...]:
+        """Names of the labels that are predicted, in the order of the file."""
+        return tuple(n for n in self.labels if n not in (BACKGROUND, IGNORE))
+
+    @property
+    def ignore_value(self) -> int | None:
+        """The value of `ignore` in the label files, if there is one."""
+        value = self.labels.get(IGNORE)
+        return value[0] if isinstance(value, tuple) else value
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's scores: background and labels, or one per region."""
+        return len(self.foreground) + (0 if self.is_regions else 1)
+
+    @property
+    def out_values(self) -> tuple[int, ...]:
+        """The value written for each output channel (regions: for each region)."""
+        if self.is_regions:
+            return self.region_values
+        return (0, *(v for n in self.foreground if not isinstance(v := self.labels[n], tuple)))
+
+
+class IntensityConfig(Section):
+    """How one channel is normalised: `clip` first, then (x − mean) / sd with the image's own or fixed numbers."""
+
+    clip: Range | None = None
+    normalise: Literal["image", "fixed", "none"] = "image"
+    mean: float = 0.0
+    sd: PositiveFloat = 1.0
+
+
+class PreprocessConfig(Section):
+    """From a file's grid to the network's grid. Give `spacing_mm`, or `shape` for pictures without a physical size."""
+
+    orient: bool = True
+    """Turn the axes to the closest right-anterior-superior order (not for pictures)."""
+    crop: Literal["none", "nonzero"] = "none"
+    spacing_mm: tuple[PositiveFloat, ...] | None = None
+    shape: tuple[PositiveInt, ...] | None = None
+    intensity: tuple[IntensityConfig, ...] = Field((IntensityConfig(),), min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PreprocessConfig:
+        if self.spacing_mm is not None and self.shape is not None:
+            raise ValueError("give spacing_mm or shape, not both")
+        return self
+
+
+class NetworkConfig(Section):
+    """Architecture; `medseg.list_networks()` gives the names. Rates and strides may differ by axis."""
+
+    name: str = "deeplabv3plus"
+    encoder: Literal["light", "resnet18", "resnet34", "resnet50", "resnet101"] = "light"
+    channels: tuple[PositiveInt, ...] = Field((32, 64, 128), min_length=2)
+    """Channels of the stages of the `light` encoder; each stage halves the resolution until `output_stride`."""
+    output_stride: Literal[2, 4, 8, 16, 32] = 4
+    strides: tuple[tuple[PositiveInt, ...], ...] | None = None
+    """Stride of every halving step by axis, from the image down; null: 2 on all axes."""
+    multi_grid: tuple[PositiveInt, ...] = Field((1,), min_length=1)
+    """Factors on the dilation of the blocks of the last stage, repeated to its length."""
+    norm: Literal["batch", "instance", "group"] = "instance"
+    aspp_rates: tuple[PositiveInt | tuple[PositiveInt, ...], ...] = Field((2, 4, 6), min_length=1)
+    aspp_channels: PositiveInt = 64
+    image_pooling: bool = True
+    dropout: Fraction = 0.1
+    skip_channels: PositiveInt = 32
+    decoder_channels: PositiveInt = 32
+    upsampling: Literal["subpixel", "interpolate"] = "subpixel"
+
+
+class AugmentConfig(Section):
+    """Random changes of a training batch; `p_…` are probabilities per sample, pairs are the ranges drawn from."""
+
+    p_affine: Fraction = 1.0
+    rotation_deg: tuple[float, ...] = (20.0, 20.0, 20.0)
+    """Largest angle about each axis (2D: one angle)."""
+    scale: Range = (0.8, 1.25)
+    shift: Fraction = 0.05
+    """Largest shift as a fraction of the patch."""
+    flip_axes: tuple[int, ...] = (0, 1, 2)
+    p_flip: Fraction = 0.5
+    p_intensity: Fraction = 0.5
+    brightness: float = Field(0.2, ge=0)
+    """Largest addition, in standard deviations of the normalised image."""
+    contrast: Range = (0.75, 1.25)
+    gamma: Range = (0.7, 1.5)
+    p_gamma: Fraction = 0.2
+    noise: float = Field(0.1, ge=0)
+    p_noise: Fraction = 0.3
+    blur_voxels: Range = (0.5, 1.0)
+    p_blur: Fraction = 0.1
+    low_resolution: Range = (0.5, 1.0)
+    p_low_resolution: Fraction = 0.1
+
+
+class LossConfig(Section):
+    """Cross-entropy + soft Dice (regions: binary cross-entropy + soft Dice)."""
+
+    dice_weight: float = Field(1.0, ge=0)
+    cross_entropy_weight: float = Field(1.0, ge=0)
+    batch_dice: bool = True
+    """Sum over the batch before the ratio: steadier where a label is rare."""
+    smooth: PositiveFloat = 1e-5
+
+
+class TrainConfig(Section):
+    """The training loop. One of `epochs` and `time_budget_s` ends it; the learning rate follows the same clock."""
+
+    epochs: PositiveInt | None = None
+    time_budget_s: PositiveFloat | None = 1200.0
+    steps_per_epoch: PositiveInt = 100
+    batch_size: PositiveInt = 4
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: float = Field(1e-2, ge=0)
+    warm_up: Fraction = 0.02
+    """Share of the schedule in which the learning rate rises; then it falls as (1 − progress)^0.9."""
+    clip_gradient: PositiveFloat = 5.0
+    foreground_fraction: Fraction = 0.33
+    """Share of patches centred on a labelled voxel, the label drawn evenly from those in the case."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    deterministic: bool = False
+    save_every_s: PositiveFloat = 120.0
+    validation_share: Fraction = 0.05
+    """Largest share of the time that validation while training may take."""
+
+    @model_validator(mode="after")
+    def _one_end(self) -> TrainConfig:
+        if (self.epochs is None) == (self.time_budget_s is None):
+            raise ValueError("give exactly one of epochs and time_budget_s (the other null)")
+        return self
+
+
+class WindowsConfig(Section):
+    """The window that slides over a volume; training cuts patches of the same size."""
+
+    patch_size: tuple[PositiveInt, ...] = (64, 64, 64)
+    overlap: float = Field(0.5, ge=0, lt=1)
+    batch_size: PositiveInt = 4
+
+
+class Config(Section):
+    """A whole run."""
+
+    schema_version: Literal[1] = 1
+    data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    network: NetworkConfig = NetworkConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    windows: WindowsConfig = WindowsConfig()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Config:
+        dims = self.data.spatial_dims
+        for where, value in (
+            ("preprocess.spacing_mm", self.preprocess.spacing_mm),
+            ("preprocess.shape", self.preprocess.shape),
+            ("windows.patch_size", self.windows.patch_size),
+            *((f"network.strides[{n}]", s) for n, s in enumerate(self.network.strides or ())),
+        ):
+            if value is not None and len(value) != dims:
+                raise ValueError(f"{where} has {len(value)} numbers, expected {dims} (data.spatial_dims)")
+        if len(self.preprocess.intensity) != len(self.data.channels):
+            raise ValueError(
+                f"preprocess.intensity has {len(self.preprocess.intensity)} entries, expected one for each of the "
+                f"{len(self.data.channels)} data.channels"
+            )
+        bad = [a for a in self.augment.flip_axes if not 0 <= a < dims]
+        if bad:
+            raise ValueError(f"augment.flip_axes: {bad[0]} is no axis of {dims} dimensions (0..{dims - 1})")
+        return self
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises `ConfigError` if it cannot be read or holds something else."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, expected sections such as `train:` with keys below")
+    return values
+
+
+def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
+    """`section.key=value` as (("section", "key"), value); the value is read as YAML. Raises `ConfigError`."""
+    name, equals, value = text.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {text}: expected section.key=value, such as train.batch_size=2")
+    try:
+        return keys, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def overlay(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with each of `changes` laid over it, section by section; lists and labels are replaced as a whole."""
+    result = dict(base)
+    for change in changes:
+        for key, value in change.items():
+            old = result.get(key)
+            whole = key in ("labels",) or not (isinstance(old, Mapping) and isinstance(value, Mapping))
+            result[key] = value if whole else overlay(old or {}, value)
+    return result
+
+
+def nest(keys: Iterable[str], value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for keys ("a", "b")."""
+    for key in reversed(tuple(keys)):
+        value = {key: value}
+    return dict(value)
+
+
+def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """A checked `Config`. Raises `ConfigError` naming every key that is unknown or wrong, and the keys that exist."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors(include_url=False))) from error
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a YAML file; keys left out keep their defaults."""
+    return make_config(read_yaml(path), source=str(path))
+
+
+def dump_yaml(config: Config, reasons: Mapping[str, str] | None = None) -> str:
+    """The configuration as YAML; `reasons` maps `section.key` to a comment that is set beside the key."""
+    reasons = reasons or {}
+    lines: list[str] = []
+    for section, values in config.model_dump(mode="json").items():
+        if not isinstance(values, dict):
+            lines.append(f"{section}: {_flow(values)}")
+            continue
+        lines += ["", f"{section}:"]
+        for key, value in values.items():
+            reason = reasons.get(f"{section}.{key}")
+            lines += [f"  # {reason}"] if reason else []
+            lines.append(f"  {key}: {_flow(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    # JSON is YAML; a float such as 1e-05 must keep a dot or YAML 1.1 reads a string
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and "e" in text and "." not in text:
+        mantissa, exponent = text.split("e")
+        text = f"{mantissa}.0e{exponent}"
+    return text
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent: Any = Config
+        for key in error["loc"][:-1]:
+            field = parent.model_fields.get(key) if isinstance(parent, type) and issubclass(parent, Section) else None
+            parent = field.annotation if field is not None else None
+        known = sorted(parent.model_fields) if isinstance(parent, type) and issubclass(parent, Section) else []
+        return f"unknown key `{where}`" + (f"; the keys there are {', '.join(known)}" if known else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: found {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def settings_from(assignments: Iterable[str], *more: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.key=value` texts as one nested mapping, with `more` laid over. Raises `ConfigError`."""
+    nested = (nest(*parse_assignment(text)) for text in assignments)
+    return overlay({}, *nested, *more)
+
+
+def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
+    """Names and values of labels from a run folder, a dataset.json or a YAML file (`name: value`). Raises `ConfigError`."""
+    file = path
+    if path.is_dir():
+        file = next((path / n for n in ("config.yaml", "dataset.json") if (path / n).is_file()), path / "config.yaml")
+    content = read_yaml(file)
+    found = content.get("data", content)
+    found = found.get("labels", found) if isinstance(found, dict) else {}
+    try:
+        turned = _names_first(found) if isinstance(found, dict) else {}
+        labels = {
+            str(n): tuple(int(i) for i in v) if isinstance(v, (list, tuple)) else int(v) for n, v in turned.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: labels must be names with whole numbers, such as liver: 1 ({error})") from error
+    if not labels:
+        raise ConfigError(f"{file}: no labels found, expected names with values, such as liver: 1")
+    return labels
+
+
+def _names_first(labels: Mapping[Any, Any]) -> dict[Any, Any]:
+    # the Decathlon writes "1": "liver"
+    numbered = all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
+    return {v: int(k) for k, v in labels.items()} if numbered else dict(labels)

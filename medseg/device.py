@@ -1,0 +1,42 @@
+"""Which device and which number format to compute with; nothing else knows how to ask."""
+
+from __future__ import annotations
+
+import torch
+
+from medseg.errors import ConfigError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises `ConfigError` where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind == "cpu" and not number:
+        return torch.device("cpu")
+    if kind != "cuda" or (":" in name and not number.isdecimal()):
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise ConfigError(
+            f"--device {name}: {count} CUDA devices found; use --device cpu or install a CUDA build of torch"
+        )
+    return torch.device("cuda", int(number or 0))
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """`bf16` or `32`: `auto` takes bf16 where the hardware computes it, not merely emulates it."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    # oneDNN runs bf16 on any processor with AVX-512, but slower than float32 without these instructions
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "32"
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for logs and run.json."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"

@@ -1,0 +1,267 @@
+"""Grids in space and the way from one to another: geometry and separable resampling; no files, no settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg.errors import GeometryError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[np.float64]
+Kernel = Literal["nearest", "linear", "cubic"]
+
+# an axis is parallel to another if the rest of its direction is below this share: 0.06 degrees
+PARALLEL_TOLERANCE = 1e-3
+SLAB_BYTES = 2**27
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """`shape` voxels placed in space by `affine`: (n+1, n+1), voxel index → RAS mm (pictures: pixel → pixel size 1).
+
+    Raises `GeometryError` where the affine is not finite, singular, or of another size than the shape.
+    """
+
+    shape: tuple[int, ...]
+    affine: Array
+
+    def __post_init__(self) -> None:
+        n = len(self.shape)
+        affine = np.asarray(self.affine, dtype=np.float64)
+        object.__setattr__(self, "affine", affine)
+        if affine.shape != (n + 1, n + 1):
+            raise GeometryError(f"affine of shape {affine.shape} found for {n} axes, expected {(n + 1, n + 1)}")
+        if any(s < 1 for s in self.shape):
+            raise GeometryError(f"shape {self.shape} found, expected at least one voxel on every axis")
+        if not np.isfinite(affine).all():
+            raise GeometryError("affine with NaN or infinity found, expected finite numbers")
+        if min(self.spacing_mm) <= 0 or abs(np.linalg.det(self._directions)) < 1e-6:
+            raise GeometryError(
+                f"spacing {_round(self.spacing_mm)} mm with a singular affine found, expected three independent axes "
+                "longer than 0; correct the header"
+            )
+
+    @property
+    def spatial_dims(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Distance between neighbours along each voxel axis."""
+        n = len(self.shape)
+        return tuple(float(s) for s in np.sqrt((self.affine[:n, :n] ** 2).sum(axis=0)))
+
+    @property
+    def _directions(self) -> Array:
+        n = len(self.shape)
+        spacing = np.asarray(self.spacing_mm)
+        return self.affine[:n, :n] / np.where(spacing > 0, spacing, 1)
+
+    def matches(self, other: Grid, *, tolerance: float = 1e-3) -> bool:
+        """Whether both are the same voxels: equal shapes, and no corner apart by more than `tolerance` of a voxel."""
+        if self.shape != other.shape:
+            return False
+        corners = np.stack(np.meshgrid(*[(0, s - 1) for s in self.shape], indexing="ij"), -1).reshape(
+            -1, len(self.shape)
+        )
+        corners = np.concatenate([corners, np.ones((len(corners), 1))], axis=1)
+        apart = np.abs(corners @ (self.affine - other.affine).T).max()
+        return bool(apart <= tolerance * min(self.spacing_mm))
+
+    def with_spacing(self, spacing_mm: Sequence[float]) -> Grid:
+        """The grid of this spacing over the same extent (outer voxel faces stay, up to the rounding of the shape)."""
+        shape = tuple(max(1, round(s * a / b)) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm))
+        return self._rescaled(shape, np.asarray(spacing_mm) / np.asarray(self.spacing_mm))
+
+    def with_shape(self, shape: Sequence[int]) -> Grid:
+        """The grid of this shape over the same extent."""
+        return self._rescaled(tuple(shape), np.asarray(self.shape) / np.asarray(shape))
+
+    def _rescaled(self, shape: tuple[int, ...], steps: Array) -> Grid:
+        # both grids share their centre, so rounding of the shape is split evenly over both ends
+        n = len(shape)
+        change = np.eye(n + 1)
+        change[:n, :n] = np.diag(steps)
+        change[:n, n] = (np.asarray(self.shape) - 1) / 2 - steps * (np.asarray(shape) - 1) / 2
+        return Grid(shape, self.affine @ change)
+
+    def __repr__(self) -> str:
+        return f"Grid(shape={self.shape}, spacing_mm={_round(self.spacing_mm)})"
+
+
+@dataclass(frozen=True)
+class _AxisMap:
+    """Index on the source axis `source` = scale · index on the target axis + offset."""
+
+    source: int
+    scale: float
+    offset: float
+
+
+def axis_maps(from_grid: Grid, to_grid: Grid) -> tuple[_AxisMap, ...]:
+    """For each target axis, the source axis it runs along. Raises `GeometryError` if the grids are oblique to each other."""
+    n = from_grid.spatial_dims
+    if to_grid.spatial_dims != n:
+        raise GeometryError(f"grids of {n} and {to_grid.spatial_dims} axes cannot be brought together")
+    relative = np.linalg.solve(from_grid.affine, to_grid.affine)
+    linear = relative[:n, :n]
+    # compared in voxels of the source at the far end of each target axis
+    strongest = np.abs(linear).argmax(axis=0)
+    rest = np.abs(linear).copy()
+    rest[strongest, np.arange(n)] = 0
+    if sorted(strongest) != list(range(n)) or (rest > PARALLEL_TOLERANCE * np.abs(linear).max(axis=0)).any():
+        raise GeometryError("the grids are oblique to each other; resampling along axes needs parallel axes")
+    return tuple(
+        _AxisMap(int(s), _snap(float(linear[s, t])), _snap(float(relative[s, n]))) for t, s in enumerate(strongest)
+    )
+
+
+def axis_weights(size_from: int, size_to: int, *, scale: float, offset: float, kernel: Kernel) -> Array:
+    """Interpolation weights (size_to, size_from) of one axis: row t reads the source at scale·t + offset.
+
+    Outside the source the nearest edge voxel is used. When shrinking, `linear` and `cubic` are stretched by the step,
+    which removes what the coarser grid cannot hold (as in antialiased image resizing); rows sum to 1.
+    `cubic` is the convolution kernel of Keys 1981 with a = −1/2.
+    """
+    at = np.clip(scale * np.arange(size_to) + offset, 0, size_from - 1)
+    if kernel == "nearest":
+        weights = np.zeros((size_to, size_from))
+        # ties go down: the snap keeps 0.4999999 and 0.5 on one side
+        weights[np.arange(size_to), np.ceil(at - 0.5 - 1e-6).astype(int)] = 1
+        return weights
+    stretch = max(1.0, abs(scale))
+    distance = np.abs(at[:, None] - np.arange(size_from)[None, :]) / stretch
+    weights = _KERNELS[kernel](distance)
+    # the edge voxel stands for everything beyond it
+    if kernel == "cubic":
+        beyond = np.arange(1, int(np.ceil(2 * stretch)) + 1)
+        weights[:, 0] += _KERNELS[kernel](np.abs(at[:, None] + beyond) / stretch).sum(axis=1)
+        weights[:, -1] += _KERNELS[kernel](np.abs(size_from - 1 + beyond - at[:, None]) / stretch).sum(axis=1)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def resample(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, *, kernel: Kernel = "linear") -> torch.Tensor:
+    """`volume` (C, *from_grid.shape) read on `to_grid`: (C, *to_grid.shape), float32; outside: the edge voxel.
+
+    Turns, flips and crops come out exact. Raises `GeometryError` if the grids are oblique to each other.
+    """
+    whole = slice(0, to_grid.shape[0])
+    return _separable(volume, from_grid, to_grid, kernel)(whole)
+
+
+def resample_labels(labels: torch.Tensor, from_grid: Grid, to_grid: Grid) -> torch.Tensor:
+    """Label map (*from_grid.shape) on `to_grid`: linear interpolation of each label by itself, the strongest wins.
+
+    Smoother than nearest neighbour, and no value appears that was not there.
+    """
+    import torch
+
+    maps = axis_maps(from_grid, to_grid)
+    if all(abs(m.scale) == 1 and m.offset == round(m.offset) for m in maps):
+        return resample(labels[None].float(), from_grid, to_grid, kernel="nearest")[0].to(labels.dtype)
+    best = torch.full(to_grid.shape, -1.0)
+    result = torch.zeros(to_grid.shape, dtype=labels.dtype)
+    for value in torch.unique(labels):
+        score = resample((labels == value)[None].float(), from_grid, to_grid)[0]
+        wins = score > best
+        best[wins] = score[wins]
+        result[wins] = value
+    return result
+
+
+def restore(
+    scores: torch.Tensor,
+    from_grid: Grid,
+    to_grid: Grid,
+    decide: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Labels on `to_grid` from `scores` (K, *from_grid.shape): resampled and decided slab by slab.
+
+    `decide` turns scores (K, …) into labels (…); all K scores never exist at full resolution. Voxels of `to_grid`
+    outside `from_grid` (it was cropped) are 0. Raises `GeometryError` if the grids are oblique to each other.
+    """
+    import torch
+
+    read = _separable(scores, from_grid, to_grid, "linear")
+    plane = scores.shape[0] * int(np.prod(to_grid.shape[1:])) * 4
+    step = max(1, SLAB_BYTES // plane)
+    slabs = [decide(read(slice(a, min(a + step, to_grid.shape[0])))) for a in range(0, to_grid.shape[0], step)]
+    labels = torch.cat(slabs)
+    for axis, m in enumerate(axis_maps(from_grid, to_grid)):
+        at = m.scale * np.arange(to_grid.shape[axis]) + m.offset
+        # half a source voxel beyond the last centre still belongs to that voxel
+        outside = (at < -0.5 - 1e-6) | (at > from_grid.shape[m.source] - 0.5 + 1e-6)
+        if outside.any():
+            labels.index_fill_(axis, torch.as_tensor(np.flatnonzero(outside), device=labels.device), 0)
+    return labels
+
+
+def _separable(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, kernel: Kernel) -> Callable[[slice], torch.Tensor]:
+    """A reader of slabs of `to_grid` along its first axis."""
+    if tuple(volume.shape[1:]) != from_grid.shape:
+        raise GeometryError(f"volume of shape {tuple(volume.shape[1:])} on a grid of {from_grid.shape}")
+    maps = axis_maps(from_grid, to_grid)
+    turned = volume.float().permute(0, *(m.source + 1 for m in maps))
+
+    def weights(axis: int) -> Array:
+        m = maps[axis]
+        return axis_weights(
+            from_grid.shape[m.source], to_grid.shape[axis], scale=m.scale, offset=m.offset, kernel=kernel
+        )
+
+    matrices = [weights(axis) for axis in range(len(maps))]
+
+    def read(rows: slice) -> torch.Tensor:
+        slab = turned
+        for axis, matrix in enumerate(matrices):
+            slab = _apply(slab, matrix[rows] if axis == 0 else matrix, axis + 1)
+        return slab.contiguous()
+
+    return read
+
+
+def _apply(volume: torch.Tensor, matrix: Array, axis: int) -> torch.Tensor:
+    import torch
+
+    used = np.flatnonzero(matrix.any(axis=0))
+    chosen = matrix[:, used[0] : used[-1] + 1]
+    volume = volume.narrow(axis, int(used[0]), chosen.shape[1])
+    one_hot = (chosen != 0).sum(axis=1) == 1
+    if one_hot.all():
+        # a turn, flip, crop or nearest neighbour: voxels are moved, not computed
+        index = torch.as_tensor(chosen.argmax(axis=1), device=volume.device)
+        return volume.index_select(axis, index)
+    moved = volume.movedim(axis, -1)
+    weights = torch.as_tensor(chosen.T, dtype=volume.dtype, device=volume.device)
+    return (moved @ weights).movedim(-1, axis)
+
+
+def _linear(distance: Array) -> Array:
+    return np.maximum(0, 1 - distance)
+
+
+def _cubic(distance: Array) -> Array:
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0))
+
+
+_KERNELS: dict[str, Callable[[Array], Array]] = {"linear": _linear, "cubic": _cubic}
+
+
+def _snap(value: float) -> float:
+    # headers hold float32: 0.99999994 is 1, and exactly so, or a flip would blur
+    nearest = round(value)
+    return float(nearest) if abs(value - nearest) < 1e-4 else value
+
+
+def _round(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(v, 4) for v in values)

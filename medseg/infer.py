@@ -1,0 +1,293 @@
+"""From files to label maps on their own grids: one case, and a folder of cases with failures kept apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.data.meta_tensor import MetaTensor
+
+from medseg.cases import Case, find_inputs
+from medseg.config import Config, DataConfig
+from medseg.device import choose_device, choose_precision, describe
+from medseg.errors import ConfigError, DataError, MedsegError, ModelError
+from medseg.grid import restore
+from medseg.model import Model, read_model, versions
+from medseg.preprocess import Prepared, prepare
+from medseg.readers import read_geometry
+from medseg.progress import Progress, silent
+from medseg.windows import Flips, Scorer, predict
+from medseg.writers import atomic_path, is_whole_label, label_ending, write_label
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """How to infer. `overlap` None: the model's own; `shard` (i, n): only every n-th case, beginning with the i-th of 1…n."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    tta: Literal["none", "flip"] = "none"
+    overlap: float | None = None
+    shard: tuple[int, int] = (1, 1)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case. `status`: done, skipped (a finished valid output was there) or failed."""
+
+    case: str
+    status: Literal["done", "skipped", "failed"]
+    output: str | None = None
+    reason: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Segmenter:
+    """One model, or several as an ensemble (their probabilities are averaged), ready on a device."""
+
+    def __init__(self, models: Sequence[Model], options: InferOptions | None = None) -> None:
+        self.options = options or InferOptions()
+        self.models = tuple(models)
+        self.config = _common_config(self.models)
+        self.device = choose_device(self.options.device)
+        self.precision = choose_precision(self.options.precision, self.device)
+        self._scorers = [make_scorer(m.network, self.config.data, self.device, self.precision) for m in self.models]
+        overlap = self.options.overlap
+        if overlap is not None and not 0 <= overlap < 1:
+            raise ConfigError(f"--overlap {overlap}: expected a number from 0 to below 1")
+        windows = self.config.windows
+        self._windows = windows if overlap is None else windows.model_copy(update={"overlap": overlap})
+        self._flips = Flips(self.config.augment.flip_axes if self.options.tta == "flip" else ())
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Name of every value in the label maps."""
+        return self.models[0].label_names
+
+    def segment(self, *files: str | Path) -> MetaTensor:
+        """Label map (I, J[, K]) uint8 (uint16 above 255) of one case on its own grid; several files are its channels.
+
+        Raises `DataError` or `GeometryError` naming the file.
+        """
+        paths = tuple(Path(f) for f in files)
+        labels, prepared = self.segment_case(Case(paths[0].name, paths, None, paths[0].name))
+        affine = np.eye(4)
+        n = prepared.source.spatial_dims
+        affine[:n, :n], affine[:n, 3] = prepared.source.affine[:n, :n], prepared.source.affine[:n, n]
+        return MetaTensor(torch.as_tensor(labels), affine=torch.as_tensor(affine))
+
+    def segment_case(
+        self, case: Case, seconds: dict[str, float] | None = None
+    ) -> tuple[np.ndarray[Any, np.dtype[Any]], Prepared]:
+        """Label map on the grid of the case's file, and what the network saw."""
+        seconds = {} if seconds is None else seconds
+        with _timed(seconds, "read"):
+            prepared = prepare(case, self.config.preprocess, self.config.data, with_label=False)
+        with _timed(seconds, "network"):
+            scores = self.scores(prepared.image)
+        with _timed(seconds, "restore"):
+            labels = restore(scores, prepared.grid, prepared.source, decider(self.config.data))
+        return labels.cpu().numpy(), prepared
+
+    def scores(self, image: torch.Tensor) -> torch.Tensor:
+        """Probabilities (K, *S) of a prepared image (C, *S)."""
+        return predict(self._windows, image.to(self.device), self._scorers, flips=self._flips)
+
+
+def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
+    """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`."""
+    return Segmenter([read_model(Path(f)) for f in folders], options)
+
+
+def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device, precision: str) -> Scorer:
+    """Windows (B, C, *S) → probabilities (B, K, *S) float32."""
+    memory = memory_format(data.spatial_dims)
+    network = to_memory_format(network.to(device), data.spatial_dims).eval()
+
+    @torch.inference_mode()
+    def score(windows: torch.Tensor) -> torch.Tensor:
+        windows = windows.to(memory_format=memory)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = network(windows)
+        logits = logits.float()
+        return logits.sigmoid() if data.is_regions else logits.softmax(dim=1)
+
+    return score
+
+
+def memory_format(spatial_dims: int) -> torch.memory_format:
+    """Channels last where torch has it: what the convolution kernels want."""
+    return {2: torch.channels_last, 3: torch.channels_last_3d}.get(spatial_dims, torch.contiguous_format)
+
+
+def to_memory_format(network: torch.nn.Module, spatial_dims: int) -> torch.nn.Module:
+    """The network with its weights in `memory_format`."""
+    return network.to(memory_format=memory_format(spatial_dims))  # type: ignore[call-overload,no-any-return]
+
+
+def decider(data: DataConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Scores (K, …) → values that are written (…): the strongest label, or each region above one half in turn."""
+    values = data.out_values
+    dtype = torch.uint8 if max(values, default=0) <= 255 else torch.uint16
+    if not data.is_regions:
+        lookup = torch.tensor(values, dtype=torch.int32)
+        return lambda scores: lookup.to(scores.device)[scores.argmax(dim=0)].to(dtype)
+
+    def regions(scores: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(scores.shape[1:], dtype=torch.int32, device=scores.device)
+        for score, value in zip(scores, values):
+            labels[score > 0.5] = value
+        return labels.to(dtype)
+
+    return regions
+
+
+def infer(
+    inputs: Sequence[str | Path],
+    models: Sequence[str | Path],
+    out: str | Path,
+    options: InferOptions | None = None,
+    *,
+    progress: Progress = silent,
+) -> tuple[CaseResult, ...]:
+    """Segment files and folders into `out`/CASE.nii.gz (pictures: .png), and write `out`/run.json.
+
+    A case that fails costs no other; outputs that are whole and on the right grid are skipped. Raises `ConfigError`
+    or `ModelError` before anything is done.
+    """
+    folder = Path(out)
+    segmenter = load_model(*models, options=options)
+    cases = find_inputs([Path(i) for i in inputs], channels=len(segmenter.config.data.channels))
+    part, parts = segmenter.options.shard
+    if not 1 <= part <= parts:
+        raise ConfigError(f"--shard {part}/{parts}: expected i/n with i from 1 to n")
+    return segment_cases(segmenter, cases[part - 1 :: parts], folder, progress=progress)
+
+
+def segment_cases(
+    segmenter: Segmenter, cases: Sequence[Case], folder: Path, *, progress: Progress = silent
+) -> tuple[CaseResult, ...]:
+    """`infer` for cases and a model that are at hand."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made ({error.strerror}); choose another -o") from error
+    earlier = _earlier_results(folder, segmenter)
+    results: dict[str, CaseResult] = {}
+    for n, case in enumerate(cases):
+        progress("infer", n, len(cases), case.id)
+        results[case.id] = _one(segmenter, case, folder, earlier.get(case.id))
+        _write_record(folder, segmenter, earlier | results)
+    progress("infer", len(cases), len(cases), "")
+    return tuple(results.values())
+
+
+def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | None) -> CaseResult:
+    output = folder / f"{case.id}{label_ending(case.images[0])}"
+    seconds: dict[str, float] = {}
+    try:
+        inputs = {str(p): _sha256(p) for p in case.images}
+        known = earlier is not None and earlier.status != "failed" and earlier.inputs == inputs
+        if known and earlier and output.exists() and not segmenter.options.overwrite:
+            grid = read_geometry(case.images[0], spatial_dims=segmenter.config.data.spatial_dims).grid
+            if is_whole_label(output, grid):
+                return replace(earlier, status="skipped")
+        labels, _ = segmenter.segment_case(case, seconds)
+        with _timed(seconds, "write"):
+            write_label(output, labels, like=case.images[0], names=segmenter.label_names)
+    except Exception as error:  # noqa: BLE001  whatever it is, it must not cost the other cases
+        log.debug("case %s failed", case.id, exc_info=True)
+        return CaseResult(case.id, "failed", reason=_reason(case, error), seconds=seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return CaseResult(case.id, "done", output.name, None, seconds, round(peak, 1), inputs)
+
+
+def _reason(case: Case, error: Exception) -> str:
+    if isinstance(error, MedsegError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{case.images[0]}: the device ran out of memory; try --device cpu or a smaller windows.batch_size"
+    return f"{case.images[0]}: {type(error).__name__}: {error}"
+
+
+def _record_name(options: InferOptions) -> str:
+    part, parts = options.shard
+    return "run.json" if parts == 1 else f"run.{part}-of-{parts}.json"
+
+
+def _settings(segmenter: Segmenter) -> dict[str, Any]:
+    """What decides a mask, beside the input."""
+    return {
+        "models": [m.sha256 for m in segmenter.models],
+        "tta": segmenter.options.tta,
+        "overlap": segmenter.options.overlap,
+        "precision": segmenter.precision,
+    }
+
+
+def _write_record(folder: Path, segmenter: Segmenter, results: Mapping[str, CaseResult]) -> None:
+    record = {
+        "schema_version": 1,
+        "settings": _settings(segmenter),
+        "device": describe(segmenter.device),
+        "versions": versions(),
+        "labels": {str(v): n for v, n in segmenter.label_names.items()},
+        "cases": [asdict(r) for r in results.values()],
+    }
+    with atomic_path(folder / _record_name(segmenter.options)) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _earlier_results(folder: Path, segmenter: Segmenter) -> dict[str, CaseResult]:
+    """Cases that an earlier run with the same models and settings wrote into `folder`, all shards together."""
+    found: dict[str, CaseResult] = {}
+    for path in sorted(folder.glob("run*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["settings"] == _settings(segmenter):
+                found |= {c["case"]: CaseResult(**c) for c in record["cases"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is not a record of medseg (%s): its cases are done again", path.name, type(error).__name__)
+    return found
+
+
+def _common_config(models: Sequence[Model]) -> Config:
+    if not models:
+        raise ConfigError("no model given; use -m RUN")
+    first = models[0].config
+    for model in models[1:]:
+        for section in ("data", "preprocess", "windows"):
+            if getattr(model.config, section) != getattr(first, section):
+                raise ModelError(f"the models of an ensemble differ in `{section}`; train them with one configuration")
+    return first
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 4)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,154 @@
+"""A trained model: network, configuration, labels; written to and read from a folder without pickle or code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+
+from medseg.config import Config, DataConfig, make_config
+from medseg.errors import ConfigError, ModelError
+from medseg.networks import build_network
+from medseg.writers import atomic_path
+
+SCHEMA_VERSION = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+# Okabe & Ito 2008: told apart with every form of colour blindness; repeated from the ninth label on
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with what is needed to use it. `description` is what model.json says beside the configuration."""
+
+    network: torch.nn.Module
+    config: Config
+    sha256: str
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Name of every value that the model writes."""
+        return label_names(self.config.data)
+
+
+def label_names(data: DataConfig) -> dict[int, str]:
+    """Name of every value in an output mask, background left out."""
+    values = data.out_values if data.is_regions else data.out_values[1:]
+    return dict(zip(values, data.foreground))
+
+
+def label_table(data: DataConfig) -> list[dict[str, Any]]:
+    """Name, value and colour of every label."""
+    return [
+        {"name": name, "value": value, "colour": COLOURS[n % len(COLOURS)]}
+        for n, (value, name) in enumerate(label_names(data).items())
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"python": platform.python_version()} | {p: version(p) for p in ("medseg", "torch", "monai", "numpy")}
+
+
+def new_network(config: Config) -> torch.nn.Module:
+    """A fresh network for a configuration."""
+    return build_network(
+        config.network,
+        spatial_dims=config.data.spatial_dims,
+        in_channels=len(config.data.channels),
+        out_channels=config.data.out_channels,
+    )
+
+
+def save_model(
+    network: torch.nn.Module, config: Config, folder: Path, *, training: Mapping[str, Any], licence: str
+) -> None:
+    """Write model.safetensors and model.json into `folder`, each whole or not at all."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    with atomic_path(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+    description = {
+        "schema_version": SCHEMA_VERSION,
+        "labels": label_table(config.data),
+        "training": dict(training),
+        "licence": licence,
+        "versions": versions(),
+        "weights_sha256": _sha256(folder / WEIGHTS),
+        "config": config.model_dump(mode="json"),
+    }
+    with atomic_path(folder / DESCRIPTION) as temporary:
+        temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_model(folder: Path) -> Model:
+    """The model in a run folder, on the CPU and ready to infer. Raises `ModelError` naming what is missing or damaged."""
+    description = _read_description(folder)
+    if description.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{folder / DESCRIPTION}: schema_version {description.get('schema_version')!r} found, expected "
+            f"{SCHEMA_VERSION}; use the version of medseg that wrote it ({description.get('versions')})"
+        )
+    try:
+        config = make_config(description["config"], source=str(folder / DESCRIPTION))
+        network = new_network(config)
+    except (KeyError, ConfigError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
+    digest = _load_weights(network, folder / WEIGHTS)
+    if description.get("weights_sha256") not in (None, digest):
+        raise ModelError(
+            f"{folder / WEIGHTS}: these are not the weights that {DESCRIPTION} describes (SHA-256 {digest[:12]}… found, "
+            f"{str(description['weights_sha256'])[:12]}… expected); copy the whole run folder again"
+        )
+    return Model(network.eval(), config, digest, {k: v for k, v in description.items() if k != "config"})
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; a model is the folder that `medseg train -o` wrote")
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no {name} found; a model folder holds {DESCRIPTION} and {WEIGHTS}")
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: is not valid JSON ({error}); copy the run folder again") from error
+    if not isinstance(description, dict):
+        raise ModelError(f"{folder / DESCRIPTION}: holds {type(description).__name__}, expected an object")
+    return description
+
+
+def _load_weights(network: torch.nn.Module, path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        found = load_safetensors(content)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors ({error}); copy the run folder again") from error
+    expected = network.state_dict()
+    wrong = [k for k in expected if k not in found or found[k].shape != expected[k].shape]
+    extra = [k for k in found if k not in expected]
+    if wrong or extra:
+        first = wrong[0] if wrong else extra[0]
+        shape = tuple(found[first].shape) if first in found else "nothing"
+        needs = tuple(expected[first].shape) if first in expected else "nothing"
+        raise ModelError(
+            f"{path}: weights of another network: {len(wrong)} of {len(expected)} tensors missing or of other shape, "
+            f"{len(extra)} unknown; first `{first}`: {shape} found, {needs} expected"
+        )
+    network.load_state_dict(found)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

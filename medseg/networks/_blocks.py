@@ -1,0 +1,191 @@
+"""The small parts that networks share: convolutions, norms, upsampling, input checks; no whole network."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Literal
+
+import torch
+from monai.networks.layers.factories import Conv, Norm
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medseg.errors import ConfigError, DataError
+
+Axes = tuple[int, ...]
+"""One number for each spatial axis."""
+Rate = int | Axes
+"""A dilation: one number for all axes or one for each."""
+NormKind = Literal["batch", "instance", "group"]
+
+LEAK = 0.01
+"""Slope of the leaky ReLU below zero."""
+MAX_GROUPS = 32
+CHANNELS_PER_GROUP = 16
+WIDE = 16
+"""From this many channels torch's channels-last kernels are the faster ones on a CPU (measured)."""
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def per_axis(value: Rate, spatial_dims: int) -> Axes:
+    """`value` as one number for each axis. Raises `ConfigError` where a tuple has another length."""
+    if isinstance(value, int):
+        return (value,) * spatial_dims
+    if len(value) != spatial_dims:
+        raise ConfigError(f"{tuple(value)} has {len(value)} numbers, expected {spatial_dims}, one for each axis")
+    return tuple(value)
+
+
+def times(a: Axes, b: Axes) -> Axes:
+    """The product axis by axis."""
+    return tuple(i * j for i, j in zip(a, b))
+
+
+def make_conv(
+    spatial_dims: int, in_channels: int, out_channels: int, kernel: int, *, stride: Rate = 1, dilation: Rate = 1
+) -> nn.Module:
+    """A convolution without bias, zero-padded so that n voxels become ceil(n / stride)."""
+    dilations = per_axis(dilation, spatial_dims)
+    conv: nn.Module = Conv[Conv.CONV, spatial_dims](
+        in_channels,
+        out_channels,
+        kernel_size=kernel,
+        stride=per_axis(stride, spatial_dims),
+        padding=tuple(d * (kernel // 2) for d in dilations),
+        dilation=dilations,
+        bias=False,
+    )
+    return conv
+
+
+def norm_groups(channels: int) -> int:
+    """Groups of a group norm: the largest divisor of `channels` that leaves about 16 channels a group, at most 32."""
+    most = min(MAX_GROUPS, max(1, channels // CHANNELS_PER_GROUP))
+    return next(g for g in range(most, 0, -1) if channels % g == 0)
+
+
+class InstanceNorm(nn.Module):
+    """Affine instance norm (Ulyanov et al. 2016, arXiv:1607.08022) that keeps channels-last memory on a CPU."""
+
+    EPSILON = 1e-5
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, *spatial) of at least two voxels → the same shape, mean `bias` and SD `weight` over space."""
+        if _keeps_channels_last(maps):
+            # torch's instance norm copies into another memory order; batch norm of one image gives the same numbers
+            norms = [
+                functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.EPSILON)
+                for image in torch.tensor_split(maps, maps.shape[0])
+            ]
+            return torch.cat(norms)
+        return functional.instance_norm(maps, weight=self.weight, bias=self.bias, eps=self.EPSILON)
+
+
+def _keeps_channels_last(maps: Tensor) -> bool:
+    if _is_tracing() or torch.compiler.is_compiling() or maps.device.type != "cpu":
+        return False
+    return maps.shape[1] >= WIDE and maps.stride(1) == 1
+
+
+def _is_tracing() -> bool:
+    # a trace must not take the sizes of its example for constants
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def make_norm(kind: NormKind, spatial_dims: int, channels: int) -> nn.Module:
+    """An affine norm layer."""
+    if kind == "instance":
+        return InstanceNorm(channels)
+    if kind == "group":
+        return nn.GroupNorm(norm_groups(channels), channels)
+    norm: nn.Module = Norm[Norm.BATCH, spatial_dims](channels)
+    return norm
+
+
+def conv_norm_act(
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    norm: NormKind,
+    stride: Rate = 1,
+    dilation: Rate = 1,
+) -> nn.Module:
+    """Convolution, norm, leaky ReLU; n voxels become ceil(n / stride)."""
+    return nn.Sequential(
+        make_conv(spatial_dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation),
+        make_norm(norm, spatial_dims, out_channels),
+        nn.LeakyReLU(LEAK, inplace=True),
+    )
+
+
+def make_classifier(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """The 1×1 convolution with bias that gives logits."""
+    conv: nn.Module = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, kernel_size=1)
+    return conv
+
+
+def initialise(module: nn.Module) -> None:
+    """He's normal initialisation (He et al. 2015) of every convolution in `module`, biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(layer.weight, a=LEAK, mode="fan_in")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def enlarge(maps: Tensor, strides: Axes, shape: Axes) -> Tensor:
+    """Linear interpolation of `maps` (B, C, *coarse) to (B, C, *shape), where map voxel i lies on voxel i·stride.
+
+    That is where same-padded strided convolutions put it: nothing shifts, whatever the size. Beyond the last map voxel
+    its value is repeated.
+    """
+    if max(strides) == 1:
+        return maps
+    for axis, stride in enumerate(strides, start=2):
+        if stride > 1:
+            maps = torch.cat((maps, maps.narrow(axis, maps.shape[axis] - 1, 1)), dim=axis)
+    size = [(n - 1) * s + 1 for n, s in zip(maps.shape[2:], strides)]
+    mode = _INTERPOLATION[len(strides)]
+    return crop(functional.interpolate(maps, size=size, mode=mode, align_corners=True), shape)
+
+
+def shuffle_pixels(maps: Tensor, factors: Axes) -> Tensor:
+    """(B, C·∏factors, *coarse) → (B, C, *coarse·factors): sub-pixel convolution (Shi et al. 2016), factors by axis."""
+    dims = len(factors)
+    batch, channels, coarse = maps.shape[0], maps.shape[1] // prod(factors), maps.shape[2:]
+    split = maps.reshape(batch, channels, *factors, *coarse)
+    order = [axis for n in range(dims) for axis in (2 + dims + n, 2 + n)]
+    return split.permute(0, 1, *order).reshape(batch, channels, *(n * f for n, f in zip(coarse, factors)))
+
+
+def crop(maps: Tensor, shape: Axes) -> Tensor:
+    """The first `shape` voxels of `maps` (B, C, *larger)."""
+    for axis, size in enumerate(shape, start=2):
+        maps = maps.narrow(axis, 0, size)
+    return maps
+
+
+def check_input(images: Tensor, *, in_channels: int, min_shape: Axes) -> None:
+    """Raises `DataError` unless `images` is (B, in_channels, *spatial) with each axis at least `min_shape` long."""
+    if _is_tracing():
+        return
+    dims = len(min_shape)
+    if images.ndim != dims + 2:
+        raise DataError(
+            f"input of shape {tuple(images.shape)} has {images.ndim} axes, expected {dims + 2}: "
+            f"batch, channel and {dims} spatial"
+        )
+    if images.shape[1] != in_channels:
+        raise DataError(f"input has {images.shape[1]} channels, the network was built for {in_channels}")
+    if any(n < least for n, least in zip(images.shape[2:], min_shape)):
+        raise DataError(
+            f"input of spatial shape {tuple(images.shape[2:])} is too small for this network, which needs at least "
+            f"{min_shape}; pad it or lower network.output_stride"
+        )

@@ -1,0 +1,283 @@
+"""From files to what the network sees: MONAI dictionary transforms, and their cache on disk; nothing random."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.compose import Compose
+from monai.transforms.spatial.dictionary import Orientationd
+from monai.transforms.transform import MapTransform, Transform
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from medseg.cases import Case
+from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
+from medseg.errors import DataError, GeometryError
+from medseg.grid import Grid, resample, resample_labels
+from medseg.readers import read_images, read_label
+from medseg.writers import atomic_path
+
+log = logging.getLogger(__name__)
+
+IGNORE_INDEX = 255
+# raised whenever a transform below gives other numbers than before: old cache files are then left alone
+VERSION = 1
+
+RAS = ("L", "R"), ("P", "A"), ("I", "S")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One case on the network's grid.
+
+    `image` (C, *S) float32; `label` (*S) uint8: index of the output channel, 255 where ignored; for regions int32,
+    the value in the file. `grid` is the network's grid, `source` the file's.
+    """
+
+    id: str
+    image: torch.Tensor
+    label: torch.Tensor | None
+    grid: Grid
+    source: Grid
+
+
+class Load(Transform):
+    """{"image": files, "label": file} → tensors with an affine, channel first; every channel on one grid."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises `DataError` or `GeometryError` naming the file."""
+        dims, channels = self.data.spatial_dims, len(self.data.channels)
+        image = read_images(item["image"], spatial_dims=dims, channels=channels)
+        grid = image.grid
+        result = {**item, "image": _meta_tensor(torch.as_tensor(image.array.astype(np.float32)), grid), "source": grid}
+        if "label" in item:
+            label = read_label(item["label"], spatial_dims=dims)
+            if not label.grid.matches(grid):
+                raise GeometryError(
+                    f"{item['label']}: label grid {label.grid} differs from image grid {grid}; "
+                    "resample one, or run `medseg check`"
+                )
+            result["label"] = _meta_tensor(torch.as_tensor(label.array.astype(np.int32))[None], grid)
+        return result
+
+
+class CropNonzerod(MapTransform):
+    """Cut away the outer planes in which every channel of the image is 0 (brain images with the skull removed)."""
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Crops all keys alike; an image that is 0 everywhere stays whole."""
+        result = dict(item)
+        inside = (result["image"].as_tensor() != 0).any(dim=0).numpy()
+        if not inside.any():
+            return result
+        box = []
+        for axis in range(inside.ndim):
+            hit = np.flatnonzero(inside.any(axis=tuple(a for a in range(inside.ndim) if a != axis)))
+            box.append(slice(int(hit[0]), int(hit[-1]) + 1))
+        start = np.array([*(b.start for b in box), 1])
+        for key in self.key_iterator(result):
+            grid = grid_of(result[key])
+            affine = grid.affine.copy()
+            affine[:, -1] = grid.affine @ start
+            part = result[key].as_tensor()[(slice(None), *box)]
+            result[key] = _meta_tensor(part, Grid(tuple(part.shape[1:]), affine))
+        return result
+
+
+class ResampleToGridd(MapTransform):
+    """Bring image (cubic) and label (each label linear, the strongest wins) to the configured spacing or shape."""
+
+    def __init__(self, keys: tuple[str, ...], config: PreprocessConfig) -> None:
+        super().__init__(keys)
+        self.config = config
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing happens to a case that is on the grid already."""
+        result = dict(item)
+        here = grid_of(result["image"])
+        there = target_grid(here, self.config)
+        if here.matches(there):
+            return result
+        for key in self.key_iterator(result):
+            values = result[key].as_tensor()
+            if key == "label":
+                moved = resample_labels(values[0], here, there)[None]
+            else:
+                moved = resample(values, here, there, kernel="cubic")
+            result[key] = _meta_tensor(moved, there)
+        return result
+
+
+class Normalised(MapTransform):
+    """Clip each channel, subtract a mean and divide by a standard deviation."""
+
+    def __init__(self, keys: tuple[str, ...], intensity: tuple[IntensityConfig, ...]) -> None:
+        super().__init__(keys)
+        self.intensity = intensity
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """A constant channel becomes 0."""
+        result = dict(item)
+        for key in self.key_iterator(result):
+            for channel, how in zip(result[key].as_tensor(), self.intensity):
+                _normalise(channel, how)
+        return result
+
+
+class EncodeLabeld(MapTransform):
+    """Label values of the file → indices of the output channels (regions keep the values)."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(("label",))
+        self.data = data
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises `DataError` for a value that no label has."""
+        result = dict(item)
+        values = result["label"].as_tensor()
+        present = set(torch.unique(values).tolist())
+        known = known_values(self.data)
+        if present - known:
+            raise DataError(
+                f"{item['label_file']}: label value {min(present - known)} found, expected one of "
+                f"{sorted(known)}; correct the file or add a name for the value to the labels"
+            )
+        if not self.data.is_regions:
+            encoded = torch.zeros(values.shape, dtype=torch.uint8)
+            for index, value in enumerate(self.data.out_values):
+                encoded[values == value] = index
+            if self.data.ignore_value is not None:
+                encoded[values == self.data.ignore_value] = IGNORE_INDEX
+            result["label"] = _meta_tensor(encoded, grid_of(result["label"]))
+        return result
+
+
+def known_values(data: DataConfig) -> set[int]:
+    """All values that a label file may hold."""
+    values = {0}
+    for value in data.labels.values():
+        values.update(value if isinstance(value, tuple) else (value,))
+    return values
+
+
+def target_grid(grid: Grid, config: PreprocessConfig) -> Grid:
+    """The network's grid for a case whose (oriented, cropped) grid is `grid`."""
+    if config.shape is not None:
+        return grid.with_shape(config.shape)
+    if config.spacing_mm is not None:
+        return grid.with_spacing(config.spacing_mm)
+    return grid
+
+
+def make_transforms(config: PreprocessConfig, data: DataConfig, *, with_label: bool) -> Compose:
+    """The chain from files to the network's grid, as MONAI dictionary transforms."""
+    keys = ("image", "label") if with_label else ("image",)
+    chain: list[Any] = [Load(data)]
+    if config.orient and data.spatial_dims == 3:
+        chain.append(Orientationd(keys, axcodes="RAS", labels=RAS))
+    if config.crop == "nonzero":
+        chain.append(CropNonzerod(keys))
+    chain += [ResampleToGridd(keys, config), Normalised(("image",), config.intensity)]
+    if with_label:
+        chain.append(EncodeLabeld(data))
+    return Compose(chain)
+
+
+def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_label: bool) -> Prepared:
+    """Read one case and bring it to the network's grid. Raises `DataError` naming the file."""
+    item: dict[str, Any] = {"image": case.images}
+    if with_label:
+        if case.label is None:
+            raise DataError(f"{case.id}: no label file found, expected one; run `medseg check`")
+        item |= {"label": case.label, "label_file": case.label}
+    done = make_transforms(config, data, with_label=with_label)(item)
+    grid = grid_of(done["image"])
+    label = done["label"].as_tensor()[0].contiguous() if with_label else None
+    return Prepared(case.id, done["image"].as_tensor().contiguous(), label, grid, done["source"])
+
+
+def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folder: Path) -> Prepared:
+    """`prepare` with label, kept in `folder` under a key of the settings and of size and time of the source files.
+
+    A changed setting or source has another key, so nothing stale is ever read. A damaged cache file is made anew.
+    """
+    path = folder / f"{case.id}-{cache_key(case, config, data)}.safetensors"
+    if path.is_file():
+        try:
+            return _read_cache(path, case.id)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            log.warning("cache file %s is damaged (%s); it is made anew", path.name, error)
+    prepared = prepare(case, config, data, with_label=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_cache(path, prepared)
+    return prepared
+
+
+def cache_key(case: Case, config: PreprocessConfig, data: DataConfig) -> str:
+    """20 hexadecimal digits that change with every setting and source file that matters for the result."""
+    files = [p for p in (*case.images, case.label) if p is not None]
+    sources = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    what = [VERSION, config.model_dump(mode="json"), data.model_dump(mode="json"), sources]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
+
+
+def grid_of(tensor: MetaTensor) -> Grid:
+    """The grid of a channel-first tensor with an affine."""
+    n = tensor.ndim - 1
+    affine = np.asarray(tensor.affine, dtype=np.float64)
+    keep = [*range(n), affine.shape[0] - 1]
+    return Grid(tuple(tensor.shape[1:]), affine[np.ix_(keep, keep)])
+
+
+def _meta_tensor(values: torch.Tensor, grid: Grid) -> MetaTensor:
+    n = grid.spatial_dims
+    affine = np.eye(4)
+    affine[:n, :n], affine[:n, 3] = grid.affine[:n, :n], grid.affine[:n, n]
+    return MetaTensor(values, affine=torch.as_tensor(affine))
+
+
+def _normalise(channel: torch.Tensor, how: IntensityConfig) -> None:
+    if how.clip is not None:
+        channel.clamp_(*how.clip)
+    if how.normalise == "none":
+        return
+    if how.normalise == "fixed":
+        mean, sd = how.mean, how.sd
+    else:
+        # in float64: intensities of 1e6 lose the small differences otherwise
+        exact = channel.double()
+        mean, sd = float(exact.mean()), float(exact.std(correction=0))
+    channel.sub_(mean).div_(sd if sd > 0 else 1.0)
+
+
+def _write_cache(path: Path, prepared: Prepared) -> None:
+    tensors = {
+        "image": prepared.image,
+        "affine": torch.as_tensor(prepared.grid.affine),
+        "source_affine": torch.as_tensor(prepared.source.affine),
+        "source_shape": torch.tensor(prepared.source.shape),
+    }
+    if prepared.label is not None:
+        tensors["label"] = prepared.label
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _read_cache(path: Path, case_id: str) -> Prepared:
+    with safe_open(path, framework="pt") as file:
+        image, label = file.get_tensor("image"), file.get_tensor("label")
+        grid = Grid(tuple(image.shape[1:]), file.get_tensor("affine").numpy())
+        shape = tuple(int(s) for s in file.get_tensor("source_shape"))
+        return Prepared(case_id, image, label, grid, Grid(shape, file.get_tensor("source_affine").numpy()))

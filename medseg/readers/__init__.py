@@ -1,0 +1,194 @@
+"""Files become arrays with a grid: one door for all formats; DICOM series and the formats' details live beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg.errors import DataError, GeometryError
+from medseg.readers import image2d, itk, nifti
+from medseg.readers._image import Geometry, Image, LabelMap, NiftiHeader
+
+__all__ = [
+    "ENDINGS",
+    "PICTURE_ENDINGS",
+    "Geometry",
+    "Image",
+    "LabelMap",
+    "NiftiHeader",
+    "finite_or_raise",
+    "is_image_file",
+    "is_picture",
+    "read_geometry",
+    "read_image",
+    "read_images",
+    "read_label",
+    "split_ending",
+]
+
+log = logging.getLogger(__name__)
+
+PICTURE_ENDINGS = image2d.ENDINGS
+ENDINGS = nifti.ENDINGS + itk.ENDINGS + PICTURE_ENDINGS
+
+# a rescaled label file holds 0.9999999 or 2.0000002 for 1 and 2
+WHOLE_TOLERANCE = 1e-3
+
+
+class _Format(Protocol):
+    """What a module of a format offers; `labels` asks for stored values instead of colours and 1 channel."""
+
+    def read(
+        self, path: Path, *, spatial_dims: int | None, channels: int | None, labels: bool
+    ) -> tuple[npt.NDArray[Any], Geometry]: ...
+
+    def read_geometry(self, path: Path, *, spatial_dims: int | None) -> Geometry: ...
+
+
+def split_ending(name: str) -> tuple[str, str]:
+    """A file name as stem and known ending (`.nii.gz` is one ending); the ending is empty for unknown ones."""
+    for ending in ENDINGS:
+        if name.lower().endswith(ending) and len(name) > len(ending):
+            return name[: -len(ending)], name[-len(ending) :]
+    return name, ""
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether the name is that of an image in a known format; hidden files (`._a.nii`) are none. Opens nothing."""
+    return not path.name.startswith(".") and split_ending(path.name)[1] != ""
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a picture (PNG, TIFF, JPEG, BMP), which has pixels but no millimetres."""
+    return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
+
+
+def read_image(
+    path: Path, *, spatial_dims: int | None = None, channels: int | None = None, finite: bool = True
+) -> Image:
+    """The image in `path` with its channels first.
+
+    `spatial_dims`: axes wanted; a file (I, J, 1) is read as (I, J) where 2 is asked. `channels`: the number the file
+    has to hold; only then is the fourth axis of a NIfTI taken as channels, and colour is turned into grey (1) or grey
+    into colour (3). Raises `DataError` for a file that cannot be read, has other axes or channels, or, with `finite`,
+    holds NaN or infinity; `GeometryError` for an impossible grid. Both name the file.
+    """
+    array, geometry = _read(path, spatial_dims=spatial_dims, channels=channels, labels=False)
+    if channels is not None and array.shape[0] != channels:
+        raise DataError(
+            f"{path}: {_count(array.shape[0], 'channel')} found, expected {channels}; "
+            "give one file per channel or correct the channels of the data set"
+        )
+    for warning in geometry.warnings:
+        log.warning("%s: %s", path, warning)
+    image = Image(array, geometry)
+    if finite:
+        finite_or_raise(image, path)
+    return image
+
+
+def read_images(
+    paths: Sequence[Path], *, spatial_dims: int | None = None, channels: int | None = None, finite: bool = True
+) -> Image:
+    """All channels of a case: one file that holds them all, or one file per channel on one grid.
+
+    Raises as `read_image`, and `GeometryError` where the files lie on different grids.
+    """
+    if len(paths) == 1:
+        return read_image(paths[0], spatial_dims=spatial_dims, channels=channels, finite=finite)
+    if not paths or (channels is not None and len(paths) != channels):
+        named = ", ".join(str(p) for p in paths) or "no file"
+        raise DataError(f"{named}: {_count(len(paths), 'file')} found, expected {channels}, one per channel")
+    images = [read_image(path, spatial_dims=spatial_dims, channels=1, finite=finite) for path in paths]
+    for path, image in zip(paths, images):
+        if not image.grid.matches(images[0].grid):
+            raise GeometryError(
+                f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name}; "
+                "bring all channels of a case to one grid"
+            )
+    return Image(np.concatenate([image.array for image in images]), images[0].geometry)
+
+
+def read_label(path: Path, *, spatial_dims: int | None = None) -> LabelMap:
+    """The label map in `path`: whole numbers from 0, whatever type the file keeps them in.
+
+    Raises `DataError` for NaN, fractions, negative values, several channels, or a file that cannot be read.
+    """
+    array, geometry = _read(path, spatial_dims=spatial_dims, channels=1, labels=True)
+    if array.shape[0] != 1:
+        raise DataError(f"{path}: {array.shape[0]} channels found, expected one label map; store one value per voxel")
+    return LabelMap(_whole_numbers(array[0], path), geometry, array.dtype)
+
+
+def read_geometry(path: Path, *, spatial_dims: int | None = None) -> Geometry:
+    """Where the voxels of `path` are, from its header alone. Raises `DataError` or `GeometryError`."""
+    return _format(path).read_geometry(path, spatial_dims=spatial_dims)
+
+
+def finite_or_raise(image: Image, path: Path) -> None:
+    """Raises `DataError` with their number where `image` holds NaN or infinity."""
+    if image.array.dtype.kind != "f":
+        return
+    # one pass without a mask: a sum is NaN or infinite if any voxel is, or if it overflows; then it is counted
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(image.array.sum(dtype=np.float64)):
+            return
+    bad = int(image.array.size - np.isfinite(image.array).sum())
+    if bad:
+        raise DataError(
+            f"{path}: {bad} of {image.array.size} voxels are NaN or infinite, expected finite numbers; "
+            "find what made them, or replace them by the value of air"
+        )
+
+
+def _read(
+    path: Path, *, spatial_dims: int | None, channels: int | None, labels: bool
+) -> tuple[npt.NDArray[Any], Geometry]:
+    array, geometry = _format(path).read(path, spatial_dims=spatial_dims, channels=channels, labels=labels)
+    if array.dtype.kind not in "uifb":
+        raise DataError(f"{path}: voxels of type {array.dtype} found, expected integers or real numbers")
+    if array.dtype.kind == "b":
+        array = array.astype(np.uint8)
+    return array.astype(array.dtype.newbyteorder("="), copy=False), geometry
+
+
+def _format(path: Path) -> _Format:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes), expected an image; copy it again")
+    ending = split_ending(path.name)[1].lower()
+    for module in (nifti, itk, image2d):
+        if ending in module.ENDINGS:
+            return module
+    raise DataError(f"{path}: ending not known, expected one of {', '.join(ENDINGS)}")
+
+
+def _whole_numbers(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.isfinite(array).sum())
+        if bad:
+            raise DataError(f"{path}: {bad} label voxels are NaN or infinite, expected whole numbers; export it again")
+        whole = np.rint(array)
+        fractions = np.abs(array - whole) > WHOLE_TOLERANCE
+        if fractions.any():
+            raise DataError(
+                f"{path}: label value {float(array[fractions][0]):g} found in {int(fractions.sum())} voxels, "
+                "expected whole numbers; resample labels with nearest neighbour, not linearly"
+            )
+        array = whole
+    low, high = (array.min(), array.max()) if array.dtype != np.uint8 else (0, 255)
+    if low < 0 or high > np.iinfo(np.int32).max:
+        wrong = low if low < 0 else high
+        raise DataError(f"{path}: label value {wrong:g} found, expected 0 (background) to 2147483647; renumber it")
+    smallest = next(t for t in (np.uint8, np.uint16, np.int32) if high <= np.iinfo(t).max)
+    return array.astype(smallest, copy=False)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
