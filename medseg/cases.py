@@ -76,8 +76,6 @@ class Dataset:
     region_values: tuple[int, ...] = ()
     folds: tuple[Fold, ...] | None = None
     problems: tuple[Problem, ...] = ()
-    licence: str = ""
-    """As the description states it; empty where it does not."""
 
     @property
     def labelled(self) -> tuple[Case, ...]:
@@ -145,7 +143,7 @@ def fold_split(
     return [labelled[c] for c in chosen.train if c in labelled], [labelled[c] for c in chosen.val if c in labelled]
 
 
-def find_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
+def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
     """Cases in files and folders (not their subfolders, unless these hold DICOM files: a series counts as one file).
 
     Files CASE_0000, CASE_0001, … of one folder are channels of CASE where every file of it ends so and no number is
@@ -248,7 +246,6 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
         _labels(path / "dataset.json", content),
         _region_values(path / "dataset.json", content),
         problems=(*problems, *more),
-        licence=_licence(content),
     )
     splits = path / "splits_final.json"
     return _with_splits(dataset, splits) if splits.is_file() else dataset
@@ -275,7 +272,6 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
         _labels(description, content),
         _region_values(description, content),
         problems=tuple(problems),
-        licence=_licence(content),
     )
 
 
@@ -443,7 +439,7 @@ def _refuse_leak(path: Path, number: int, fold: Fold, known: Mapping[str, Case])
 
 
 def _channels(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
-    named = content.get("channel_names", content.get("modality"))
+    named = content.get("channel_names") or content.get("modality")
     if named is None:
         return ("image",)
     if isinstance(named, dict):
@@ -477,11 +473,6 @@ def _region_values(path: Path, content: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
         raise DataError(f"{path}: regions_class_order {values!r} found, expected a list of whole numbers")
     return tuple(values)
-
-
-def _licence(content: Mapping[str, Any]) -> str:
-    # both spellings are in use
-    return str(content.get("licence") or content.get("license") or "")
 
 
 def _json(path: Path) -> Any:
@@ -554,12 +545,12 @@ def _by_case(files: Sequence[Path], channels: int) -> dict[str, tuple[Path, ...]
             if match is not None:
                 grouped[match[1]].append(file)
         return {name: tuple(found) for name, found in grouped.items()}
-    twins = [file for file in files if list(stems.values()).count(stems[file]) > 1]
-    if twins:
-        raise ConfigError(
-            f"{twins[0]} and {twins[1].name} would both become case {stems[twins[0]]}; rename one, or run apart"
-        )
-    return {stem: (file,) for file, stem in stems.items()}
+    cases: dict[str, tuple[Path, ...]] = {}
+    for file, stem in stems.items():
+        if stem in cases:
+            raise ConfigError(f"{cases[stem][0]} and {file} would both become case {stem}; rename one, or run apart")
+        cases[stem] = (file,)
+    return cases
 
 
 def _stem(path: Path) -> str:

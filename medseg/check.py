@@ -403,7 +403,7 @@ def _count_values(array: npt.NDArray[Any]) -> dict[int, int]:
 def _hash(array: npt.NDArray[Any]) -> str:
     digest = hashlib.blake2b(f"{array.shape}{array.dtype}".encode(), digest_size=16)
     # voxel (i, j, k) in the order of NIfTI, where this copies nothing
-    digest.update(memoryview(np.ascontiguousarray(array.T)))
+    digest.update(np.ascontiguousarray(array.T).data)
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
 
-from medseg.cases import Case, find_inputs
+from medseg.cases import Case, infer_inputs
 from medseg.config import Config, DataConfig
 from medseg.device import choose_device, choose_precision, describe
 from medseg.errors import ConfigError, DataError, MedsegError, ModelError
@@ -173,7 +173,7 @@ def infer(
     """
     folder = Path(out)
     segmenter = load_model(*models, options=options)
-    cases = find_inputs([Path(i) for i in inputs], channels=len(segmenter.config.data.channels))
+    cases = infer_inputs([Path(i) for i in inputs], channels=len(segmenter.config.data.channels))
     part, parts = segmenter.options.shard
     if not 1 <= part <= parts:
         raise ConfigError(f"--shard {part}/{parts}: expected i/n with i from 1 to n")

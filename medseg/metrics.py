@@ -111,7 +111,7 @@ def measure(
         if distances is None:
             wanted = [codes[part] for part in _members(value)]
             box = _union([boxes[code] for code in wanted if code in boxes])
-            masks = [np.isin(m[box], wanted) for m in (prediction_codes, reference_codes)]
+            masks = [_any_of(m[box], wanted, len(parts)) for m in (prediction_codes, reference_codes)]
             distances = surface_metrics(
                 *masks, spacing_mm=spacing_mm, surface=surface, nsd_tolerance_mm=nsd_tolerance_mm
             )
@@ -128,6 +128,18 @@ def counts(
     """
     parts = _parts(values)
     return _count(*_encode(prediction, reference, parts, ignore_value), parts, values)
+
+
+def judged(
+    prediction: Labels, reference: Labels, values: Collection[Value], *, ignore_value: int | None = None
+) -> tuple[Labels, Labels]:
+    """Both maps with 0 wherever a voxel belongs to none of `values` or is ignored."""
+    parts = _parts(values)
+    codes = _encode(prediction, reference, parts, ignore_value)
+    if parts == tuple(range(1, len(parts) + 1)):
+        return codes
+    back = np.array([0, *parts], np.result_type(prediction, reference))
+    return back[codes[0]], back[codes[1]]
 
 
 def present_values(labels: Labels) -> frozenset[int]:
@@ -278,15 +290,34 @@ def _codes(labels: Labels, parts: tuple[int, ...]) -> Labels:
         return np.zeros(labels.shape, dtype)
     if labels.dtype == dtype and parts == tuple(range(1, len(parts) + 1)) and labels.max() <= len(parts):
         return labels
-    if parts[-1] <= _LOOKUP_LIMIT and parts[0] >= 0:
-        table = np.zeros(parts[-1] + 2, dtype)
-        table[list(parts)] = np.arange(1, len(parts) + 1)
+    codes = np.empty_like(labels, dtype=dtype)
+    axis = _slowest_axis(labels)
+    for n in range(labels.shape[axis]):
+        slab = (*[slice(None)] * axis, slice(n, n + 1))
+        codes[slab] = _slab_codes(labels[slab], np.asarray(parts))
+    return codes
+
+
+def _slab_codes(slab: Labels, parts: npt.NDArray[np.intp]) -> Labels:
+    if parts[0] >= 0 and parts[-1] <= _LOOKUP_LIMIT:
         # the last entry stands for everything that is out of reach
-        reach = labels if labels.dtype.kind == "u" else np.where(labels < 0, parts[-1] + 1, labels)
+        table = np.zeros(int(parts[-1]) + 2, np.uint16)
+        table[parts] = np.arange(1, len(parts) + 1)
+        reach = slab if slab.dtype.kind == "u" else np.where(slab < 0, parts[-1] + 1, slab)
         return np.asarray(np.take(table, reach, mode="clip"))
-    sorted_parts = np.asarray(parts)
-    at = np.minimum(np.searchsorted(sorted_parts, labels), len(parts) - 1)
-    return np.where(sorted_parts[at] == labels, at + 1, 0).astype(dtype)
+    at = np.minimum(np.searchsorted(parts, slab), len(parts) - 1)
+    return np.where(parts[at] == slab, at + 1, 0)
+
+
+def _slowest_axis(labels: Labels) -> int:
+    # slab by slab along it: look-ups and bincount need eight bytes a voxel, and a slab stays in the cache
+    return int(np.argmax(np.abs(labels.strides)))
+
+
+def _any_of(codes: Labels, wanted: Sequence[int], size: int) -> Mask:
+    chosen = np.zeros(size + 1, bool)
+    chosen[list(wanted)] = True
+    return np.asarray(chosen[codes])
 
 
 def _count(
@@ -303,8 +334,7 @@ def _count(
 
 
 def _confusion(prediction: Labels, reference: Labels, size: int) -> npt.NDArray[np.intp]:
-    # slab by slab along the slowest axis: bincount needs eight bytes a voxel, and a slab stays in the cache
-    axis = int(np.argmax(np.abs(reference.strides)))
+    axis = _slowest_axis(reference)
     total = np.zeros(size * size, np.intp)
     for p, r in zip(np.moveaxis(prediction, axis, 0), np.moveaxis(reference, axis, 0)):
         total += np.bincount((p.astype(np.intp) * size + r).ravel(order="K"), minlength=size * size)

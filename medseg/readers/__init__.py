@@ -158,6 +158,8 @@ def _read(
 
 
 def _format(path: Path) -> _Format:
+    if path.is_dir():
+        raise DataError(f"{path}: a folder found, expected an image file; turn a DICOM series into one first")
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
     if path.stat().st_size == 0:

@@ -18,7 +18,7 @@ from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from medseg.evaluate import GRID_TOLERANCE_VOXELS, Evaluation, Pair, read_pair
 from medseg.grid import Grid
-from medseg.metrics import Labels, Value
+from medseg.metrics import Labels, Value, judged
 from medseg.readers import is_picture, read_image
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _WINDOW_PERCENTILES = (0.5, 99.5)
 _LINE_WIDTH = 1.9
 _BACKDROP = "#15181c"
 _CASING: list[AbstractPathEffect] = [withStroke(linewidth=3.6, foreground="#000000b0")]
-MAX_DOTS = 400
+MAX_DOTS = 300
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def contour_pictures(pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
     prediction, reference, grid = read_pair(
         pair.prediction, pair.reference, resample_prediction=settings.resample_prediction
     )
-    kept = reference != settings.ignore_value
-    known = [v for value in evaluation.labels.values() for v in _members(value)]
-    maps = [np.where(kept & np.isin(m, known), m, 0) for m in (prediction, reference)]
+    maps = judged(prediction, reference, list(evaluation.labels.values()), ignore_value=settings.ignore_value)
     layers = [*maps, *_image_layer(pair, grid)]
     scenes = (
         _scenes_2d(layers, grid, is_picture(pair.reference)) if grid.spatial_dims == 2 else _scenes_3d(layers, grid)
@@ -153,7 +151,7 @@ def _scenes_3d(layers: Sequence[Plane], grid: Grid) -> list[tuple[_Scene, str, t
         if min(turned[0].shape[across], turned[0].shape[up]) < 2:
             continue
         index = _worst_slice(turned[0], turned[1], view.axis)
-        planes = [np.take(layer, index, axis=view.axis)[::-1, ::-1].T for layer in turned]
+        planes = [np.moveaxis(layer, view.axis, 0)[index][::-1, ::-1].T for layer in turned]
         caption = f"{view.name}, slice {index + 1} of {turned[0].shape[view.axis]}"
         scenes.append((_scene(planes, (spacing[up], spacing[across])), caption, (view.left, view.top)))
     return scenes

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # pages above this take long to open from a mail; pictures of the least bad cases are left out first
 MAX_PICTURE_BYTES = 11_000_000
 MAX_TABLE_ROWS = 4000
+MAX_CASE_LABELS = 10
 METRIC_NAMES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -67,11 +68,12 @@ class LabelView:
 
 @dataclass(frozen=True)
 class CaseView:
-    """One of the worst cases: Dice by label, pictures, and why there are none."""
+    """One of the worst cases: its worst labels (name, colour, Dice, status), pictures, and why there are none."""
 
     name: str
     dice: float
     labels: Sequence[tuple[str, str, float, str]]
+    n_better: int
     pictures: Sequence[Picture]
     reason: str
 
@@ -160,13 +162,22 @@ def _case_views(evaluation: Evaluation) -> list[CaseView]:
         size += sum(len(picture.data_uri) for picture in pictures)
         if size > MAX_PICTURE_BYTES:
             break
-        rows = evaluation.table[evaluation.table["case"] == worst["case"]]
-        labels = [
-            (name, evaluation.colours[name], dice, status)
-            for name, dice, status in zip(rows["name"], rows["dice"], rows["status"])
-        ]
-        views.append(CaseView(worst["case"], worst["dice"], labels, pictures, reason))
+        views.append(_case_view(evaluation, worst["case"], worst["dice"], pictures, reason))
     return views
+
+
+def _case_view(
+    evaluation: Evaluation, case: str, dice: float, pictures: Sequence[Picture], reason: str
+) -> CaseView:
+    rows = evaluation.table[(evaluation.table["case"] == case) & (evaluation.table["status"] != "both_empty")]
+    if len(rows) > MAX_CASE_LABELS:
+        rows = rows.sort_values("dice", kind="stable")
+    shown = rows.head(MAX_CASE_LABELS)
+    labels = [
+        (name, evaluation.colours[name], value, status)
+        for name, value, status in zip(shown["name"], shown["dice"], shown["status"])
+    ]
+    return CaseView(case, dice, labels, len(rows) - len(shown), pictures, reason)
 
 
 def _pictures(evaluation: Evaluation, case: str) -> tuple[tuple[Picture, ...], str]:

@@ -1,0 +1,231 @@
+"""The preflight: clean data sets pass, every kind of damage is found and named, and nothing ends the scan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from medseg.check import Findings, check_dataset
+
+MakeDataset = Callable[..., Path]
+
+
+def change(path: Path, edit: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
+    """Rewrite a NIfTI file with `edit` done to its voxels."""
+    image = nib.load(path)
+    array = edit(np.array(image.dataobj))
+    place = image.affine if affine is None else affine
+    path.unlink()
+    nib.save(nib.Nifti1Image(array, place), path)
+
+
+def found(findings: Findings, severity: str, case: str, text: str) -> bool:
+    return any(f.severity == severity and f.case == case and text in str(f) for f in findings.findings)
+
+
+def test_clean_data_sets_have_no_findings(tiny_dataset: MakeDataset) -> None:
+    for dims in (2, 3):
+        for form in ("plain", "nnunet"):
+            folder = tiny_dataset(spatial_dims=dims, form=form, name=f"{form}{dims}")
+            assert check_dataset(folder).findings == (), folder.name
+
+
+def test_facts_of_a_case(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=2)
+    facts = check_dataset(folder).facts[1]
+    image = nib.load(folder / "images" / "case1.nii.gz")
+    assert (facts.case, facts.shape, facts.spacing_mm) == ("case1", image.shape, (1, 1, 1.5))
+    assert (facts.axcodes, facts.dtype, facts.channels) == ("RAS", "float32", 1)
+    label = np.asarray(nib.load(folder / "labels" / "case1.nii.gz").dataobj)
+    assert facts.label_voxels == {v: int((label == v).sum()) for v in (0, 1, 2)}
+
+
+def test_every_broken_file_is_named_in_one_scan(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=8)
+    image = {n: folder / "images" / f"case{n}.nii.gz" for n in range(8)}
+    label = {n: folder / "labels" / f"case{n}.nii.gz" for n in range(8)}
+    label[0].unlink()
+    image[1].write_bytes(image[1].read_bytes()[:400])
+    change(image[2], lambda a: np.where(a == a[3, 3, 3], np.nan, a))
+    change(label[3], lambda a: a[:-1])
+    change(label[4], lambda a: np.where(a == 1, 0.5, a).astype(np.float32))
+    moved = np.diag([1, 1, 1.5, 1.0])
+    moved[0, 3] = 7
+    change(label[5], lambda a: a, moved)
+    image[6].unlink()
+    findings = check_dataset(folder)
+    assert found(findings, "error", "case0", "without label")
+    assert found(findings, "error", "case1", "cut off")
+    assert found(findings, "error", "case2", "1 of")
+    assert found(findings, "error", "case3", "shape")
+    assert found(findings, "error", "case4", "value 0.5")
+    assert found(findings, "error", "case5", "7 mm")
+    assert found(findings, "error", "case6", "without image")
+    assert not any(f.case == "case7" for f in findings.findings)
+    assert len(findings.errors) == 7
+
+
+def test_every_finding_says_found_expected_and_what_to_do(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=3)
+    (folder / "images" / "case0.nii.gz").write_bytes(b"")
+    (folder / "labels" / "case1.nii.gz").write_bytes(b"hello")
+    change(folder / "labels" / "case2.nii.gz", lambda a: a[1:])
+    errors = check_dataset(folder).errors
+    assert len(errors) == 3
+    for finding in errors:
+        assert finding.found
+        assert finding.expected
+        assert finding.fix
+        assert Path(finding.file).exists()
+
+
+def test_values_that_nothing_names_are_errors(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(form="nnunet")
+    change(folder / "labelsTr" / "case1.nii.gz", lambda a: np.where(a == 2, 9, a))
+    assert found(check_dataset(folder), "error", "case1", "label values 9")
+
+
+def test_region_and_ignore_values_are_known(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(form="nnunet")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["labels"] = {"background": 0, "whole": [1, 2], "ignore": 3}
+    description["regions_class_order"] = [1]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    change(folder / "labelsTr" / "case1.nii.gz", lambda a: np.where(a == 2, 3, a))
+    assert check_dataset(folder).findings == ()
+
+
+def test_label_that_no_case_has_is_a_warning(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(form="nnunet")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["labels"]["ghost"] = 3
+    (folder / "dataset.json").write_text(json.dumps(description))
+    assert found(check_dataset(folder), "warning", "", "ghost")
+
+
+def test_empty_label_is_a_warning_and_constant_image_an_error(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    change(folder / "labels" / "case0.nii.gz", np.zeros_like)
+    change(folder / "images" / "case1.nii.gz", np.ones_like)
+    findings = check_dataset(folder)
+    assert found(findings, "warning", "case0", "empty label")
+    assert found(findings, "error", "case1", "all voxels are 1")
+
+
+def test_float_labels_of_whole_numbers_are_a_note(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    change(folder / "labels" / "case0.nii.gz", lambda a: a.astype(np.float32))
+    findings = check_dataset(folder)
+    assert found(findings, "note", "case0", "float32")
+    assert findings.errors == ()
+
+
+def test_same_image_under_two_names_is_a_warning(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    for kind in ("images", "labels"):
+        shutil.copy(folder / kind / "case0.nii.gz", folder / kind / "copy.nii.gz")
+    assert found(check_dataset(folder), "warning", "copy", "case0, with the same labels")
+
+
+def test_label_copied_from_another_case_is_a_warning(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    shutil.copy(folder / "images" / "case0.nii.gz", folder / "images" / "copy.nii.gz")
+    change(folder / "images" / "copy.nii.gz", lambda a: a + 1)
+    shutil.copy(folder / "labels" / "case0.nii.gz", folder / "labels" / "copy.nii.gz")
+    assert found(check_dataset(folder), "warning", "copy", "with another image")
+
+
+def test_time_series_is_an_error(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    change(folder / "images" / "case0.nii.gz", lambda a: np.stack([a, a], axis=-1))
+    assert found(check_dataset(folder), "error", "case0", "axis 4 has 2 points")
+
+
+def test_pictures_among_volumes_are_an_error(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    for kind in ("images", "labels"):
+        pixels = np.arange(20, dtype=np.uint8).reshape(4, 5)
+        Picture.fromarray(pixels).save(folder / kind / "flat.png")
+    assert found(check_dataset(folder), "error", "flat", "2 axes")
+
+
+def test_colour_that_is_read_as_grey_is_a_note(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(spatial_dims=2)
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    Picture.fromarray(pixels).save(folder / "images" / "colour.png")
+    Picture.fromarray(np.ones((4, 5), np.uint8)).save(folder / "labels" / "colour.png")
+    findings = check_dataset(folder)
+    assert found(findings, "note", "", "1 of 5 pictures are in colour")
+    assert findings.errors == ()
+
+
+def test_mixed_orientations_are_a_note(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    for kind in ("images", "labels"):
+        path = folder / kind / "case0.nii.gz"
+        nib.save(nib.load(path).as_reoriented(np.array([[1, -1], [0, 1], [2, 1]])), path)
+    findings = check_dataset(folder)
+    assert found(findings, "note", "", "RAS 3")
+    assert findings.errors == ()
+
+
+def test_outlier_of_spacing_is_a_warning(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=6)
+    for kind in ("images", "labels"):
+        change(folder / kind / "case0.nii.gz", lambda a: a, np.diag([1, 1, 10, 1.0]))
+    assert found(check_dataset(folder), "warning", "case0", "spacing")
+
+
+def test_forms_in_conflict_are_a_warning(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    for kind in ("images", "labels"):
+        path = folder / kind / "case0.nii.gz"
+        image = nib.load(path)
+        image = nib.Nifti1Image(np.array(image.dataobj), image.affine, image.header)
+        image.set_qform(np.diag([2, 2, 2, 1]), code=1)
+        path.unlink()
+        nib.save(image, path)
+    findings = check_dataset(folder)
+    assert found(findings, "warning", "case0", "sform and qform")
+    assert findings.errors == ()
+
+
+def test_affines_apart_by_rounding_are_a_warning(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    moved = np.diag([1, 1, 1.5, 1.0])
+    moved[0, 3] = 0.01
+    change(folder / "labels" / "case0.nii.gz", lambda a: a, moved)
+    findings = check_dataset(folder)
+    assert found(findings, "warning", "case0", "rounding")
+    assert findings.errors == ()
+
+
+def test_progress_and_jobs_change_nothing(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    (folder / "images" / "case2.nii.gz").write_bytes(b"x")
+    seen: list[tuple[str, float, float]] = []
+    many = check_dataset(
+        folder, jobs=3, progress=lambda stage, done, total, detail="": seen.append((stage, done, total))
+    )
+    assert many.findings == check_dataset(folder).findings
+    assert seen == [("check", n, 4) for n in (1, 2, 3, 4)]
+
+
+def test_rows_come_with_errors_first(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    change(folder / "labels" / "case0.nii.gz", np.zeros_like)
+    (folder / "images" / "case3.nii.gz").write_bytes(b"x")
+    assert [row[0] for row in check_dataset(folder).rows()] == ["error", "warning"]
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", ["hippocampus", "us_nerve_2d", "ct_totalseg"])
+def test_real_data_sets_have_no_errors(shared_data: Path, name: str) -> None:
+    assert check_dataset(shared_data / name, jobs=2).errors == ()

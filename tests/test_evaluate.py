@@ -1,0 +1,269 @@
+"""From folders to a table: pairing, edge cases, refusals, and failures that cost only their own case."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from medseg.errors import DataError
+from medseg.evaluate import COLUMNS, evaluate_folders
+
+OBLIQUE = np.array([[0, -1.6, 0.3, 10], [2.0, 0, 0, -20], [0, 0.4, 2.9, 5], [0, 0, 0, 1]])
+
+
+def block(start, stop, value=1, shape=(8, 9, 10)):
+    array = np.zeros(shape, np.uint8)
+    array[tuple(slice(a, b) for a, b in zip(start, stop))] = value
+    return array
+
+
+SOLID = block((1, 1, 1), (5, 5, 5))  # 64 voxels
+HALF = block((1, 1, 1), (5, 5, 3))  # 32 of them
+NOTHING = np.zeros_like(SOLID)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Writes {case: array or None} into pred/ and ref/ and gives both folders."""
+
+    def write(predictions, references, affine=OBLIQUE):
+        for name, arrays in (("pred", predictions), ("ref", references)):
+            (tmp_path / name).mkdir()
+            for case, array in arrays.items():
+                nib.save(nib.Nifti1Image(array, affine), tmp_path / name / f"{case}.nii.gz")
+        return tmp_path / "pred", tmp_path / "ref"
+
+    return write
+
+
+def rows(evaluation):
+    return {(r["case"], r["name"]): r for r in evaluation.table.to_dict("records")}
+
+
+def test_one_row_per_case_and_label(folders):
+    two = SOLID + block((6, 6, 6), (8, 8, 8), value=5)
+    found = evaluate_folders(*folders({"a": HALF, "b": two}, {"a": SOLID, "b": two}))
+    assert list(found.table.columns) == list(COLUMNS)
+    assert [(r["case"], r["label"], r["status"]) for r in found.table.to_dict("records")] == [
+        ("a", 1, "ok"),
+        ("a", 5, "both_empty"),
+        ("b", 1, "ok"),
+        ("b", 5, "ok"),
+    ]
+    row = rows(found)["a", "1"]
+    assert (row["tp"], row["fp"], row["fn"], row["dice"]) == (32, 0, 32, pytest.approx(2 / 3))
+
+
+def test_edge_cases_and_their_counts(folders):
+    found = evaluate_folders(
+        *folders(
+            {"both_empty": NOTHING, "missed": NOTHING, "spurious": SOLID, "fine": SOLID},
+            {"both_empty": NOTHING, "missed": SOLID, "spurious": NOTHING, "fine": SOLID},
+        )
+    )
+    assert all(r["status"] == ("ok" if case == "fine" else case) for (case, _), r in rows(found).items())
+    dice = found.summary["labels"]["1"]["dice"]
+    assert (dice["n_missed"], dice["n_spurious"], dice["n_both_empty"], dice["n"]) == (1, 1, 1, 3)
+    assert dice["mean"] == pytest.approx(1 / 3)
+    hd95 = found.summary["labels"]["1"]["hd95_mm"]
+    assert (hd95["median"], hd95["mean"], hd95["n"], hd95["n_finite"]) == ("inf", 0, 3, 1)
+
+
+def test_the_summary_is_strict_json(folders):
+    found = evaluate_folders(*folders({"a": NOTHING, "b": SOLID}, {"a": SOLID, "b": NOTHING}))
+    assert json.loads(json.dumps(found.summary, allow_nan=False)) == found.summary
+
+
+def test_worst_case_first(folders):
+    found = evaluate_folders(*folders({"a": SOLID, "b": HALF}, {"a": SOLID, "b": SOLID}))
+    assert [(w["case"], w["lowest_label"]) for w in found.summary["worst_cases"]] == [("b", "1"), ("a", "1")]
+
+
+def test_foreground_is_the_mean_over_labels_then_cases(folders):
+    reference = SOLID + block((6, 6, 6), (8, 8, 8), value=2)
+    found = evaluate_folders(*folders({"a": HALF, "b": SOLID}, {"a": reference, "b": SOLID}))
+    # a: (2/3 + 0) / 2; b: label 2 is in neither map, so label 1 alone: 1
+    assert found.summary["foreground"]["dice"]["mean"] == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_names_regions_background_and_ignore_come_from_the_labels(folders):
+    prediction = np.array([[[1, 2, 2, 1, 0]]], np.uint8)
+    reference = np.array([[[2, 2, 0, 9, 1]]], np.uint8)
+    labels = {"background": 0, "whole": (1, 2), "core": 2, "ignore": 9}
+    found = rows(evaluate_folders(*folders({"a": prediction}, {"a": reference}), labels=labels))
+    assert {key: (r["label"], r["tp"], r["fp"], r["fn"]) for key, r in found.items()} == {
+        ("a", "whole"): ("1+2", 2, 1, 1),
+        ("a", "core"): (2, 1, 1, 1),
+    }
+
+
+def test_the_ignored_value_is_no_label_of_its_own(folders):
+    found = evaluate_folders(
+        *folders({"a": SOLID}, {"a": SOLID + block((6, 6, 6), (8, 8, 8), value=9)}), ignore_value=9
+    )
+    assert list(found.labels) == ["1"]
+
+
+def test_values_that_are_no_label_are_named(folders):
+    found = evaluate_folders(*folders({"a": SOLID * 3}, {"a": SOLID}))
+    assert rows(found)["a", "1"]["status"] == "missed"
+    assert any("value 3" in warning and "a" in warning for warning in found.warnings)
+
+
+def test_missing_predictions_are_refused_by_name(folders):
+    with pytest.raises(DataError, match=r"missing predictions for 1 of 2 references: b; .*--allow-missing"):
+        evaluate_folders(*folders({"a": SOLID}, {"a": SOLID, "b": SOLID}))
+
+
+def test_missing_predictions_can_be_reported_apart(folders):
+    found = evaluate_folders(*folders({"a": SOLID}, {"a": SOLID, "b": SOLID}), allow_missing=True)
+    row = rows(found)["b", "1"]
+    assert row["status"] == "missing_prediction"
+    assert math.isnan(row["dice"])
+    # 64 voxels of |det| mm³
+    assert row["reference_ml"] == pytest.approx(64 * np.prod(np.linalg.norm(OBLIQUE[:3, :3], axis=0)) / 1000)
+    dice = found.summary["labels"]["1"]["dice"]
+    assert (dice["mean"], dice["n"], dice["n_missing_prediction"]) == (1, 1, 1)
+    assert found.summary["missing_predictions"] == ["b"]
+
+
+def test_predictions_without_a_reference_are_a_warning(folders):
+    found = evaluate_folders(*folders({"a": SOLID, "more": SOLID}, {"a": SOLID}))
+    assert list(found.pairs) == ["a"]
+    assert "more" in found.warnings[0]
+
+
+def test_other_files_among_the_predictions_do_not_matter(folders):
+    predictions, references = folders({"a": SOLID}, {"a": SOLID})
+    (predictions / "run.json").write_text("{}")
+    assert evaluate_folders(predictions, references).warnings == ()
+
+
+def test_one_case_in_two_files_is_refused(folders):
+    predictions, references = folders({"a": SOLID}, {"a": SOLID})
+    nib.save(nib.Nifti1Image(SOLID, OBLIQUE), predictions / "a.nii")
+    with pytest.raises(DataError, match=r"one case in 2 files \(a\.nii, a\.nii\.gz\)"):
+        evaluate_folders(predictions, references)
+
+
+def test_one_file_against_one_file(folders, tmp_path):
+    folders({"anything": HALF}, {"case": SOLID})
+    found = evaluate_folders(tmp_path / "pred/anything.nii.gz", tmp_path / "ref/case.nii.gz")
+    assert rows(found)["case", "1"]["dice"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "said"),
+    [
+        (SOLID[:-1], OBLIQUE, r"shape \(7, 9, 10\) found, expected \(8, 9, 10\)"),
+        (SOLID, OBLIQUE + np.eye(4, k=3) * 5, r"origin \(15, .*expected \(10,"),
+        (SOLID, OBLIQUE @ np.diag([1, 1, 2, 1]), "spacing"),
+        (SOLID, OBLIQUE[:, [1, 0, 2, 3]] * [2 / math.hypot(1.6, 0.4), math.hypot(1.6, 0.4) / 2, 1, 1], "directions"),
+    ],
+)
+def test_another_grid_is_a_failure_of_that_case_only(folders, array, affine, said):
+    predictions, references = folders({"good": SOLID}, {"good": SOLID, "bad": SOLID})
+    nib.save(nib.Nifti1Image(array, affine), predictions / "bad.nii.gz")
+    found = evaluate_folders(predictions, references)
+    assert set(rows(found)) == {("good", "1")}
+    assert found.failures[0].case == "bad"
+    assert "bad.nii.gz" in found.failures[0].reason
+    assert "--resample-prediction" in found.failures[0].reason
+    assert re.search(said, found.failures[0].reason)
+
+
+def test_a_prediction_on_a_flipped_and_cropped_grid_can_be_resampled(folders):
+    predictions, references = folders({}, {"a": SOLID})
+    # the same voxels in space: the last slice left out, the first axis backwards
+    flip = np.diag([-1.0, 1, 1, 1])
+    flip[0, 3] = SOLID.shape[0] - 1
+    nib.save(nib.Nifti1Image(SOLID[::-1, :, :-1], OBLIQUE @ flip), predictions / "a.nii.gz")
+    found = rows(evaluate_folders(predictions, references, resample_prediction=True))["a", "1"]
+    assert (found["dice"], found["fp"], found["fn"]) == (1, 0, 0)
+
+
+def test_outside_a_resampled_prediction_is_background(folders):
+    predictions, references = folders({}, {"a": np.ones_like(SOLID)})
+    nib.save(nib.Nifti1Image(np.ones((4, 9, 10), np.uint8), OBLIQUE), predictions / "a.nii.gz")
+    found = rows(evaluate_folders(predictions, references, resample_prediction=True))["a", "1"]
+    assert (found["tp"], found["fn"]) == (360, 360)
+
+
+def test_an_unreadable_file_costs_only_its_case(folders):
+    predictions, references = folders({"good": SOLID}, {"good": SOLID, "bad": SOLID})
+    (predictions / "bad.nii.gz").write_bytes(b"not an image")
+    found = evaluate_folders(predictions, references)
+    assert [f.case for f in found.failures] == ["bad"]
+    assert found.summary["failures"] == [{"case": "bad", "reason": found.failures[0].reason}]
+    assert rows(found)["good", "1"]["dice"] == 1
+
+
+def test_nothing_left_is_an_error_with_the_reasons(folders):
+    predictions, references = folders({}, {"bad": SOLID})
+    (predictions / "bad.nii.gz").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"none of 1 cases could be evaluated: .*bad\.nii\.gz"):
+        evaluate_folders(predictions, references)
+
+
+def test_references_without_any_label_are_an_error(folders):
+    with pytest.raises(DataError, match="nothing but background"):
+        evaluate_folders(*folders({"a": SOLID}, {"a": NOTHING}))
+
+
+@pytest.mark.parametrize("missing", ["pred", "ref"])
+def test_folders_must_exist(folders, tmp_path, missing):
+    predictions, references = folders({"a": SOLID}, {"a": SOLID})
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"{missing}: does not exist"):
+        evaluate_folders(predictions, references)
+
+
+def test_an_empty_folder_is_an_error(folders):
+    with pytest.raises(DataError, match="no label maps found"):
+        evaluate_folders(*folders({"a": SOLID}, {}))
+
+
+def test_more_jobs_give_the_same_table(folders):
+    arrays = {f"case{n}": np.roll(SOLID, n, axis=1) for n in range(4)}
+    predictions, references = folders(arrays, dict.fromkeys(arrays, SOLID))
+    one, three = (evaluate_folders(predictions, references, jobs=jobs) for jobs in (1, 3))
+    assert one.table.equals(three.table)
+
+
+def test_progress_is_told_after_every_case(folders):
+    told = []
+    evaluate_folders(
+        *folders({"a": SOLID, "b": SOLID}, {"a": SOLID, "b": SOLID}), progress=lambda *step: told.append(step)
+    )
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_pictures_are_compared_in_pixels(tmp_path):
+    for name, columns in (("pred", slice(2, 6)), ("ref", slice(3, 7))):
+        (tmp_path / name).mkdir()
+        array = np.zeros((8, 12), np.uint8)
+        array[2:6, columns] = 1
+        Image.fromarray(array).save(tmp_path / name / "scan.png")
+    row = rows(evaluate_folders(tmp_path / "pred", tmp_path / "ref"))["scan", "1"]
+    assert (row["dice"], row["hd_mm"]) == (0.75, 1)
+    assert math.isnan(row["reference_ml"])
+
+
+def test_images_are_found_with_and_without_channel_number(folders, tmp_path):
+    predictions, references = folders({"a": SOLID, "b": SOLID, "c": SOLID}, {"a": SOLID, "b": SOLID, "c": SOLID})
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz"):
+        nib.save(nib.Nifti1Image(SOLID, OBLIQUE), images / name)
+    pairs = evaluate_folders(predictions, references, images=images).pairs
+    assert {case: pair.image and pair.image.name for case, pair in pairs.items()} == {
+        "a": "a.nii.gz",
+        "b": "b_0000.nii.gz",
+        "c": None,
+    }

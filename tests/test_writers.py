@@ -1,0 +1,220 @@
+"""Writing masks: the grid of the input to the last header field, whole files or none, the same bytes again."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from PIL import Image as Picture
+
+from medseg.errors import DataError, GeometryError
+from medseg.readers import nifti, read_geometry, read_image, read_label
+from medseg.writers import atomic_path, is_whole_label, label_ending, write_label
+
+NAMES = {0: "background", 1: "liver", 2: "Tumör"}
+MASK = (np.arange(60).reshape(3, 4, 5) % 3).astype(np.uint8)
+# unequal spacing, sheared and turned
+OBLIQUE = np.array([[0.5, -0.2, 0.1, 10], [0.3, 1.5, 0, -20], [0, 0.1, 2, 30], [0, 0, 0, 1.0]])
+
+
+def nifti_input(path: Path, affine: np.ndarray = OBLIQUE, shape: tuple[int, ...] = (3, 4, 5)) -> Path:
+    image = nib.Nifti1Image(np.zeros(shape, np.float32), affine)
+    image.set_qform(np.diag([0.5, 1.5, 2, 1]), code=1)
+    image.set_sform(affine, code=4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = b"Doe^Jane"
+    nib.save(image, path)
+    return path
+
+
+def write_half(path: Path, error: Exception) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+def test_mask_has_every_placing_field_of_its_input(tmp_path: Path) -> None:
+    source = nifti_input(tmp_path / "in.nii.gz")
+    mask = nib.load(write_label(tmp_path / "out.nii.gz", MASK, source, names=NAMES))
+    expected = nib.load(source).header
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), MASK)
+    assert mask.get_data_dtype() == np.uint8
+    for field in nifti.PLACING_FIELDS:
+        np.testing.assert_array_equal(mask.header[field], expected[field], err_msg=field)
+    assert np.isnan(mask.header["scl_slope"])
+
+
+def test_mask_says_nothing_about_the_patient(tmp_path: Path) -> None:
+    source = nifti_input(tmp_path / "in.nii.gz")
+    mask = write_label(tmp_path / "out.nii", MASK, read_image(source), names=NAMES)
+    assert b"Doe" not in mask.read_bytes()
+
+
+def test_label_names_are_in_the_header_extension(tmp_path: Path) -> None:
+    mask = nib.load(write_label(tmp_path / "a.nii.gz", MASK, nifti_input(tmp_path / "in.nii"), names=NAMES))
+    extension = mask.header.extensions[0]
+    assert extension.get_code() == 6
+    text = extension.get_content()
+    text = text if isinstance(text, str) else text.decode().rstrip("\0")
+    assert json.loads(text) == {"labels": {"0": "background", "1": "liver", "2": "Tumör"}}
+
+
+def test_simpleitk_reads_the_mask_too(tmp_path: Path) -> None:
+    source = nifti_input(tmp_path / "in.nii", np.diag([0.5, 1.5, 2, 1]))
+    mask = SimpleITK.ReadImage(str(write_label(tmp_path / "a.nii.gz", MASK, source, names=NAMES)))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(mask).T, MASK)
+    assert mask.GetSpacing() == (0.5, 1.5, 2.0)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.png"])
+def test_same_mask_same_bytes(tmp_path: Path, name: str) -> None:
+    source = nifti_input(tmp_path / "in.nii", shape=(3, 4, 1))
+    first = write_label(tmp_path / "x" / name, MASK[..., 0], source, names=NAMES)
+    second = write_label(tmp_path / "y" / name, np.asfortranarray(MASK[..., 0]), source, names=NAMES)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_all_48_orientations_come_back(tmp_path: Path) -> None:
+    base = nib.Nifti1Image(MASK.astype(np.int16), OBLIQUE)
+    for axes, flips in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+        turned = base.as_reoriented(np.array([[axes[i], flips[i]] for i in range(3)]))
+        nib.save(turned, tmp_path / "in.nii")
+        image = read_image(tmp_path / "in.nii")
+        out = write_label(tmp_path / "out.nii", image.array[0], image, names=NAMES)
+        np.testing.assert_array_equal(np.asarray(nib.load(out).dataobj), np.asarray(turned.dataobj))
+        np.testing.assert_array_equal(nib.load(out).affine, nib.load(tmp_path / "in.nii").affine)
+
+
+def test_plane_of_a_one_slice_file_gets_its_third_axis_back(tmp_path: Path) -> None:
+    source = nifti_input(tmp_path / "in.nii.gz", shape=(3, 4, 1))
+    for like in (source, read_image(source, spatial_dims=2)):
+        out = nib.load(write_label(tmp_path / "out.nii.gz", MASK[..., 0], like, names=NAMES))
+        assert out.shape == (3, 4, 1)
+        np.testing.assert_array_equal(np.asarray(out.dataobj)[..., 0], MASK[..., 0])
+        np.testing.assert_array_equal(out.affine, nib.load(source).affine)
+
+
+def test_mask_of_a_file_with_channels_is_3d(tmp_path: Path) -> None:
+    source = nifti_input(tmp_path / "in.nii.gz", shape=(3, 4, 5, 2))
+    out = nib.load(write_label(tmp_path / "out.nii.gz", MASK, source, names=NAMES))
+    assert out.shape == (3, 4, 5)
+    np.testing.assert_array_equal(out.affine, nib.load(source).affine)
+
+
+@pytest.mark.parametrize("forms", [(0, 0), (1, 0), (0, 2), (1, 1)])
+def test_form_codes_come_back(tmp_path: Path, forms: tuple[int, int]) -> None:
+    source = nib.load(nifti_input(tmp_path / "in.nii"))
+    source.header["qform_code"], source.header["sform_code"] = forms
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), None, source.header), tmp_path / "codes.nii")
+    out = nib.load(write_label(tmp_path / "out.nii", MASK, tmp_path / "codes.nii", names=NAMES))
+    assert (int(out.header["qform_code"]), int(out.header["sform_code"])) == forms
+    np.testing.assert_array_equal(out.affine, nib.load(tmp_path / "codes.nii").affine)
+
+
+@pytest.mark.parametrize("name", ["in.nrrd", "in.mha"])
+def test_mask_of_an_itk_image_is_nifti_on_its_grid(tmp_path: Path, name: str) -> None:
+    image = SimpleITK.GetImageFromArray(np.zeros((5, 4, 3), np.int16))
+    image.SetSpacing((0.5, 1.5, 2))
+    image.SetOrigin((10, -20, 30))
+    image.SetDirection((0, -1, 0, 1, 0, 0, 0, 0, 1))
+    SimpleITK.WriteImage(image, str(tmp_path / name))
+    out = write_label(tmp_path / "out.nii.gz", MASK, tmp_path / name, names=NAMES)
+    assert read_geometry(out).grid.matches(read_geometry(tmp_path / name).grid)
+    assert int(nib.load(out).header["qform_code"]) == int(nib.load(out).header["sform_code"]) == 1
+    # x to the left, y to the back in ITK: both turn round
+    np.testing.assert_allclose(nib.load(out).affine[:3, 3], (-10, 20, 30))
+
+
+@pytest.mark.parametrize(
+    ("names", "top", "dtype"), [({}, 255, np.uint8), ({}, 256, np.uint16), ({300: "x"}, 1, np.uint16)]
+)
+def test_type_is_the_smaller_that_holds_values_and_names(
+    tmp_path: Path, names: dict[int, str], top: int, dtype: type
+) -> None:
+    source = nifti_input(tmp_path / "in.nii")
+    array = np.full((3, 4, 5), top, np.int64)
+    out = nib.load(write_label(tmp_path / "out.nii", array, source, names=names))
+    assert out.get_data_dtype() == dtype
+    assert np.asarray(out.dataobj).max() == top
+
+
+@pytest.mark.parametrize("top", [1, 300])
+def test_picture_mask_is_an_index_png(tmp_path: Path, top: int) -> None:
+    Picture.fromarray(np.zeros((3, 4), np.uint8)).save(tmp_path / "in.jpg")
+    array = np.zeros((3, 4), np.int64)
+    array[2, 0] = top
+    out = write_label(tmp_path / "out.png", array, tmp_path / "in.jpg", names={top: "nerve"})
+    np.testing.assert_array_equal(np.array(Picture.open(out)), array)
+    np.testing.assert_array_equal(read_label(out).array, array)
+    assert json.loads(Picture.open(out).text["labels"]) == {str(top): "nerve"}
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_values_that_no_mask_holds_are_refused(tmp_path: Path, value: int) -> None:
+    with pytest.raises(DataError, match=f"{value}"):
+        write_label(tmp_path / "a.nii", np.full((3, 4, 5), value), nifti_input(tmp_path / "in.nii"), names={})
+
+
+def test_scores_are_refused_as_mask(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="float64"):
+        write_label(tmp_path / "a.nii", np.zeros((3, 4, 5)), nifti_input(tmp_path / "in.nii"), names={})
+
+
+def test_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GeometryError, match=r"\(4, 3, 5\)"):
+        write_label(tmp_path / "a.nii", np.zeros((4, 3, 5), np.uint8), nifti_input(tmp_path / "in.nii"), names={})
+
+
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(ValueError):
+        write_half(tmp_path / "a.txt", ValueError())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "new" / "a.nii.gz") as temporary:
+        temporary.write_text("whole")
+        assert temporary.name.startswith(".")
+        assert temporary.name.endswith(".nii.gz")
+        assert not (tmp_path / "new" / "a.nii.gz").exists()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.nii.gz"]
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file: cannot write a\.nii"), atomic_path(tmp_path / "file" / "a.nii"):
+        pytest.fail("the block is not entered")
+
+
+def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No space left"):
+        write_half(tmp_path / "a.nii", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_label_is_told_from_half_and_foreign_ones(tmp_path: Path) -> None:
+    source = nifti_input(tmp_path / "in.nii")
+    grid = read_geometry(source).grid
+    out = write_label(tmp_path / "out.nii.gz", MASK, source, names=NAMES)
+    assert is_whole_label(out, grid)
+    other = read_geometry(nifti_input(tmp_path / "other.nii", np.eye(4))).grid
+    assert not is_whole_label(out, other)
+    out.write_bytes(out.read_bytes()[:-9])
+    assert not is_whole_label(out, grid)
+    assert not is_whole_label(tmp_path / "none.nii.gz", grid)
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"), [("a.JPG", ".png"), ("a.tif", ".png"), ("a.nrrd", ".nii.gz"), ("s", ".nii.gz")]
+)
+def test_ending_of_a_mask_follows_its_image(name: str, ending: str) -> None:
+    assert label_ending(Path(name)) == ending
