@@ -51,7 +51,7 @@ def draw_affines(
 
 
 def rotations(angles: torch.Tensor, spatial_dims: int) -> torch.Tensor:
-    """(B, n, n) rotation matrices; 2D: one angle, 3D: about the first, then the second, then the third axis. Radians."""
+    """(B, n, n) rotation matrices from radians; 2D: one angle, 3D: about the first, the second, then the third axis."""
     if spatial_dims == 1:
         return torch.ones(len(angles), 1, 1)
     if spatial_dims == 2:

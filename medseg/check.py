@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from medseg.cases import Case, Dataset, read_dataset
 from medseg.errors import DataError
-from medseg.grid import Grid
+from medseg.grid import ROUNDING_TOLERANCE, Grid
 from medseg.progress import Progress, silent
 from medseg.readers import Image, LabelMap, finite_or_raise, is_picture, read_image, read_label
 
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
-# headers of one scan written by two programs differ by rounding, in voxels
-ROUNDING_TOLERANCE = 0.1
 # spacing or extent this many times above or below the median of the data set
 OUTLIER_FACTOR = 3.0
 # fewer cases than this have no meaningful median

@@ -60,6 +60,13 @@ class Tta(str, Enum):
     flip = "flip"
 
 
+class Surface(str, Enum):
+    """Definitions of a surface for `--surface`."""
+
+    surfel = "surfel"
+    voxel = "voxel"
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         out.print(f"medseg {medseg.__version__}")
@@ -103,9 +110,9 @@ def check(dataset: DatasetArg, verbose: Verbose = False) -> None:
         place = escape(finding.file or finding.case or str(dataset))
         out.print(f"[{style}]{finding.severity}[/{style}] {place}: {escape(finding.found)}", end="")
         out.print(f"; expected {escape(finding.expected)}; {escape(finding.fix)}")
-    errors = len(findings.errors)
+    errors, others = len(findings.errors), len(findings.findings) - len(findings.errors)
     _finish(
-        f"{dataset}: {len(findings.facts)} cases looked at, {errors} errors, {len(findings.findings) - errors} other findings",
+        f"{dataset}: {len(findings.facts)} cases read, {errors} errors, {others} other findings",
         [],
         errors > 0,
     )
@@ -227,7 +234,7 @@ def evaluate(
     ] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Images to draw the contours on.")] = None,
     nsd_tolerance_mm: Annotated[float, typer.Option(help="Tolerance of the surface Dice in mm.", min=0)] = 1.0,
-    surface: Annotated[str, typer.Option(metavar="surfel|voxel", help="How surfaces are measured.")] = "surfel",
+    surface: Annotated[Surface, typer.Option(help="How surfaces are measured.")] = Surface.surfel,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Report missing predictions instead of refusing.")
     ] = False,
@@ -246,7 +253,7 @@ def evaluate(
             labels=medseg.read_labels(labels) if labels else None,
             images=images,
             nsd_tolerance_mm=nsd_tolerance_mm,
-            surface=surface,
+            surface=surface.value,
             allow_missing=allow_missing,
             resample_prediction=resample_prediction,
             jobs=jobs,

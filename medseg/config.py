@@ -8,15 +8,35 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from medseg.errors import ConfigError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
 
+# the 256th value of a byte marks ignored voxels
+MAX_CHANNELS = 255
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{list(pair)} found, expected the smaller number first")
+    return pair
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Range = tuple[float, float]
+Range = Annotated[tuple[float, float], AfterValidator(_rising)]
+PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
 
 
 class Section(BaseModel):
@@ -46,12 +66,16 @@ class DataConfig(Section):
             for value in values if isinstance(values, tuple) else (values,):
                 if not 0 <= value <= 65535:
                     raise ValueError(f"label `{name}`: value {value} is outside 0..65535")
-        plain = [v for n, v in self.labels.items() if not isinstance(v, tuple) and n != IGNORE]
-        if not self.is_regions and len(set(plain)) != len(plain):
+        if isinstance(ignored := self.labels.get(IGNORE), tuple) and len(ignored) != 1:
+            raise ValueError(f"label `{IGNORE}` has {len(ignored)} values, expected one; merge them in the label files")
+        values = self.out_values + (() if self.ignore_value is None else (self.ignore_value,))
+        if not self.is_regions and len(set(values)) != len(values):
             raise ValueError("two labels share one value; map a name to a list of values to make a region")
+        if not self.is_regions and self.out_channels > MAX_CHANNELS:
+            raise ValueError(f"{len(self.foreground)} labels found, expected at most {MAX_CHANNELS - 1}")
         if self.is_regions and len(self.region_values) != len(self.foreground):
             raise ValueError(
-                f"{len(self.foreground)} regions need {len(self.foreground)} region_values, found {len(self.region_values)}"
+                f"{len(self.foreground)} regions need as many region_values, found {len(self.region_values)}"
             )
         return self
 
@@ -138,7 +162,7 @@ class AugmentConfig(Section):
     p_affine: Fraction = 1.0
     rotation_deg: tuple[float, ...] = (20.0, 20.0, 20.0)
     """Largest angle about each axis (2D: one angle)."""
-    scale: Range = (0.8, 1.25)
+    scale: PositiveRange = (0.8, 1.25)
     shift: Fraction = 0.05
     """Largest shift as a fraction of the patch."""
     flip_axes: tuple[int, ...] = (0, 1, 2)
@@ -147,13 +171,13 @@ class AugmentConfig(Section):
     brightness: float = Field(0.2, ge=0)
     """Largest addition, in standard deviations of the normalised image."""
     contrast: Range = (0.75, 1.25)
-    gamma: Range = (0.7, 1.5)
+    gamma: PositiveRange = (0.7, 1.5)
     p_gamma: Fraction = 0.2
     noise: float = Field(0.1, ge=0)
     p_noise: Fraction = 0.3
-    blur_voxels: Range = (0.5, 1.0)
+    blur_voxels: PositiveRange = (0.5, 1.0)
     p_blur: Fraction = 0.1
-    low_resolution: Range = (0.5, 1.0)
+    low_resolution: PositiveRange = (0.5, 1.0)
     p_low_resolution: Fraction = 0.1
 
 
@@ -230,6 +254,10 @@ class Config(Section):
             raise ValueError(
                 f"preprocess.intensity has {len(self.preprocess.intensity)} entries, expected one for each of the "
                 f"{len(self.data.channels)} data.channels"
+            )
+        if dims == 3 and len(self.augment.rotation_deg) != 3:
+            raise ValueError(
+                f"augment.rotation_deg has {len(self.augment.rotation_deg)} numbers, expected one per axis"
             )
         bad = [a for a in self.augment.flip_axes if not 0 <= a < dims]
         if bad:
@@ -340,7 +368,7 @@ def settings_from(assignments: Iterable[str], *more: Mapping[str, Any]) -> dict[
 
 
 def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
-    """Names and values of labels from a run folder, a dataset.json or a YAML file (`name: value`). Raises `ConfigError`."""
+    """Names and values of labels, from a run folder, a dataset.json or YAML (`name: value`). Raises `ConfigError`."""
     file = path
     if path.is_dir():
         file = next((path / n for n in ("config.yaml", "dataset.json") if (path / n).is_file()), path / "config.yaml")

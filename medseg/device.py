@@ -40,3 +40,13 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def memory_format(spatial_dims: int) -> torch.memory_format:
+    """Channels last where torch has it: what the convolution kernels want."""
+    return {2: torch.channels_last, 3: torch.channels_last_3d}.get(spatial_dims, torch.contiguous_format)
+
+
+def to_memory_format(network: torch.nn.Module, spatial_dims: int) -> torch.nn.Module:
+    """The network with its weights in `memory_format`."""
+    return network.to(memory_format=memory_format(spatial_dims))  # type: ignore[call-overload,no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,8 @@ Kernel = Literal["nearest", "linear", "cubic"]
 # an axis is parallel to another if the rest of its direction is below this share: 0.06 degrees
 PARALLEL_TOLERANCE = 1e-3
 SLAB_BYTES = 2**27
+# headers of one scan written by two programs differ by rounding: up to this share of a voxel they are one grid
+ROUNDING_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,10 @@ class Grid:
 
     def with_spacing(self, spacing_mm: Sequence[float]) -> Grid:
         """The grid of this spacing over the same extent (outer voxel faces stay, up to the rounding of the shape)."""
-        shape = tuple(max(1, round(s * a / b)) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm))
+        # halves go down, also if a float32 header puts them a hair above: copies of one scan get one shape
+        shape = tuple(
+            max(1, math.ceil(s * a / b - 0.5 - 1e-3)) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm)
+        )
         return self._rescaled(shape, np.asarray(spacing_mm) / np.asarray(self.spacing_mm))
 
     def with_shape(self, shape: Sequence[int]) -> Grid:
@@ -107,7 +113,7 @@ class _AxisMap:
 
 
 def axis_maps(from_grid: Grid, to_grid: Grid) -> tuple[_AxisMap, ...]:
-    """For each target axis, the source axis it runs along. Raises `GeometryError` if the grids are oblique to each other."""
+    """For each target axis, the source axis it runs along. Raises `GeometryError` if the grids are not parallel."""
     n = from_grid.spatial_dims
     if to_grid.spatial_dims != n:
         raise GeometryError(f"grids of {n} and {to_grid.spatial_dims} axes cannot be brought together")
@@ -199,8 +205,13 @@ def restore(
         at = m.scale * np.arange(to_grid.shape[axis]) + m.offset
         # half a source voxel beyond the last centre still belongs to that voxel
         outside = (at < -0.5 - 1e-6) | (at > from_grid.shape[m.source] - 0.5 + 1e-6)
-        if outside.any():
-            labels.index_fill_(axis, torch.as_tensor(np.flatnonzero(outside), device=labels.device), 0)
+        inside = np.flatnonzero(~outside)
+        first, last = (
+            (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (to_grid.shape[axis], to_grid.shape[axis])
+        )
+        # by slices: torch cannot fill uint16 by index
+        labels.narrow(axis, 0, first).zero_()
+        labels.narrow(axis, last, to_grid.shape[axis] - last).zero_()
     return labels
 
 

@@ -19,13 +19,13 @@ from monai.data.meta_tensor import MetaTensor
 
 from medseg.cases import Case, infer_inputs
 from medseg.config import Config, DataConfig
-from medseg.device import choose_device, choose_precision, describe
+from medseg.device import choose_device, choose_precision, describe, memory_format, to_memory_format
 from medseg.errors import ConfigError, DataError, MedsegError, ModelError
 from medseg.grid import restore
 from medseg.model import Model, read_model, versions
 from medseg.preprocess import Prepared, prepare
-from medseg.readers import read_geometry
 from medseg.progress import Progress, silent
+from medseg.readers import read_geometry
 from medseg.windows import Flips, Scorer, predict
 from medseg.writers import atomic_path, is_whole_label, label_ending, write_label
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InferOptions:
-    """How to infer. `overlap` None: the model's own; `shard` (i, n): only every n-th case, beginning with the i-th of 1…n."""
+    """How to infer. `overlap` None: the model's own; `shard` (i, n): every n-th case only, from the i-th of 1…n on."""
 
     device: str = "auto"
     precision: str = "auto"
@@ -124,21 +124,11 @@ def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device
     def score(windows: torch.Tensor) -> torch.Tensor:
         windows = windows.to(memory_format=memory)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(windows)
+            logits: torch.Tensor = network(windows)
         logits = logits.float()
         return logits.sigmoid() if data.is_regions else logits.softmax(dim=1)
 
     return score
-
-
-def memory_format(spatial_dims: int) -> torch.memory_format:
-    """Channels last where torch has it: what the convolution kernels want."""
-    return {2: torch.channels_last, 3: torch.channels_last_3d}.get(spatial_dims, torch.contiguous_format)
-
-
-def to_memory_format(network: torch.nn.Module, spatial_dims: int) -> torch.nn.Module:
-    """The network with its weights in `memory_format`."""
-    return network.to(memory_format=memory_format(spatial_dims))  # type: ignore[call-overload,no-any-return]
 
 
 def decider(data: DataConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -211,9 +201,10 @@ def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | N
         labels, _ = segmenter.segment_case(case, seconds)
         with _timed(seconds, "write"):
             write_label(output, labels, like=case.images[0], names=segmenter.label_names)
-    except Exception as error:  # noqa: BLE001  whatever it is, it must not cost the other cases
+    except Exception as error:
         log.debug("case %s failed", case.id, exc_info=True)
-        return CaseResult(case.id, "failed", reason=_reason(case, error), seconds=seconds)
+        stale = (f"{output.name} is of an earlier run: do not use it",) if output.exists() else ()
+        return CaseResult(case.id, "failed", reason=_reason(case, error), seconds=seconds, warnings=stale)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return CaseResult(case.id, "done", output.name, None, seconds, round(peak, 1), inputs)
 

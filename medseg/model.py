@@ -93,7 +93,7 @@ def save_model(
 
 
 def read_model(folder: Path) -> Model:
-    """The model in a run folder, on the CPU and ready to infer. Raises `ModelError` naming what is missing or damaged."""
+    """The model in a run folder, on the CPU, ready to infer. Raises `ModelError` naming what is missing or damaged."""
     description = _read_description(folder)
     if description.get("schema_version") != SCHEMA_VERSION:
         raise ModelError(
@@ -108,7 +108,7 @@ def read_model(folder: Path) -> Model:
     digest = _load_weights(network, folder / WEIGHTS)
     if description.get("weights_sha256") not in (None, digest):
         raise ModelError(
-            f"{folder / WEIGHTS}: these are not the weights that {DESCRIPTION} describes (SHA-256 {digest[:12]}… found, "
+            f"{folder / WEIGHTS}: not the weights that {DESCRIPTION} describes (SHA-256 {digest[:12]}… found, "
             f"{str(description['weights_sha256'])[:12]}… expected); copy the whole run folder again"
         )
     return Model(network.eval(), config, digest, {k: v for k, v in description.items() if k != "config"})

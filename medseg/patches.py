@@ -50,7 +50,9 @@ class PatchSampler:
         self._batch_size = batch_size
         self._foreground_fraction = foreground_fraction
         self._generator = generator
-        self._size = tuple(math.ceil(p * MARGIN) for p in patch_size)
+        self._patch = tuple(patch_size)
+        # as much on both sides: the patch then lies on voxels of the cut, not between them
+        self._size = tuple(p + 2 * math.ceil(p * (MARGIN - 1) / 2) for p in patch_size)
         self._locations = [foreground_locations(c, generator) for c in cases]
         self._deck: list[int] = []
 
@@ -92,9 +94,8 @@ class PatchSampler:
             centre = voxels[int(random[2] * len(voxels))].tolist()
             return [int(c) - p // 2 for c, p in zip(centre, self._size)]
         starts = []
-        for r, size, window in zip(random[3:].tolist(), shape, self._size):
-            # the margin may hang over the edge, so that the edge is the centre of a patch as often as the middle
-            inner = round(window / MARGIN)
+        for r, size, window, inner in zip(random[3:].tolist(), shape, self._size, self._patch):
+            # the margin may hang over the edge, so that the edge is in a patch as often as it can be
             over = (window - inner) // 2
             low, high = -over, size - inner - over
             starts.append(round(low + r * (high - low)) if high > low else (size - window) // 2)
@@ -120,7 +121,7 @@ def cut(volume: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> torc
     inside, pad = [slice(None)] * lead, []
     for first, length, whole in zip(start, size, volume.shape[lead:]):
         inside.append(slice(max(first, 0), max(0, min(first + length, whole))))
-        pad.append((max(0, -first), max(0, first + length - whole)))
+        pad.append((min(length, max(0, -first)), min(length, max(0, first + length - whole))))
     part = volume[tuple(inside)]
     if not any(a or b for a, b in pad):
         return part

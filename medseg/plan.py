@@ -35,7 +35,9 @@ ANISOTROPIC = 3.0
 PICTURE_SIDE = 320
 # voxels of a patch that give a training step of about 0.3 s (two cores) or fill a large GPU well
 VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 96**3, ("cpu", 2): 320**2, ("cuda", 2): 512**2}
-SIDED = re.compile(r"(^|[^a-z])(left|right|l|r|lt|rt|links|rechts|gauche|droite?)([^a-z]|$)", re.IGNORECASE)
+# a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
+SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)", re.IGNORECASE)
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 CT_NAMES = ("ct", "cta", "cect", "ncct", "hu")
 
 
@@ -105,11 +107,12 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
 
 
 def make_plan(dataset: Dataset, fingerprint: Fingerprint, *, device: str = "cpu") -> Plan:
-    """The configuration that `train` uses for a data set. `device` is `cpu` or `cuda`: it bounds the size of a patch."""
+    """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch."""
     reasons: dict[str, str] = {}
     data = _data(dataset, fingerprint, reasons)
     preprocess, shape = _preprocess(fingerprint, data, reasons)
-    windows, batch = _windows(fingerprint, shape, device, reasons)
+    spacing = preprocess.spacing_mm or (1.0,) * fingerprint.spatial_dims
+    windows, batch = _windows(fingerprint, shape, spacing, device, reasons)
     network = _network(fingerprint, preprocess, windows, reasons)
     config = Config(
         data=data,
@@ -162,7 +165,9 @@ def _preprocess(
     if spacing.max() > ANISOTROPIC * spacing.min():
         coarse = int(spacing.argmax())
         spacing[coarse] = max(np.percentile(spacings[:, coarse], 10), np.delete(spacing, coarse).max())
-        reason += f"; axis {coarse} is more than {ANISOTROPIC:g} times coarser: its 10th percentile, so that thin slices keep detail"
+        reason += (
+            f"; axis {coarse} is over {ANISOTROPIC:g} times coarser: its 10th percentile keeps thin slices' detail"
+        )
     reasons["preprocess.spacing_mm"] = (
         reason + f" (smallest {_text(spacings.min(0))}, largest {_text(spacings.max(0))})"
     )
@@ -182,7 +187,7 @@ def _intensity(channel: str, found: dict[str, float], reasons: dict[str, str]) -
     words = re.split(r"[^a-z]+", channel.lower())
     if any(name in words for name in CT_NAMES):
         reasons["preprocess.intensity"] = (
-            "CT: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles inside the labels, "
+            "CT: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles in the labels, "
             "then their mean and standard deviation"
         )
         return IntensityConfig(
@@ -198,17 +203,15 @@ def _intensity(channel: str, found: dict[str, float], reasons: dict[str, str]) -
 
 
 def _windows(
-    fingerprint: Fingerprint, shape: tuple[int, ...], device: str, reasons: dict[str, str]
+    fingerprint: Fingerprint, shape: tuple[int, ...], spacing: Sequence[float], device: str, reasons: dict[str, str]
 ) -> tuple[WindowsConfig, int]:
     budget = VOXELS.get((device, fingerprint.spatial_dims), VOXELS[("cpu", 2)])
     step = 16 if fingerprint.spatial_dims == 2 else 8
     patch = [max(step, -(-s // step) * step) for s in shape]
-    while np.prod(patch) > budget:
-        ratios = [p / s if p > 2 * step else 0 for p, s in zip(patch, shape)]
-        widest = int(np.argmax([p if r else 0 for p, r in zip(patch, ratios)]))
-        if patch[widest] <= 2 * step:
-            break
-        patch[widest] -= step
+    while np.prod(patch) > budget and max(patch) > 2 * step:
+        # the longest side in mm gives way: a patch should see equally far in all directions
+        longest = max((a for a in range(len(patch)) if patch[a] > 2 * step), key=lambda a: patch[a] * spacing[a])
+        patch[longest] -= step
     reasons["windows.patch_size"] = (
         f"90 % of the cases fit into {_text(shape)} voxels; rounded up to multiples of {step}, at most "
         f"{budget:,} voxels for this device ({device})"
@@ -254,17 +257,17 @@ def _strides(
 
 
 def _augment(fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
-    sided = [n for n in data.foreground if SIDED.search(n.replace("_", " "))]
+    sided = [n for n in data.foreground if SIDED.search(CAMEL.sub(" ", n))]
     axes = tuple(range(fingerprint.spatial_dims))
     reasons["augment.flip_axes"] = "mirror images of the labels are valid labels"
     if sided:
-        axes = axes[1:]
+        # a plane may be cut in any direction: no axis of it is known to keep the sides
+        axes = axes[1:] if fingerprint.spatial_dims == 3 else ()
         reasons["augment.flip_axes"] = f"label `{sided[0]}` tells sides apart: never mirrored from left to right"
     if fingerprint.pictures:
         axes = tuple(a for a in axes if a == 1)
-        reasons["augment.flip_axes"] = "pictures: left and right only, up and down carry meaning (depth)"
-        if sided:
-            axes = ()
+        if not sided:
+            reasons["augment.flip_axes"] = "pictures: left and right only, up and down carry meaning (depth)"
     if fingerprint.spatial_dims == 2:
         return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
-from medseg.grid import Grid, resample, resample_labels
+from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.readers import read_images, read_label
 from medseg.writers import atomic_path
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 # raised whenever a transform below gives other numbers than before: old cache files are then left alone
-VERSION = 1
+VERSION = 2
 
 RAS = ("L", "R"), ("P", "A"), ("I", "S")
 
@@ -64,7 +64,7 @@ class Load(Transform):
         result = {**item, "image": _meta_tensor(torch.as_tensor(image.array.astype(np.float32)), grid), "source": grid}
         if "label" in item:
             label = read_label(item["label"], spatial_dims=dims)
-            if not label.grid.matches(grid):
+            if not label.grid.matches(grid, tolerance=ROUNDING_TOLERANCE):
                 raise GeometryError(
                     f"{item['label']}: label grid {label.grid} differs from image grid {grid}; "
                     "resample one, or run `medseg check`"

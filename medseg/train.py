@@ -22,9 +22,10 @@ from medseg.augment import augment
 from medseg.cases import Case, Dataset, fold_split, read_dataset
 from medseg.check import check_dataset
 from medseg.config import Config, dump_yaml, make_config, overlay, read_yaml
-from medseg.device import choose_device, choose_precision, describe
+from medseg.device import choose_device, choose_precision, describe, memory_format, to_memory_format
 from medseg.errors import ConfigError, DataError, TrainingError
-from medseg.infer import InferOptions, Segmenter, decider, make_scorer, memory_format, segment_cases, to_memory_format
+from medseg.evaluate import Pair, Settings, evaluate_pairs
+from medseg.infer import InferOptions, Segmenter, decider, make_scorer, segment_cases
 from medseg.losses import loss as loss_of
 from medseg.metrics import counts, dice
 from medseg.model import label_names, new_network, read_model, save_model
@@ -32,7 +33,6 @@ from medseg.patches import Batch, PatchSampler
 from medseg.plan import Plan, make_plan, measure
 from medseg.preprocess import Prepared, prepare_cached
 from medseg.progress import Progress, silent
-from medseg.evaluate import Pair, Settings, evaluate_pairs
 from medseg.report import Report
 from medseg.windows import predict
 from medseg.writers import atomic_path
@@ -180,6 +180,8 @@ class Fit:
         torch.manual_seed(config.train.seed)
         torch.use_deterministic_algorithms(config.train.deterministic)
         self.generator = torch.Generator().manual_seed(config.train.seed)
+        # its notes on precision repeat what log.txt says
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         self.fabric = lightning_fabric.Fabric(
             accelerator=device.type,
             devices=1 if device.type == "cpu" else [device.index or 0],
@@ -304,8 +306,8 @@ class Fit:
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise TrainingError(
-                    f"the loss became {value} at step {self.step}; the last batch held {', '.join(batch.cases)}: look at "
-                    "these cases with `medseg check`, lower train.learning_rate, or use --precision 32"
+                    f"the loss became {value} at step {self.step}; the last batch held {', '.join(batch.cases)}: "
+                    "look at these cases with `medseg check`, lower train.learning_rate, or use --precision 32"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(loss)

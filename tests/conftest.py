@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -32,30 +34,66 @@ def tiny_dataset(tmp_path: Path) -> MakeDataset:
     `spatial_dims` 3: NIfTI of about (20, 24, 18) voxels, 1 × 1 × 1.5 mm; 2: PNG of about (40, 48). `form`: plain or
     nnunet.
     """
+    return partial(_make_dataset, tmp_path)
 
-    def make(*, cases: int = 4, spatial_dims: int = 3, form: str = "plain", seed: int = 0, name: str = "tiny") -> Path:
-        folder = tmp_path / name
-        images, labels = ("images", "labels") if form == "plain" else ("imagesTr", "labelsTr")
-        ending = ".nii.gz" if spatial_dims == 3 else ".png"
-        suffix = "" if form == "plain" else "_0000"
-        for sub in (images, labels):
-            (folder / sub).mkdir(parents=True)
-        rng = np.random.default_rng(seed)
-        for n in range(cases):
-            image, label = _spheres(rng, spatial_dims)
-            _save(folder / images / f"case{n}{suffix}{ending}", image)
-            _save(folder / labels / f"case{n}{ending}", label)
-        if form == "nnunet":
-            description = {
-                "channel_names": {"0": "MRI"},
-                "labels": {"background": 0, "shell": 1, "core": 2},
-                "numTraining": cases,
-                "file_ending": ending,
-            }
-            (folder / "dataset.json").write_text(json.dumps(description))
-        return folder
 
-    return make
+@dataclass(frozen=True)
+class TinyRun:
+    """A data set of four cases, and the folder of the run that was trained on it. Shared: read only."""
+
+    dataset: Path
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> tuple[str, ...]:
+    """Settings of a 3D network and a loop so small that a training takes a second."""
+    return (
+        "network.channels=[4,8]",
+        "network.aspp_channels=4",
+        "network.skip_channels=4",
+        "network.decoder_channels=4",
+        "windows.patch_size=[16,16,16]",
+        "train.batch_size=2",
+        "train.steps_per_epoch=2",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_settings: tuple[str, ...]) -> TinyRun:
+    """One epoch on fold 0 of two: a whole run folder whose masks mean nothing."""
+    import medseg
+
+    root = tmp_path_factory.mktemp("tiny_run")
+    dataset = _make_dataset(root)
+    options = medseg.TrainOptions(settings=medseg.settings_from(tiny_settings), folds=2, device="cpu")
+    medseg.train(dataset, root / "run", epochs=1, options=options)
+    return TinyRun(dataset, root / "run")
+
+
+def _make_dataset(
+    root: Path, *, cases: int = 4, spatial_dims: int = 3, form: str = "plain", seed: int = 0, name: str = "tiny"
+) -> Path:
+    folder = root / name
+    images, labels = ("images", "labels") if form == "plain" else ("imagesTr", "labelsTr")
+    ending = ".nii.gz" if spatial_dims == 3 else ".png"
+    suffix = "" if form == "plain" else "_0000"
+    for sub in (images, labels):
+        (folder / sub).mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for n in range(cases):
+        image, label = _spheres(rng, spatial_dims)
+        _save(folder / images / f"case{n}{suffix}{ending}", image)
+        _save(folder / labels / f"case{n}{ending}", label)
+    if form == "nnunet":
+        description = {
+            "channel_names": {"0": "MRI"},
+            "labels": {"background": 0, "shell": 1, "core": 2},
+            "numTraining": cases,
+            "file_ending": ending,
+        }
+        (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
 
 
 def _spheres(rng: np.random.Generator, spatial_dims: int) -> tuple[np.ndarray, np.ndarray]:

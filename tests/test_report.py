@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import nibabel as nib
@@ -15,9 +16,10 @@ from PIL import Image
 
 from medseg.errors import DataError
 from medseg.evaluate import COLUMNS, Pair, make_settings
+from medseg.grid import Grid
 from medseg.report import Report, evaluate, report_pairs
-from medseg.report.figures import MAX_DOTS, contour_pictures, strip
-from medseg.report.html import fixed, signed
+from medseg.report.figures import MAX_DOTS, contour_pictures, strip, upright
+from medseg.report.html import breakable, fixed, signed
 
 SOLID = np.zeros((8, 9, 10), np.uint8)
 SOLID[1:5, 1:5, 1:5] = 1
@@ -133,6 +135,38 @@ def test_an_image_on_another_grid_is_left_out_of_the_picture(report, caplog):
     assert "another grid" in caplog.text
 
 
+def test_an_unreadable_image_does_not_cost_the_pictures(report, tmp_path, caplog):
+    made = report({"a": (SOLID, SOLID)}, image=SOLID).evaluation
+    (tmp_path / "images" / "a.nii.gz").write_bytes(b"not an image")
+    assert len(contour_pictures(made.pairs["a"], made)) == 3
+    assert "a.nii.gz" in caplog.text
+
+
+def test_pictures_lie_right_way_up():
+    # voxel axes run to the left, to the front and down; the one marked voxel is far right, front and top
+    grid = Grid((4, 5, 6), np.diag([-1.0, 2.0, -3.0, 1.0]))
+    marked = np.zeros(grid.shape, np.uint8)
+    marked[0, 4, 0] = 1
+    (turned,), spacing = upright([marked], grid)
+    assert spacing == (1, 2, 3)
+    assert np.argwhere(turned).tolist() == [[3, 4, 5]]
+
+
+def test_an_image_under_the_outlines_changes_the_picture(report):
+    made = report({"a": (SOLID, SOLID)}, image=np.arange(SOLID.size, dtype=np.uint16).reshape(SOLID.shape)).evaluation
+    with_image = contour_pictures(made.pairs["a"], made)
+    without = contour_pictures(replace(made.pairs["a"], image=None), made)
+    assert all(a.data_uri != b.data_uri for a, b in zip(with_image, without))
+
+
+def test_of_many_labels_the_worst_are_named_per_case(report, tmp_path):
+    reference = np.zeros((3, 3, 40), np.uint8)
+    reference[:] = np.arange(40)
+    prediction = np.where(reference == 30, 0, reference).astype(np.uint8)
+    words = Page(page(report({"a": (prediction, reference)}), tmp_path)).words
+    assert "and 29 with a higher Dice" in words
+
+
 def test_two_dimensional_cases_have_one_picture(tmp_path):
     for name in ("pred", "ref"):
         (tmp_path / name).mkdir()
@@ -185,6 +219,15 @@ def test_a_strip_plot_of_very_many_cases_keeps_its_ends():
     values = list(np.linspace(0.5, 1, 5 * MAX_DOTS))
     dots = strip(values, [f"{v}" for v in values], low=0.5)
     assert (len(dots), dots[0].x, dots[-1].x) == (MAX_DOTS, 0, 1)
+
+
+def test_long_names_break_after_underscores_and_stay_escaped():
+    assert breakable("left_<b>lung") == "left_<wbr>&lt;b&gt;lung"
+
+
+def test_labels_in_no_case_are_named_below_the_table(report, tmp_path):
+    words = "".join(Page(page(report({"a": (SOLID, SOLID)}, labels={"liver": 1, "spleen": 2}), tmp_path)).words)
+    assert "In neither the reference nor the prediction of any case: spleen." in words
 
 
 def test_numbers_for_the_eye():

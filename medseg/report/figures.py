@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
+from medseg.errors import DataError
 from medseg.evaluate import GRID_TOLERANCE_VOXELS, Evaluation, Pair, read_pair
 from medseg.grid import Grid
 from medseg.metrics import Labels, Value, judged
@@ -29,7 +30,8 @@ PICTURE_PIXELS = 480
 _DPI = 100
 # room around what is outlined, so that errors are seen in their surroundings
 _ROOM = 1.35
-_WINDOW_PERCENTILES = (0.5, 99.5)
+_WINDOW_PERCENTILES = (1, 99)
+_WINDOW_ROOM = 0.5
 _LINE_WIDTH = 1.9
 _BACKDROP = "#15181c"
 _CASING: list[AbstractPathEffect] = [withStroke(linewidth=3.6, foreground="#000000b0")]
@@ -93,7 +95,7 @@ def contour_pictures(pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
     scenes = (
         _scenes_2d(layers, grid, is_picture(pair.reference)) if grid.spatial_dims == 2 else _scenes_3d(layers, grid)
     )
-    window = _window(layers[2]) if len(layers) > 2 else (0.0, 1.0)
+    window = _window(layers[2], (layers[0] != 0) | (layers[1] != 0)) if len(layers) > 2 else (0.0, 1.0)
     return tuple(
         Picture(
             _draw(scene, evaluation.labels, evaluation.colours, window, letters),
@@ -120,6 +122,18 @@ def place(value: float, *, low: float, high: float = 1.0) -> float:
     return float(np.clip((value - low) / (high - low), 0, 1))
 
 
+def upright(layers: Sequence[Plane], grid: Grid) -> tuple[list[Plane], tuple[float, ...]]:
+    """Layers with their axes turned and flipped to the nearest of x, y(, z) in RAS, and the spacing in that order."""
+    n = grid.spatial_dims
+    share = np.abs(grid.affine[:n, :n]) / np.asarray(grid.spacing_mm)
+    order: list[int] = []
+    for axis in range(n):
+        left = [voxel_axis for voxel_axis in range(n) if voxel_axis not in order]
+        order.append(max(left, key=lambda voxel_axis: float(share[axis, voxel_axis])))
+    flips = tuple(slice(None, None, -1 if grid.affine[axis, order[axis]] < 0 else 1) for axis in range(n))
+    return [layer.transpose(order)[flips] for layer in layers], tuple(grid.spacing_mm[a] for a in order)
+
+
 def _members(value: Value) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
@@ -127,7 +141,11 @@ def _members(value: Value) -> tuple[int, ...]:
 def _image_layer(pair: Pair, grid: Grid) -> list[npt.NDArray[Any]]:
     if pair.image is None:
         return []
-    image = read_image(pair.image, finite=False)
+    try:
+        image = read_image(pair.image, channels=1 if is_picture(pair.image) else None, finite=False)
+    except DataError as error:
+        logger.warning("left out of the pictures: %s", error)
+        return []
     if not image.grid.matches(grid, tolerance=GRID_TOLERANCE_VOXELS):
         logger.warning("%s: lies on another grid than the reference and is left out of the pictures", pair.image)
         return []
@@ -138,13 +156,13 @@ def _scenes_2d(layers: Sequence[Plane], grid: Grid, picture: bool) -> list[tuple
     if picture:
         return [(_scene(layers, (grid.spacing_mm[0], grid.spacing_mm[1])), "", None)]
     # x to the right and y up, as maps are drawn
-    turned, spacing = _upright(layers, grid)
+    turned, spacing = upright(layers, grid)
     planes = [layer[:, ::-1].T for layer in turned]
     return [(_scene(planes, (spacing[1], spacing[0])), "", None)]
 
 
 def _scenes_3d(layers: Sequence[Plane], grid: Grid) -> list[tuple[_Scene, str, tuple[str, str] | None]]:
-    turned, spacing = _upright(layers, grid)
+    turned, spacing = upright(layers, grid)
     scenes: list[tuple[_Scene, str, tuple[str, str] | None]] = []
     for view in _VIEWS:
         across, up = (a for a in range(3) if a != view.axis)
@@ -161,27 +179,18 @@ def _scene(planes: Sequence[Plane], pixel_mm: tuple[float, float]) -> _Scene:
     return _Scene(planes[0], planes[1], planes[2] if len(planes) > 2 else None, pixel_mm)
 
 
-def _upright(layers: Sequence[Plane], grid: Grid) -> tuple[list[Plane], tuple[float, ...]]:
-    """Layers with their axes turned and flipped to the nearest of x, y(, z) in RAS, and the spacing in that order."""
-    n = grid.spatial_dims
-    share = np.abs(grid.affine[:n, :n]) / np.asarray(grid.spacing_mm)
-    order: list[int] = []
-    for axis in range(n):
-        left = [voxel_axis for voxel_axis in range(n) if voxel_axis not in order]
-        order.append(max(left, key=lambda voxel_axis: float(share[axis, voxel_axis])))
-    flips = tuple(slice(None, None, -1 if grid.affine[axis, order[axis]] < 0 else 1) for axis in range(n))
-    return [layer.transpose(order)[flips] for layer in layers], tuple(grid.spacing_mm[a] for a in order)
-
-
 def _worst_slice(prediction: Labels, reference: Labels, axis: int) -> int:
     others = tuple(a for a in range(prediction.ndim) if a != axis)
     wrong = (prediction != reference).sum(axis=others)
     return int(np.argmax(wrong if wrong.any() else (reference != 0).sum(axis=others)))
 
 
-def _window(image: Plane) -> tuple[float, float]:
-    step = tuple(slice(None, None, max(1, s // 128)) for s in image.shape)
-    low, high = np.percentile(image[step], _WINDOW_PERCENTILES)
+def _window(image: Plane, outlined: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """Black and white: the range of what is outlined and half as much on both sides, or that of the whole image."""
+    inside = image[outlined]
+    low, high = np.percentile(inside if inside.size else image, _WINDOW_PERCENTILES)
+    room = _WINDOW_ROOM * (high - low) if inside.size else 0.0
+    low, high = max(low - room, float(image.min())), min(high + room, float(image.max()))
     return float(low), float(max(high, low + 1e-6))
 
 

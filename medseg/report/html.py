@@ -10,9 +10,11 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from medseg.errors import DataError
 from medseg.evaluate import METRICS, Evaluation
+from medseg.readers import is_picture
 from medseg.report.figures import MAX_DOTS, Dot, Picture, contour_pictures, place, strip
 
 logger = logging.getLogger(__name__)
@@ -87,11 +89,11 @@ def render(evaluation: Evaluation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        fixed=fixed, signed=signed, status=STATUS_NAMES.__getitem__, metric=METRIC_NAMES.__getitem__
-    )
+    environment.filters.update(breakable=breakable, fixed=fixed, signed=signed, status=STATUS_NAMES.__getitem__)
     table, shown = evaluation.table, _shown_rows(evaluation.table)
     cases = _case_views(evaluation)
+    # a picture has pixels but no millimetres
+    unit = "px" if all(is_picture(pair.reference) for pair in evaluation.pairs.values()) else "mm"
     low = _axis_start(table["dice"])
     return environment.get_template("report.html.jinja").render(
         summary=evaluation.summary,
@@ -107,9 +109,17 @@ def render(evaluation: Evaluation) -> str:
         metrics=[m for m in METRICS if table[m].notna().any()],
         n_missed=int((table["status"] == "missed").sum()),
         n_spurious=int((table["status"] == "spurious").sum()),
+        absent=[name for name, measures in evaluation.summary["labels"].items() if not measures["dice"]["n"]],
         names=TERM_NAMES,
+        metric_names={name: text.replace("(mm)", f"({unit})") for name, text in METRIC_NAMES.items()},
+        unit=unit,
         with_images=any(pair.image is not None for pair in evaluation.pairs.values()),
     )
+
+
+def breakable(text: str) -> Markup:
+    """Escaped text in which a line may end after each underscore."""
+    return Markup("_<wbr>").join(text.split("_"))
 
 
 def fixed(value: Any, digits: int = 3) -> str:
@@ -166,9 +176,7 @@ def _case_views(evaluation: Evaluation) -> list[CaseView]:
     return views
 
 
-def _case_view(
-    evaluation: Evaluation, case: str, dice: float, pictures: Sequence[Picture], reason: str
-) -> CaseView:
+def _case_view(evaluation: Evaluation, case: str, dice: float, pictures: Sequence[Picture], reason: str) -> CaseView:
     rows = evaluation.table[(evaluation.table["case"] == case) & (evaluation.table["status"] != "both_empty")]
     if len(rows) > MAX_CASE_LABELS:
         rows = rows.sort_values("dice", kind="stable")

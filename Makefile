@@ -1,0 +1,30 @@
+# What one types. Each target does its own set-up; `make` alone prints this help.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test format
+
+help:
+	@echo "make demo    train on the sample data, segment, write demo/report.html (about four minutes on 2 cores)"
+	@echo "make test    format, lint, types, tests with coverage"
+	@echo "make format  put the code into shape"
+	@echo "make .venv   only the virtual environment, from constraints.txt"
+
+.venv: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch .venv
+
+demo: .venv
+	$(BIN)/medseg demo -o demo
+
+test: .venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --cov --cov-report=term
+
+format: .venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

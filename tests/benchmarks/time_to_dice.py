@@ -1,0 +1,65 @@
+"""Dice after a given training time, with defaults, on real data: the figures that README.md quotes.
+
+    python tests/benchmarks/time_to_dice.py DATASET --minutes 10 -o tests/benchmarks/results/NAME.json
+
+Trains fold 0 on the CPU through the command line, as a user would, and keeps what the run folder says: Dice of the
+held-back cases at full resolution with its interval, seconds by stage, machine, versions. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+
+def main() -> None:
+    """Train, read the report, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--run", type=Path, help="run folder to keep; left out: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        run = arguments.run or Path(temporary) / "run"
+        command = [sys.executable, "-m", "medseg", "train", str(arguments.dataset), "-o", str(run), "--fold", "0"]
+        command += ["--time-budget", f"{arguments.minutes}m", "--device", arguments.device]
+        start = time.time()
+        subprocess.run(command, check=True)
+        summary = json.loads((run / "validation" / "report" / "summary.json").read_text())
+        model = json.loads((run / "model.json").read_text())
+        result = {
+            "data_set": arguments.dataset.name,
+            "command": "medseg train DATASET -o RUN --fold 0 " + " ".join(command[-4:]),
+            "dice": {name: label["dice"] for name, label in summary["labels"].items()},
+            "foreground": summary["foreground"]["dice"],
+            "training": {k: v for k, v in model["training"].items() if k != "validation_cases"},
+            "seconds_in_all": round(time.time() - start, 1),
+            "machine": machine(),
+            "versions": model["versions"],
+            "date": date.today().isoformat(),
+        }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def machine() -> dict[str, str | int | None]:
+    """Processor, its cores, and the load that other programs put on it before the run."""
+    import os
+
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "system": platform.system()}
+
+
+if __name__ == "__main__":
+    main()
