@@ -98,7 +98,7 @@ class PatchSampler:
             # the margin may hang over the edge, so that the edge is in a patch as often as it can be
             over = (window - inner) // 2
             low, high = -over, size - inner - over
-            starts.append(round(low + r * (high - low)) if high > low else (size - window) // 2)
+            starts.append(low + int(r * (high - low + 1)) if high > low else (size - window) // 2)
         return starts
 
 

@@ -202,7 +202,13 @@ def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_labe
         if case.label is None:
             raise DataError(f"{case.id}: no label file found, expected one; run `medseg check`")
         item |= {"label": case.label, "label_file": case.label}
-    done = make_transforms(config, data, with_label=with_label)(item)
+    try:
+        done = make_transforms(config, data, with_label=with_label)(item)
+    except RuntimeError as error:
+        # MONAI wraps what a transform raises, and its message with it
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
     grid = grid_of(done["image"])
     label = done["label"].as_tensor()[0].contiguous() if with_label else None
     return Prepared(case.id, done["image"].as_tensor().contiguous(), label, grid, done["source"])

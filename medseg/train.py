@@ -91,6 +91,9 @@ def train(
     plan = plan_run(data, options, _end(time_budget, epochs), device=device, progress=progress)
     config = plan.config
     training, validation = fold_split(data, options.fold, folds=options.folds, seed=config.train.seed)
+    with torch.device("meta"):
+        # what cannot be built is told before the data set is prepared
+        new_network(config)
     seconds: dict[str, float] = {}
     with _run_folder(folder):
         (folder / "config.yaml").write_text(dump_yaml(config, plan.reasons), encoding="utf-8")
@@ -450,9 +453,12 @@ def _end(time_budget: str | float | None, epochs: int | None) -> dict[str, Any]:
 
 
 def _without_shapes(changes: Mapping[str, Any]) -> dict[str, Any]:
-    # lengths that depend on the data are checked once the plan is there; keys and types are checked now
-    dims = {"data": {"spatial_dims": 3}}
-    return overlay(dims, changes)
+    # lengths that depend on the data are checked once the plan is there; other keys and types are checked now
+    later = {"spatial_dims", "channels", "spacing_mm", "shape", "intensity", "strides", "flip_axes", "patch_size"}
+    return {
+        section: {k: v for k, v in values.items() if k not in later} if isinstance(values, Mapping) else values
+        for section, values in changes.items()
+    }
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:

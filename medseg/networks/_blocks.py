@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg.errors import ConfigError, DataError
+from medseg.networks._dilated import DilatedConv2d, DilatedConv3d
 
 Axes = tuple[int, ...]
 """One number for each spatial axis."""
@@ -45,12 +46,15 @@ def make_conv(
     spatial_dims: int, in_channels: int, out_channels: int, kernel: int, *, stride: Rate = 1, dilation: Rate = 1
 ) -> nn.Module:
     """A convolution without bias, zero-padded so that n voxels become ceil(n / stride)."""
-    dilations = per_axis(dilation, spatial_dims)
-    conv: nn.Module = Conv[Conv.CONV, spatial_dims](
+    dilations, strides = per_axis(dilation, spatial_dims), per_axis(stride, spatial_dims)
+    kind = Conv[Conv.CONV, spatial_dims]
+    if max(dilations) > 1 and max(strides) == 1 and spatial_dims > 1:
+        kind = DilatedConv2d if spatial_dims == 2 else DilatedConv3d
+    conv: nn.Module = kind(
         in_channels,
         out_channels,
         kernel_size=kernel,
-        stride=per_axis(stride, spatial_dims),
+        stride=strides,
         padding=tuple(d * (kernel // 2) for d in dilations),
         dilation=dilations,
         bias=False,
@@ -80,7 +84,7 @@ class InstanceNorm(nn.Module):
             # torch's instance norm copies into another memory order; batch norm of one image gives the same numbers
             norms = [
                 functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.EPSILON)
-                for image in torch.tensor_split(maps, maps.shape[0])
+                for image in maps.split(1)
             ]
             return torch.cat(norms)
         return functional.instance_norm(maps, weight=self.weight, bias=self.bias, eps=self.EPSILON)
@@ -163,6 +167,18 @@ def shuffle_pixels(maps: Tensor, factors: Axes) -> Tensor:
     split = maps.reshape(batch, channels, *factors, *coarse)
     order = [axis for n in range(dims) for axis in (2 + dims + n, 2 + n)]
     return split.permute(0, 1, *order).reshape(batch, channels, *(n * f for n, f in zip(coarse, factors)))
+
+
+def gather_pixels(maps: Tensor, factors: Axes) -> Tensor:
+    """(B, C, *spatial) → (B, C·∏factors, *ceil(spatial / factors)): undoes `shuffle_pixels`; 0 beyond the end."""
+    dims = len(factors)
+    missing = [-n % f for n, f in zip(maps.shape[2:], factors)]
+    maps = functional.pad(maps, [p for m in reversed(missing) for p in (0, m)])
+    batch, channels = maps.shape[:2]
+    coarse = [n // f for n, f in zip(maps.shape[2:], factors)]
+    split = maps.reshape(batch, channels, *(n for pair in zip(coarse, factors) for n in pair))
+    order = [*(3 + 2 * n for n in range(dims)), *(2 + 2 * n for n in range(dims))]
+    return split.permute(0, 1, *order).reshape(batch, channels * prod(factors), *coarse)
 
 
 def crop(maps: Tensor, shape: Axes) -> Tensor:

@@ -15,6 +15,7 @@ from medseg.networks._blocks import (
     conv_norm_act,
     crop,
     enlarge,
+    gather_pixels,
     initialise,
     make_classifier,
     shuffle_pixels,
@@ -25,7 +26,7 @@ from medseg.networks.resnet import Encoder, build_encoder
 SKIP_STRIDE = 4
 """The decoder works at the coarsest stride up to this one that is finer than the output stride."""
 FULL_CHANNELS = 8
-"""Channels at full resolution, where each costs as many operations as dozens in the trunk."""
+"""Channels of the last map for every voxel of a block."""
 
 
 class DeepLabV3Plus(nn.Module):
@@ -89,21 +90,25 @@ class InterpolationHead(nn.Module):
 
 
 class SubpixelHead(nn.Module):
-    """Sub-pixel convolution to full resolution (Shi et al. 2016), where a last convolution sees the image too."""
+    """Full resolution without a map at full resolution: sub-pixel convolution (Shi et al. 2016) both ways.
+
+    The image's voxels are gathered into channels at the decoder's resolution, where one convolution sees them beside
+    the decoder's maps; the classifier then gives the logits of all voxels of a block at once.
+    """
 
     def __init__(
         self, image_channels: int, in_channels: int, out_channels: int, strides: Axes, *, norm: NormKind
     ) -> None:
         super().__init__()
-        dims = len(strides)
+        dims, block = len(strides), prod(strides)
         self.strides = strides
-        self.expand = make_classifier(dims, in_channels, FULL_CHANNELS * prod(strides))
-        self.refine = conv_norm_act(dims, FULL_CHANNELS + image_channels, FULL_CHANNELS, 3, norm=norm)
-        self.classifier = make_classifier(dims, FULL_CHANNELS, out_channels)
+        width = FULL_CHANNELS * block
+        self.refine = conv_norm_act(dims, in_channels + image_channels * block, width, 3, norm=norm)
+        self.classifier = make_classifier(dims, width, out_channels * block)
 
     def even_out(self) -> None:
         """Start with equal sub-pixels, so that no checkerboard has to be unlearned (Aitken et al. 2017, ICNR)."""
-        weight = self.expand.weight
+        weight = self.classifier.weight
         if isinstance(weight, Tensor):
             count = prod(self.strides)
             with torch.no_grad():
@@ -111,9 +116,9 @@ class SubpixelHead(nn.Module):
 
     def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
         """(B, C, *coarse) and (B, image_channels, *spatial) → (B, out_channels, *spatial)."""
-        full = crop(shuffle_pixels(self.expand(decoded), self.strides), images.shape[2:])
-        refined = self.refine(torch.cat((full, images.to(full.dtype)), dim=1))
-        return self.classifier(refined)  # type: ignore[no-any-return]
+        blocks = gather_pixels(images, self.strides).to(decoded.dtype)
+        logits = self.classifier(self.refine(torch.cat((decoded, blocks), dim=1)))
+        return crop(shuffle_pixels(logits, self.strides), images.shape[2:])
 
 
 def _skip_level(encoder: Encoder) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pandas as pd
 from medseg.evaluate import Evaluation, Failure, Pair, evaluate_folders, evaluate_pairs, make_settings
 from medseg.metrics import Surface, Value
 from medseg.report.html import fixed, render
+from medseg.writers import atomic_path
 
 __all__ = ["Report", "evaluate", "report_pairs"]
 
@@ -47,7 +47,6 @@ class Report:
     def save(self, folder: Path | str) -> Path:
         """Write metrics.csv, summary.json and report.html into `folder`, each whole or not at all; returns it."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         _write(target / "metrics.csv", self.table.to_csv(index=False, lineterminator="\n"))
         _write(target / "summary.json", json.dumps(self.summary, indent=2, allow_nan=False) + "\n")
         _write(target / "report.html", render(self.evaluation))
@@ -132,10 +131,6 @@ def _text_row(name: str, dice: Mapping[str, Any]) -> tuple[str, str, str, str, s
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_path(path) as part:
         # a file name may hold bytes that are no text; they are shown as their codes
         part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
