@@ -332,6 +332,9 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
     name = str(row.get("case") or "")
     if not name:
         raise DataError(f"{source}: a row without case name found ({dict(row)}); fill the column case")
+    if name in (".", "..") or "/" in name or "\\" in name:
+        # names become file names: such a one would leave the output folder
+        raise DataError(f"{source}: case name {name!r} found, expected one without / and \\; rename it")
     problems = []
     images = tuple(root / Path(n).expanduser() for n in names)
     for image in images:

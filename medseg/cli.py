@@ -258,7 +258,7 @@ def evaluate(
             allow_missing=allow_missing,
             resample_prediction=resample_prediction,
             jobs=jobs,
-            progress=lambda done, total: progress("evaluate", done, total),
+            progress=progress,
         )
         report.save(output)
     _print_report(report)

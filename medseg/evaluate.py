@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,6 +22,7 @@ from medseg.config import BACKGROUND, IGNORE
 from medseg.errors import DataError, GeometryError
 from medseg.grid import Grid
 from medseg.metrics import Labels, PairMetrics, Surface, Value
+from medseg.progress import Progress, silent
 from medseg.readers import ENDINGS, is_image_file, read_label, split_ending
 from medseg.statistics import Summary, summarise
 
@@ -97,13 +98,13 @@ def evaluate_folders(
     nsd_tolerance_mm: float = 1.0,
     jobs: int = 1,
     images: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Measure every prediction against the reference of the same case name, label by label.
 
     Both may also be one file each. `labels` maps a name to its value or, for a region, to all its values; None takes
     the values found in the references. A name `background` is left out, the value of `ignore` is left out of the
-    counts. `progress` is told (done, total). A case that cannot be read or lies on another grid is a failure and costs
+    counts. A case that cannot be read or lies on another grid is a failure and costs
     no other case. Raises `DataError` where predictions are missing (unless `allow_missing`) or no case is left.
     """
     settings = make_settings(
@@ -130,7 +131,7 @@ def evaluate_pairs(
     groups: Mapping[str, str] | None = None,
     jobs: int = 1,
     warnings: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Measure each of `pairs`; those without a prediction are reported apart. Raises `DataError` if no case is left.
 
@@ -143,8 +144,7 @@ def evaluate_pairs(
             failures.append(result)
         else:
             results.append(result)
-        if progress is not None:
-            progress(done, len(pairs))
+        progress("evaluate", done, len(pairs))
     if all(result.missing for result in results):
         reasons = [f.reason for f in failures[:_NAMED_AT_MOST]] or ["missing predictions for all of them"]
         raise DataError(f"none of {len(pairs)} cases could be evaluated: {'; '.join(reasons)}")

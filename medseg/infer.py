@@ -174,6 +174,10 @@ def segment_cases(
     segmenter: Segmenter, cases: Sequence[Case], folder: Path, *, progress: Progress = silent
 ) -> tuple[CaseResult, ...]:
     """`infer` for cases and a model that are at hand."""
+    sources = {path.resolve() for case in cases for path in case.images}
+    for case in cases:
+        if _output(folder, case).resolve() in sources:
+            raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,7 +193,7 @@ def segment_cases(
 
 
 def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | None) -> CaseResult:
-    output = folder / f"{case.id}{label_ending(case.images[0])}"
+    output = _output(folder, case)
     seconds: dict[str, float] = {}
     try:
         inputs = {str(p): _sha256(p) for p in case.images}
@@ -207,6 +211,10 @@ def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | N
         return CaseResult(case.id, "failed", reason=_reason(case, error), seconds=seconds, warnings=stale)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return CaseResult(case.id, "done", output.name, None, seconds, round(peak, 1), inputs)
+
+
+def _output(folder: Path, case: Case) -> Path:
+    return folder / f"{case.id}{label_ending(case.images[0])}"
 
 
 def _reason(case: Case, error: Exception) -> str:

@@ -177,7 +177,8 @@ def recall(c: Counts) -> float:
 def missing_prediction(reference_voxels: int, *, spacing_mm: Sequence[float]) -> PairMetrics:
     """The row of a case nobody predicted: only the volume of the reference is known."""
     volume = reference_voxels * _voxel_ml(spacing_mm)
-    return PairMetrics("missing_prediction", None, None, None, *([_NAN] * 8), volume, _NAN, _NAN)
+    unknown = _NAN, _NAN, _NAN, _NAN
+    return PairMetrics("missing_prediction", None, None, None, *unknown, *unknown, volume, _NAN, _NAN)
 
 
 def both_empty(*, spacing_mm: Sequence[float]) -> PairMetrics:
@@ -279,7 +280,8 @@ def _encode(
     if ignore_value is None:
         return codes
     kept = reference != ignore_value
-    return codes[0] * kept, codes[1] * kept
+    left_out = codes[0].dtype.type(0)
+    return np.where(kept, codes[0], left_out), np.where(kept, codes[1], left_out)
 
 
 def _codes(labels: Labels, parts: tuple[int, ...]) -> Labels:

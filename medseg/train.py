@@ -24,7 +24,6 @@ from medseg.check import check_dataset
 from medseg.config import Config, dump_yaml, make_config, overlay, read_yaml
 from medseg.device import choose_device, choose_precision, describe, memory_format, to_memory_format
 from medseg.errors import ConfigError, DataError, TrainingError
-from medseg.evaluate import Pair, Settings, evaluate_pairs
 from medseg.infer import InferOptions, Segmenter, decider, make_scorer, segment_cases
 from medseg.losses import loss as loss_of
 from medseg.metrics import counts, dice
@@ -33,7 +32,7 @@ from medseg.patches import Batch, PatchSampler
 from medseg.plan import Plan, make_plan, measure
 from medseg.preprocess import Prepared, prepare_cached
 from medseg.progress import Progress, silent
-from medseg.report import Report
+from medseg.report import Report, report_pairs
 from medseg.windows import predict
 from medseg.writers import atomic_path
 
@@ -528,15 +527,12 @@ def _validate(folder: Path, cases: Sequence[Case], device: str, progress: Progre
         log.warning("validation case failed: %s", result.reason)
     data = segmenter.config.data
     outputs = {r.case: out / r.output for r in results if r.output}
-    settings = Settings(
+    report = report_pairs(
+        [(c.id, outputs.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None],
         labels={n: data.labels[n] for n in data.foreground},
         ignore_value=data.ignore_value,
-        resample_prediction=False,
-        surface="surfel",
-        nsd_tolerance_mm=1.0,
+        groups={c.id: c.group for c in cases},
     )
-    pairs = [Pair(c.id, outputs.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None]
-    report = Report(evaluate_pairs(pairs, settings))
     report.save(out / "report")
     return report
 

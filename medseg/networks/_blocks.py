@@ -84,7 +84,7 @@ class InstanceNorm(nn.Module):
             # torch's instance norm copies into another memory order; batch norm of one image gives the same numbers
             norms = [
                 functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.EPSILON)
-                for image in maps.split(1)
+                for image in torch.split(maps, 1)
             ]
             return torch.cat(norms)
         return functional.instance_norm(maps, weight=self.weight, bias=self.bias, eps=self.EPSILON)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 
 from medseg.evaluate import Evaluation, Failure, Pair, evaluate_folders, evaluate_pairs, make_settings
 from medseg.metrics import Surface, Value
+from medseg.progress import Progress, silent
 from medseg.report.html import fixed, render
 from medseg.writers import atomic_path
 
@@ -84,7 +85,7 @@ def evaluate(
     nsd_tolerance_mm: float = 1.0,
     jobs: int = 1,
     images: Path | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Compare a folder of predictions (or one file) with one of references, case by case and label by label.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -52,13 +53,12 @@ def main() -> None:
 
 
 def machine() -> dict[str, str | int | None]:
-    """Processor, its cores, and the load that other programs put on it before the run."""
-    import os
-
+    """What the figures were measured on."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "system": platform.system()}
+    processor = names[0] if names else platform.processor()
+    return {"processor": processor, "cores": os.cpu_count(), "system": platform.system()}
 
 
 if __name__ == "__main__":
