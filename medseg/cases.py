@@ -76,6 +76,7 @@ class Dataset:
     region_values: tuple[int, ...] = ()
     folds: tuple[Fold, ...] | None = None
     problems: tuple[Problem, ...] = ()
+    licence: str = "not stated by the data set"
 
     @property
     def labelled(self) -> tuple[Case, ...]:
@@ -246,6 +247,7 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
         _labels(path / "dataset.json", content),
         _region_values(path / "dataset.json", content),
         problems=(*problems, *more),
+        licence=_licence(content),
     )
     splits = path / "splits_final.json"
     return _with_splits(dataset, splits) if splits.is_file() else dataset
@@ -272,6 +274,7 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
         _labels(description, content),
         _region_values(description, content),
         problems=tuple(problems),
+        licence=_licence(content),
     )
 
 
@@ -476,6 +479,10 @@ def _region_values(path: Path, content: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
         raise DataError(f"{path}: regions_class_order {values!r} found, expected a list of whole numbers")
     return tuple(values)
+
+
+def _licence(content: Mapping[str, Any]) -> str:
+    return str(content.get("licence") or content.get("license") or "not stated by the data set")
 
 
 def _json(path: Path) -> Any:

@@ -183,7 +183,7 @@ def train(
     out.print(f"{run.steps} steps; {spent}")
     if run.report is not None:
         _print_report(run.report)
-    _finish(f"Model: {run.folder}", _failed((), run.report))
+    _finish(f"Model: {run.folder}", _failed(run.results, run.report))
 
 
 @app.command(epilog="Example: medseg infer scans/ -m runs/first -o masks/")

@@ -282,7 +282,7 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
     """`section.key=value` as (("section", "key"), value); the value is read as YAML. Raises `ConfigError`."""
     name, equals, value = text.partition("=")
     keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) < 2:
         raise ConfigError(f"--set {text}: expected section.key=value, such as train.batch_size=2")
     try:
         return keys, yaml.safe_load(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import resource
@@ -20,12 +19,12 @@ from monai.data.meta_tensor import MetaTensor
 from medseg.cases import Case, infer_inputs
 from medseg.config import Config, DataConfig
 from medseg.device import choose_device, choose_precision, describe, memory_format, to_memory_format
-from medseg.errors import ConfigError, DataError, MedsegError, ModelError
+from medseg.errors import ConfigError, MedsegError, ModelError
 from medseg.grid import restore
 from medseg.model import Model, read_model, versions
 from medseg.preprocess import Prepared, prepare
 from medseg.progress import Progress, silent
-from medseg.readers import read_geometry
+from medseg.readers import file_sha256, read_geometry
 from medseg.windows import Flips, Scorer, predict
 from medseg.writers import atomic_path, is_whole_label, label_ending, write_label
 
@@ -196,7 +195,7 @@ def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | N
     output = _output(folder, case)
     seconds: dict[str, float] = {}
     try:
-        inputs = {str(p): _sha256(p) for p in case.images}
+        inputs = {str(p): file_sha256(p) for p in case.images}
         known = earlier is not None and earlier.status != "failed" and earlier.inputs == inputs
         if known and earlier and output.exists() and not segmenter.options.overwrite:
             grid = read_geometry(case.images[0], spatial_dims=segmenter.config.data.spatial_dims).grid
@@ -282,11 +281,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 4)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -280,8 +280,8 @@ def _encode(
     if ignore_value is None:
         return codes
     kept = reference != ignore_value
-    left_out = codes[0].dtype.type(0)
-    return np.where(kept, codes[0], left_out), np.where(kept, codes[1], left_out)
+    zero = codes[0].dtype.type(0)
+    return np.where(kept, codes[0], zero), np.where(kept, codes[1], zero)
 
 
 def _codes(labels: Labels, parts: tuple[int, ...]) -> Labels:
@@ -292,7 +292,7 @@ def _codes(labels: Labels, parts: tuple[int, ...]) -> Labels:
         return np.zeros(labels.shape, dtype)
     if labels.dtype == dtype and parts == tuple(range(1, len(parts) + 1)) and labels.max() <= len(parts):
         return labels
-    codes = np.empty_like(labels, dtype=dtype)
+    codes = cast(Labels, np.empty_like(labels, dtype=dtype))
     axis = _slowest_axis(labels)
     for n in range(labels.shape[axis]):
         slab = (*[slice(None)] * axis, slice(n, n + 1))

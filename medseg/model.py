@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 
 from medseg.config import Config, DataConfig, make_config
 from medseg.errors import ConfigError, ModelError
 from medseg.networks import build_network
+from medseg.readers import file_sha256
 from medseg.writers import atomic_path
 
 SCHEMA_VERSION = 1
@@ -78,14 +79,14 @@ def save_model(
     """Write model.safetensors and model.json into `folder`, each whole or not at all."""
     weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary)
+        temporary.write_bytes(save_safetensors(weights))
     description = {
         "schema_version": SCHEMA_VERSION,
         "labels": label_table(config.data),
         "training": dict(training),
         "licence": licence,
         "versions": versions(),
-        "weights_sha256": _sha256(folder / WEIGHTS),
+        "weights_sha256": file_sha256(folder / WEIGHTS),
         "config": config.model_dump(mode="json"),
     }
     with atomic_path(folder / DESCRIPTION) as temporary:
@@ -148,7 +149,3 @@ def _load_weights(network: torch.nn.Module, path: Path) -> str:
         )
     network.load_state_dict(found)
     return hashlib.sha256(content).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from medseg.preprocess import IGNORE_INDEX, Prepared
+from medseg.preprocess import Prepared
 
 # augmentation turns and scales a patch: this much of its surroundings is cut out with it
 MARGIN = 1.25
@@ -45,6 +45,7 @@ class PatchSampler:
         batch_size: int,
         foreground_fraction: float,
         generator: torch.Generator,
+        ignore_value: int | None = None,
     ) -> None:
         self._cases = cases
         self._batch_size = batch_size
@@ -53,7 +54,7 @@ class PatchSampler:
         self._patch = tuple(patch_size)
         # as much on both sides: the patch then lies on voxels of the cut, not between them
         self._size = tuple(p + 2 * math.ceil(p * (MARGIN - 1) / 2) for p in patch_size)
-        self._locations = [foreground_locations(c, generator) for c in cases]
+        self._locations = [foreground_locations(c, generator, ignore_value) for c in cases]
         self._deck: list[int] = []
 
     def draw(self) -> Batch:
@@ -102,13 +103,15 @@ class PatchSampler:
         return starts
 
 
-def foreground_locations(case: Prepared, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """For each label present, up to 4096 of its voxels (N, n), drawn evenly."""
+def foreground_locations(
+    case: Prepared, generator: torch.Generator, ignore_value: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    """For each label present, up to 4096 of its voxels (N, n), drawn evenly; none of `ignore_value`."""
     if case.label is None:
         return ()
     found = []
     for value in torch.unique(case.label).tolist():
-        if value in (0, IGNORE_INDEX):
+        if value in (0, ignore_value):
             continue
         voxels = torch.nonzero(case.label == value)
         found.append(voxels[torch.randperm(len(voxels), generator=generator)[:MAX_LOCATIONS]])

@@ -230,6 +230,10 @@ def _network(
         )
     else:
         base = NetworkConfig()
+    stride: int = base.output_stride
+    while stride > 2 and min(windows.patch_size) < 4 * stride:
+        stride //= 2
+    base = NetworkConfig.model_validate(base.model_dump() | {"output_stride": stride})
     strides = _strides(base, preprocess.spacing_mm, fingerprint.spatial_dims)
     if strides is not None:
         reasons["network.strides"] = "a coarse axis is halved only once the others have caught up with it"

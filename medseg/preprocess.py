@@ -17,7 +17,7 @@ from monai.transforms.compose import Compose
 from monai.transforms.spatial.dictionary import Orientationd
 from monai.transforms.transform import MapTransform, Transform
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 
 from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
@@ -228,7 +228,8 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
     prepared = prepare(case, config, data, with_label=True)
     folder.mkdir(parents=True, exist_ok=True)
     _write_cache(path, prepared)
-    return prepared
+    # read back, the tensors are mapped from the file: a data set larger than memory can be trained on
+    return _read_cache(path, case.id)
 
 
 def cache_key(case: Case, config: PreprocessConfig, data: DataConfig) -> str:
@@ -278,7 +279,7 @@ def _write_cache(path: Path, prepared: Prepared) -> None:
     if prepared.label is not None:
         tensors["label"] = prepared.label
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save_safetensors(tensors))
 
 
 def _read_cache(path: Path, case_id: str) -> Prepared:

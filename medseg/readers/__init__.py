@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "Image",
     "LabelMap",
     "NiftiHeader",
+    "file_sha256",
     "finite_or_raise",
     "is_image_file",
     "is_picture",
@@ -66,6 +68,18 @@ def is_image_file(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture (PNG, TIFF, JPEG, BMP), which has pixels but no millimetres."""
     return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal. Raises `DataError` where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    return digest.hexdigest()
 
 
 def read_image(

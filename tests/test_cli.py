@@ -1,0 +1,743 @@
+"""The command line from the outside: exit codes, messages, and what a mistake leaves behind (nothing)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+import medseg
+from medseg.cli import run
+
+VERBS = ("demo", "check", "plan", "train", "infer", "evaluate")
+OPTIONS = {
+    "demo": ("--output", "--time-budget", "--device"),
+    "check": ("DATASET", "--verbose"),
+    "plan": ("DATASET", "--output", "--set", "--device"),
+    "train": (
+        *("DATASET", "--output", "--config", "--set", "--fold", "--folds", "--time-budget", "--epochs", "--resume"),
+        *("--precision", "--seed", "--deterministic", "--device", "--verbose"),
+    ),
+    "infer": ("INPUT...", "--model", "--output", "--tta", "--overlap", "--shard", "--overwrite", "--device"),
+    "evaluate": (
+        *("PREDICTIONS", "REFERENCES", "--output", "--labels", "--nsd-tolerance-mm", "--surface", "--allow-missing"),
+        *("--resample-prediction", "--jobs"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command line left on the screen."""
+
+    code: int
+    out: str
+    err: str
+
+
+Medseg = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Medseg:
+    """Runs a command line in this process; no user's mistake may show a traceback."""
+
+    def call(*arguments: object) -> Outcome:
+        code = run([str(a) for a in arguments])
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.out + shown.err
+        return Outcome(code, shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture
+def train_args(tiny_settings: tuple[str, ...]) -> tuple[str, ...]:
+    """Options of a training of one second."""
+    chosen = (option for setting in tiny_settings for option in ("--set", setting))
+    return (*chosen, "--folds", "2", "--device", "cpu")
+
+
+@pytest.fixture
+def images(tiny_run, tmp_path: Path) -> Path:
+    """A copy of the images of the shared data set, to be damaged."""
+    return Path(shutil.copytree(tiny_run.dataset / "images", tmp_path / "scans"))
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
+
+
+# ---- help
+
+
+def test_medseg_alone_prints_help(cli: Medseg) -> None:
+    shown = cli()
+    assert all(verb in shown.out + shown.err for verb in VERBS)
+
+
+def test_version(cli: Medseg) -> None:
+    assert cli("--version").out.strip() == f"medseg {medseg.__version__}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example_and_its_options(cli: Medseg, verb: str) -> None:
+    shown = cli(verb, "--help")
+    assert shown.code == 0
+    assert f"Example: medseg {verb}" in shown.out
+    assert [option for option in OPTIONS[verb] if option not in shown.out] == []
+
+
+def test_an_unknown_verb_is_usage(cli: Medseg) -> None:
+    shown = cli("segment")
+    assert shown.code == 2
+    assert "segment" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--version",), 0, ("medseg ",)),
+        (("check", "nowhere"), 2, ("nowhere", "no such file or folder", "imagesTr")),
+    ],
+)
+def test_as_a_process(tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "medseg", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [word for word in words if word not in done.stdout + done.stderr] == []
+    assert _files(tmp_path) == []
+
+
+def test_a_command_that_does_no_work_does_not_wait_for_torch() -> None:
+    code = "import sys, medseg.cli; medseg.cli.run(['--version']); print({'torch', 'monai'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+# ---- bad data sets: `check` names the file (1), `train` refuses and leaves nothing (2)
+
+
+def _resave(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    loaded = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.asarray(loaded.dataobj)), loaded.affine), path)
+    return path
+
+
+def _truncated(dataset: Path) -> Path:
+    path = dataset / "images" / "case1.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+def _nan(dataset: Path) -> Path:
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[3, 4, 5:8] = np.nan
+        return array
+
+    return _resave(dataset / "images" / "case1.nii.gz", change)
+
+
+def _other_shape(dataset: Path) -> Path:
+    return _resave(dataset / "labels" / "case1.nii.gz", lambda a: a[:-1])
+
+
+def _half(dataset: Path) -> Path:
+    return _resave(dataset / "labels" / "case1.nii.gz", lambda a: a.astype(np.float32) * np.float32(0.5))
+
+
+def _missing_label(dataset: Path) -> Path:
+    (dataset / "labels" / "case1.nii.gz").unlink()
+    return dataset / "images" / "case1.nii.gz"
+
+
+def _four_axes(dataset: Path) -> Path:
+    return _resave(dataset / "images" / "case1.nii.gz", lambda a: np.stack([a, a], axis=-1))
+
+
+def _zero_spacing(dataset: Path) -> Path:
+    path = dataset / "images" / "case1.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    # NIfTI-1: pixdim[1] at byte 80, qform_code and sform_code at 252 and 254
+    content[80:84] = bytes(4)
+    content[252:256] = bytes(4)
+    path.write_bytes(gzip.compress(bytes(content)))
+    return path
+
+
+DAMAGES = [
+    (_truncated, ("gzip stream", "copy the file again")),
+    (_nan, ("3 of", "NaN", "finite numbers", "replace them")),
+    (_other_shape, ("shape", "as its image", "resample it to the image")),
+    (_half, ("0.5", "whole numbers", "nearest neighbour")),
+    (_missing_label, ("image without label", "labels/case1.nii.gz", "add the label")),
+    (_four_axes, ("axis 4 has 2 points", "one volume", "split a time series")),
+    (_zero_spacing, ("spacing [0.0, 1.0, 1.5]", "above 0", "correct the header")),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=[d.__name__[1:] for d, _ in DAMAGES])
+def test_check_names_the_bad_file(cli: Medseg, tiny_dataset, damage, words: tuple[str, ...]) -> None:
+    dataset = tiny_dataset(cases=3)
+    bad = damage(dataset)
+    shown = cli("check", dataset)
+    assert shown.code == 1
+    line = next(line for line in shown.out.splitlines() if line.startswith("error"))
+    assert [word for word in (str(bad), "expected", *words) if word not in line] == []
+    assert "case0" not in shown.out
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=[d.__name__[1:] for d, _ in DAMAGES])
+def test_train_refuses_a_bad_file(
+    cli: Medseg, tiny_dataset, tmp_path: Path, train_args, damage, words: tuple[str, ...]
+) -> None:
+    dataset = tiny_dataset(cases=3)
+    bad = damage(dataset)
+    shown = cli("train", dataset, "-o", tmp_path / "run", *train_args, "--epochs", 1)
+    assert shown.code == 2
+    assert [word for word in (str(bad), "nothing was trained", *words) if word not in shown.err] == []
+    assert _files(tmp_path / "run") == []
+
+
+def test_check_of_a_good_data_set(cli: Medseg, tiny_run) -> None:
+    shown = cli("check", tiny_run.dataset)
+    assert shown.code == 0
+    assert shown.out.splitlines()[-1] == f"{tiny_run.dataset}: 4 cases read, 0 errors, 0 other findings"
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "train"])
+def test_a_data_set_that_is_not_there(cli: Medseg, tmp_path: Path, verb: str) -> None:
+    more = ("-o", tmp_path / "out") if verb == "train" else ()
+    shown = cli(verb, tmp_path / "nowhere", *more)
+    assert shown.code == 2
+    assert f"{tmp_path / 'nowhere'}: no such file or folder" in shown.err
+    assert _files(tmp_path) == []
+
+
+def test_an_empty_folder_is_no_data_set(cli: Medseg, tmp_path: Path) -> None:
+    shown = cli("check", tmp_path)
+    assert shown.code == 2
+    assert f"{tmp_path}: none of dataset.json, imagesTr" in shown.err
+    assert "CSV or JSON list" in shown.err
+
+
+def test_a_data_set_without_cases(cli: Medseg, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    shown = cli("check", tmp_path)
+    assert shown.code == 2
+    assert f"{tmp_path}: no case found" in shown.err
+
+
+@pytest.mark.parametrize("name", ["../../case", "/case", "a\\\\b", ".."])
+def test_a_case_name_stays_in_its_folder(cli: Medseg, tiny_run, tmp_path: Path, name: str) -> None:
+    listed = tmp_path / "list.csv"
+    image, label = (tiny_run.dataset / f / "case0.nii.gz" for f in ("images", "labels"))
+    listed.write_text(f"case,image,label\n{name},{image},{label}\n")
+    shown = cli("check", listed)
+    assert shown.code == 2
+    assert f"{listed}: case name {name!r} found" in shown.err
+
+
+# ---- wrong settings of `train`: 2, before anything is done
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a YAML file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  learning_rte: 0.1\n", ("unknown key `train.learning_rte`", "learning_rate")),
+        ("trian:\n  seed: 1\n", ("unknown key `trian`", "train")),
+        ("train:\n  seed: often\n", ("train.seed", "'often'", "integer")),
+        ("- a\n- b\n", ("holds list", "sections")),
+        ("train: [\n", ("not valid YAML",)),
+    ],
+)
+def test_train_refuses_a_settings_file(
+    cli: Medseg, tiny_run, tmp_path: Path, settings_file, text: str, words: tuple[str, ...]
+) -> None:
+    path = settings_file(text)
+    shown = cli("train", tiny_run.dataset, "-o", tmp_path / "run", "-c", path)
+    assert shown.code == 2
+    assert [word for word in (f"{path}: ", *words) if word not in shown.err] == []
+    assert _files(tmp_path / "run") == []
+
+
+def test_train_refuses_a_settings_file_that_is_not_there(cli: Medseg, tiny_run, tmp_path: Path) -> None:
+    shown = cli("train", tiny_run.dataset, "-o", tmp_path / "run", "-c", tmp_path / "none.yaml")
+    assert shown.code == 2
+    assert f"{tmp_path / 'none.yaml'}: cannot be read" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--set", "train.batch_size=many"), ("--set", "train.batch_size", "'many'", "integer")),
+        (("--set", "train.batch_size=0"), ("train.batch_size", "greater than 0")),
+        (("--set", "train.batchsize=2"), ("--set", "unknown key `train.batchsize`", "batch_size")),
+        (("--set", "batch_size"), ("--set batch_size", "section.key=value")),
+        (("--set", "network.name=unnet"), ("network.name", "`unnet`", "deeplabv3plus")),
+        (("--fold", "2"), ("fold 2", "0 to 1 or all")),
+        (("--fold", "first"), ("--fold first", "number from 0 or all")),
+        (("--folds", "9"), ("9 folds", "4 groups", "--fold all")),
+        (("--time-budget", "soon"), ("--time-budget soon", "90s, 20m or 1.5h")),
+        (("--time-budget", "-5m"), ("--time-budget", "positive")),
+        (("--time-budget", "1m", "--epochs", "1"), ("--time-budget", "--epochs", "one of them")),
+        (("--epochs", "0"), ("--epochs", "greater than or equal to 1")),
+        (("--device", "cuda:99"), ("--device cuda:99", "CUDA devices found", "--device cpu")),
+        (("--device", "gpu"), ("--device gpu", "cuda:N")),
+        (("--precision", "16"), ("--precision", "bf16")),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_train_refuses(
+    cli: Medseg, tiny_run, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    folds = () if "--folds" in arguments else ("--folds", 2)
+    shown = cli("train", tiny_run.dataset, "-o", tmp_path / "run", *folds, *arguments)
+    assert shown.code == 2
+    assert [word for word in words if word not in shown.err] == []
+    assert _files(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_train_needs_a_folder_it_can_write(cli: Medseg, tiny_run, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    shown = cli("train", tiny_run.dataset, "-o", tmp_path / place, "--folds", 2, "--epochs", 1)
+    assert shown.code == 2
+    assert str(tmp_path / place) in shown.err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_train_does_not_write_over_a_run(cli: Medseg, tiny_run, train_args) -> None:
+    before = (tiny_run.folder / "model.safetensors").read_bytes()
+    shown = cli("train", tiny_run.dataset, "-o", tiny_run.folder, *train_args, "--epochs", 1)
+    assert shown.code == 2
+    assert f"{tiny_run.folder}: holds a training run already" in shown.err
+    assert "--resume" in shown.err
+    assert (tiny_run.folder / "model.safetensors").read_bytes() == before
+
+
+def test_train_goes_on_with_resume(cli: Medseg, tiny_run, tmp_path: Path, train_args) -> None:
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    shown = cli("train", tiny_run.dataset, "-o", folder, *train_args, "--epochs", 2, "--resume")
+    assert shown.code == 0
+    # one epoch of two steps was done before
+    assert shown.out.startswith("4 steps; ")
+    assert shown.out.splitlines()[-1] == f"Model: {folder}"
+
+
+def test_resume_refuses_another_network(cli: Medseg, tiny_run, tmp_path: Path, train_args) -> None:
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    wider = ("--set", "network.channels=[4,16]")
+    shown = cli("train", tiny_run.dataset, "-o", folder, *train_args, *wider, "--epochs", 2, "--resume")
+    assert shown.code in (1, 2)
+    assert str(folder) in shown.err
+    assert "train into a new folder" in shown.err
+
+
+def test_a_broken_state_cannot_be_resumed(cli: Medseg, tiny_run, tmp_path: Path, train_args) -> None:
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:500])
+    shown = cli("train", tiny_run.dataset, "-o", folder, *train_args, "--epochs", 2, "--resume")
+    assert shown.code == 1
+    assert f"{folder / 'last.pt'}: cannot be resumed" in shown.err
+
+
+# ---- plan
+
+
+def test_plan_prints_yaml_with_reasons_that_train_takes(
+    cli: Medseg, tiny_run, tmp_path: Path, settings_file, train_args
+) -> None:
+    shown = cli("plan", tiny_run.dataset, "--device", "cpu")
+    assert shown.code == 0
+    assert "  # median of the data set" in shown.out
+    planned = yaml.safe_load(shown.out)
+    assert planned["preprocess"]["spacing_mm"] == [1.0, 1.0, 1.5]
+    assert planned["data"]["labels"] == {"background": 0, "label_1": 1, "label_2": 2}
+    path = settings_file(shown.out)
+    trained = cli("train", tiny_run.dataset, "-o", tmp_path / "run", "-c", path, *train_args, "--epochs", 1)
+    assert trained.code == 0
+
+
+def test_plan_writes_the_file_it_is_given(cli: Medseg, tiny_run, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.yaml"
+    shown = cli("plan", tiny_run.dataset, "-o", path, "--device", "cpu")
+    assert (shown.code, shown.out) == (0, f"Plan: {path}\n")
+    assert medseg.read_config(path).preprocess.spacing_mm == (1.0, 1.0, 1.5)
+
+
+def test_plan_cannot_write_below_a_file(cli: Medseg, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    shown = cli("plan", tiny_run.dataset, "-o", tmp_path / "file" / "plan.yaml")
+    assert shown.code == 2
+    assert "cannot write plan.yaml" in shown.err
+
+
+# ---- infer
+
+
+def _record(folder: Path) -> dict[str, dict[str, object]]:
+    content = json.loads((folder / "run.json").read_text())
+    return {case["case"]: case for case in content["cases"]}
+
+
+def test_infer_writes_masks_on_the_images_grid(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    shown = cli("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert shown.code == 0
+    assert shown.out == f"{tmp_path / 'out'}: 4 masks written, 0 there already, 0 cases failed\n"
+    assert _files(tmp_path / "out") == [*(f"case{n}.nii.gz" for n in range(4)), "run.json"]
+    mask, image = (nib.load(f / "case1.nii.gz") for f in (tmp_path / "out", images))
+    assert mask.shape == image.shape
+    assert mask.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(mask.affine, image.affine)
+
+
+def test_infer_skips_what_is_done_unless_told(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    call = ("infer", images / "case0.nii.gz", images / "case1.nii.gz", "-m", tiny_run.folder, "-o", tmp_path / "out")
+    cli(*call)
+    mask = tmp_path / "out" / "case1.nii.gz"
+    mask.write_bytes(mask.read_bytes()[:100])
+    assert "1 masks written, 1 there already" in cli(*call).out
+    assert "2 masks written, 0 there already" in cli(*call, "--overwrite").out
+
+
+def test_infer_does_the_good_and_names_the_bad(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    truncated = images / "case1.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:1000])
+    four_axes = _resave(images / "case2.nii.gz", lambda a: np.stack([a, a], axis=-1))
+    shown = cli("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert shown.code == 1
+    assert "2 masks written, 0 there already, 2 cases failed" in shown.out
+    assert f"failed: case1: {truncated}: the gzip stream is damaged" in shown.err
+    assert f"failed: case2: {four_axes}: " in shown.err
+    assert _files(tmp_path / "out") == ["case0.nii.gz", "case3.nii.gz", "run.json"]
+    record = _record(tmp_path / "out")
+    assert {name: case["status"] for name, case in record.items()} == {
+        "case0": "done",
+        "case1": "failed",
+        "case2": "failed",
+        "case3": "done",
+    }
+    assert "gzip" in str(record["case1"]["reason"])
+
+
+def test_infer_shards_share_the_work(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    call = ("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out", "--shard")
+    cli(*call, "1/2")
+    assert [f for f in _files(tmp_path / "out") if f.endswith(".gz")] == ["case0.nii.gz", "case2.nii.gz"]
+    cli(*call, "2/2")
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shard", "3/2"), ("--shard 3/2", "from 1 to n")),
+        (("--shard", "0/2"), ("--shard 0/2", "from 1 to n")),
+        (("--shard", "half"), ("--shard half", "i/n")),
+        (("--overlap", "2"), ("--overlap 2", "0 to below 1")),
+        (("--overlap", "much"), ("--overlap", "a valid number")),
+        (("--tta", "turn"), ("--tta", "flip")),
+        (("--device", "cuda:99"), ("--device cuda:99", "CUDA devices found")),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") and len(value) == 2 else "",
+)
+def test_infer_refuses(
+    cli: Medseg, tiny_run, images: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    shown = cli("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out", *arguments)
+    assert shown.code == 2
+    assert [word for word in words if word not in shown.err] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_infer_of_an_empty_folder(cli: Medseg, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shown = cli("infer", tmp_path / "empty", "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert shown.code == 2
+    assert f"{tmp_path / 'empty'}: no image found, expected DICOM or a file ending in .nii.gz" in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_infer_of_nothing_at_all(cli: Medseg, tiny_run, tmp_path: Path) -> None:
+    shown = cli("infer", tmp_path / "nowhere", "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert shown.code == 2
+    assert f"{tmp_path / 'nowhere'}: no such file or folder" in shown.err
+
+
+def test_infer_of_two_inputs_of_one_name(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    twin = shutil.copytree(images, tmp_path / "later")
+    shown = cli("infer", images, twin, "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert shown.code == 2
+    assert [str(f / "case0.nii.gz") for f in (images, twin) if str(f / "case0.nii.gz") not in shown.err] == []
+    assert "would both become case case0; rename one" in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_infer_needs_a_folder_it_can_write(cli: Medseg, tiny_run, images: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    shown = cli("infer", images, "-m", tiny_run.folder, "-o", tmp_path / place)
+    assert shown.code == 2
+    assert f"{tmp_path / place}: cannot be made" in shown.err
+    assert "choose another -o" in shown.err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_infer_does_not_write_over_its_input(cli: Medseg, tiny_run, images: Path) -> None:
+    before = (images / "case0.nii.gz").read_bytes()
+    shown = cli("infer", images, "-m", tiny_run.folder, "-o", images)
+    assert shown.code == 2
+    assert f"{images / 'case0.nii.gz'}: the mask would replace an input image; choose another -o" in shown.err
+    assert (images / "case0.nii.gz").read_bytes() == before
+    assert _files(images) == [f"case{n}.nii.gz" for n in range(4)]
+
+
+# ---- models
+
+
+def _without_weights(folder: Path) -> tuple[str, ...]:
+    (folder / "model.safetensors").unlink()
+    return str(folder), "no model.safetensors found", "a model folder holds"
+
+
+def _without_description(folder: Path) -> tuple[str, ...]:
+    (folder / "model.json").unlink()
+    return str(folder), "no model.json found"
+
+
+def _damaged_weights(folder: Path) -> tuple[str, ...]:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return str(path), "safetensors", "copy the run folder again"
+
+
+def _changed_weights(folder: Path) -> tuple[str, ...]:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return str(path), "not the weights that model.json describes"
+
+
+def _other_network(folder: Path) -> tuple[str, ...]:
+    path = folder / "model.json"
+    path.write_text(path.read_text().replace('"aspp_channels": 4', '"aspp_channels": 8'))
+    return str(folder / "model.safetensors"), "weights of another network", "expected"
+
+
+def _no_json(folder: Path) -> tuple[str, ...]:
+    (folder / "model.json").write_text("{")
+    return str(folder / "model.json"), "not valid JSON"
+
+
+def _newer(folder: Path) -> tuple[str, ...]:
+    path = folder / "model.json"
+    path.write_text(path.read_text().replace('"schema_version": 1,', '"schema_version": 99,', 1))
+    return str(path), "schema_version 99 found, expected 1"
+
+
+def _text_file(folder: Path) -> tuple[str, ...]:
+    shutil.rmtree(folder)
+    folder.write_text("my model")
+    return str(folder), "`medseg train -o` wrote"
+
+
+def _gone(folder: Path) -> tuple[str, ...]:
+    shutil.rmtree(folder)
+    return str(folder), "no such folder"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(_without_weights, _without_description, _damaged_weights, _changed_weights, _other_network),
+        *(_no_json, _newer, _text_file, _gone),
+    ],
+)
+def test_infer_refuses_a_model(
+    cli: Medseg, tiny_run, images: Path, tmp_path: Path, damage: Callable[[Path], tuple[str, ...]]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_run.folder, folder, ignore=shutil.ignore_patterns("cache", "validation"))
+    words = damage(folder)
+    shown = cli("infer", images, "-m", folder, "-o", tmp_path / "out")
+    assert shown.code == 2
+    assert [word for word in words if word not in shown.err] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_infer_with_an_ensemble_of_one_model_twice(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli("infer", images / "case0.nii.gz", "-m", tiny_run.folder, "-o", one)
+    shown = cli("infer", images / "case0.nii.gz", "-m", tiny_run.folder, "-m", tiny_run.folder, "-o", two)
+    assert shown.code == 0
+    assert (one / "case0.nii.gz").read_bytes() == (two / "case0.nii.gz").read_bytes()
+
+
+# ---- evaluate
+
+
+@pytest.fixture
+def folders(tiny_run, tmp_path: Path) -> tuple[Path, Path]:
+    """Predictions, which are the references, and the references."""
+    return Path(shutil.copytree(tiny_run.dataset / "labels", tmp_path / "masks")), tiny_run.dataset / "labels"
+
+
+def test_evaluate_writes_a_report(cli: Medseg, tiny_run, folders, tmp_path: Path) -> None:
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report", "--labels", tiny_run.folder)
+    assert shown.code == 0
+    assert _files(tmp_path / "report") == ["metrics.csv", "report.html", "summary.json"]
+    assert shown.out.splitlines()[1].split()[:2] == ["label_1", "1.000"]
+    assert shown.out.splitlines()[-1] == f"Report: {tmp_path / 'report' / 'report.html'}"
+
+
+def test_evaluate_refuses_missing_predictions(cli: Medseg, folders, tmp_path: Path) -> None:
+    (folders[0] / "case2.nii.gz").unlink()
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report")
+    assert shown.code == 2
+    assert f"{folders[0]}: missing predictions for 1 of 4 references: case2; predict these cases" in shown.err
+    assert not (tmp_path / "report").exists()
+
+
+def test_evaluate_reports_missing_predictions_where_allowed(cli: Medseg, folders, tmp_path: Path) -> None:
+    (folders[0] / "case2.nii.gz").unlink()
+    assert cli("evaluate", *folders, "-o", tmp_path / "report", "--allow-missing").code == 0
+    rows = (tmp_path / "report" / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[3] for row in rows if row.startswith("case2,")] == ["missing_prediction"] * 2
+
+
+def test_evaluate_names_a_case_on_another_grid(cli: Medseg, folders, tmp_path: Path) -> None:
+    moved = _resave(folders[0] / "case2.nii.gz", lambda a: a[:-2])
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report")
+    assert shown.code == 1
+    assert f"failed: case2: {moved}: shape" in shown.err
+    assert "--resample-prediction" in shown.err
+    rows = (tmp_path / "report" / "metrics.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == {"case0", "case1", "case3"}
+    assert cli("evaluate", *folders, "-o", tmp_path / "again", "--resample-prediction").code == 0
+
+
+def test_evaluate_names_a_file_it_cannot_read(cli: Medseg, folders, tmp_path: Path) -> None:
+    bad = folders[0] / "case2.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:60])
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report")
+    assert shown.code == 1
+    assert f"failed: case2: {bad}: the gzip stream is damaged" in shown.err
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--surface", "smooth"), ("--surface", "surfel")),
+        (("--nsd-tolerance-mm", "-1"), ("--nsd-tolerance-mm", "greater than or equal to 0")),
+        (("--labels", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
+        (("--jobs", "0"), ("--jobs", "greater than or equal to 1")),
+    ],
+)
+def test_evaluate_refuses(
+    cli: Medseg, folders, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report", *arguments)
+    assert shown.code == 2
+    assert [word for word in words if word not in shown.err] == []
+    assert not (tmp_path / "report").exists()
+
+
+def test_evaluate_of_a_folder_that_is_not_there(cli: Medseg, folders, tmp_path: Path) -> None:
+    shown = cli("evaluate", tmp_path / "nowhere", folders[1], "-o", tmp_path / "report")
+    assert shown.code == 2
+    assert f"{tmp_path / 'nowhere'}: does not exist" in shown.err
+
+
+def test_evaluate_cannot_write_below_a_file(cli: Medseg, folders, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    shown = cli("evaluate", *folders, "-o", tmp_path / "file" / "report")
+    assert shown.code == 2
+    assert str(tmp_path / "file" / "report") in shown.err
+
+
+# ---- what is shown
+
+
+def test_verbose_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["check", str(tmp_path / "nowhere"), "-v"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def odd_name(tmp_path: Path) -> Path:
+    """A name that a terminal library might take for its own markup."""
+    return tmp_path / "scan[red] :heart:"
+
+
+def test_file_names_are_shown_as_they_are(cli: Medseg, odd_name: Path) -> None:
+    assert str(odd_name) in cli("check", odd_name).err
+
+
+def test_an_interruption_is_130_and_leaves_a_state(
+    cli: Medseg, tiny_run, tmp_path: Path, train_args, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medseg.patches import PatchSampler
+
+    draw = PatchSampler.draw
+    drawn: list[int] = []
+
+    def interrupted(sampler: PatchSampler) -> object:
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(1)
+        return draw(sampler)
+
+    monkeypatch.setattr(PatchSampler, "draw", interrupted)
+    folder = tmp_path / "run"
+    shown = cli("train", tiny_run.dataset, "-o", folder, *train_args, "--epochs", 5)
+    assert shown.code == 130
+    assert "interrupted" in shown.err
+    assert (folder / "last.pt").is_file()
+    assert not (folder / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert cli("train", tiny_run.dataset, "-o", folder, *train_args, "--epochs", 5, "--resume").out.startswith(
+        "10 steps"
+    )

@@ -1,0 +1,327 @@
+"""Grids: turns, flips and crops are exact, ramps and parabolas are reproduced, and nothing oblique slips through."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from geometry import oblique, orientations, reorient
+
+from medseg import grid as grid_module
+from medseg.errors import GeometryError
+from medseg.grid import Grid, axis_weights, resample, resample_labels, restore
+
+SPACING = (0.9, 1.7, 3.1)
+
+
+def source(shape: tuple[int, int, int] = (4, 5, 7)) -> Grid:
+    return Grid(shape, oblique(SPACING))
+
+
+def voxel_positions(grid: Grid) -> np.ndarray:
+    """(*shape, 3) in mm."""
+    index = np.stack(np.meshgrid(*[np.arange(s) for s in grid.shape], indexing="ij"), -1)
+    return index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+
+
+def one_hot(labels: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.stack([(labels == k).float() for k in range(count)])
+
+
+def strongest(scores: torch.Tensor) -> torch.Tensor:
+    return scores.argmax(dim=0).to(torch.uint8)
+
+
+# ---- grids
+
+
+def test_spacing_of_an_oblique_grid_is_the_length_of_its_axes() -> None:
+    assert source().spacing_mm == pytest.approx(SPACING)
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "words"),
+    [
+        ((3, 3, 3), np.eye(3), "affine of shape"),
+        ((3, 0, 3), np.eye(4), "at least one voxel"),
+        ((3, 3, 3), np.diag([1, np.nan, 1, 1]), "NaN"),
+        ((3, 3, 3), np.diag([1, 0, 1, 1]), "singular"),
+        ((2, 2), np.array([[1, 2, 0], [2, 4, 0], [0, 0, 1]]), "singular"),
+    ],
+)
+def test_impossible_grids_are_refused(shape: tuple[int, ...], affine: np.ndarray, words: str) -> None:
+    with pytest.raises(GeometryError, match=words):
+        Grid(shape, affine)
+
+
+def test_grids_match_up_to_the_tolerance_in_voxels_of_the_finest_axis() -> None:
+    grid = source()
+    moved = grid.affine.copy()
+    moved[0, 3] += 0.05 * 0.9
+    assert not grid.matches(Grid(grid.shape, moved))
+    assert grid.matches(Grid(grid.shape, moved), tolerance=0.06)
+    assert not grid.matches(Grid(grid.shape, moved), tolerance=0.04)
+
+
+def test_grids_of_other_shape_never_match() -> None:
+    assert not source((4, 5, 7)).matches(source((4, 5, 6)), tolerance=1e9)
+
+
+def test_a_tilt_counts_at_the_far_corner() -> None:
+    long = Grid((1001, 2, 2), np.eye(4))
+    tilted = np.eye(4)
+    tilted[1, 0] = 1e-4
+    assert long.matches(Grid(long.shape, tilted), tolerance=0.11)
+    assert not long.matches(Grid(long.shape, tilted), tolerance=0.09)
+
+
+def test_with_spacing_keeps_outer_faces() -> None:
+    grid = Grid((6, 4, 10), oblique((1.0, 1.5, 0.5)))
+    finer = grid.with_spacing((0.5, 3.0, 1.0))
+    assert finer.shape == (12, 2, 5)
+    assert finer.spacing_mm == pytest.approx((0.5, 3.0, 1.0))
+    for low, high in ((grid, finer), (finer, grid)):
+        # the same faces, whichever is asked: the corner at index −1/2
+        corner = np.array([-0.5, -0.5, -0.5, 1])
+        np.testing.assert_allclose(low.affine @ corner, high.affine @ corner, atol=1e-12)
+
+
+def test_with_shape_keeps_outer_faces_of_a_picture() -> None:
+    grid = Grid((30, 20), np.eye(3)).with_shape((10, 40))
+    assert grid.spacing_mm == (3.0, 0.5)
+    np.testing.assert_allclose(grid.affine @ [-0.5, -0.5, 1], [-0.5, -0.5, 1])
+
+
+@pytest.mark.parametrize("size", [21, 23])
+def test_half_voxels_give_one_shape_whatever_the_rounding_of_the_header(size: int) -> None:
+    shapes = {
+        Grid((size, 4, 4), np.diag([1 + change, 1, 1, 1])).with_spacing((2, 1, 1)).shape for change in (-1e-7, 0, 1e-7)
+    }
+    assert shapes == {(size // 2, 4, 4)}
+
+
+def test_a_coarse_spacing_leaves_one_voxel() -> None:
+    assert Grid((3, 3, 3), np.eye(4)).with_spacing((100, 1, 1)).shape == (1, 3, 3)
+
+
+# ---- turns, flips, crops
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
+def test_all_48_orientations_of_an_oblique_volume_come_out_exactly(kernel: grid_module.Kernel) -> None:
+    here = source()
+    array = np.random.default_rng(0).normal(size=here.shape).astype(np.float32)
+    for order, flipped in orientations():
+        turned, affine = reorient(array, here.affine, order, flipped)
+        # as a header would hold it
+        there = Grid(turned.shape, affine.astype(np.float32).astype(np.float64))
+        result = resample(torch.as_tensor(array)[None], here, there, kernel=kernel)
+        assert torch.equal(result[0], torch.as_tensor(turned)), (order, flipped)
+
+
+def test_restore_turns_labels_back_in_all_48_orientations() -> None:
+    here = source()
+    labels = np.random.default_rng(1).integers(0, 3, here.shape)
+    scores = one_hot(torch.as_tensor(labels), 3)
+    for order, flipped in orientations():
+        turned, affine = reorient(labels, here.affine, order, flipped)
+        result = restore(scores, here, Grid(turned.shape, affine), strongest)
+        assert torch.equal(result, torch.as_tensor(turned).to(torch.uint8)), (order, flipped)
+
+
+def test_a_crop_is_exact() -> None:
+    here = source()
+    array = torch.randn(2, *here.shape, generator=torch.Generator().manual_seed(0))
+    affine = here.affine.copy()
+    affine[:, 3] = here.affine @ [1, 2, 3, 1]
+    result = resample(array, here, Grid((2, 3, 4), affine), kernel="cubic")
+    assert torch.equal(result, array[:, 1:3, 2:5, 3:7])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16])
+def test_restore_after_a_crop_is_zero_outside(dtype: torch.dtype) -> None:
+    whole = source((6, 7, 8))
+    affine = whole.affine.copy()
+    affine[:, 3] = whole.affine @ [1, 2, 3, 1]
+    part = Grid((3, 2, 4), affine)
+    scores = torch.zeros(2, *part.shape)
+    scores[1] = 1
+    result = restore(scores, part, whole, lambda s: (s.argmax(dim=0).int() * 200).to(dtype))
+    expected = torch.zeros(whole.shape, dtype=torch.int32)
+    expected[1:4, 2:4, 3:7] = 200
+    assert result.dtype == dtype
+    assert torch.equal(result.int(), expected)
+
+
+def test_restore_to_a_grid_that_lies_apart_is_all_zero() -> None:
+    here = source()
+    apart = here.affine.copy()
+    apart[:, 3] = here.affine @ [50, 0, 0, 1]
+    assert not restore(torch.ones(1, *here.shape), here, Grid(here.shape, apart), lambda s: s[0].int()).any()
+
+
+def test_restore_of_a_cropped_coarse_grid_ends_at_the_faces_of_its_voxels() -> None:
+    # one axis that counts: coarse voxels of 2 mm with centres at 4.5 and 6.5 mm cover 3.5…7.5 mm
+    coarse = Grid((2, 1, 1), np.array([[2.0, 0, 0, 4.5], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+    fine = Grid((10, 1, 1), np.eye(4))
+    result = restore(torch.ones(1, 2, 1, 1), coarse, fine, lambda s: (s[0] > 0.5).to(torch.uint8))
+    assert result[:, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def test_slabs_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = source((5, 6, 7))
+    fine = coarse.with_spacing((0.6, 1.9, 1.1))
+    scores = torch.randn(3, *coarse.shape, generator=torch.Generator().manual_seed(2))
+    whole = restore(scores, coarse, fine, strongest)
+    sizes = []
+
+    def watch(slab: torch.Tensor) -> torch.Tensor:
+        sizes.append(slab.shape[1])
+        return strongest(slab)
+
+    monkeypatch.setattr(grid_module, "SLAB_BYTES", 2 * 3 * 4 * fine.shape[1] * fine.shape[2])
+    slabs = restore(scores, coarse, fine, watch)
+    assert set(sizes) <= {1, 2}
+    assert sum(sizes) == fine.shape[0]
+    assert torch.equal(slabs, whole)
+
+
+# ---- spacings
+
+
+def ramp(grid: Grid) -> torch.Tensor:
+    """2x − 3y + 0.5z + 7 mm at the centres of the voxels."""
+    return torch.as_tensor(voxel_positions(grid) @ [2.0, -3.0, 0.5] + 7, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "cubic"])
+@pytest.mark.parametrize("spacing", [(0.45, 1.1, 2.0), (0.9, 0.3, 3.1), (1.8, 1.7, 3.1), (1.8, 5.1, 9.3)])
+def test_a_ramp_stays_a_ramp_when_spacing_changes(kernel: grid_module.Kernel, spacing: tuple[float, ...]) -> None:
+    here = source((18, 21, 24))
+    there = here.with_spacing(spacing)
+    result = resample(ramp(here)[None], here, there, kernel=kernel)[0]
+    # two voxels of the coarser grid: as far as a kernel reaches
+    edge = tuple(
+        slice(e, s - e)
+        for s, e in zip(there.shape, (int(np.ceil(2 * max(1, a / b))) for a, b in zip(SPACING, spacing)))
+    )
+    inner = result[edge]
+    assert inner.numel() > 0
+    # values reach 150 in float32
+    np.testing.assert_allclose(inner, ramp(there)[edge], atol=1e-4)
+
+
+def test_keys_cubic_reproduces_a_parabola() -> None:
+    weights = axis_weights(12, 40, scale=0.3, offset=-0.1, kernel="cubic")
+    at = 0.3 * np.arange(40) - 0.1
+    inside = (at > 1) & (at < 10)
+    np.testing.assert_allclose((weights @ (np.arange(12.0) ** 2))[inside], at[inside] ** 2, atol=1e-12)
+
+
+def test_keys_cubic_half_way_has_the_weights_of_the_paper() -> None:
+    assert axis_weights(4, 1, scale=1, offset=1.5, kernel="cubic")[0] == pytest.approx(
+        [-1 / 16, 9 / 16, 9 / 16, -1 / 16]
+    )
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize(("scale", "offset"), [(0.3, -2.0), (1.0, 0.5), (2.7, 0.4), (-2.7, 25.0), (8.0, 3.5)])
+def test_weights_of_every_row_sum_to_one(kernel: grid_module.Kernel, scale: float, offset: float) -> None:
+    weights = axis_weights(11, 13, scale=scale, offset=offset, kernel=kernel)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-12)
+
+
+def test_shrinking_averages_instead_of_skipping() -> None:
+    # a stripe pattern that the coarse grid cannot hold becomes its mean
+    here = Grid((16, 1, 1), np.eye(4))
+    stripes = (torch.arange(16) % 2).float().reshape(1, 16, 1, 1)
+    result = resample(stripes, here, here.with_spacing((4, 1, 1)))
+    np.testing.assert_allclose(result[0, 1:-1, 0, 0], 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
+def test_outside_the_edge_voxel_goes_on(kernel: grid_module.Kernel) -> None:
+    here = Grid((3, 1, 1), np.eye(4))
+    wide = np.eye(4)
+    wide[0, 3] = -4
+    values = torch.tensor([5.0, 6.0, 8.0]).reshape(1, 3, 1, 1)
+    result = resample(values, here, Grid((11, 1, 1), wide), kernel=kernel)[0, :, 0, 0]
+    np.testing.assert_allclose(result, [5, 5, 5, 5, 5, 6, 8, 8, 8, 8, 8], atol=1e-6)
+
+
+# ---- labels
+
+
+def test_resampled_labels_hold_no_new_value() -> None:
+    here = source((6, 7, 8))
+    values = torch.tensor([0, 3, 200, 40000], dtype=torch.int32)
+    labels = values[torch.randint(0, 4, here.shape, generator=torch.Generator().manual_seed(3))]
+    for spacing in ((0.5, 0.5, 0.5), (1.3, 2.9, 4.0)):
+        result = resample_labels(labels, here, here.with_spacing(spacing))
+        assert result.dtype == torch.int32
+        assert set(result.unique().tolist()) <= set(values.tolist())
+
+
+def test_labels_turn_exactly() -> None:
+    here = source()
+    labels = np.random.default_rng(4).integers(0, 300, here.shape).astype(np.int32)
+    for order, flipped in orientations():
+        turned, affine = reorient(labels, here.affine, order, flipped)
+        assert torch.equal(
+            resample_labels(torch.as_tensor(labels), here, Grid(turned.shape, affine)), torch.as_tensor(turned)
+        )
+
+
+def test_a_label_edge_stays_in_its_place_when_the_spacing_is_halved() -> None:
+    here = Grid((6, 2, 2), np.eye(4))
+    labels = torch.zeros(here.shape, dtype=torch.uint8)
+    labels[3:] = 7
+    finer = resample_labels(labels, here, here.with_spacing((0.5, 1, 1)))
+    assert finer[:, 0, 0].tolist() == [0] * 6 + [7] * 6
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("function", ["resample", "resample_labels", "restore"])
+def test_grids_oblique_to_each_other_are_refused(function: str) -> None:
+    here = source()
+    tilted = Grid(here.shape, oblique(SPACING, degrees=21))
+    with pytest.raises(GeometryError, match="oblique to each other"):
+        {
+            "resample": lambda: resample(torch.zeros(1, *here.shape), here, tilted),
+            "resample_labels": lambda: resample_labels(torch.zeros(here.shape), here, tilted),
+            "restore": lambda: restore(torch.zeros(1, *here.shape), here, tilted, strongest),
+        }[function]()
+
+
+def test_a_sheared_grid_is_refused() -> None:
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.2
+    with pytest.raises(GeometryError, match="oblique"):
+        resample(torch.zeros(1, 3, 3, 3), Grid((3, 3, 3), np.eye(4)), Grid((3, 3, 3), sheared))
+
+
+def test_a_volume_that_is_not_on_its_grid_is_refused() -> None:
+    with pytest.raises(GeometryError, match="on a grid of"):
+        resample(torch.zeros(1, 7, 5, 4), source(), source())
+
+
+def test_grids_of_other_dimensions_are_refused() -> None:
+    with pytest.raises(GeometryError, match="2 axes"):
+        resample(torch.zeros(1, 4, 5, 7), source(), Grid((4, 5), np.eye(3)))
+
+
+@pytest.mark.parametrize(("order", "flips"), itertools.product([(0, 1), (1, 0)], [(1, 1), (-1, 1), (1, -1), (-1, -1)]))
+def test_pictures_turn_exactly_too(order: tuple[int, int], flips: tuple[int, int]) -> None:
+    picture = torch.arange(12.0).reshape(1, 3, 4)
+    change = np.zeros((3, 3))
+    change[2, 2] = 1
+    for new, old in enumerate(order):
+        change[old, new] = flips[new]
+        change[old, 2] = (3, 4)[old] - 1 if flips[new] < 0 else 0
+    expected = picture.permute(0, 1 + order[0], 1 + order[1]).flip([1 + a for a in range(2) if flips[a] < 0])
+    result = resample(picture, Grid((3, 4), np.eye(3)), Grid(tuple(expected.shape[1:]), change))
+    assert torch.equal(result, expected)

@@ -1,0 +1,196 @@
+"""A model folder: what was saved is read bit for bit, and whatever is missing, damaged or swapped is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model
+
+from medseg.config import DataConfig
+from medseg.errors import ModelError
+from medseg.model import COLOURS, label_names, label_table, new_network, read_model, save_model
+
+
+def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite model.json with `change` done to its content."""
+    content = json.loads((folder / "model.json").read_text())
+    change(content)
+    (folder / "model.json").write_text(json.dumps(content))
+
+
+def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = tiny_config(network={"norm": "batch"})
+    network = new_network(config)
+    network.train()(torch.randn(2, 1, 8, 8, 8))
+    save_model(network, config, tmp_path, training={"cases": 2}, licence="CC0-1.0")
+    model = read_model(tmp_path)
+    before, after = network.state_dict(), model.network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+
+
+def test_configuration_and_description_come_back(tmp_path: Path) -> None:
+    config = tiny_config(preprocess={"spacing_mm": [1, 1.5, 2]}, windows={"overlap": 0.25})
+    model = read_model(tiny_model(tmp_path, config))
+    assert model.config == config
+    assert model.label_names == {3: "shell", 7: "core"}
+    assert model.description["licence"] == "CC0-1.0"
+    assert model.description["training"] == {"cases": 0}
+    assert [entry["value"] for entry in model.description["labels"]] == [3, 7]
+    assert {"python", "medseg", "torch", "monai", "numpy"} <= set(model.description["versions"])
+
+
+def test_a_read_model_is_ready_to_infer(tmp_path: Path) -> None:
+    assert not read_model(tiny_model(tmp_path)).network.training
+
+
+def test_the_digest_is_that_of_the_weights_file(tmp_path: Path) -> None:
+    model = read_model(tiny_model(tmp_path))
+    assert model.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_nothing_but_the_two_files_is_left(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    tiny_model(tmp_path, seed=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: no such folder"):
+        read_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    (tiny_model(tmp_path) / name).unlink()
+    with pytest.raises(ModelError, match=f"no {name} found"):
+        read_model(tmp_path)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "a")
+    tiny_model(tmp_path / "b", tiny_config(network={"channels": [4, 12]}))
+    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"a/model\.safetensors: weights of another network"):
+        read_model(tmp_path / "a")
+
+
+@pytest.mark.parametrize("what", ["missing", "extra"])
+def test_a_missing_or_an_unknown_tensor_is_refused(tmp_path: Path, what: str) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    first = next(iter(weights))
+    if what == "missing":
+        del weights[first]
+    else:
+        weights["stranger"] = torch.zeros(1)
+    save_file(weights, path)
+    with pytest.raises(ModelError, match=f"`{first if what == 'missing' else 'stranger'}`"):
+        read_model(tmp_path)
+
+
+def test_swapped_weights_of_an_equal_network_are_refused(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "a", seed=0)
+    tiny_model(tmp_path / "b", seed=1)
+    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"a/model\.safetensors: not the weights that model\.json describes"):
+        read_model(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"not json"])
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tiny_model(tmp_path) / "model.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.json: is not valid JSON"):
+        read_model(tmp_path)
+
+
+def test_json_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tiny_model(tmp_path) / "model.json").write_text("[1, 2]")
+    with pytest.raises(ModelError, match=r"model\.json: holds list, expected an object"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -10])
+def test_cut_off_weights_are_named(tmp_path: Path, keep: int) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read as safetensors"):
+        read_model(tmp_path)
+
+
+def test_one_flipped_bit_in_the_weights_is_found(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="not the weights"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_schema_version_is_refused(tmp_path: Path, version: object) -> None:
+    describe(tiny_model(tmp_path), lambda d: d.update(schema_version=version))
+    with pytest.raises(ModelError, match=r"model\.json: schema_version .* found, expected 1"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("config"),
+        lambda d: d.update(config=[]),
+        lambda d: d.update(config=None),
+        lambda d: d["config"]["train"].update(epoch=3),
+        lambda d: d["config"]["network"].update(name="unheard_of"),
+    ],
+)
+def test_an_unusable_configuration_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    describe(tiny_model(tmp_path), change)
+    with pytest.raises(ModelError, match=r"model\.json: no usable configuration"):
+        read_model(tmp_path)
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_under_the_name_of_weights_is_refused_and_not_run(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    torch.save({"weights": Trap(tmp_path / "ran")}, path)
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read as safetensors"):
+        read_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_and_colours_of_labels() -> None:
+    data = DataConfig(labels={"background": 0, "b": 9, "a": 2, "ignore": 4})
+    assert label_names(data) == {9: "b", 2: "a"}
+    assert label_table(data) == [
+        {"name": "b", "value": 9, "colour": COLOURS[0]},
+        {"name": "a", "value": 2, "colour": COLOURS[1]},
+    ]
+
+
+def test_regions_are_named_by_the_value_that_is_written() -> None:
+    data = DataConfig(labels={"whole": (1, 2, 3), "core": (2,)}, region_values=(4, 5))
+    assert label_names(data) == {4: "whole", 5: "core"}
+
+
+def test_colours_repeat_from_the_ninth_label_on() -> None:
+    table = label_table(DataConfig(labels={f"l{n}": n for n in range(1, 11)}))
+    assert table[8]["colour"] == table[0]["colour"]
