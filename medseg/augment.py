@@ -36,7 +36,7 @@ def draw_affines(
     """(B, n, n+1): patch position → source position, both in voxels from the centre. Rotations are rigid in mm."""
     n = len(patch_size)
     size = torch.tensor([float(p) for p in patch_size])
-    spacing = torch.diag(spacing_mm.cpu())
+    spacing = torch.diag_embed(spacing_mm.cpu().expand(batch, n))
     use = torch.rand(batch, generator=generator) < config.p_affine
     limits = torch.deg2rad(torch.tensor(config.rotation_deg[: 1 if n == 2 else n]))
     angles = _uniform((batch, len(limits)), -1, 1, generator) * limits * use[:, None]

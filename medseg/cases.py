@@ -1,33 +1,24 @@
-"""What a data set consists of: cases, channels, label names, folds; files are listed and paired here, never opened."""
+"""What a data set consists of: cases, channels, label names, folds, and the inputs of inference; no file is opened."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import ENDINGS, is_image_file, is_picture, split_ending
+from medseg.readers import ENDINGS, is_image_file, split_ending
 
 log = logging.getLogger(__name__)
 
-FORMS = """a data set is one of:
-  1. nnU-Net folder: imagesTr/CASE_0000.EXT, labelsTr/CASE.EXT, dataset.json
-  2. Decathlon folder: dataset.json with training: [{image, label}]
-  3. plain folder: images/ and labels/ with equal stems
-  4. CSV or JSON list: columns case,image[,image2...],label[,fold][,group]"""
-
 Labels = dict[str, int | tuple[int, ...]]
 
-_SUFFIX = re.compile(r"(.+)_(\d{4})")
-_IMAGE_COLUMN = re.compile(r"image\d*")
+CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 
 
 @dataclass(frozen=True)
@@ -82,24 +73,6 @@ class Dataset:
     def labelled(self) -> tuple[Case, ...]:
         """The cases one can train on."""
         return tuple(case for case in self.cases if case.label is not None)
-
-
-def read_dataset(path: Path) -> Dataset:
-    """Lists the data set at `path`, a folder or a list, in whichever of the four forms it has.
-
-    Files without their partner are in `problems`. Raises `DataError` where the form is none of the four, a description
-    cannot be understood, or not one case is there.
-    """
-    dataset = _read_any(path)
-    if not dataset.cases:
-        problems = "".join(f"\n  {problem}" for problem in dataset.problems[:5])
-        raise DataError(f"{path}: no case found; {FORMS}\nknown endings: {', '.join(ENDINGS)}{problems}")
-    counts = Counter(case.id for case in dataset.cases)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        files = [str(case.images[0]) for case in dataset.cases if case.id == twice[0]]
-        raise DataError(f"{path}: case {twice[0]} is there {counts[twice[0]]} times ({', '.join(files)}); rename one")
-    return _with_fold_column(dataset) if dataset.folds is None else dataset
 
 
 def assign_folds(cases: Sequence[Case], *, folds: int, seed: int = 0) -> tuple[Fold, ...]:
@@ -174,346 +147,8 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
     return list(cases.values())
 
 
-# ---- the four forms
-
-
-def _read_any(path: Path) -> Dataset:
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; {FORMS}")
-    if path.is_file():
-        if path.name == "dataset.json":
-            return _read_any(path.parent)
-        if path.suffix.lower() == ".csv":
-            return _from_list(path, _csv_rows(path))
-        if path.suffix.lower() == ".json":
-            content = _json(path)
-            if isinstance(content, dict) and isinstance(content.get("training"), list):
-                return _from_decathlon(path, content)
-            return _from_list(path, _json_rows(path, content))
-        raise DataError(f"{path}: a single {path.suffix or 'nameless'} file found; {FORMS}")
-    description = path / "dataset.json"
-    if description.is_file():
-        content = _json(description)
-        if not isinstance(content, dict):
-            raise DataError(f"{description}: a {type(content).__name__} found, expected an object with labels")
-        if _is_decathlon(path, content):
-            return _from_decathlon(description, content)
-        return _from_nnunet(path, content)
-    if (path / "images").is_dir() and (path / "labels").is_dir():
-        return _from_plain(path)
-    wanted = ("dataset.json", "imagesTr", "labelsTr", "images", "labels")
-    there = [name for name in wanted if (path / name).exists()]
-    raise DataError(
-        f"{path}: {' and '.join(there) or 'none of ' + ', '.join(wanted)} found, "
-        f"missing {', '.join(name for name in wanted if name not in there)}; {FORMS}"
-    )
-
-
-def _is_decathlon(path: Path, content: Mapping[str, Any]) -> bool:
-    # the first nnU-Net listed names without channel number, of files that do not exist as such
-    entries = content.get("training")
-    if not isinstance(entries, list) or not entries:
-        return False
-    first = entries[0].get("image") if isinstance(entries[0], dict) else None
-    names = first if isinstance(first, list) else [first]
-    return not (path / "imagesTr").is_dir() or (isinstance(names[0], str) and (path / names[0]).is_file())
-
-
-def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
-    channels = _channels(path / "dataset.json", content)
-    for name in ("imagesTr", "labelsTr"):
-        if not (path / name).is_dir():
-            raise DataError(f"{path}: folder {name} is missing; {FORMS}")
-    ending = str(content.get("file_ending", ""))
-    files = [f for f in _images_in(path / "imagesTr") if f.name.endswith(ending)]
-    problems: list[Problem] = []
-    images: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file in files:
-        match = _SUFFIX.fullmatch(split_ending(file.name)[0])
-        if match is None or int(match[2]) >= len(channels):
-            expected = f"a channel number _0000 to _{len(channels) - 1:04d} at the end of the name"
-            problems.append(Problem(file.name, file, "no such channel", expected, "rename or remove it"))
-        elif int(match[2]) in images[match[1]]:
-            problems.append(Problem(match[1], file, "the same channel twice", "one file per channel", "remove one"))
-        else:
-            images[match[1]][int(match[2])] = file
-    labels = {split_ending(f.name)[0]: f for f in _images_in(path / "labelsTr") if f.name.endswith(ending)}
-    cases, more = _paired(images, labels, len(channels), path / "labelsTr")
-    dataset = Dataset(
-        path,
-        "nnunet",
-        cases,
-        channels,
-        _labels(path / "dataset.json", content),
-        _region_values(path / "dataset.json", content),
-        problems=(*problems, *more),
-        licence=_licence(content),
-    )
-    splits = path / "splits_final.json"
-    return _with_splits(dataset, splits) if splits.is_file() else dataset
-
-
-def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
-    root = description.parent
-    cases: list[Case] = []
-    problems: list[Problem] = []
-    for number, entry in enumerate(content["training"]):
-        if not isinstance(entry, dict) or "image" not in entry:
-            raise DataError(f"{description}: training[{number}] is {entry!r}, expected an object with image and label")
-        names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-        stem = split_ending(Path(str(names[0])).name)[0]
-        row = {"case": stem, "label": entry.get("label"), **{k: entry[k] for k in ("fold", "group") if k in entry}}
-        case, more = _case(root, description, row, [str(name) for name in names])
-        problems += more
-        cases += [case] if case is not None else []
-    return Dataset(
-        root,
-        "decathlon",
-        tuple(cases),
-        _channels(description, content),
-        _labels(description, content),
-        _region_values(description, content),
-        problems=tuple(problems),
-        licence=_licence(content),
-    )
-
-
-def _from_plain(path: Path) -> Dataset:
-    problems: list[Problem] = []
-    labels: dict[str, Path] = {}
-    for file in _images_in(path / "labels"):
-        stem = split_ending(file.name)[0]
-        if stem in labels:
-            problems.append(Problem(stem, file, f"a second label beside {labels[stem].name}", "one", "remove one"))
-        labels.setdefault(stem, file)
-    images: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file in _images_in(path / "images"):
-        stem = split_ending(file.name)[0]
-        match = _SUFFIX.fullmatch(stem)
-        # CASE_0001 is a channel only where the label says CASE
-        by_channel = match is not None and stem not in labels and match[1] in labels
-        case, channel = (match[1], int(match[2])) if match is not None and by_channel else (stem, 0)
-        if channel in images[case]:
-            twin = images[case][channel].name
-            problems.append(Problem(case, file, f"a second image beside {twin}", "one per case", "remove one"))
-        else:
-            images[case][channel] = file
-    count = 1 + max((max(found) for found in images.values()), default=0)
-    cases, more = _paired(images, labels, count, path / "labels")
-    names = ("image",) if count == 1 else tuple(f"image{n + 1}" for n in range(count))
-    return Dataset(path, "plain", cases, names, problems=(*problems, *more))
-
-
-def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    images = [c for c in columns if _IMAGE_COLUMN.fullmatch(c)]
-    if "case" not in columns or not images:
-        raise DataError(
-            f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image; {FORMS}"
-        )
-    unused = [c for c in columns if c not in ("case", "label", "fold", "group", *images)]
-    if unused:
-        log.warning("%s: columns not used: %s", path, ", ".join(unused))
-    cases: list[Case] = []
-    problems: list[Problem] = []
-    for row in rows:
-        names = [str(row[c]) for c in images if row.get(c)]
-        case, more = _case(path.parent, path, row, names)
-        problems += more
-        cases += [case] if case is not None else []
-        if case is not None and len(names) != len(images):
-            problems.append(
-                Problem(
-                    case.id, path, f"{len(names)} images", f"{len(images)}", "fill every image column, or drop the case"
-                )
-            )
-    return Dataset(path, "list", tuple(cases), tuple(images), problems=tuple(problems))
-
-
-def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]) -> tuple[Case | None, list[Problem]]:
-    """The case of one row; without it where an image file is missing."""
-    name = str(row.get("case") or "")
-    if not name:
-        raise DataError(f"{source}: a row without case name found ({dict(row)}); fill the column case")
-    if name in (".", "..") or "/" in name or "\\" in name:
-        # names become file names: such a one would leave the output folder
-        raise DataError(f"{source}: case name {name!r} found, expected one without / and \\; rename it")
-    problems = []
-    images = tuple(root / Path(n).expanduser() for n in names)
-    for image in images:
-        if not image.is_file():
-            problems.append(Problem(name, image, "no such file", "an image", f"correct {source.name}"))
-    if not images or problems:
-        return None, problems or [Problem(name, source, "no image", "a file", f"correct {source.name}")]
-    label = root / Path(str(row["label"])).expanduser() if row.get("label") else None
-    if label is None:
-        problems.append(Problem(name, images[0], "an image without label", "a label", f"name one in {source.name}"))
-    elif not label.is_file():
-        problems.append(Problem(name, label, "no such file", "a label map", f"correct {source.name}"))
-        label = None
-    fold = row.get("fold")
-    try:
-        number = None if fold is None or fold == "" else int(str(fold))
-    except ValueError as error:
-        raise DataError(f"{source}: fold {fold!r} of case {name} found, expected a whole number from 0") from error
-    return Case(name, images, label, str(row.get("group") or name), number), problems
-
-
-def _paired(
-    images: Mapping[str, Mapping[int, Path]], labels: Mapping[str, Path], channels: int, label_folder: Path
-) -> tuple[tuple[Case, ...], list[Problem]]:
-    cases, problems = [], []
-    for name in sorted(images):
-        found = images[name]
-        if not found:
-            continue
-        first = found[min(found)]
-        # a picture holds its colours in one file
-        whole = len(found) == channels or (list(found) == [0] and is_picture(first))
-        if not whole:
-            missing = ", ".join(f"{name}_{n:04d}" for n in range(channels) if n not in found)
-            problems.append(Problem(name, first, f"{len(found)} of {channels} channels", missing, "add it"))
-            continue
-        if name not in labels:
-            where = f"{label_folder.name}/{name}{split_ending(first.name)[1]}"
-            problems.append(Problem(name, first, "an image without label", where, "add the label or remove the image"))
-        cases.append(Case(name, tuple(found[n] for n in sorted(found)), labels.get(name), name))
-    for name in sorted(set(labels) - {n for n in images if images[n]}):
-        problems.append(
-            Problem(
-                name, labels[name], "a label without image", f"an image {name}", "add the image or remove the label"
-            )
-        )
-    return tuple(cases), problems
-
-
-# ---- folds that a data set brings
-
-
-def _with_splits(dataset: Dataset, path: Path) -> Dataset:
-    content = _json(path)
-    known = {case.id: case for case in dataset.cases}
-    try:
-        folds = tuple(Fold(tuple(map(str, f["train"])), tuple(map(str, f["val"]))) for f in content)
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path}: not a list of {{train: [...], val: [...]}}; correct or remove it") from error
-    if not folds:
-        raise DataError(f"{path}: no fold found, expected at least one; correct or remove it")
-    strangers = sorted({c for f in folds for c in (*f.train, *f.val)} - set(known))
-    problems = [
-        Problem(c, path, f"unknown case {c}", "cases of this data set", "correct the split", "warning")
-        for c in strangers
-    ]
-    for number, fold in enumerate(folds):
-        _refuse_leak(path, number, fold, known)
-    kept = tuple(Fold(tuple(c for c in f.train if c in known), tuple(c for c in f.val if c in known)) for f in folds)
-    return replace(dataset, folds=kept, problems=(*dataset.problems, *problems))
-
-
-def _with_fold_column(dataset: Dataset) -> Dataset:
-    numbers = {case.id: case.fold for case in dataset.cases if case.fold is not None}
-    if not numbers:
-        return dataset
-    without = [case.id for case in dataset.cases if case.fold is None]
-    if without:
-        raise DataError(f"{dataset.path}: case {without[0]} has no fold but others have; give a fold to all or to none")
-    used = set(numbers.values())
-    if used != set(range(len(used))) or len(used) < 2:
-        raise DataError(f"{dataset.path}: folds {sorted(used)} found, expected 0, 1, … without a gap, at least two")
-    ids = [case.id for case in dataset.cases]
-    folds = tuple(
-        Fold(tuple(c for c in ids if numbers[c] != n), tuple(c for c in ids if numbers[c] == n))
-        for n in range(len(used))
-    )
-    known = {case.id: case for case in dataset.cases}
-    for number, fold in enumerate(folds):
-        _refuse_leak(dataset.path, number, fold, known)
-    return replace(dataset, folds=folds)
-
-
-def _refuse_leak(path: Path, number: int, fold: Fold, known: Mapping[str, Case]) -> None:
-    train = {known[c].group: c for c in fold.train if c in known}
-    for name in fold.val:
-        if name in known and known[name].group in train:
-            raise DataError(
-                f"{path}: fold {number} trains on {train[known[name].group]} and validates on {name}, which are of one "
-                f"group ({known[name].group}); keep a group in one fold"
-            )
-
-
-# ---- descriptions and lists
-
-
-def _channels(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
-    named = content.get("channel_names") or content.get("modality")
-    if named is None:
-        return ("image",)
-    if isinstance(named, dict):
-        keys = sorted(named, key=lambda k: int(k) if str(k).isdigit() else -1)
-        if [str(k) for k in keys] == [str(n) for n in range(len(keys))] and keys:
-            return tuple(str(named[k]) for k in keys)
-    raise DataError(f'{path}: channel_names {named!r} found, expected {{"0": "name", "1": …}}')
-
-
-def _labels(path: Path, content: Mapping[str, Any]) -> Labels | None:
-    named = content.get("labels")
-    if named is None:
-        return None
-    if not isinstance(named, dict):
-        raise DataError(f"{path}: labels {named!r} found, expected names with values")
-    labels: Labels = {}
-    for key, value in named.items():
-        # the older form turns it round: {"1": "liver"}
-        name, number = (value, key) if str(key).isdigit() and isinstance(value, str) else (key, value)
-        try:
-            labels[str(name)] = tuple(int(v) for v in number) if isinstance(number, list) else int(number)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: label {name!r} has value {number!r}, expected a whole number or a list"
-            ) from error
-    return labels
-
-
-def _region_values(path: Path, content: Mapping[str, Any]) -> tuple[int, ...]:
-    values = content.get("regions_class_order", [])
-    if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
-        raise DataError(f"{path}: regions_class_order {values!r} found, expected a list of whole numbers")
-    return tuple(values)
-
-
-def _licence(content: Mapping[str, Any]) -> str:
-    return str(content.get("licence") or content.get("license") or "not stated by the data set")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); correct the file") from error
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restkey=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    for number, row in enumerate(rows, start=2):
-        if "" in row or None in row.values():
-            raise DataError(f"{path}: line {number} has another number of fields than the header; correct it")
-    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
-
-
-def _json_rows(path: Path, content: Any) -> list[dict[str, Any]]:
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise DataError(f"{path}: neither a list of objects nor a description with training found; {FORMS}")
-    return content
-
-
-# ---- files
-
-
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """Image files of a folder, sorted by name. Raises `DataError` where it cannot be listed."""
     try:
         return sorted(f for f in folder.iterdir() if is_image_file(f) and f.is_file())
     except OSError as error:
@@ -523,7 +158,7 @@ def _images_in(folder: Path) -> list[Path]:
 def _input_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if is_image_file(path) or _is_dicom(path) else []
-    images = _images_in(path)
+    images = images_in(path)
     if images:
         return images
     if _holds_dicom(path):
@@ -546,7 +181,7 @@ def _is_dicom(path: Path) -> bool:
 def _by_case(files: Sequence[Path], channels: int) -> dict[str, tuple[Path, ...]]:
     """The files of one folder by case name."""
     stems = {file: _stem(file) for file in files}
-    matches = {file: _SUFFIX.fullmatch(stem) for file, stem in stems.items()}
+    matches = {file: CHANNEL_SUFFIX.fullmatch(stem) for file, stem in stems.items()}
     numbers = [(m[1], int(m[2])) for m in matches.values() if m is not None]
     unique = len(set(numbers)) == len(numbers) == len(files)
     if unique and all(number < channels for _, number in numbers):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medseg.cases import Case, Dataset, read_dataset
+from medseg.cases import Case, Dataset
+from medseg.datasets import read_dataset
 from medseg.errors import DataError
 from medseg.grid import ROUNDING_TOLERANCE, Grid
 from medseg.progress import Progress, silent

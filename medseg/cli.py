@@ -37,6 +37,7 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+AnyDevice = Annotated[str, typer.Option(help="As for the other verbs; this one needs no GPU and works on the CPU.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
 DatasetArg = Annotated[
     Path, typer.Argument(metavar="DATASET", help="nnU-Net or Decathlon folder, images/ + labels/, or a CSV/JSON list.")
@@ -101,7 +102,7 @@ def demo(
 
 
 @app.command(epilog="Example: medseg check my_data/")
-def check(dataset: DatasetArg, verbose: Verbose = False) -> None:
+def check(dataset: DatasetArg, device: AnyDevice = "auto", verbose: Verbose = False) -> None:
     """Look at every file before any work: geometry, labels, ranges, pairs, duplicates."""
     _log(verbose)
     with _progress() as progress:
@@ -243,6 +244,7 @@ def evaluate(
         bool, typer.Option("--resample-prediction", help="Bring predictions to the reference's grid.")
     ] = False,
     jobs: Annotated[int, typer.Option(help="Cases at a time.", min=1)] = 1,
+    device: AnyDevice = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Compare masks with references: Dice, distances, volumes, as CSV, JSON and one HTML page."""

@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 from medseg.augment import augment
 from medseg.config import Config, DataConfig
 from medseg.device import choose_precision, describe, memory_format, to_memory_format
-from medseg.errors import DataError, TrainingError
+from medseg.errors import ConfigError, DataError, TrainingError
 from medseg.infer import decider, make_scorer
 from medseg.losses import loss as loss_of
 from medseg.metrics import counts, dice
@@ -168,7 +168,7 @@ class Fit:
             temporary.write_bytes(buffer.getbuffer())
 
     def load(self) -> None:
-        """Go on from the state in the run folder. Raises `TrainingError` where it belongs to another configuration."""
+        """Go on from the state in the run folder. Raises `ConfigError` where it belongs to another configuration."""
         path = self.folder / STATE
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
@@ -176,12 +176,12 @@ class Fit:
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.load_state(state["deck"])
         except Exception as error:
-            raise TrainingError(
+            raise ConfigError(
                 f"{path}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "
                 "resume with the configuration of the run, or train into a new folder"
             ) from error
         if state["held_back"] != [case.id for case in self.validation]:
-            raise TrainingError(
+            raise ConfigError(
                 f"{path}: was trained with {len(state['held_back'])} cases held back that are not the "
                 f"{len(self.validation)} of this fold, so that it would be judged on cases it has learnt; "
                 "resume with the same --fold, or train into a new folder"

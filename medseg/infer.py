@@ -62,6 +62,8 @@ class Segmenter:
 
     def __init__(self, models: Sequence[Model], options: InferOptions | None = None) -> None:
         self.options = options or InferOptions()
+        if self.options.tta not in ("none", "flip"):
+            raise ConfigError(f"tta {self.options.tta!r}: expected none or flip")
         self.models = tuple(models)
         self.config = _common_config(self.models)
         self.device = choose_device(self.options.device)
@@ -85,6 +87,8 @@ class Segmenter:
         Raises `DataError` or `GeometryError` naming the file.
         """
         paths = tuple(Path(f) for f in files)
+        if not paths:
+            raise ConfigError("no file given, expected one, or one for each channel")
         labels, prepared = self.segment_case(Case(paths[0].name, paths, None, paths[0].name))
         affine = np.eye(4)
         n = prepared.source.spatial_dims

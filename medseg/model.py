@@ -107,10 +107,10 @@ def read_model(folder: Path) -> Model:
     except (KeyError, ConfigError) as error:
         raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
     digest = _load_weights(network, folder / WEIGHTS)
-    if description.get("weights_sha256") not in (None, digest):
+    if description.get("weights_sha256") != digest:
         raise ModelError(
             f"{folder / WEIGHTS}: not the weights that {DESCRIPTION} describes (SHA-256 {digest[:12]}… found, "
-            f"{str(description['weights_sha256'])[:12]}… expected); copy the whole run folder again"
+            f"{str(description.get('weights_sha256'))[:12]}… expected); copy the whole run folder again"
         )
     return Model(network.eval(), config, digest, {k: v for k, v in description.items() if k != "config"})
 

@@ -18,7 +18,7 @@ MAX_LOCATIONS = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """`image` (B, C, *S) float32, `label` (B, *S), `spacing_mm` (n,), `cases`: where each sample comes from."""
+    """`image` (B, C, *S) float32, `label` (B, *S), `spacing_mm` (B, n), `cases`: where each sample comes from."""
 
     image: torch.Tensor
     label: torch.Tensor
@@ -64,7 +64,7 @@ class PatchSampler:
         return Batch(
             image=torch.stack([image for image, _ in parts]),
             label=torch.stack([label for _, label in parts]),
-            spacing_mm=torch.tensor(self._cases[chosen[0]].grid.spacing_mm, dtype=torch.float32),
+            spacing_mm=torch.tensor([self._cases[i].grid.spacing_mm for i in chosen], dtype=torch.float32),
             cases=tuple(self._cases[i].id for i in chosen),
         )
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from medseg.cases import Case, Dataset, fold_split, read_dataset
+from medseg.cases import Case, Dataset, fold_split
 from medseg.check import check_dataset
 from medseg.config import Config, dump_yaml, make_config, overlay, read_yaml
+from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe
 from medseg.errors import ConfigError, DataError
 from medseg.fit import STATE, Fit

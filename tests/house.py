@@ -10,7 +10,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors config grid device progress",
-        "cases readers writers metrics",
+        "cases datasets readers writers metrics",
         "preprocess networks",
         "patches augment losses",
         "check plan model statistics",

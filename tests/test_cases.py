@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from medseg.cases import Case, assign_folds, fold_split, infer_inputs, read_dataset
+from medseg.cases import Case, assign_folds, fold_split, infer_inputs
+from medseg.datasets import read_dataset
 from medseg.errors import ConfigError, DataError
 
 

@@ -241,7 +241,7 @@ def test_progress_is_told_after_every_case(folders):
     evaluate_folders(
         *folders({"a": SOLID, "b": SOLID}, {"a": SOLID, "b": SOLID}), progress=lambda *step: told.append(step)
     )
-    assert told == [(1, 2), (2, 2)]
+    assert told == [("evaluate", 1, 2), ("evaluate", 2, 2)]
 
 
 def test_pictures_are_compared_in_pixels(tmp_path):

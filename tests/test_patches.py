@@ -67,7 +67,7 @@ def test_a_batch_has_patch_and_margin_alike_on_both_sides() -> None:
     # a quarter more, rounded up to the same on both sides
     assert tuple(batch.image.shape) == (3, 1, 6, 10, 8)
     assert tuple(batch.label.shape) == (3, 6, 10, 8)
-    assert batch.spacing_mm.tolist() == [1, 2, 3]
+    assert batch.spacing_mm.tolist() == [[1, 2, 3]] * len(batch.cases)
 
 
 def test_image_and_label_are_cut_at_the_same_place() -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from geometry import save
 
-from medseg.cases import Case, Dataset, Labels, read_dataset
+from medseg.cases import Case, Dataset, Labels
 from medseg.config import Config, dump_yaml, read_config
+from medseg.datasets import read_dataset
 from medseg.errors import DataError
 from medseg.model import new_network
 from medseg.plan import VOXELS, Fingerprint, Plan, make_plan, measure

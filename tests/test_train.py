@@ -25,12 +25,12 @@ from tensorboardX.proto.event_pb2 import Event
 import medseg
 from medseg.config import settings_from
 from medseg.patches import PatchSampler
-from medseg.train import Fit, parse_duration, what_fits
+from medseg.fit import Fit, what_fits
+from medseg.train import parse_duration
 
 Train = Callable[..., medseg.Run]
 
-# `medseg.train` is the function
-MODULE = import_module("medseg.train")
+MODULE = import_module("medseg.fit")
 
 
 @pytest.fixture
@@ -289,11 +289,6 @@ def test_the_same_seed_gives_the_same_weights(train: Train, tiny_dataset) -> Non
     assert _weights(one.folder) != _weights(other.folder)
 
 
-@pytest.mark.xfail(
-    reason="which epochs are validated depends on the clock, and the best of them is kept",
-    raises=AssertionError,
-    strict=True,
-)
 def test_with_a_validation_fold_the_clock_does_not_choose_the_weights(
     train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,12 +356,12 @@ def test_out_of_memory_says_which_batch_fits(train: Train, tiny_dataset, monkeyp
     with pytest.raises(medseg.TrainingError, match="out of memory on cpu") as caught:
         train(tiny_dataset(cases=2), "train.batch_size=5", fold="all")
     assert "train.batch_size 5" in str(caught.value)
-    assert "batch_size 2 with patch_size [16, 16, 16] fits" in str(caught.value)
+    assert "train.batch_size=2 with windows.patch_size=[16, 16, 16] fits" in str(caught.value)
 
 
 def test_out_of_memory_says_which_patch_fits(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     _short_of_memory(monkeypatch, voxels=24 * 24 * 16)
-    with pytest.raises(medseg.TrainingError, match=r"batch_size 1 with patch_size \[24, 24, 16\] fits"):
+    with pytest.raises(medseg.TrainingError, match=r"train.batch_size=1 with windows.patch_size=\[24, 24, 16\] fits"):
         train(tiny_dataset(cases=2), "windows.patch_size=[32,32,24]", fold="all")
 
 
@@ -440,9 +435,6 @@ def test_a_killed_run_goes_on(train: Train, tiny_dataset, tiny_settings: tuple[s
     assert medseg.load_model(run.folder).label_names == {1: "label_1", 2: "label_2"}
 
 
-@pytest.mark.xfail(
-    reason="rows written after the last saved state are written again", raises=AssertionError, strict=True
-)
 def test_resume_does_not_repeat_rows(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = tiny_dataset(cases=2)
     train(dataset, fold="all", epochs=1)
@@ -459,17 +451,22 @@ def _stop(_: Fit) -> None:
     raise SystemExit
 
 
-@pytest.mark.xfail(
-    reason="resume plans anew: the fold and the schedule of the run folder are forgotten",
-    raises=AssertionError,
-    strict=True,
-)
 def test_resume_does_not_train_on_the_cases_held_back(train: Train, tiny_dataset) -> None:
     dataset = tiny_dataset(cases=2)
     first = train(dataset, fold=1)
-    held_back = _description(first.folder)["training"]["validation_cases"]
-    second = train(dataset, fold=0, epochs=2, resume=True)
-    assert _description(second.folder)["training"]["validation_cases"] == held_back
+    before = (first.folder / "config.yaml").read_bytes()
+    with pytest.raises(medseg.ConfigError, match="cases held back that are not the 1 of this fold"):
+        train(dataset, fold=0, epochs=2, resume=True)
+    assert (first.folder / "config.yaml").read_bytes() == before
+
+
+def test_resume_keeps_the_configuration_of_the_run(tiny_dataset, tmp_path: Path, tiny_settings) -> None:
+    dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
+    settings = settings_from([*tiny_settings, "train.learning_rate=0.0123"])
+    medseg.train(dataset, folder, epochs=1, options=medseg.TrainOptions(settings=settings, fold="all"))
+    run = medseg.train(dataset, folder, epochs=2, options=medseg.TrainOptions(fold="all", resume=True))
+    assert run.config.train.learning_rate == 0.0123
+    assert run.config.train.epochs == 2
 
 
 # ---- the demo
