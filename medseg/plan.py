@@ -262,16 +262,17 @@ def _strides(
 
 def _augment(fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
     sided = [n for n in data.foreground if SIDED.search(CAMEL.sub(" ", n))]
-    axes = tuple(range(fingerprint.spatial_dims))
-    reasons["augment.flip_axes"] = "mirror images of the labels are valid labels"
-    if sided:
-        # a plane may be cut in any direction: no axis of it is known to keep the sides
-        axes = axes[1:] if fingerprint.spatial_dims == 3 else ()
-        reasons["augment.flip_axes"] = f"label `{sided[0]}` tells sides apart: never mirrored from left to right"
+    axes: tuple[int, ...] = (0,)
+    reasons["augment.flip_axes"] = "from left to right only: bodies are nearly symmetric that way and no other"
     if fingerprint.pictures:
-        axes = tuple(a for a in axes if a == 1)
-        if not sided:
-            reasons["augment.flip_axes"] = "pictures: left and right only, up and down carry meaning (depth)"
+        axes = (1,)
+        reasons["augment.flip_axes"] = "pictures: left and right only, up and down carry meaning (depth)"
+    elif fingerprint.spatial_dims == 2:
+        axes = (0, 1)
+        reasons["augment.flip_axes"] = "slices in no known direction: mirrored both ways"
+    if sided:
+        axes = ()
+        reasons["augment.flip_axes"] = f"label `{sided[0]}` tells sides apart: never mirrored"
     if fingerprint.spatial_dims == 2:
         return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)
