@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 
 from medseg.augment import augment
 from medseg.config import Config, DataConfig
-from medseg.device import choose_precision, describe, memory_format, to_memory_format
+from medseg.device import choose_precision, describe, hold_memory, memory_format, to_memory_format
 from medseg.errors import ConfigError, DataError, TrainingError
 from medseg.infer import decider, make_scorer
 from medseg.losses import loss as loss_of
@@ -67,6 +67,7 @@ class Fit:
         self.generator = torch.Generator().manual_seed(config.train.seed)
         # its notes on precision repeat what log.txt says
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        hold_memory()
         self.fabric = lightning_fabric.Fabric(
             accelerator=device.type,
             devices=1 if device.type == "cpu" else [device.index or 0],

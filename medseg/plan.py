@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 # above this many cases an even selection is measured: medians have settled long before
 MAX_MEASURED = 100
 ANISOTROPIC = 3.0
-PICTURE_SIDE = 320
+PICTURE_SIDE = {"cpu": 256, "cuda": 512}
 # voxels of a patch that give a training step of about 0.3 s (two cores) or fill a large GPU well
-VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 96**3, ("cpu", 2): 320**2, ("cuda", 2): 512**2}
+VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 96**3, ("cpu", 2): 256**2, ("cuda", 2): 512**2}
 # a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
 SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)", re.IGNORECASE)
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -110,7 +110,7 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint, *, device: str = "cpu"
     """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch."""
     reasons: dict[str, str] = {}
     data = _data(dataset, fingerprint, reasons)
-    preprocess, shape = _preprocess(fingerprint, data, reasons)
+    preprocess, shape = _preprocess(fingerprint, data, device, reasons)
     spacing = preprocess.spacing_mm or (1.0,) * fingerprint.spatial_dims
     windows, batch = _windows(fingerprint, shape, spacing, device, reasons)
     network = _network(fingerprint, preprocess, windows, reasons)
@@ -147,16 +147,17 @@ def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -
 
 
 def _preprocess(
-    fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]
+    fingerprint: Fingerprint, data: DataConfig, device: str, reasons: dict[str, str]
 ) -> tuple[PreprocessConfig, tuple[int, ...]]:
     shapes, spacings = np.array(fingerprint.shapes), np.array(fingerprint.spacings_mm)
     intensity = tuple(_intensity(c, s, reasons) for c, s in zip(data.channels, fingerprint.foreground))
     if fingerprint.pictures:
         median = np.median(shapes, axis=0)
-        factor = min(1.0, PICTURE_SIDE / median.max())
+        side = PICTURE_SIDE[device]
+        factor = min(1.0, side / median.max())
         shape = tuple(max(16, round(float(m) * factor / 16) * 16) for m in median)
         reasons["preprocess.shape"] = (
-            f"pictures have no size in mm; median {_text(median)} pixels, long side at most {PICTURE_SIDE}, "
+            f"pictures have no size in mm; median {_text(median)} pixels, long side at most {side} on this device, "
             "multiples of 16; results are written at full size"
         )
         return PreprocessConfig(orient=False, shape=shape, intensity=intensity), shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg.errors import ConfigError, DataError
-from medseg.networks._dilated import DilatedConv2d, DilatedConv3d
+from medseg.networks._dilated import DilatedConv3d
 
 Axes = tuple[int, ...]
 """One number for each spatial axis."""
@@ -48,8 +48,8 @@ def make_conv(
     """A convolution without bias, zero-padded so that n voxels become ceil(n / stride)."""
     dilations, strides = per_axis(dilation, spatial_dims), per_axis(stride, spatial_dims)
     kind = Conv[Conv.CONV, spatial_dims]
-    if max(dilations) > 1 and max(strides) == 1 and spatial_dims > 1:
-        kind = DilatedConv2d if spatial_dims == 2 else DilatedConv3d
+    if spatial_dims == 3 and max(dilations) > 1 and max(strides) == 1:
+        kind = DilatedConv3d
     conv: nn.Module = kind(
         in_channels,
         out_channels,
@@ -81,13 +81,39 @@ class InstanceNorm(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, *spatial) of at least two voxels → the same shape, mean `bias` and SD `weight` over space."""
         if _keeps_channels_last(maps):
-            # torch's instance norm copies into another memory order; batch norm of one image gives the same numbers
-            norms = [
-                functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.EPSILON)
-                for image in torch.split(maps, 1)
-            ]
-            return torch.cat(norms)
+            return _ChannelsLastNorm.apply(maps, self.weight, self.bias, self.EPSILON)  # type: ignore[no-any-return,no-untyped-call]
         return functional.instance_norm(maps, weight=self.weight, bias=self.bias, eps=self.EPSILON)
+
+
+class _ChannelsLastNorm(torch.autograd.Function):
+    """Instance norm as batch norm of one image at a time, each written to its place: nothing is copied or reordered."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        out = torch.empty_like(maps)
+        batch, channels = maps.shape[:2]
+        means, inverse_sds = weight.new_empty(batch, channels), weight.new_empty(batch, channels)
+        for n in range(batch):
+            places = out[n : n + 1], means[n], inverse_sds[n]
+            torch.native_batch_norm(maps[n : n + 1], weight, bias, None, None, True, 0.0, epsilon, out=places)
+        ctx.save_for_backward(maps, weight, means, inverse_sds)
+        ctx.epsilon = epsilon
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        maps, weight, means, inverse_sds = ctx.saved_tensors
+        of_maps = torch.empty_like(maps)
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        for n in range(len(maps)):
+            image, mean, inverse_sd = maps[n : n + 1], means[n], inverse_sds[n]
+            found = torch.ops.aten.native_batch_norm_backward(
+                gradient[n : n + 1], image, weight, None, None, mean, inverse_sd, True, ctx.epsilon, [True] * 3
+            )
+            of_maps[n : n + 1] = found[0]
+            of_weight += found[1]
+            of_bias += found[2]
+        return of_maps, of_weight, of_bias, None
 
 
 def _keeps_channels_last(maps: Tensor) -> bool:
