@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test format
+.PHONY: help demo test format .venv
 
 help:
 	@echo "make demo    train on the sample data, segment, write demo/report.html (about four minutes on 2 cores)"
@@ -10,11 +10,14 @@ help:
 	@echo "make format  put the code into shape"
 	@echo "make .venv   only the virtual environment, from constraints.txt"
 
-.venv: pyproject.toml constraints.txt
+.venv: .venv/ready
+
+# written last: an installation that broke off is begun again
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch .venv
+	@touch $@
 
 demo: .venv
 	$(BIN)/medseg demo -o demo

@@ -113,8 +113,14 @@ def fold_split(
     known = dataset.folds or assign_folds(dataset.labelled, folds=folds, seed=seed)
     if not 0 <= fold < len(known):
         raise ConfigError(f"fold {fold} asked, expected 0 to {len(known) - 1} or all; {dataset.path} has {len(known)}")
-    chosen = known[fold]
-    return [labelled[c] for c in chosen.train if c in labelled], [labelled[c] for c in chosen.val if c in labelled]
+    train = [labelled[c] for c in known[fold].train if c in labelled]
+    validation = [labelled[c] for c in known[fold].val if c in labelled]
+    if not train or not validation:
+        raise ConfigError(
+            f"fold {fold} of {dataset.path} has {len(train)} labelled cases to train on and {len(validation)} to "
+            "validate on, expected some of each; correct the split, or use --fold all"
+        )
+    return train, validation
 
 
 def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:

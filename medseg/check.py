@@ -80,13 +80,14 @@ class Findings:
         return [(f.severity, f.case, f.file, f.found, f.expected, f.fix) for f in self.findings]
 
 
-def check_dataset(path: Path, *, jobs: int = 1, progress: Progress = silent) -> Findings:
-    """Reads every file of the data set at `path` once, and says what is wrong or odd.
+def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Progress = silent) -> Findings:
+    """Reads every file of a data set (listed already, or at a path) once, and says what is wrong or odd.
 
     A broken file is a finding and never ends the scan. Raises `DataError`
-    only where `path` is no data set.
+    only where there is no data set.
     """
-    dataset = read_dataset(path)
+    if not isinstance(dataset, Dataset):
+        dataset = read_dataset(Path(dataset))
     scans: list[_Scan] = []
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         for scan in pool.map(lambda case: _scan(case, dataset), dataset.cases):

@@ -34,6 +34,10 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+# the colours of Okabe and Ito (2008), told apart by colour-blind eyes, those first that show best on a grey image;
+# repeated from the eighth label on
+COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2")
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_rising)]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
@@ -73,6 +77,10 @@ class DataConfig(Section):
             raise ValueError("two labels share one value; map a name to a list of values to make a region")
         if not self.is_regions and self.out_channels > MAX_CHANNELS:
             raise ValueError(f"{len(self.foreground)} labels found, expected at most {MAX_CHANNELS - 1}")
+        if len(set(self.region_values)) < len(self.region_values) or not all(
+            0 < v <= 65535 for v in self.region_values
+        ):
+            raise ValueError(f"region_values {list(self.region_values)}: expected different numbers from 1 to 65535")
         if self.is_regions and len(self.region_values) != len(self.foreground):
             raise ValueError(
                 f"{len(self.foreground)} regions need as many region_values, found {len(self.region_values)}"
@@ -312,6 +320,22 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
     """A checked `Config`. Raises `ConfigError` naming every key that is unknown or wrong, and the keys that exist."""
     try:
         return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors(include_url=False))) from error
+
+
+def make_data_config(
+    *,
+    spatial_dims: int,
+    channels: Iterable[str],
+    labels: Mapping[str, int | tuple[int, ...]],
+    region_values: Iterable[int],
+    source: str,
+) -> DataConfig:
+    """A checked `DataConfig` of what a data set says. Raises `ConfigError` naming `source`."""
+    values = {"spatial_dims": spatial_dims, "channels": tuple(channels), "labels": dict(labels)}
+    try:
+        return DataConfig.model_validate(values | {"region_values": tuple(region_values)})
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors(include_url=False))) from error
 

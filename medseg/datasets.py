@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in
+from medseg.config import BACKGROUND
 from medseg.errors import DataError
 from medseg.readers import ENDINGS, is_picture, split_ending
 
@@ -225,7 +226,8 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
         number = None if fold is None or fold == "" else int(str(fold))
     except ValueError as error:
         raise DataError(f"{source}: fold {fold!r} of case {name} found, expected a whole number from 0") from error
-    return Case(name, images, label, str(row.get("group") or name), number), problems
+    group = row.get("group")
+    return Case(name, images, label, name if group in (None, "") else str(group), number), problems
 
 
 def _paired(
@@ -335,7 +337,9 @@ def _labels(path: Path, content: Mapping[str, Any]) -> Labels | None:
         # the older form turns it round: {"1": "liver"}
         name, number = (value, key) if str(key).isdigit() and isinstance(value, str) else (key, value)
         try:
-            labels[str(name)] = tuple(int(v) for v in number) if isinstance(number, list) else int(number)
+            whole = tuple(int(v) for v in number) if isinstance(number, list) else int(number)
+            # whatever its name, 0 is the background
+            labels[BACKGROUND if whole == 0 else str(name)] = whole
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: label {name!r} has value {number!r}, expected a whole number or a list"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,15 @@ def hold_memory() -> None:
     library = ctypes.CDLL(None)
     library.mallopt(-3, 2**30)
     library.mallopt(-1, 2**31 - 1)
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory this process has held so far, where Linux tells it."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    peak = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return None if peak is None else round(int(peak) / 1024, 1)
 
 
 def memory_format(spatial_dims: int) -> torch.memory_format:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,26 @@ import pandas as pd
 from scipy import ndimage
 
 from medseg import metrics
-from medseg.config import BACKGROUND, IGNORE
+from medseg.config import BACKGROUND, COLOURS, IGNORE
 from medseg.errors import DataError, GeometryError
-from medseg.grid import Grid
+from medseg.grid import ROUNDING_TOLERANCE, Grid
 from medseg.metrics import Labels, PairMetrics, Surface, Value
 from medseg.progress import Progress, silent
 from medseg.readers import ENDINGS, is_image_file, read_label, split_ending
 from medseg.statistics import Summary, summarise
+from medseg.versions import versions
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 # share of a voxel that two grids may be apart at a corner: headers hold 32-bit numbers and rounded quaternions
-GRID_TOLERANCE_VOXELS = 0.01
+GRID_TOLERANCE_VOXELS = ROUNDING_TOLERANCE
 OVERLAPS = ("dice", "iou", "precision", "recall", "nsd")
 METRICS = (
     *("dice", "iou", "precision", "recall", "hd_mm", "hd95_mm", "assd_mm", "nsd"),
     *("reference_ml", "prediction_ml", "volume_difference_ml"),
 )
 COLUMNS = ("case", "label", "name", "status", "tp", "fp", "fn", *METRICS)
-# the colours of Okabe and Ito (2008), told apart by colour-blind eyes, those first that show best on a grey image
-PALETTE = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2")
 WORST_CASES = 10
 _NAMED_AT_MOST = 10
 
@@ -160,7 +157,7 @@ def evaluate_pairs(
         warnings=tuple(notes),
         pairs={pair.case: pair for pair in pairs},
         labels=labels,
-        colours={name: PALETTE[n % len(PALETTE)] for n, name in enumerate(labels)},
+        colours={name: COLOURS[n % len(COLOURS)] for n, name in enumerate(labels)},
         settings=settings,
     )
 
@@ -419,7 +416,7 @@ def _summarise(
         "failures": [dataclasses.asdict(failure) for failure in failures],
         "warnings": list(warnings),
         "definitions": _definitions(settings),
-        "versions": _versions(),
+        "versions": versions("medseg", "numpy", "scipy", "pandas"),
     }
 
 
@@ -482,16 +479,3 @@ def _definitions(settings: Settings) -> dict[str, str]:
     if settings.ignore_value is not None:
         texts["ignore"] = f"Voxels where the reference is {settings.ignore_value} belong to neither map."
     return texts
-
-
-def _versions() -> dict[str, str]:
-    return {"medseg": _version("medseg"), "python": platform.python_version(), "numpy": np.__version__} | {
-        name: _version(name) for name in ("scipy", "pandas")
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning_fabric
 import numpy as np
@@ -61,6 +62,7 @@ class Fit:
         self.step = 0
         self.elapsed = 0.0
         self.validating = 0.0
+        self.watched: int | None = None
         self.best_dice = -1.0
         self.best: dict[str, torch.Tensor] | None = None
         torch.manual_seed(config.train.seed)
@@ -147,6 +149,16 @@ class Fit:
             return settings.learning_rate * max(0.01, done / settings.warm_up)
         return float(settings.learning_rate * (1 - (done - settings.warm_up) / (1 - settings.warm_up + 1e-9)) ** POWER)
 
+    def record(self) -> dict[str, Any]:
+        """What model.json says of the fit."""
+        return {
+            "steps": self.step,
+            "seconds": round(self.elapsed, 1),
+            "device": describe(self.device),
+            "precision": self.precision,
+            "best_dice_while_training": None if self.best is None else round(self.best_dice, 4),
+        }
+
     def save(self) -> None:
         """Write the state that `load` goes on from, whole or not at all. Raises `DataError` where there is no room."""
         state = {
@@ -155,7 +167,9 @@ class Fit:
             "validating": self.validating,
             "best_dice": self.best_dice,
             "best": self.best,
+            "watched": self.watched,
             "held_back": [case.id for case in self.validation],
+            "meaning": self._meaning(),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "deck": self.sampler.state(),
@@ -176,6 +190,7 @@ class Fit:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.load_state(state["deck"])
+            state["held_back"], state["meaning"], state["watched"]
         except Exception as error:
             raise ConfigError(
                 f"{path}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "
@@ -187,11 +202,22 @@ class Fit:
                 f"{len(self.validation)} of this fold, so that it would be judged on cases it has learnt; "
                 "resume with the same --fold, or train into a new folder"
             )
+        if state["meaning"] != self._meaning():
+            raise ConfigError(
+                f"{path}: was trained with other cases, or another data, preprocess, network or windows section; "
+                "resume with the configuration of the run, or train into a new folder"
+            )
+        self.watched = state["watched"]
         self.step, self.elapsed, self.validating = state["step"], state["elapsed"], state["validating"]
         self.best_dice, self.best = state["best_dice"], state["best"]
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch"].cpu())
         log.info("resumed at step %d", self.step)
+
+    def _meaning(self) -> str:
+        """What the weights stand for: a state of another meaning is not resumed."""
+        sections = {"data", "preprocess", "network", "windows"}
+        return self.config.model_dump_json(include=sections) + " ".join(self.sampler.cases)
 
     def _step(self, batch: Batch) -> float:
         try:
@@ -260,8 +286,10 @@ class Fit:
         if not self.validation or not due:
             return {}
         start = time.perf_counter()
-        limit = settings.validation_share * (settings.time_budget_s or 0) / MOMENTS if by_clock else None
-        scores = quick_dice(self.config, self.network.module, self.validation, self.device, self.precision, limit)
+        if self.watched is None:
+            self.watched = self._count_watched() if by_clock else len(self.validation)
+        picked = np.unique(np.linspace(0, len(self.validation) - 1, self.watched).round().astype(int))
+        scores = self._dice([self.validation[i] for i in picked])
         mean = float(np.mean(list(scores.values())))
         if mean > self.best_dice:
             self.best_dice = mean
@@ -269,28 +297,30 @@ class Fit:
         self.validating += time.perf_counter() - start
         return scores
 
+    def _count_watched(self) -> int:
+        """How many held-back cases fit into one of some moments of a time budget, judged by the first of them."""
+        settings = self.config.train
+        start = time.perf_counter()
+        self._dice(self.validation[:1])
+        each = time.perf_counter() - start
+        affordable = settings.validation_share * (settings.time_budget_s or 0) / MOMENTS / each
+        return max(1, min(len(self.validation), int(affordable)))
+
+    def _dice(self, cases: Sequence[Prepared]) -> dict[str, float]:
+        return quick_dice(self.config, self.network.module, cases, self.device, self.precision)
+
 
 def quick_dice(
-    config: Config,
-    network: torch.nn.Module,
-    cases: Sequence[Prepared],
-    device: torch.device,
-    precision: str,
-    seconds: float | None = None,
+    config: Config, network: torch.nn.Module, cases: Sequence[Prepared], device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Mean Dice of each label on the network's grid: a guide while training, not the report.
-
-    Where all cases would take longer than `seconds`, as judged by the first, an even selection is scored.
-    """
+    """Mean Dice of each label on the network's grid: a guide while training, not the report."""
     data = config.data
     scorer, decide = make_scorer(network, data, device, precision), decider(data)
     found: dict[str, list[float]] = {name: [] for name in data.foreground}
     # prepared labels hold indices of output channels; regions hold the values of the file
     index_of = {value: index for index, value in enumerate(data.out_values)}
     values = [data.labels[n] if data.is_regions else index_of[data.labels[n]] for n in data.foreground]  # type: ignore[index]
-    chosen = list(cases[:1])
-    start = time.perf_counter()
-    for case in chosen:
+    for case in cases:
         scores = predict(config.windows, case.image.to(device), [scorer])
         predicted = decide(scores) if data.is_regions else scores.argmax(dim=0)
         if case.label is None:
@@ -298,11 +328,6 @@ def quick_dice(
         measured = counts(predicted.cpu().numpy(), case.label.numpy(), values, ignore_value=ignored(data))
         for name, value in zip(data.foreground, values):
             found[name].append(dice(measured[value]))
-        if len(chosen) == 1 and len(cases) > 1:
-            each = time.perf_counter() - start
-            count = len(cases) if seconds is None else max(1, min(len(cases), int(seconds / each)))
-            picked = np.unique(np.linspace(0, len(cases) - 1, count).round().astype(int))
-            chosen.extend(cases[i] for i in picked if i > 0)
     return {name: float(np.nanmean(v)) if np.isfinite(v).any() else 0.0 for name, v in found.items()}
 
 

@@ -203,8 +203,10 @@ def restore(
     labels = torch.cat(slabs)
     for axis, m in enumerate(axis_maps(from_grid, to_grid)):
         at = m.scale * np.arange(to_grid.shape[axis]) + m.offset
-        # half a source voxel beyond the last centre still belongs to that voxel
-        outside = (at < -0.5 - 1e-6) | (at > from_grid.shape[m.source] - 0.5 + 1e-6)
+        # half a source voxel beyond the last centre still belongs to that voxel, and `with_spacing` may have cut off
+        # up to a quarter more at either end when it rounded the shape
+        reach = 0.75 + 2e-3
+        outside = (at < -reach) | (at > from_grid.shape[m.source] - 1 + reach)
         inside = np.flatnonzero(~outside)
         first, last = (
             (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (to_grid.shape[axis], to_grid.shape[axis])

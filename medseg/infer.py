@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +17,23 @@ from monai.data.meta_tensor import MetaTensor
 
 from medseg.cases import Case, infer_inputs
 from medseg.config import Config, DataConfig
-from medseg.device import choose_device, choose_precision, describe, memory_format, to_memory_format
+from medseg.device import (
+    choose_device,
+    choose_precision,
+    describe,
+    memory_format,
+    peak_memory_mb,
+    to_memory_format,
+)
 from medseg.errors import ConfigError, MedsegError, ModelError
 from medseg.grid import restore
-from medseg.model import Model, read_model, versions
+from medseg.model import DECISIVE, Model, read_model
 from medseg.preprocess import Prepared, prepare
 from medseg.progress import Progress, silent
-from medseg.readers import file_sha256, read_geometry
+from medseg.readers import file_sha256
+from medseg.versions import versions
 from medseg.windows import Flips, Scorer, predict
-from medseg.writers import atomic_path, is_whole_label, label_ending, write_label
+from medseg.writers import label_ending, write_label, write_text
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ class CaseResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    output_sha256: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -200,11 +208,8 @@ def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | N
     seconds: dict[str, float] = {}
     try:
         inputs = {str(p): file_sha256(p) for p in case.images}
-        known = earlier is not None and earlier.status != "failed" and earlier.inputs == inputs
-        if known and earlier and output.exists() and not segmenter.options.overwrite:
-            grid = read_geometry(case.images[0], spatial_dims=segmenter.config.data.spatial_dims).grid
-            if is_whole_label(output, grid):
-                return replace(earlier, status="skipped")
+        if not segmenter.options.overwrite and earlier and _still_there(earlier, output, inputs):
+            return replace(earlier, status="skipped")
         labels, _ = segmenter.segment_case(case, seconds)
         with _timed(seconds, "write"):
             write_label(output, labels, like=case.images[0], names=segmenter.label_names)
@@ -212,12 +217,18 @@ def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | N
         log.debug("case %s failed", case.id, exc_info=True)
         stale = (f"{output.name} is of an earlier run: do not use it",) if output.exists() else ()
         return CaseResult(case.id, "failed", reason=_reason(case, error), seconds=seconds, warnings=stale)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return CaseResult(case.id, "done", output.name, None, seconds, round(peak, 1), inputs)
+    return CaseResult(case.id, "done", output.name, None, seconds, peak_memory_mb(), inputs, file_sha256(output))
 
 
 def _output(folder: Path, case: Case) -> Path:
     return folder / f"{case.id}{label_ending(case.images[0])}"
+
+
+def _still_there(earlier: CaseResult, output: Path, inputs: Mapping[str, str]) -> bool:
+    """Whether `output` holds the bytes that the same model made of the same input, not those of another run."""
+    if earlier.status == "failed" or earlier.inputs != inputs or not output.is_file():
+        return False
+    return file_sha256(output) == earlier.output_sha256
 
 
 def _reason(case: Case, error: Exception) -> str:
@@ -248,12 +259,11 @@ def _write_record(folder: Path, segmenter: Segmenter, results: Mapping[str, Case
         "schema_version": 1,
         "settings": _settings(segmenter),
         "device": describe(segmenter.device),
-        "versions": versions(),
+        "versions": versions(*DECISIVE),
         "labels": {str(v): n for v, n in segmenter.label_names.items()},
         "cases": [asdict(r) for r in results.values()],
     }
-    with atomic_path(folder / _record_name(segmenter.options)) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / _record_name(segmenter.options), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _earlier_results(folder: Path, segmenter: Segmenter) -> dict[str, CaseResult]:
@@ -275,7 +285,8 @@ def _common_config(models: Sequence[Model]) -> Config:
     first = models[0].config
     for model in models[1:]:
         for section in ("data", "preprocess", "windows"):
-            if getattr(model.config, section) != getattr(first, section):
+            # as text: the order of the labels is the order of the channels, and equal mappings may differ in it
+            if getattr(model.config, section).model_dump_json() != getattr(first, section).model_dump_json():
                 raise ModelError(f"the models of an ensemble differ in `{section}`; train them with one configuration")
     return first
 

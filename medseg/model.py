@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from medseg.config import Config, DataConfig, make_config
+from medseg.config import COLOURS, Config, DataConfig, make_config
 from medseg.errors import ConfigError, ModelError
 from medseg.networks import build_network
 from medseg.readers import file_sha256
-from medseg.writers import atomic_path
+from medseg.versions import versions
+from medseg.writers import atomic_path, write_text
 
 SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
-# Okabe & Ito 2008: told apart with every form of colour blindness; repeated from the ninth label on
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+# packages whose version decides a result
+DECISIVE = ("medseg", "torch", "monai", "numpy")
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,6 @@ def label_table(data: DataConfig) -> list[dict[str, Any]]:
     ]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    return {"python": platform.python_version()} | {p: version(p) for p in ("medseg", "torch", "monai", "numpy")}
-
-
 def new_network(config: Config) -> torch.nn.Module:
     """A fresh network for a configuration."""
     return build_network(
@@ -85,12 +79,11 @@ def save_model(
         "labels": label_table(config.data),
         "training": dict(training),
         "licence": licence,
-        "versions": versions(),
+        "versions": versions(*DECISIVE),
         "weights_sha256": file_sha256(folder / WEIGHTS),
         "config": config.model_dump(mode="json"),
     }
-    with atomic_path(folder / DESCRIPTION) as temporary:
-        temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_model(folder: Path) -> Model:

@@ -68,6 +68,11 @@ class PatchSampler:
             cases=tuple(self._cases[i].id for i in chosen),
         )
 
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The cases that patches are cut from."""
+        return tuple(case.id for case in self._cases)
+
     def state(self) -> list[int]:
         """What, beside the generator's own state, decides the next batches."""
         return list(self._deck)

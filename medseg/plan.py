@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from medseg.config import (
     PreprocessConfig,
     TrainConfig,
     WindowsConfig,
+    make_data_config,
 )
 from medseg.errors import DataError
 from medseg.networks.aspp import cap_rates
@@ -118,7 +118,7 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint, *, device: str = "cpu"
         data=data,
         preprocess=preprocess,
         network=network,
-        augment=_augment(fingerprint, data, reasons),
+        augment=_augment(dataset, fingerprint, data, reasons),
         train=_train(fingerprint, batch, reasons),
         windows=windows,
     )
@@ -138,11 +138,12 @@ def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -
         reasons["data.labels"] = "as the data set says"
     if len(labels) < 2:
         raise DataError(f"{dataset.path}: label files hold the background 0 only, expected at least one label")
-    return DataConfig(
-        spatial_dims=_literal_dims(fingerprint.spatial_dims),
+    return make_data_config(
+        spatial_dims=fingerprint.spatial_dims,
         channels=dataset.channels or ("image",),
         labels=labels,
         region_values=dataset.region_values,
+        source=str(dataset.path),
     )
 
 
@@ -261,7 +262,7 @@ def _strides(
     return tuple(steps)
 
 
-def _augment(fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
+def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
     sided = [n for n in data.foreground if SIDED.search(CAMEL.sub(" ", n))]
     axes: tuple[int, ...] = (0,)
     reasons["augment.flip_axes"] = "from left to right only: bodies are nearly symmetric that way and no other"
@@ -271,6 +272,9 @@ def _augment(fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]
     elif fingerprint.spatial_dims == 2:
         axes = (0, 1)
         reasons["augment.flip_axes"] = "slices in no known direction: mirrored both ways"
+    if dataset.labels is None and len(data.foreground) > 1:
+        axes = ()
+        reasons["augment.flip_axes"] = "the labels have no names: two of them may be the two sides of one organ"
     if sided:
         axes = ()
         reasons["augment.flip_axes"] = f"label `{sided[0]}` tells sides apart: never mirrored"
@@ -320,10 +324,6 @@ def _labelled(case: Case) -> Path:
     if case.label is None:
         raise DataError(f"{case.id}: no label file")
     return case.label
-
-
-def _literal_dims(dims: int) -> Literal[1, 2, 3]:
-    return 2 if dims == 2 else 3
 
 
 def _text(values: Sequence[float] | np.ndarray) -> str:

@@ -61,7 +61,13 @@ class Load(Transform):
         dims, channels = self.data.spatial_dims, len(self.data.channels)
         image = read_images(item["image"], spatial_dims=dims, channels=channels)
         grid = image.grid
-        result = {**item, "image": _meta_tensor(torch.as_tensor(image.array.astype(np.float32)), grid), "source": grid}
+        with np.errstate(over="ignore"):
+            voxels = torch.as_tensor(image.array.astype(np.float32))
+        if not torch.isfinite(voxels).all():
+            raise DataError(
+                f"{item['image'][0]}: voxels beyond 3e38 found, expected what float32 can hold; rescale them"
+            )
+        result = {**item, "image": _meta_tensor(voxels, grid), "source": grid}
         if "label" in item:
             label = read_label(item["label"], spatial_dims=dims)
             if not label.grid.matches(grid, tolerance=ROUNDING_TOLERANCE):

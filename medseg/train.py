@@ -89,7 +89,7 @@ def train(
     data = read_dataset(Path(dataset))
     made = plan_run(data, options, _end(time_budget, epochs), device=device, progress=progress)
     config = made.config
-    training, validation = fold_split(data, options.fold, folds=options.folds, seed=config.train.seed)
+    training, validation = fold_split(data, options.fold, folds=options.folds)
     _check_network(config)
     seconds: dict[str, float] = {}
     with _log_file(folder):
@@ -97,6 +97,9 @@ def train(
         with _stage(seconds, "preprocess"):
             prepared = _prepare(training, config, folder / "cache", progress)
             held_back = _prepare(validation, config, folder / "cache", progress)
+        # before training: a share that goes away meanwhile must not cost the model
+        with _stage(seconds, "hash"):
+            record = _data_record(data, training, validation, options, progress)
         fit = Fit(config, prepared, held_back, folder, device)
         if options.resume and (folder / STATE).is_file():
             fit.load()
@@ -104,8 +107,7 @@ def train(
         write_text(folder / CONFIG, dump_yaml(config, made.reasons))
         with _stage(seconds, "train"):
             network = fit.run(progress)
-        record = _training_record(data, training, validation, options, fit)
-        save_model(network, config, folder, training=record, licence=data.licence)
+        save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
         report: Report | None = None
         results: tuple[CaseResult, ...] = ()
         with _stage(seconds, "validate"):
@@ -172,7 +174,17 @@ def _end(time_budget: str | float | None, epochs: int | None) -> dict[str, Any]:
 
 def _without_shapes(changes: Mapping[str, Any]) -> dict[str, Any]:
     # lengths that depend on the data are checked once the plan is there; other keys and types are checked now
-    later = {"spatial_dims", "channels", "spacing_mm", "shape", "intensity", "strides", "flip_axes", "patch_size"}
+    later = {
+        "rotation_deg",
+        "spatial_dims",
+        "channels",
+        "spacing_mm",
+        "shape",
+        "intensity",
+        "strides",
+        "flip_axes",
+        "patch_size",
+    }
     return {
         section: {k: v for k, v in values.items() if k not in later} if isinstance(values, Mapping) else values
         for section, values in changes.items()
@@ -232,7 +244,7 @@ def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _preflight(data: Dataset, progress: Progress) -> None:
-    errors = check_dataset(data.path, progress=progress).errors
+    errors = check_dataset(data, progress=progress).errors
     if errors:
         listed = "\n".join(f"  {error}" for error in errors[:20])
         raise DataError(
@@ -270,19 +282,18 @@ def _validate(
     return report, results
 
 
-def _training_record(
-    data: Dataset, training: Sequence[Case], validation: Sequence[Case], options: TrainOptions, fit: Fit
+def _data_record(
+    data: Dataset, training: Sequence[Case], validation: Sequence[Case], options: TrainOptions, progress: Progress
 ) -> dict[str, Any]:
     files = [p for c in sorted(training, key=lambda c: c.id) for p in (*c.images, c.label) if p is not None]
+    digest = hashlib.sha256()
+    for n, path in enumerate(files):
+        progress("hash", n, len(files), path.name)
+        digest.update(file_sha256(path).encode())
     return {
         "data_set": data.path.resolve().name,
-        "data_sha256": hashlib.sha256("".join(file_sha256(p) for p in files).encode()).hexdigest(),
+        "data_sha256": digest.hexdigest(),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "fold": options.fold,
-        "steps": fit.step,
-        "seconds": round(fit.elapsed, 1),
-        "device": describe(fit.device),
-        "precision": fit.precision,
-        "best_dice_while_training": None if fit.best is None else round(fit.best_dice, 4),
     }

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid device progress",
+        "errors config grid device progress versions",
         "cases datasets readers writers metrics",
         "preprocess networks",
         "patches augment losses",

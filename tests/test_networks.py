@@ -16,6 +16,7 @@ from medseg.config import NetworkConfig
 from medseg.errors import ConfigError, DataError
 from medseg.networks import build_network, list_networks
 from medseg.networks._blocks import InstanceNorm, enlarge, make_norm, norm_groups, shuffle_pixels
+from medseg.networks._dilated import DilatedConv3d
 from medseg.networks.aspp import ASPP, cap_rates
 from medseg.networks.resnet import build_encoder
 
@@ -392,3 +393,35 @@ class TestBlocks:
     )
     def test_decoder_stride(self, encoder: str, output_stride: int, expected: tuple[int, int]) -> None:
         assert make_network(tiny(encoder=encoder, output_stride=output_stride), (0, 0)).strides == expected
+
+
+@pytest.mark.parametrize(("shape", "dilation"), [((7, 6, 9), (2, 1, 3)), ((4, 5, 3), (6, 2, 4))])
+def test_a_dilated_convolution_has_the_gradients_of_torch(shape: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    conv = DilatedConv3d(3, 5, 3, padding=dilation, dilation=dilation, bias=False).double()
+    maps = torch.randn(2, 3, *shape, dtype=torch.double, requires_grad=True)
+    found = conv(maps)
+    expected = torch.nn.functional.conv3d(maps, conv.weight, padding=dilation, dilation=dilation)
+    towards = torch.randn_like(found)
+    assert torch.equal(found, expected)
+    for a, b in zip(*(torch.autograd.grad(y, (maps, conv.weight), towards) for y in (found, expected))):
+        # sums of at most 1,512 products in double precision, in another order
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.channels_last_3d])
+def test_the_norm_of_channels_last_maps_is_torchs(memory: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    shape = (9, 8) if memory == torch.channels_last else (5, 6, 7)
+    norm = make_norm("instance", len(shape), 32).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    maps = torch.randn(3, 32, *shape, dtype=torch.double).to(memory_format=memory).requires_grad_()
+    found = norm(maps)
+    expected = torch.nn.functional.instance_norm(maps, weight=norm.weight, bias=norm.bias, eps=1e-5)
+    towards = torch.randn_like(found)
+    assert found.is_contiguous(memory_format=memory)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    inputs = (maps, norm.weight, norm.bias)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, towards) for y in (found, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

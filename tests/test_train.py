@@ -24,8 +24,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 import medseg
 from medseg.config import settings_from
-from medseg.patches import PatchSampler
 from medseg.fit import Fit, what_fits
+from medseg.patches import PatchSampler
 from medseg.train import parse_duration
 
 Train = Callable[..., medseg.Run]

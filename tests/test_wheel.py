@@ -1,4 +1,4 @@
-"""The wheel that `pip install` makes: complete, and at work far from the sources; what is inside is tested elsewhere."""
+"""The wheel that `pip install` makes: complete, and at work far from the sources; the code itself is tested elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     interpreter = folder / "bin" / "python"
     script = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    inside = Path(subprocess.run([interpreter, "-c", script], check=True, capture_output=True, text=True).stdout.strip())
+    inside = Path(
+        subprocess.run([interpreter, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
+    )
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(inside)
     # a path file adds the folder itself, not the path files in it: the editable medseg of this environment stays out

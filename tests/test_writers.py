@@ -16,7 +16,7 @@ from PIL import Image as Picture
 
 from medseg.errors import DataError, GeometryError
 from medseg.readers import nifti, read_geometry, read_image, read_label
-from medseg.writers import atomic_path, is_whole_label, label_ending, write_label
+from medseg.writers import atomic_path, label_ending, write_label
 
 NAMES = {0: "background", 1: "liver", 2: "Tumör"}
 MASK = (np.arange(60).reshape(3, 4, 5) % 3).astype(np.uint8)
@@ -199,18 +199,6 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No space left"):
         write_half(tmp_path / "a.nii", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_whole_label_is_told_from_half_and_foreign_ones(tmp_path: Path) -> None:
-    source = nifti_input(tmp_path / "in.nii")
-    grid = read_geometry(source).grid
-    out = write_label(tmp_path / "out.nii.gz", MASK, source, names=NAMES)
-    assert is_whole_label(out, grid)
-    other = read_geometry(nifti_input(tmp_path / "other.nii", np.eye(4))).grid
-    assert not is_whole_label(out, other)
-    out.write_bytes(out.read_bytes()[:-9])
-    assert not is_whole_label(out, grid)
-    assert not is_whole_label(tmp_path / "none.nii.gz", grid)
 
 
 @pytest.mark.parametrize(

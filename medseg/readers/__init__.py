@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from medseg.errors import DataError, GeometryError
+from medseg.errors import DataError, GeometryError, MedsegError
+from medseg.grid import ROUNDING_TOLERANCE
 from medseg.readers import image2d, itk, nifti
 from medseg.readers._image import Geometry, Image, LabelMap, NiftiHeader
 
@@ -120,7 +122,7 @@ def read_images(
         raise DataError(f"{named}: {_count(len(paths), 'file')} found, expected {channels}, one per channel")
     images = [read_image(path, spatial_dims=spatial_dims, channels=1, finite=finite) for path in paths]
     for path, image in zip(paths, images):
-        if not image.grid.matches(images[0].grid):
+        if not image.grid.matches(images[0].grid, tolerance=ROUNDING_TOLERANCE):
             raise GeometryError(
                 f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name}; "
                 "bring all channels of a case to one grid"
@@ -141,7 +143,8 @@ def read_label(path: Path, *, spatial_dims: int | None = None) -> LabelMap:
 
 def read_geometry(path: Path, *, spatial_dims: int | None = None) -> Geometry:
     """Where the voxels of `path` are, from its header alone. Raises `DataError` or `GeometryError`."""
-    return _format(path).read_geometry(path, spatial_dims=spatial_dims)
+    with _named(path):
+        return _format(path).read_geometry(path, spatial_dims=spatial_dims)
 
 
 def finite_or_raise(image: Image, path: Path) -> None:
@@ -163,12 +166,25 @@ def finite_or_raise(image: Image, path: Path) -> None:
 def _read(
     path: Path, *, spatial_dims: int | None, channels: int | None, labels: bool
 ) -> tuple[npt.NDArray[Any], Geometry]:
-    array, geometry = _format(path).read(path, spatial_dims=spatial_dims, channels=channels, labels=labels)
+    with _named(path):
+        array, geometry = _format(path).read(path, spatial_dims=spatial_dims, channels=channels, labels=labels)
     if array.dtype.kind not in "uifb":
         raise DataError(f"{path}: voxels of type {array.dtype} found, expected integers or real numbers")
     if array.dtype.kind == "b":
         array = array.astype(np.uint8)
     return array.astype(array.dtype.newbyteorder("="), copy=False), geometry
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever a library raises for a broken file becomes a `DataError` that names the file."""
+    try:
+        yield
+    except MedsegError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {text}); export or copy it again") from error
 
 
 def _format(path: Path) -> _Format:

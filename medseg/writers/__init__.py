@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import DataError, GeometryError
-from medseg.grid import Grid
-from medseg.readers import Geometry, Image, is_picture, read_geometry, read_label, split_ending
+from medseg.readers import Geometry, Image, is_picture, read_geometry, split_ending
 from medseg.writers import image2d, nifti
 
-__all__ = ["atomic_path", "is_whole_label", "label_ending", "write_label", "write_text"]
+__all__ = ["atomic_path", "label_ending", "write_label", "write_text"]
 
 
 def label_ending(source: Path) -> str:
@@ -63,7 +62,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -80,18 +79,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> Path:
     """Writes `text` as UTF-8, whole or not at all. Raises `DataError` where the folder cannot be written."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        # a file name may hold bytes that are no text; they are shown as their codes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return path
-
-
-def is_whole_label(path: Path, grid: Grid) -> bool:
-    """Whether `path` is a label map that can be read to its end and lies on `grid`."""
-    if not path.is_file():
-        return False
-    try:
-        return read_label(path, spatial_dims=grid.spatial_dims).grid.matches(grid)
-    except DataError:
-        return False
 
 
 def _stored(path: Path, array: npt.NDArray[Any], names: Mapping[int, str]) -> npt.NDArray[Any]:
