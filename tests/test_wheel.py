@@ -1,4 +1,4 @@
-"""The wheel that `pip install` makes: complete, and at work far from the sources; the code itself is tested elsewhere."""
+"""The wheel that `pip install` makes: complete, and at work far from the sources; what it does is tested elsewhere."""
 
 from __future__ import annotations
 
