@@ -63,6 +63,7 @@ class Fit:
         self.elapsed = 0.0
         self.validating = 0.0
         self.watched: int | None = None
+        self.validated_at = -1
         self.best_dice = -1.0
         self.best: dict[str, torch.Tensor] | None = None
         torch.manual_seed(config.train.seed)
@@ -123,7 +124,7 @@ class Fit:
                     dice_text = f", Dice {self.best_dice:.3f}" if self.best_dice >= 0 else ""
                     text = f"loss {np.mean(losses[-50:]):.3f}{dice_text}"
                     progress("train", self.progress * self.total, self.total, text)
-                if self.step % settings.steps_per_epoch == 0 or self.progress >= 1:
+                if self.step % settings.steps_per_epoch == 0:
                     journal.write(float(np.mean(losses)), self._validate_if_time())
                     losses.clear()
                     self.elapsed = time.perf_counter() - began
@@ -134,6 +135,9 @@ class Fit:
                 if time.perf_counter() - saved > settings.save_every_s:
                     self.save()
                     saved = time.perf_counter()
+            if losses or self.validated_at != self.step:
+                # the end of the schedule lies inside an epoch, or came while the last one was written down
+                journal.write(float(np.mean(losses)) if losses else float("nan"), self._validate_if_time())
             self.save()
         progress("train", self.total, self.total)
         if self.best is not None:
@@ -168,6 +172,7 @@ class Fit:
             "best_dice": self.best_dice,
             "best": self.best,
             "watched": self.watched,
+            "validated_at": self.validated_at,
             "held_back": [case.id for case in self.validation],
             "meaning": self._meaning(),
             "network": self.network.state_dict(),
@@ -207,7 +212,7 @@ class Fit:
                 f"{path}: was trained with other cases, or another data, preprocess, network or windows section; "
                 "resume with the configuration of the run, or train into a new folder"
             )
-        self.watched = state["watched"]
+        self.watched, self.validated_at = state["watched"], state["validated_at"]
         self.step, self.elapsed, self.validating = state["step"], state["elapsed"], state["validating"]
         self.best_dice, self.best = state["best_dice"], state["best"]
         self.generator.set_state(state["generator"].cpu())
@@ -283,7 +288,10 @@ class Fit:
         settings = self.config.train
         by_clock = settings.time_budget_s is not None and not settings.deterministic
         due = self.progress >= 1 or not by_clock or self.validating <= settings.validation_share * self.elapsed
-        if not self.validation or not due:
+        if not due:
+            return {}
+        self.validated_at = self.step
+        if not self.validation:
             return {}
         start = time.perf_counter()
         if self.watched is None:

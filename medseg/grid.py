@@ -80,11 +80,9 @@ class Grid:
         return bool(apart <= tolerance * min(self.spacing_mm))
 
     def with_spacing(self, spacing_mm: Sequence[float]) -> Grid:
-        """The grid of this spacing over the same extent (outer voxel faces stay, up to the rounding of the shape)."""
-        # halves go down, also if a float32 header puts them a hair above: copies of one scan get one shape
-        shape = tuple(
-            max(1, math.ceil(s * a / b - 0.5 - 1e-3)) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm)
-        )
+        """The grid of this spacing and centre that covers all of this one, so that `restore` loses nothing."""
+        # whole numbers stay, also if a float32 header puts them a hair above: copies of one scan get one shape
+        shape = tuple(max(1, math.ceil(s * a / b - 1e-3)) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm))
         return self._rescaled(shape, np.asarray(spacing_mm) / np.asarray(self.spacing_mm))
 
     def with_shape(self, shape: Sequence[int]) -> Grid:
@@ -203,10 +201,8 @@ def restore(
     labels = torch.cat(slabs)
     for axis, m in enumerate(axis_maps(from_grid, to_grid)):
         at = m.scale * np.arange(to_grid.shape[axis]) + m.offset
-        # half a source voxel beyond the last centre still belongs to that voxel, and `with_spacing` may have cut off
-        # up to a quarter more at either end when it rounded the shape
-        reach = 0.75 + 2e-3
-        outside = (at < -reach) | (at > from_grid.shape[m.source] - 1 + reach)
+        # half a source voxel beyond the last centre still belongs to that voxel
+        outside = (at < -0.5 - 1e-6) | (at > from_grid.shape[m.source] - 0.5 + 1e-6)
         inside = np.flatnonzero(~outside)
         first, last = (
             (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (to_grid.shape[axis], to_grid.shape[axis])

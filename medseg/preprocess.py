@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 # raised whenever a transform below gives other numbers than before: old cache files are then left alone
-VERSION = 2
+VERSION = 3
 
 RAS = ("L", "R"), ("P", "A"), ("I", "S")
 

@@ -191,6 +191,6 @@ def test_regions_are_named_by_the_value_that_is_written() -> None:
     assert label_names(data) == {4: "whole", 5: "core"}
 
 
-def test_colours_repeat_from_the_ninth_label_on() -> None:
+def test_colours_repeat_from_the_eighth_label_on() -> None:
     table = label_table(DataConfig(labels={f"l{n}": n for n in range(1, 11)}))
-    assert table[8]["colour"] == table[0]["colour"]
+    assert table[7]["colour"] == table[0]["colour"]

@@ -24,10 +24,22 @@ def a_case(name: str, label: torch.Tensor | None = None, shape: tuple[int, ...] 
 
 
 def sampler(
-    cases: list[Prepared], *, fraction: float = 0.0, batch: int = 2, patch: tuple[int, ...] = (4, 4, 4), seed: int = 0
+    cases: list[Prepared],
+    *,
+    fraction: float = 0.0,
+    batch: int = 2,
+    patch: tuple[int, ...] = (4, 4, 4),
+    seed: int = 0,
+    ignore_value: int | None = None,
 ) -> PatchSampler:
-    generator = torch.Generator().manual_seed(seed)
-    return PatchSampler(cases, patch_size=patch, batch_size=batch, foreground_fraction=fraction, generator=generator)
+    return PatchSampler(
+        cases,
+        patch_size=patch,
+        batch_size=batch,
+        foreground_fraction=fraction,
+        generator=torch.Generator().manual_seed(seed),
+        ignore_value=ignore_value,
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,7 @@ def test_foreground_patches_are_centred_on_the_label_and_labels_come_evenly() ->
     label[1, 2, 3] = 1
     label[4:8, 6:10, 5:12] = 2
     label[0] = IGNORE_INDEX
-    drawn = sampler([a_case("c", label)], fraction=1, batch=50)
+    drawn = sampler([a_case("c", label)], fraction=1, batch=50, ignore_value=IGNORE_INDEX)
     batches = [drawn.draw() for _ in range(8)]
     centres = torch.cat([b.label[:, 3, 3, 3] for b in batches])
     counts = Counter(centres.tolist())
@@ -149,7 +161,7 @@ def test_one_seed_gives_one_sequence() -> None:
 def test_locations_leave_background_and_ignored_voxels_out() -> None:
     label = torch.zeros(SHAPE, dtype=torch.uint8)
     label[1, 2, 3], label[4, 5, 6], label[0, 0, 0] = 2, 1, IGNORE_INDEX
-    found = foreground_locations(a_case("c", label), torch.Generator().manual_seed(0))
+    found = foreground_locations(a_case("c", label), torch.Generator().manual_seed(0), IGNORE_INDEX)
     assert [f.tolist() for f in found] == [[[4, 5, 6]], [[1, 2, 3]]]
 
 

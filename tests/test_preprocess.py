@@ -90,8 +90,8 @@ def test_without_orient_the_axes_stay(tmp_path: Path) -> None:
 def test_spacing_is_what_was_asked(tmp_path: Path) -> None:
     config = PreprocessConfig(spacing_mm=(0.5, 3.0, 2.5))
     found = prepare(a_case(tmp_path), config, DATA, with_label=True)
-    assert tuple(found.image.shape) == (1, 14, 4, 11)
-    assert tuple(found.label.shape) == (14, 4, 11)
+    assert tuple(found.image.shape) == (1, 14, 5, 11)
+    assert tuple(found.label.shape) == (14, 5, 11)
     assert found.grid.spacing_mm == pytest.approx((0.5, 3.0, 2.5), abs=1e-5)
 
 
@@ -307,6 +307,8 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     first = prepare_cached(case, PreprocessConfig(), DATA, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
     whole = file.read_bytes()
+    # the tensors of `first` are mapped from the file: it is replaced, not cut under them
+    file.unlink()
     file.write_bytes({"short": whole[:-100], "empty": b"", "noise": bytes(range(256)) * 8}[damage])
     assert equal(prepare_cached(case, PreprocessConfig(), DATA, tmp_path / "cache"), first)
     assert file.read_bytes() == whole
