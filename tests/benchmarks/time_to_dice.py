@@ -3,8 +3,9 @@
     python tests/benchmarks/time_to_dice.py DATASET --minutes 10 -o tests/benchmarks/results/NAME.json
     python tests/benchmarks/time_to_dice.py DATASET --finished RUN -o tests/benchmarks/results/NAME.json
 
-The second form collects the figures of a run that the same command line made on this machine. Trains fold 0 on the CPU through the command line, as a user would, and keeps what the run folder says: Dice of the
-held-back cases at full resolution with its interval, seconds by stage, machine, versions. Run it on an idle machine.
+The first form trains fold 0 through the command line, as a user would; the second collects from a run that the same
+command line made on this machine. Kept are Dice of the held-back cases at full resolution with its interval, steps,
+seconds, machine and versions. Run it on an idle machine.
 """
 
 from __future__ import annotations
