@@ -34,14 +34,17 @@ from medseg.writers import write_text
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+# a configuration without one of these is laid over the plan of the data set
+PLANNED = ("data", "preprocess", "network", "windows")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """What is asked of a training run beside its configuration.
 
-    `config` None: planned from the data set. `settings` are laid over it. `fold` "all" holds no case back. `resume`
-    goes on from the state in the run folder, if there is one, with the configuration that is there.
+    `config` None: planned from the data set; a YAML that lacks sections is laid over that plan, then `settings`. `fold`
+    "all" holds no case back. `resume` goes on from the state in the run folder, if there is one, with the configuration
+    that is there.
     """
 
     config: Path | Config | None = None
@@ -128,22 +131,24 @@ def plan(
 def plan_run(
     data: Dataset, options: TrainOptions, end: Mapping[str, Any], *, device: torch.device, progress: Progress = silent
 ) -> Plan:
-    """The configuration of a run: planned from the data set or given, with the settings of the options laid over.
+    """The configuration of a run: given whole, or planned with what is given laid over; then the options' settings.
 
     Raises `ConfigError` for a wrong key or value before any file is read, `DataError` for a data set with errors.
     """
     changes = overlay(options.settings, {"train": end} if end else {})
-    if options.config is None:
-        # a wrong key is told before the files are read
-        make_config(overlay(Config().model_dump(mode="json"), _without_shapes(changes)), source="--set")
+    given, source = options.config, str(options.config)
+    values = {} if given is None else given.model_dump(mode="json") if isinstance(given, Config) else read_yaml(given)
+    if all(section in values for section in PLANNED):
+        config = _changed(make_config(values, source=source), changes)
         _preflight(data, progress)
-        made = make_plan(data, measure(data, progress=progress), device=device.type)
-        return replace(made, config=_changed(made.config, changes))
-    given = options.config
-    config = given if isinstance(given, Config) else make_config(read_yaml(given), source=str(given))
-    config = _changed(config, changes)
+        return Plan(config, {})
+    # a wrong key is told before the files are read
+    for part, name in ((values, source), (changes, "--set")):
+        make_config(overlay(Config().model_dump(mode="json"), _without_shapes(part)), source=name)
     _preflight(data, progress)
-    return Plan(config, {})
+    made = make_plan(data, measure(data, progress=progress), device=device.type)
+    config = make_config(overlay(made.config.model_dump(mode="json"), values), source=source)
+    return replace(made, config=_changed(config, changes))
 
 
 def parse_duration(text: str | float) -> float:

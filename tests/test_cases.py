@@ -355,3 +355,11 @@ def test_real_split_keeps_subjects_together(shared_data: Path) -> None:
     # ids 2k−1 and 2k are two crops of one subject
     subject = [{(int(c.id[-3:]) + 1) // 2 for c in part} for part in (train, val)]
     assert not subject[0] & subject[1]
+
+
+def test_group_zero_of_a_json_list_is_a_group(tmp_path: Path) -> None:
+    rows = [{"case": n, "image": f"{n}.nii", "label": f"{n}.nii", "group": 0} for n in "ab"]
+    for n in "ab":
+        (tmp_path / f"{n}.nii").touch()
+    (tmp_path / "l.json").write_text(json.dumps(rows))
+    assert {c.group for c in read_dataset(tmp_path / "l.json").cases} == {"0"}

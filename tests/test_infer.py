@@ -157,6 +157,14 @@ def test_models_of_another_data_set_make_no_ensemble(tmp_path: Path, model: Path
         load_model(model, tiny_model(tmp_path, tiny_config(data={"labels": {"x": 1, "y": 2}})), options=EXACT)
 
 
+def test_models_whose_labels_stand_in_another_order_make_no_ensemble(tmp_path: Path) -> None:
+    # equal as mappings, but their channels mean the labels in turn
+    names = {"shell": 3, "core": 7}, {"core": 7, "shell": 3}
+    folders = [tiny_model(tmp_path / str(n), tiny_config(data={"labels": labels})) for n, labels in enumerate(names)]
+    with pytest.raises(ModelError, match="differ in `data`"):
+        load_model(*folders, options=EXACT)
+
+
 def test_no_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="no model given"):
         load_model()
@@ -282,6 +290,19 @@ def test_another_model_does_everything_again(tmp_path: Path, model: Path, other_
     assert run(tmp_path, other_model) == ["done", "done"]
     assert (tmp_path / "out" / "case0.nii.gz").read_bytes() != before
     assert run(tmp_path, other_model, model) == ["done", "done"]
+
+
+def test_a_mask_that_another_model_left_in_between_is_done_again(
+    tmp_path: Path, model: Path, other_model: Path
+) -> None:
+    some_images(tmp_path / "in", 2)
+    run(tmp_path, model)
+    mine = (tmp_path / "out" / "case0.nii.gz").read_bytes()
+    # into the same folder, with a record of its own
+    run(tmp_path, other_model, options=replace(EXACT, shard=(1, 2)))
+    assert (tmp_path / "out" / "case0.nii.gz").read_bytes() != mine
+    assert run(tmp_path, model) == ["done", "skipped"]
+    assert (tmp_path / "out" / "case0.nii.gz").read_bytes() == mine
 
 
 @pytest.mark.parametrize("change", [{"tta": "flip"}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}])

@@ -460,6 +460,23 @@ def test_resume_does_not_train_on_the_cases_held_back(train: Train, tiny_dataset
     assert (first.folder / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", ["data.labels={b: 2, a: 1}", "preprocess.spacing_mm=[2,2,2]"])
+def test_resume_refuses_a_state_of_another_meaning(train: Train, tiny_dataset, change: str) -> None:
+    dataset = tiny_dataset(cases=2)
+    train(dataset, fold="all")
+    with pytest.raises(medseg.ConfigError, match="was trained with other cases, or another data, preprocess"):
+        train(dataset, change, fold="all", epochs=2, resume=True)
+
+
+def test_a_configuration_that_lacks_sections_is_laid_over_the_plan(tiny_dataset, tmp_path: Path, tiny_settings) -> None:
+    part = tmp_path / "part.yaml"
+    part.write_text("train: {learning_rate: 0.0321}\n")
+    options = medseg.TrainOptions(config=part, settings=settings_from(tiny_settings), fold="all")
+    run = medseg.train(tiny_dataset(cases=2), tmp_path / "run", epochs=1, options=options)
+    assert run.config.train.learning_rate == 0.0321
+    assert run.config.data.foreground == ("label_1", "label_2")
+
+
 def test_resume_keeps_the_configuration_of_the_run(tiny_dataset, tmp_path: Path, tiny_settings) -> None:
     dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
     settings = settings_from([*tiny_settings, "train.learning_rate=0.0123"])
