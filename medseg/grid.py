@@ -63,6 +63,14 @@ class Grid:
         return tuple(float(s) for s in np.sqrt((self.affine[:n, :n] ** 2).sum(axis=0)))
 
     @property
+    def affine_4x4(self) -> Array:
+        """The affine as files and MONAI want it whatever the axes: a plane lies in the first two of three."""
+        n = len(self.shape)
+        affine = np.eye(4)
+        affine[:n, :n], affine[:n, 3] = self.affine[:n, :n], self.affine[:n, n]
+        return affine
+
+    @property
     def _directions(self) -> Array:
         n = len(self.shape)
         spacing = np.asarray(self.spacing_mm)

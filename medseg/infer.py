@@ -52,7 +52,7 @@ class InferOptions:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one case. `status`: done, skipped (a finished valid output was there) or failed."""
+    """What became of one case. `status`: done, skipped (its finished mask was there) or failed."""
 
     case: str
     status: Literal["done", "skipped", "failed"]
@@ -98,10 +98,7 @@ class Segmenter:
         if not paths:
             raise ConfigError("no file given, expected one, or one for each channel")
         labels, prepared = self.segment_case(Case(paths[0].name, paths, None, paths[0].name))
-        affine = np.eye(4)
-        n = prepared.source.spatial_dims
-        affine[:n, :n], affine[:n, 3] = prepared.source.affine[:n, :n], prepared.source.affine[:n, n]
-        return MetaTensor(torch.as_tensor(labels), affine=torch.as_tensor(affine))
+        return MetaTensor(torch.as_tensor(labels), affine=torch.as_tensor(prepared.source.affine_4x4))
 
     def segment_case(
         self, case: Case, seconds: dict[str, float] | None = None
@@ -169,8 +166,8 @@ def infer(
 ) -> tuple[CaseResult, ...]:
     """Segment files and folders into `out`/CASE.nii.gz (pictures: .png), and write `out`/run.json.
 
-    A case that fails costs no other; outputs that are whole and on the right grid are skipped. Raises `ConfigError`
-    or `ModelError` before anything is done.
+    A case that fails costs no other; masks that the same models and options made of the same input, and that are still
+    as they were written, are skipped. Raises `ConfigError` or `ModelError` before anything is done.
     """
     folder = Path(out)
     segmenter = load_model(*models, options=options)

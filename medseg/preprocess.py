@@ -63,7 +63,8 @@ class Load(Transform):
         grid = image.grid
         with np.errstate(over="ignore"):
             voxels = torch.as_tensor(image.array.astype(np.float32))
-        if not torch.isfinite(voxels).all():
+        # the reader has looked at the numbers as they are in the file; only wider ones can overflow here
+        if image.array.dtype.itemsize > 4 and not torch.isfinite(voxels).all():
             raise DataError(
                 f"{item['image'][0]}: voxels beyond 3e38 found, expected what float32 can hold; rescale them"
             )
@@ -255,10 +256,7 @@ def grid_of(tensor: MetaTensor) -> Grid:
 
 
 def _meta_tensor(values: torch.Tensor, grid: Grid) -> MetaTensor:
-    n = grid.spatial_dims
-    affine = np.eye(4)
-    affine[:n, :n], affine[:n, 3] = grid.affine[:n, :n], grid.affine[:n, n]
-    return MetaTensor(values, affine=torch.as_tensor(affine))
+    return MetaTensor(values, affine=torch.as_tensor(grid.affine_4x4))
 
 
 def _normalise(channel: torch.Tensor, how: IntensityConfig) -> None:

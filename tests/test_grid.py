@@ -334,3 +334,8 @@ def test_nothing_of_an_uncropped_image_is_lost_on_the_way_back(size: int, spacin
     there = here.with_spacing((spacing, 1.0, 1.0))
     back = restore(torch.ones(1, *there.shape), there, here, lambda s: (s[0] > 0.5).to(torch.uint8))
     assert back.all()
+
+
+def test_a_plane_lies_in_the_first_two_of_three_axes() -> None:
+    grid = Grid((3, 2), np.array([[0.0, 2, 5], [3, 0, 6], [0, 0, 1]]))
+    assert grid.affine_4x4.tolist() == [[0, 2, 0, 5], [3, 0, 0, 6], [0, 0, 1, 0], [0, 0, 0, 1]]

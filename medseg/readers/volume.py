@@ -43,10 +43,7 @@ class VolumeReader(ImageReader):  # type: ignore[misc,unused-ignore]
             image = Image(label.array[None], label.geometry)
         else:
             image = read_images(img, spatial_dims=self._spatial_dims, channels=self._channels)
-        affine = np.eye(4)
-        n = image.grid.spatial_dims
-        affine[:n, :n] = image.grid.affine[:n, :n]
-        affine[:n, 3] = image.grid.affine[:n, n]
+        affine = image.grid.affine_4x4
         meta = {
             "affine": affine,
             "original_affine": affine.copy(),

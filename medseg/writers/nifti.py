@@ -69,11 +69,8 @@ def _header(array: npt.NDArray[Any], geometry: Geometry, names: Mapping[int, str
 
 def _place(header: Any, geometry: Geometry) -> None:
     grid = geometry.grid
-    affine = np.eye(4)
-    n = grid.spatial_dims
-    affine[:n, :n] = grid.affine[:n, :n]
-    affine[:n, 3] = grid.affine[:n, n]
-    header["pixdim"][1 : n + 1] = grid.spacing_mm
+    affine = grid.affine_4x4
+    header["pixdim"][1 : grid.spatial_dims + 1] = grid.spacing_mm
     header.set_xyzt_units("mm")
     header.set_sform(affine, code="scanner")
     header.set_qform(affine, code="scanner")
