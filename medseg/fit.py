@@ -195,28 +195,28 @@ class Fit:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.load_state(state["deck"])
-            state["held_back"], state["meaning"], state["watched"]
+            self.watched, self.validated_at = state["watched"], state["validated_at"]
+            self.step, self.elapsed, self.validating = state["step"], state["elapsed"], state["validating"]
+            self.best_dice, self.best = state["best_dice"], state["best"]
+            self.generator.set_state(state["generator"].cpu())
+            torch.set_rng_state(state["torch"].cpu())
+            held_back, meaning = state["held_back"], state["meaning"]
         except Exception as error:
             raise ConfigError(
                 f"{path}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "
                 "resume with the configuration of the run, or train into a new folder"
             ) from error
-        if state["held_back"] != [case.id for case in self.validation]:
+        if held_back != [case.id for case in self.validation]:
             raise ConfigError(
-                f"{path}: was trained with {len(state['held_back'])} cases held back that are not the "
+                f"{path}: was trained with {len(held_back)} cases held back that are not the "
                 f"{len(self.validation)} of this fold, so that it would be judged on cases it has learnt; "
                 "resume with the same --fold, or train into a new folder"
             )
-        if state["meaning"] != self._meaning():
+        if meaning != self._meaning():
             raise ConfigError(
                 f"{path}: was trained with other cases, or another data, preprocess, network or windows section; "
                 "resume with the configuration of the run, or train into a new folder"
             )
-        self.watched, self.validated_at = state["watched"], state["validated_at"]
-        self.step, self.elapsed, self.validating = state["step"], state["elapsed"], state["validating"]
-        self.best_dice, self.best = state["best_dice"], state["best"]
-        self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["torch"].cpu())
         log.info("resumed at step %d", self.step)
 
     def _meaning(self) -> str:
