@@ -143,25 +143,48 @@ class PreprocessConfig(Section):
 
 
 class NetworkConfig(Section):
-    """Architecture; `medseg.list_networks()` gives the names. Rates and strides may differ by axis."""
+    """Architecture; `medseg.list_networks()` gives the names. Rates, dilations and strides may differ by axis.
+
+    Each network's file says which of these settings it reads, and its `DEFAULTS` are the published ones.
+    """
 
     name: str = "deeplabv3plus"
-    encoder: Literal["light", "resnet18", "resnet34", "resnet50", "resnet101"] = "light"
-    channels: tuple[PositiveInt, ...] = Field((32, 64, 128), min_length=2)
-    """Channels of the stages of the `light` encoder; each stage halves the resolution until `output_stride`."""
-    output_stride: Literal[2, 4, 8, 16, 32] = 4
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """For `monai.CLASS` only: arguments of that class, beside dimensions and channels."""
+    encoder: Literal["light", "vgg16", "vgg16_frontend", "resnet18", "resnet34", "resnet50", "resnet101"] = "light"
+    channels: tuple[PositiveInt, ...] = Field((32, 64, 128), min_length=1)
+    """Channels of the stages of the `light` encoder, of the U-Nets and of the dilated stack."""
+    width: PositiveFloat = 1.0
+    """Factor on every number of channels between image and logits; other than 1: rounded to multiples of 8."""
+    hidden_channels: PositiveInt = 1024
+    """Channels of the layers that were fully connected in VGG-16."""
+    output_stride: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 4
     strides: tuple[tuple[PositiveInt, ...], ...] | None = None
     """Stride of every halving step by axis, from the image down; null: 2 on all axes."""
     multi_grid: tuple[PositiveInt, ...] = Field((1,), min_length=1)
     """Factors on the dilation of the blocks of the last stage, repeated to its length."""
-    norm: Literal["batch", "instance", "group"] = "instance"
+    dilations: tuple[PositiveInt | tuple[PositiveInt, ...], ...] = Field((1, 2, 5), min_length=1)
+    """Dilation of one layer after the other, where a network is a sequence of them."""
+    norm: Literal["batch", "instance", "group", "none"] = "instance"
+    leak: Fraction = 0.01
+    """Slope of the rectifiers below zero, in heads and in the `light` encoder; 0 is ReLU."""
     aspp_rates: tuple[PositiveInt | tuple[PositiveInt, ...], ...] = Field((2, 4, 6), min_length=1)
     aspp_channels: PositiveInt = 64
     image_pooling: bool = True
+    separable: bool = False
+    """Dilated convolutions of ASPP and decoder as one per channel followed by a 1×1."""
     dropout: Fraction = 0.1
     skip_channels: PositiveInt = 32
     decoder_channels: PositiveInt = 32
-    upsampling: Literal["subpixel", "interpolate"] = "subpixel"
+    upsampling: Literal["subpixel", "interpolate", "resize"] = "subpixel"
+    """How coarse maps reach the image's size: sub-pixel convolution; linear interpolation that leaves map voxel i on
+    voxel i·stride; or `resize`, linear between voxel centres, as torchvision does."""
+    context: Literal["basic", "large"] = "basic"
+    gated: bool = True
+    """Gated units in the dilated stack; false: plain rectified convolutions."""
+    scales: tuple[PositiveFloat, ...] = Field((1.0,), min_length=1)
+    """Sizes of the image that the network sees with shared weights, 1 the image itself."""
+    scale_fusion: Literal["mean", "max", "attention"] = "mean"
 
 
 class AugmentConfig(Section):
@@ -235,6 +258,29 @@ class WindowsConfig(Section):
     batch_size: PositiveInt = 4
 
 
+class PostprocessConfig(Section):
+    """What is done to the probabilities before they become labels: a conditional random field (see `postprocess.py`).
+
+    A pair of voxels with different labels costs `crf_compatibility` × (`crf_smoothness_weight` × a Gaussian of their
+    distance + `crf_appearance_weight` × a Gaussian of their distance and of their intensities' difference), both
+    divided by the Gaussian's sum around each of the two. mm are pixels of the file where pictures have no size in mm.
+    """
+
+    crf: bool = False
+    crf_iterations: PositiveInt = 5
+    crf_smoothness_weight: float = Field(1.0, ge=0)
+    crf_smoothness_mm: PositiveFloat = 1.0
+    crf_appearance_weight: float = Field(2.0, ge=0)
+    crf_appearance_mm: PositiveFloat = 2.0
+    crf_intensity_sd: PositiveFloat = 0.25
+    """In standard deviations of the normalised image, all channels together."""
+    crf_compatibility: PositiveFloat = 1.0
+    crf_radius_mm: PositiveFloat = 5.0
+    """Voxels further apart do not see each other."""
+    crf_radius_voxels: PositiveInt = 5
+    """Nor do those that are further apart along an axis; time grows with the number of voxels in the radius."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -246,6 +292,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     windows: WindowsConfig = WindowsConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
 
     @model_validator(mode="after")
     def _lengths(self) -> Config:

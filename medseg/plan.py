@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from medseg.cases import Case, Dataset
 from medseg.config import (
@@ -23,7 +25,9 @@ from medseg.config import (
     make_data_config,
 )
 from medseg.errors import DataError
+from medseg.networks import build_network, can_be_thinned, check_patch, default_config, fit_to_patch, halvings
 from medseg.networks.aspp import cap_rates
+from medseg.networks.receptive import count, fit_width
 from medseg.progress import Progress, silent
 from medseg.readers import is_picture, read_geometry, read_images, read_label
 
@@ -106,18 +110,25 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
     )
 
 
-def make_plan(dataset: Dataset, fingerprint: Fingerprint, *, device: str = "cpu") -> Plan:
-    """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch."""
+def make_plan(
+    dataset: Dataset, fingerprint: Fingerprint, *, device: str = "cpu", network: dict[str, Any] | None = None
+) -> Plan:
+    """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch.
+
+    `network` is what is given of that section: where it names another network than the usual one, that is planned.
+    """
     reasons: dict[str, str] = {}
     data = _data(dataset, fingerprint, reasons)
     preprocess, shape = _preprocess(fingerprint, data, device, reasons)
     spacing = preprocess.spacing_mm or (1.0,) * fingerprint.spatial_dims
     windows, batch = _windows(fingerprint, shape, spacing, device, reasons)
-    network = _network(fingerprint, preprocess, windows, reasons)
+    chosen = _network(fingerprint, preprocess, windows, reasons)
+    if network and network.get("name", chosen.name) != chosen.name:
+        chosen = _other_network(network, chosen, data, preprocess, windows, device, reasons)
     config = Config(
         data=data,
         preprocess=preprocess,
-        network=network,
+        network=chosen,
         augment=_augment(dataset, fingerprint, data, reasons),
         train=_train(fingerprint, batch, reasons),
         windows=windows,
@@ -236,7 +247,7 @@ def _network(
     while stride > 2 and min(windows.patch_size) < 4 * stride:
         stride //= 2
     base = NetworkConfig.model_validate(base.model_dump() | {"output_stride": stride})
-    strides = _strides(base, preprocess.spacing_mm, fingerprint.spatial_dims)
+    strides = _strides(len(base.channels), preprocess.spacing_mm)
     if strides is not None:
         reasons["network.strides"] = "a coarse axis is halved only once the others have caught up with it"
     feature = tuple(max(1, p // base.output_stride) for p in windows.patch_size)
@@ -248,13 +259,67 @@ def _network(
     return base.model_copy(update={"strides": strides, "aspp_rates": rates})
 
 
-def _strides(
-    network: NetworkConfig, spacing_mm: Sequence[float] | None, dims: int
-) -> tuple[tuple[int, ...], ...] | None:
-    if spacing_mm is None or max(spacing_mm) < 2 * min(spacing_mm):
+def _other_network(
+    given: dict[str, Any],
+    usual: NetworkConfig,
+    data: DataConfig,
+    preprocess: PreprocessConfig,
+    windows: WindowsConfig,
+    device: str,
+    reasons: dict[str, str],
+) -> NetworkConfig:
+    """The published settings of another network and what is `given` of it, brought to the data and to the device."""
+    for key in [k for k in reasons if k.startswith("network.")]:
+        del reasons[key]
+    published = default_config(given["name"])
+    reasons["network.name"] = (
+        "as asked for; its published settings, with norm, rectifier and dropout of the usual network"
+    )
+    changes: dict[str, object] = {
+        "norm": usual.norm,
+        "leak": usual.leak,
+        "dropout": usual.dropout,
+    }
+    if device == "cpu" and published.encoder.startswith("resnet") and "encoder" not in given:
+        reasons["network.encoder"] = (
+            f"the light one, with its output stride and rates, for `{published.encoder}`: no GPU"
+        )
+        changes |= {
+            key: getattr(usual, key) for key in ("encoder", "channels", "output_stride", "aspp_rates", "aspp_channels")
+        }
+    stride = int(str((changes | given).get("output_stride", published.output_stride)))
+    while stride > 2 and min(windows.patch_size) <= stride:
+        stride //= 2
+        reasons["network.output_stride"] = f"as large as a patch of {_text(windows.patch_size)} leaves room for"
+    made = NetworkConfig.model_validate(published.model_dump() | changes | {"output_stride": stride} | given)
+    made = made.model_copy(update={"strides": _strides(halvings(made), preprocess.spacing_mm)})
+    made = NetworkConfig.model_validate(fit_to_patch(made, windows.patch_size).model_dump() | given)
+    if device != "cpu" or "width" in given or not can_be_thinned(made):
+        return made
+    dims, channels, out_channels = data.spatial_dims, len(data.channels), data.out_channels
+    with torch.device("meta"):
+        bare = build_network(made, spatial_dims=dims, in_channels=channels, out_channels=out_channels)
+    check_patch(bare, made, windows.patch_size)
+    network = build_network(usual, spatial_dims=dims, in_channels=channels, out_channels=out_channels)
+    _, target = count(network, spatial_dims=dims, in_channels=channels, shape=windows.patch_size)
+    reasons["network.width"] = (
+        f"about as many multiply-adds as the usual network, {usual.name}, has for a patch ({target:.3g}): no GPU"
+    )
+    return fit_width(
+        made,
+        spatial_dims=dims,
+        in_channels=channels,
+        out_channels=out_channels,
+        shape=windows.patch_size,
+        multiply_adds=target,
+    )
+
+
+def _strides(steps_wanted: int, spacing_mm: Sequence[float] | None) -> tuple[tuple[int, ...], ...] | None:
+    if not steps_wanted or spacing_mm is None or max(spacing_mm) < 2 * min(spacing_mm):
         return None
     now, steps = list(spacing_mm), []
-    for _ in network.channels:
+    for _ in range(steps_wanted):
         finest = min(now)
         step = tuple(2 if s < 2 * finest else 1 for s in now)
         now = [s * f for s, f in zip(now, step)]

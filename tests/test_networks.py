@@ -1,165 +1,237 @@
-"""Networks: shapes, gradients, dilation in place of strides, agreement with MONAI's ResNet; no training here."""
+"""One contract for every network in 1D, 2D and 3D, and what is particular to each; encoders have their own tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from pathlib import Path
 from typing import Any
 
-import monai.networks.nets as monai_nets
+import numpy as np
 import pytest
 import torch
+from fields import measured_field
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import medseg.networks as networks
-from medseg.config import NetworkConfig
+from medseg.config import NetworkConfig, read_yaml
 from medseg.errors import ConfigError, DataError
-from medseg.networks import build_network, list_networks
-from medseg.networks._blocks import InstanceNorm, enlarge, make_norm, norm_groups, shuffle_pixels
-from medseg.networks._dilated import DilatedConv3d
-from medseg.networks.aspp import ASPP, cap_rates
-from medseg.networks.resnet import build_encoder
+from medseg.networks import at_output_stride, build_network, default_config, fit_to_patch, halvings, list_networks
+from medseg.networks._blocks import enlarge
+from medseg.networks.dilated_frontend import ContextModule
+from medseg.networks.fcn import UpConvolution
+from medseg.networks.receptive import analyse, field_at
 
-ODD_SHAPES = {1: (37,), 2: (21, 18), 3: (9, 11, 7)}
+DIMS = (1, 2, 3)
+ODD_SHAPES = {1: (67,), 2: (43, 37), 3: (19, 23, 17)}
+# small forms: a smaller stride than published where that lets a small volume through
 TINY: dict[str, Any] = {
     "channels": (4, 8, 8),
+    "encoder": "light",
+    "output_stride": 4,
+    "hidden_channels": 8,
     "aspp_channels": 8,
     "skip_channels": 4,
     "decoder_channels": 8,
     "aspp_rates": (1, 2),
+    "norm": "instance",
+    "leak": 0.01,
+    "width": 1.0,
 }
+OWN: dict[str, dict[str, Any]] = {
+    "dilated_stack": {"channels": (8,), "dilations": (1, 2, 4)},
+    "dilated_frontend": {"encoder": "vgg16_frontend", "width": 1 / 64},
+    "dilated_context": {"encoder": "vgg16_frontend", "width": 1 / 64, "dilations": (1, 1, 2, 3, 2, 1, 1)},
+    "deeplabv1": {"encoder": "vgg16", "width": 1 / 64},
+    "deeplabv2": {"encoder": "vgg16", "width": 1 / 64},
+    "deconvnet": {"width": 1 / 64, "hidden_channels": 8},
+    # all five strides of VGG-16, but three-dimensional tests stay small
+    "fcn8s": {"output_stride": 8},
+}
+DECONVNET_SHAPES = {1: (67,), 2: (43, 37), 3: (34, 35, 33)}
 
 
-def tiny(**changes: Any) -> NetworkConfig:
-    return NetworkConfig(**{**TINY, **changes})
+def tiny(name: str, **changes: Any) -> NetworkConfig:
+    published = default_config(name).model_dump()
+    return NetworkConfig.model_validate(published | TINY | OWN.get(name, {}) | changes)
+
+
+def odd_shape(name: str, dims: int) -> tuple[int, ...]:
+    return (DECONVNET_SHAPES if name == "deconvnet" else ODD_SHAPES)[dims]
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_encoder(spatial_dims: int = 2, **changes: Any) -> Any:
+def make(config: NetworkConfig, dims: int, *, in_channels: int = 2, out_channels: int = 3) -> Any:
     torch.manual_seed(0)
-    return build_encoder(tiny(**changes), spatial_dims=spatial_dims, in_channels=1).eval()
+    return build_network(config, spatial_dims=dims, in_channels=in_channels, out_channels=out_channels)
 
 
-def make_network(config: NetworkConfig, shape: Sequence[int], in_channels: int = 2) -> Any:
-    torch.manual_seed(0)
-    return build_network(config, spatial_dims=len(shape), in_channels=in_channels, out_channels=3)
+each_network = pytest.mark.parametrize("name", list_networks())
+each_dimension = pytest.mark.parametrize("dims", DIMS)
+each_norm = pytest.mark.parametrize("norm", ["batch", "instance", "group", "none"])
 
 
-def stir(network: nn.Module) -> None:
-    """Give batch norms statistics and weights that are not the trivial ones."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            for name, low, high in (
-                ("weight", 0.5, 1.0),
-                ("bias", -0.2, 0.2),
-                ("running_mean", -0.2, 0.2),
-                ("running_var", 0.5, 1.5),
-            ):
-                nn.init.uniform_(getattr(layer, name), low, high)
+@each_network
+@each_dimension
+class TestContract:
+    def test_odd_shapes_come_back(self, name: str, dims: int) -> None:
+        shape = odd_shape(name, dims)
+        assert make(tiny(name), dims)(image(2, 2, *shape)).shape == (2, 3, *shape)
 
-
-class TestEveryNetwork:
-    @pytest.mark.parametrize("upsampling", ["subpixel", "interpolate"])
-    @pytest.mark.parametrize("dims", [1, 2, 3])
-    @pytest.mark.parametrize("name", list_networks())
-    def test_odd_shapes_come_back(self, name: str, dims: int, upsampling: str) -> None:
-        shape = ODD_SHAPES[dims]
-        network = make_network(tiny(name=name, upsampling=upsampling), shape)
-        assert network(image(2, 2, *shape)).shape == (2, 3, *shape)
-
-    @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
-    @pytest.mark.parametrize("name", list_networks())
-    def test_batch_of_one_trains_at_the_smallest_shape(self, name: str, norm: str) -> None:
-        network = make_network(tiny(name=name, norm=norm), (0, 0)).train()
-        shape = network.min_shape
-        assert shape == (5, 5)
-        assert network(image(1, 2, *shape)).shape == (1, 3, *shape)
-
-    @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
-    @pytest.mark.parametrize("upsampling", ["subpixel", "interpolate"])
-    @pytest.mark.parametrize("name", list_networks())
-    def test_gradient_reaches_every_parameter(self, name: str, upsampling: str, norm: str) -> None:
-        network = make_network(tiny(name=name, upsampling=upsampling, norm=norm), (17, 19))
-        logits = network(image(1, 2, 17, 19))
+    def test_gradient_reaches_every_parameter(self, name: str, dims: int) -> None:
+        network = make(tiny(name), dims)
+        logits = network(image(1, 2, *odd_shape(name, dims)))
         (logits * image(*logits.shape, seed=1)).sum().backward()
-        # an exact zero would leave rounding noise of about 1e-6 behind; real gradients here are above 1e-3
-        weak = [n for n, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-4]
+        # a parameter that does not matter would have none, or rounding noise far below the others
+        weak = [n for n, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6]
         assert weak == []
 
-    @pytest.mark.parametrize("name", list_networks())
-    def test_state_dict_round_trip(self, name: str) -> None:
-        one, other = (make_network(tiny(name=name), (9, 9)).eval() for _ in range(2))
-        for parameter in other.parameters():
-            nn.init.zeros_(parameter)
-        other.load_state_dict(one.state_dict())
-        x = image(1, 2, 9, 9)
-        assert torch.equal(one(x), other(x))
+    def test_a_batch_of_one_trains_at_the_smallest_shape(self, name: str, dims: int) -> None:
+        network = make(tiny(name), dims).train()
+        shape = network.min_shape
+        logits = network(image(1, 2, *shape))
+        logits.square().sum().backward()
+        assert logits.shape == (1, 3, *shape)
+        assert all(bool(torch.isfinite(p.grad).all()) for p in network.parameters())
 
-    @pytest.mark.parametrize("name", list_networks())
-    def test_bf16_autocast_in_channels_last_stays_close(self, name: str) -> None:
-        network = make_network(tiny(name=name, channels=(16, 16, 16)), (12, 14, 12)).eval()
-        x = image(2, 2, 12, 14, 12)
+    def test_safetensors_keep_every_bit(self, name: str, dims: int) -> None:
+        one, other = make(tiny(name), dims).eval(), make(tiny(name), dims).eval()
+        for parameter in other.parameters():
+            nn.init.ones_(parameter)
+        other.load_state_dict(load(save({k: v.contiguous() for k, v in one.state_dict().items()})))
+        x = image(1, 2, *odd_shape(name, dims))
+        with torch.no_grad():
+            assert torch.equal(one(x), other(x))
+
+    def test_a_trace_holds_for_other_sizes(self, name: str, dims: int) -> None:
+        network = make(tiny(name), dims).eval()
+        shape = odd_shape(name, dims)
+        traced = torch.jit.trace(network, image(1, 2, *shape), check_trace=False)  # type: ignore[no-untyped-call]
+        x = image(2, 2, *(n + 6 for n in shape))
+        with torch.no_grad():
+            # single precision, kernels in another order
+            torch.testing.assert_close(traced(x), network(x), atol=1e-4, rtol=1e-4)
+
+    def test_the_computed_field_is_that_of_the_gradient(self, name: str, dims: int) -> None:
+        network, shape = make(tiny(name), dims), odd_shape(name, dims)
+        for voxel in (tuple(n // 2 for n in shape), tuple(n // 3 for n in shape)):
+            computed = field_at(network, in_channels=2, shape=shape, voxel=voxel)
+            assert np.array_equal(computed, measured_field(network, dims, 2, shape, voxel))
+
+
+@each_network
+def test_the_reported_field_is_the_widest_measured(name: str) -> None:
+    network = make(tiny(name), 1)
+    report = analyse(network, spatial_dims=1, in_channels=2, shape=(128,))
+    side = 3 * report.receptive_field[0] + 64
+    middle = side // 2
+    widest = 0
+    for voxel in range(middle, middle + report.output_stride):
+        seen = np.flatnonzero(measured_field(network, 1, 2, (side,), (voxel,)))
+        widest = max(widest, int(seen[-1] - seen[0] + 1))
+    assert (report.field_is_exact, report.receptive_field) == (True, (widest,))
+
+
+@each_network
+@each_norm
+def test_every_norm_trains(name: str, norm: str) -> None:
+    network = make(tiny(name, norm=norm), 2).train()
+    logits = network(image(2, 2, 43, 37))
+    logits.square().mean().backward()
+    assert any("Norm" in type(m).__name__ for m in network.modules()) == (norm != "none")
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in network.parameters())
+
+
+# in deconvnet a rounded maximum lies elsewhere, and unpooling puts it there: closeness means nothing
+@pytest.mark.parametrize("name", sorted({*list_networks()} - {"deconvnet"}))
+def test_bf16_autocast_in_channels_last_stays_close(name: str) -> None:
+    network = make(tiny(name), 3).eval()
+    x = image(2, 2, *odd_shape(name, 3))
+    with torch.no_grad():
         exact = network(x)
         network = network.to(memory_format=torch.channels_last_3d)
         with torch.autocast("cpu", torch.bfloat16):
             rounded = network(x.to(memory_format=torch.channels_last_3d)).float()
-        # bf16 keeps 8 bits: 0.4 % a step, over some 20 layers
-        assert (rounded - exact).abs().mean() < 0.05 * exact.std()
+    # bf16 keeps 8 bits: 0.4 % a step, over some 20 to 50 layers
+    assert (rounded - exact).abs().mean() < 0.08 * exact.std()
 
-    @pytest.mark.parametrize("name", list_networks())
-    def test_trace_holds_for_other_sizes(self, name: str) -> None:
-        network = make_network(tiny(name=name, channels=(16, 16, 16)), (16, 16)).eval()
-        traced = torch.jit.trace(network, image(1, 2, 16, 16), check_trace=False)  # type: ignore[no-untyped-call]
-        x = image(3, 2, 21, 27)
-        torch.testing.assert_close(traced(x), network(x), atol=1e-4, rtol=0)
 
-    @pytest.mark.parametrize("name", list_networks())
-    def test_exports_with_free_batch_and_sizes(self, name: str) -> None:
-        network = make_network(tiny(name=name), (16, 16)).eval()
-        free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-        program = torch.export.export(network, (image(2, 2, 16, 24),), dynamic_shapes=(free,))
-        x = image(3, 2, 32, 40)
-        torch.testing.assert_close(program.module()(x), network(x), atol=1e-4, rtol=0)
+@each_network
+def test_exports_with_free_batch_and_sizes(name: str) -> None:
+    network = make(tiny(name), 2).eval()
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(network, (image(2, 2, 48, 64),), dynamic_shapes=(free,))
+    x = image(3, 2, 64, 80)
+    torch.testing.assert_close(program.module()(x), network(x), atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize("name", list_networks())
-    def test_too_small_input_names_the_smallest(self, name: str) -> None:
-        with pytest.raises(DataError, match=r"\(16, 4\).*at least \(5, 5\)"):
-            make_network(tiny(name=name), (0, 0))(image(1, 2, 16, 4))
 
-    @pytest.mark.parametrize("name", list_networks())
-    def test_wrong_channels_and_axes_are_named(self, name: str) -> None:
-        network = make_network(tiny(name=name), (0, 0))
-        with pytest.raises(DataError, match="has 1 channels, the network was built for 2"):
-            network(image(1, 1, 16, 16))
-        with pytest.raises(DataError, match="5 axes, expected 4"):
-            network(image(1, 2, 16, 16, 16))
+@each_network
+def test_too_small_an_input_names_the_smallest(name: str) -> None:
+    network = make(tiny(name), 2)
+    least = network.min_shape
+    with pytest.raises(DataError, match=rf"\({least[0]}, 1\).*at least \({least[0]}, {least[1]}\)"):
+        network(image(1, 2, least[0], 1))
+
+
+@each_network
+def test_wrong_channels_and_axes_are_named(name: str) -> None:
+    network = make(tiny(name), 2)
+    with pytest.raises(DataError, match="has 1 channels, the network was built for 2"):
+        network(image(1, 1, 64, 64))
+    with pytest.raises(DataError, match="5 axes, expected 4"):
+        network(image(1, 2, 64, 64, 64))
+
+
+@each_network
+def test_width_scales_the_parameters(name: str) -> None:
+    config = tiny(name, channels=(16,) if name == "dilated_stack" else (16, 32, 32), aspp_channels=16, width=1.0)
+    with torch.device("meta"):
+        whole, half = (
+            build_network(c, spatial_dims=1, in_channels=1, out_channels=2)
+            for c in (config, config.model_copy(update={"width": 0.5}))
+        )
+    sizes = [sum(p.numel() for p in n.parameters()) for n in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 class TestRegister:
-    def test_lists_the_files_that_build(self) -> None:
-        assert {"deeplabv3", "deeplabv3plus"} <= set(list_networks())
-        assert not {"resnet", "aspp", "_blocks"} & set(list_networks())
+    def test_the_literature_is_there(self) -> None:
+        assert set(list_networks()) == {
+            *("fcn32s", "fcn16s", "fcn8s", "deconvnet", "unet", "dilated_frontend", "dilated_context", "deeplabv1"),
+            *("deeplabv2", "deeplabv3", "deeplabv3_cascade", "deeplabv3plus", "hdc", "dilated_stack", "residual_unet"),
+        }
+
+    @each_network
+    def test_each_has_a_configuration_that_says_what_is_published(self, name: str) -> None:
+        file = Path(__file__).parents[1] / "configs" / "networks" / f"{name}.yaml"
+        values = read_yaml(file)
+        assert set(values) == {"network"}
+        assert NetworkConfig.model_validate(values["network"]) == default_config(name)
 
     def test_a_file_joins_by_being_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        lines = ["from torch import nn", 'NAMES = ("house.one", "house.two")', "def build(config, **sizes):"]
-        (tmp_path / "house_of_networks.py").write_text("\n".join([*lines, "    return nn.Identity()"]))
+        lines = ["from torch import nn", 'DEFAULTS = {"house.one": {}, "house.two": {"width": 2}}']
+        lines += ["def build(config, **sizes):", "    return nn.Identity()"]
+        (tmp_path / "house_of_networks.py").write_text("\n".join(lines))
         monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
-        networks._networks.cache_clear()
+        caches = (networks._modules, networks._networks, networks._wrappers)
+        for cache in caches:
+            cache.cache_clear()
         try:
             assert {"house.one", "house.two", "deeplabv3"} <= set(list_networks())
-            made = build_network("house.two", spatial_dims=2, in_channels=1, out_channels=1)
-            assert isinstance(made, nn.Identity)
+            assert isinstance(build_network("house.two", spatial_dims=2, in_channels=1, out_channels=1), nn.Identity)
+            assert default_config("house.two").width == 2
         finally:
-            networks._networks.cache_clear()
+            for cache in caches:
+                cache.cache_clear()
 
-    def test_a_name_alone_gives_the_defaults(self) -> None:
+    def test_the_usual_network_keeps_its_size(self) -> None:
         network = build_network("deeplabv3plus", spatial_dims=3, in_channels=1, out_channels=3)
         assert sum(p.numel() for p in network.parameters()) == 2_887_672
 
-    def test_wrong_name_lists_closest_first(self) -> None:
+    def test_a_wrong_name_lists_the_closest_first(self) -> None:
         with pytest.raises(ConfigError, match=r"no `deeplabv3pluss`; choose from deeplabv3plus, deeplabv3"):
             build_network("deeplabv3pluss", spatial_dims=2, in_channels=1, out_channels=2)
 
@@ -168,258 +240,237 @@ class TestRegister:
         with pytest.raises(ConfigError, match=f"spatial_dims={dims}, in_channels={channels}"):
             build_network("deeplabv3", spatial_dims=dims, in_channels=channels, out_channels=2)
 
-
-class TestResNet:
-    @pytest.mark.parametrize(("variant", "dims"), [("resnet18", 2), ("resnet18", 3), ("resnet34", 1), ("resnet50", 2)])
-    def test_equals_monai_with_the_same_weights(self, variant: str, dims: int) -> None:
-        theirs = getattr(monai_nets, variant)(
-            spatial_dims=dims,
-            n_input_channels=1,
-            conv1_t_size=7,
-            conv1_t_stride=2,
-            shortcut_type="B",
-            bias_downsample=False,
-            feed_forward=False,
-        ).eval()
-        stir(theirs)
-        ours = make_encoder(dims, encoder=variant, output_stride=32, norm="batch")
-        ours.load_state_dict(theirs.state_dict())
-        x = image(2, 1, *{1: (97,), 2: (65, 70), 3: (33, 40, 37)}[dims])
-        with torch.no_grad():
-            y = theirs.maxpool(theirs.act(theirs.bn1(theirs.conv1(x))))
-            y = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(y))))
-            torch.testing.assert_close(ours(x)[-1], y, atol=1e-5, rtol=1e-5)
-
-    def test_resnet101_runs(self) -> None:
-        encoder = make_encoder(1, encoder="resnet101", output_stride=16)
-        assert [tuple(m.shape) for m in encoder(image(1, 1, 33))] == [
-            (1, 64, 17),
-            (1, 256, 9),
-            (1, 512, 5),
-            (1, 1024, 3),
-            (1, 2048, 3),
-        ]
-
-    @pytest.mark.parametrize(("stride", "last"), [(4, (4, 4)), (8, (8, 8)), (16, (16, 16)), (32, (32, 32))])
-    def test_announces_what_it_returns(self, stride: int, last: tuple[int, int]) -> None:
-        encoder = make_encoder(encoder="resnet18", output_stride=stride)
-        maps = encoder(image(1, 1, 65, 50))
-        assert encoder.strides[-1] == last
-        assert [m.shape[1] for m in maps] == list(encoder.out_channels) == [64, 64, 128, 256, 512]
-        assert [tuple(m.shape[2:]) for m in maps] == [(-(-65 // s), -(-50 // t)) for s, t in encoder.strides]
-
-    @pytest.mark.parametrize(("variant", "stride"), [("resnet18", 8), ("resnet18", 4), ("resnet50", 8)])
-    def test_dilation_gives_the_strided_maps_on_a_denser_grid(self, variant: str, stride: int) -> None:
-        strided = make_encoder(encoder=variant, output_stride=32, norm="batch")
-        stir(strided)
-        dilated = make_encoder(encoder=variant, output_stride=stride, norm="batch")
-        dilated.load_state_dict(strided.state_dict())
-        x = image(1, 1, 70, 64)
-        with torch.no_grad():
-            coarse, dense = strided(x)[-1], dilated(x)[-1]
-        step = 32 // stride
-        torch.testing.assert_close(dense[:, :, ::step, ::step], coarse, atol=1e-4, rtol=1e-4)
-
-    def test_dilations_follow_torchvision(self) -> None:
-        encoder = make_encoder(encoder="resnet50", output_stride=8)
-        dilations = [[block.conv2.dilation[0] for block in layer] for layer in (encoder.layer3, encoder.layer4)]
-        assert dilations == [[1, 2, 2, 2, 2, 2], [2, 4, 4]]
-
-    def test_multi_grid_multiplies_the_last_stage(self) -> None:
-        encoder = make_encoder(encoder="resnet50", output_stride=16, multi_grid=(1, 2, 4))
-        assert [block.conv2.dilation[0] for block in encoder.layer4] == [1, 4, 8]
-        assert [block.conv2.dilation[0] for block in encoder.layer3] == [1] * 6
-
-    def test_strides_by_axis(self) -> None:
-        strides = ((1, 2), (1, 2), (2, 2), (2, 2), (1, 2))
-        encoder = make_encoder(encoder="resnet18", output_stride=8, strides=strides)
-        assert encoder.strides == ((1, 2), (1, 4), (2, 8), (2, 8), (2, 8))
-        assert [tuple(m.shape[2:]) for m in encoder(image(1, 1, 9, 33))] == [(9, 17), (9, 9), (5, 5), (5, 5), (5, 5)]
-        assert encoder.layer4[0].conv1.dilation == (2, 2)
-        assert encoder.layer4[1].conv1.dilation == (2, 4)
-
-    def test_cannot_stride_less_than_its_stem(self) -> None:
-        with pytest.raises(ConfigError, match=r"output_stride 2 is not possible.*it can have 4, 8, 16, 32"):
-            make_encoder(encoder="resnet18", output_stride=2)
+    def test_arguments_are_for_monai_alone(self) -> None:
+        config = NetworkConfig(name="unet", arguments={"filters": 3})
+        with pytest.raises(ConfigError, match=r"network.arguments: filters found, but `unet` takes none"):
+            build_network(config, spatial_dims=2, in_channels=1, out_channels=2)
 
 
-class TestLightEncoder:
-    def test_2d_prototype(self) -> None:
-        encoder = make_encoder(channels=(32, 64, 96, 128, 160, 160), output_stride=16)
-        assert encoder.strides == ((2, 2), (4, 4), (8, 8), (16, 16), (16, 16), (16, 16))
-        assert [s[0].conv2.dilation[0] for s in encoder.stages] == [1, 1, 1, 1, 2, 4]
-        assert [len(s) for s in encoder.stages] == [1, 2, 2, 2, 2, 2]
-
-    def test_output_stride_2_keeps_only_the_stem(self) -> None:
-        assert make_encoder(output_stride=2).strides == ((2, 2),) * 3
-
-    def test_dilation_gives_the_strided_maps_on_a_denser_grid(self) -> None:
-        strided, dilated = (make_encoder(output_stride=s, norm="batch") for s in (8, 2))
-        stir(strided)
-        dilated.load_state_dict(strided.state_dict())
-        x = image(1, 1, 30, 41)
-        torch.testing.assert_close(dilated(x)[-1][:, :, ::4, ::4], strided(x)[-1], atol=1e-4, rtol=1e-4)
-
-    def test_a_flat_axis_may_be_one_voxel(self) -> None:
-        config = tiny(strides=((1, 2, 2), (1, 2, 2), (2, 2, 2)), output_stride=4)
-        network = make_network(config, (1, 9, 9))
-        assert network.min_shape == (1, 5, 5)
-        assert network(image(1, 2, 1, 9, 7)).shape == (1, 3, 1, 9, 7)
-
-    def test_output_stride_it_cannot_have(self) -> None:
-        with pytest.raises(ConfigError, match=r"output_stride 16 .*`light`.*it can have 2, 4, 8"):
-            make_encoder(output_stride=16)
-
-    def test_strides_of_wrong_length(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"strides has 2 entries.*needs 3: one for each of stem, stage 1, stage 2"
-        ):
-            make_encoder(strides=((2, 2), (2, 2)))
-        with pytest.raises(ConfigError, match=r"strides\[1\] is \(2,\), expected 2 numbers"):
-            make_encoder(strides=((2, 2), (2,), (2, 2)))
-
-
-class TestASPP:
-    def test_branches_look_as_far_as_their_rates(self) -> None:
-        aspp = ASPP(2, 3, 4, [2, (1, 5)], pooling=False)
-        seen = []
-        for branch in aspp.branches:
-            conv: Any = branch.get_submodule("0")
-            x = torch.zeros(1, 3, 15, 15)
-            x[:, :, 7, 7] = 1
-            rows, columns = conv(x)[0].abs().sum(0).nonzero(as_tuple=True)
-            seen.append((sorted({int(r) - 7 for r in rows}), sorted({int(c) - 7 for c in columns})))
-        assert seen == [([0], [0]), ([-2, 0, 2], [-2, 0, 2]), ([-1, 0, 1], [-5, 0, 5])]
-
-    @pytest.mark.parametrize("pooling", [True, False])
-    def test_only_image_pooling_sees_the_far_end(self, pooling: bool) -> None:
-        torch.manual_seed(0)
-        # batch norm in eval mode mixes nothing over space, so that only the pooling can
-        aspp = ASPP(1, 3, 32, [1], pooling=pooling, norm="batch").eval()
-        x = image(1, 3, 40)
-        changed = x.clone()
-        changed[:, 0, 39] += 40
-        near = (aspp(x) - aspp(changed))[:, :, :10].abs().max()
-        assert (near > 1e-3) == pooling
-
-    @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
-    def test_no_norm_takes_the_pooled_context_away(self, norm: Any) -> None:
-        torch.manual_seed(0)
-        aspp: Any = ASPP(1, 3, 32, [1], norm=norm)
-        x = image(1, 3, 40)
-        before = aspp(x)
-        nn.init.zeros_(aspp.pooling.project.weight)
-        assert (aspp(x) - before).abs().max() > 0.1
-
-    def test_dropout_only_while_training(self) -> None:
-        aspp = ASPP(1, 3, 8, [1], dropout=0.9)
-        x = image(1, 3, 40)
-        assert (aspp.train()(x) == 0).float().mean() > 0.7
-        assert (aspp.eval()(x) == 0).float().mean() < 0.1
-
-    def test_no_rates(self) -> None:
-        with pytest.raises(ConfigError, match="aspp_rates is empty"):
-            ASPP(2, 3, 4, [])
-        with pytest.raises(ConfigError, match="aspp_rates is empty"):
-            cap_rates([], (9, 9))
-
-    def test_rate_of_wrong_length(self) -> None:
-        with pytest.raises(ConfigError, match=r"\(1, 2, 3\) has 3 numbers, expected 2"):
-            ASPP(2, 3, 4, [(1, 2, 3)])
-
-
-@pytest.mark.parametrize(
-    ("rates", "shape", "expected"),
-    [
-        ((2, 4, 6), (20, 28, 20), (2, 4, 6)),
-        ((2, 4, 6), (10, 14, 10), (2, 4, (4, 6, 4))),
-        ((6, 12, 18), (5, 7, 5), ((2, 3, 2),)),
-        ((6, 12, 18), (33, 33), (6, 12, 16)),
-        ((1, (2, 9)), (1, 9), (1, (1, 4))),
-        ((3, 6), (2,), (1,)),
-        (((1, 1), 1), (9, 9), (1,)),
-    ],
-)
-def test_cap_rates_by_hand(rates: Any, shape: tuple[int, ...], expected: Any) -> None:
-    assert cap_rates(rates, shape) == expected
-
-
-class TestBlocks:
-    def test_norm_groups(self) -> None:
-        assert [norm_groups(c) for c in (4, 32, 48, 64, 96, 512, 1024, 37)] == [1, 2, 3, 4, 6, 32, 32, 1]
-
-    @pytest.mark.parametrize("channels", [4, 32])
-    @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-    def test_instance_norm_equals_torch(self, channels: int, memory: torch.memory_format) -> None:
-        ours, theirs = make_norm("instance", 2, channels), nn.InstanceNorm2d(channels, affine=True)
-        assert isinstance(ours, InstanceNorm)
-        for norm in (ours, theirs):
-            nn.init.constant_(norm.weight, 1.5)
-            nn.init.constant_(norm.bias, 0.25)
-        x = image(3, channels, 5, 7).to(memory_format=memory)
-        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
-
-    def test_enlarge_keeps_a_ramp_in_place(self) -> None:
-        ramp = torch.tensor([0.0, 4.0, 8.0]).reshape(1, 1, 3, 1).expand(1, 1, 3, 2)
-        large = enlarge(ramp, (4, 1), (11, 2))
-        assert large[0, 0, :, 1].tolist() == pytest.approx([0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8])
-
-    def test_shuffle_equals_torch_and_differs_by_axis(self) -> None:
-        x = image(2, 12, 3, 5)
-        assert torch.equal(shuffle_pixels(x, (2, 2)), nn.functional.pixel_shuffle(x, 2))
-        rows = shuffle_pixels(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1).expand(1, 3, 1, 2), (3, 1))
-        assert rows[0, 0].tolist() == [[1, 1], [2, 2], [3, 3]]
-
-    def test_subpixels_start_equal(self) -> None:
-        network = make_network(tiny(output_stride=8), (24, 24))
-        classifier = network.head.classifier
-        maps = shuffle_pixels(classifier(image(1, classifier.in_channels, 3, 3)), (4, 4))
-        blocks = maps.reshape(1, -1, 3, 4, 3, 4)
-        # the bias of each sub-pixel is its own, and 0 at the start
-        assert torch.equal(blocks, blocks[:, :, :, :1, :, :1].expand_as(blocks))
-        assert maps.std() > 0.1
+class TestOutputStride:
+    """Trained at one stride, used at another, with the weights unchanged."""
 
     @pytest.mark.parametrize(
-        ("encoder", "output_stride", "expected"),
+        "name", ["deeplabv1", "deeplabv2", "deeplabv3_cascade", "dilated_frontend", "dilated_context"]
+    )
+    def test_a_denser_grid_passes_through_the_same_scores(self, name: str) -> None:
+        # no statistics over space; `interpolate` leaves map voxel i on voxel i·stride
+        config = tiny(name, output_stride=16, norm="none", upsampling="interpolate", image_pooling=False, width=1 / 32)
+        if config.encoder == "light":
+            config = config.model_copy(update={"encoder": "resnet18"})
+        if name == "dilated_frontend" or name == "dilated_context":
+            # its late poolings go when they lose their stride: only an encoder that keeps them is the same denser
+            config = config.model_copy(update={"encoder": "vgg16"})
+        coarse = make(config, 2).eval()
+        dense = make(at_output_stride(config, 8, spatial_dims=2), 2).eval()
+        dense.load_state_dict(coarse.state_dict())
+        x = image(1, 2, 81, 97)
+        with torch.no_grad():
+            a, b = coarse(x)[..., ::16, ::16], dense(x)[..., ::16, ::16]
+        assert a.std() > 0
+        torch.testing.assert_close(a, b, atol=1e-4 * float(a.std()), rtol=1e-4)
+        assert not torch.allclose(coarse(x), dense(x), atol=1e-3 * float(a.std()))
+
+    def test_rates_are_counted_in_the_new_voxels(self) -> None:
+        config = NetworkConfig(name="deeplabv3", encoder="resnet18", output_stride=16, aspp_rates=(6, (3, 12)))
+        assert at_output_stride(config, 8, spatial_dims=2).aspp_rates == (12, (6, 24))
+        with pytest.raises(ConfigError, match=r"a rate of \(3, 12\) at stride \(16, 16\) is no whole number at stride"):
+            at_output_stride(config, 32, spatial_dims=2)
+
+    def test_a_hybrid_backbone_refuses(self) -> None:
+        config = NetworkConfig(name="hdc", encoder="resnet18", output_stride=16)
+        with pytest.raises(ConfigError, match="train it at the one you want"):
+            at_output_stride(config, 8, spatial_dims=2)
+
+
+class TestParticulars:
+    @pytest.mark.parametrize("factors", [(4,), (2, 3), (1, 2, 4)])
+    def test_up_convolutions_begin_as_interpolation(self, factors: tuple[int, ...]) -> None:
+        maps = image(2, 3, *(5,) * len(factors))
+        shape = tuple(5 * f - (1 if f > 1 else 0) for f in factors)
+        # sums of at most 8 products of single precision
+        torch.testing.assert_close(
+            UpConvolution(3, factors)(maps, shape), enlarge(maps, factors, shape), atol=1e-5, rtol=0
+        )
+
+    def test_finer_fcns_begin_as_the_coarser(self) -> None:
+        x = image(1, 2, 43, 37)
+        coarse, fine = (make(tiny(n, output_stride=8), 2).eval() for n in ("fcn32s", "fcn8s"))
+        state = fine.state_dict()
+        fine.load_state_dict({k: coarse.state_dict().get(k, v) if "ups" not in k else v for k, v in state.items()})
+        # interpolation by 8 in one step and in three differ nowhere but at the far border
+        torch.testing.assert_close(coarse(x)[..., :33, :33], fine(x)[..., :33, :33], atol=1e-4, rtol=0)
+
+    def test_fcn8s_needs_three_strides(self) -> None:
+        with pytest.raises(ConfigError, match=r"fcn8s fuses 3 strides, network.output_stride 4 leaves 2"):
+            make(tiny("fcn8s", output_stride=4), 2)
+
+    @pytest.mark.parametrize("kind", ["basic", "large"])
+    def test_the_context_module_begins_by_passing_its_classes_on(self, kind: str) -> None:
+        torch.manual_seed(0)
+        module = ContextModule(2, 3, (1, 1, 2, 4, 8, 16, 1), kind=kind)
+        module.pass_through()
+        x = image(1, 3, 9, 11).abs()
+        y = module(x)
+        each = y.shape[1] // 3
+        means = y.reshape(1, 3, each, 9, 11).mean(2)
+        # the noise of `large`: seven layers of 1 % of the weight on nine taps
+        torch.testing.assert_close(means, x, atol=1e-6 if kind == "basic" else 0.3, rtol=0)
+
+    def test_the_basic_context_sees_67_voxels(self) -> None:
+        module = ContextModule(2, 2, (1, 1, 2, 4, 8, 16, 1), kind="basic")
+        report = analyse(module, spatial_dims=2, in_channels=2, shape=(128, 128))
+        assert report.receptive_field == (67, 67)
+
+    def test_the_context_module_has_seven_layers(self) -> None:
+        with pytest.raises(ConfigError, match=r"network.dilations has 2 entries, the context module has 7 layers"):
+            make(tiny("dilated_context", dilations=(1, 2)), 2)
+
+    def test_hybrid_dilations_go_from_convolution_to_convolution(self) -> None:
+        network = make(tiny("hdc", channels=(4, 8, 8, 8), output_stride=4, dilations=(1, 2, 5)), 2)
+        found = [c.dilation[0] for s in network.encoder.stages[2:] for b in s for c in (b.conv1, b.conv2)]
+        assert found == [1, 2, 5, 1, 2, 5, 1, 2]
+
+    def test_hybrid_dilations_need_a_dilated_stage(self) -> None:
+        with pytest.raises(ConfigError, match="leaves `hdc` with no dilated stage"):
+            make(tiny("hdc", channels=(4, 8), output_stride=4), 2)
+        with pytest.raises(ConfigError, match="vgg16 has no residual blocks"):
+            make(tiny("hdc", encoder="vgg16"), 2)
+
+    def test_the_cascade_doubles_the_dilation_three_times(self) -> None:
+        network = make(tiny("deeplabv3_cascade", encoder="resnet18", output_stride=16, multi_grid=(1, 2)), 1)
+        layers = [getattr(network.encoder, f"layer{n}") for n in (4, 5, 6, 7)]
+        assert [[b.conv2.dilation[0] for b in layer] for layer in layers] == [[2, 4], [4, 8], [8, 16], [16, 32]]
+        strided = default_config("deeplabv3_cascade").model_copy(update={"encoder": "resnet18", "output_stride": 256})
+        with torch.device("meta"):
+            assert build_network(strided, spatial_dims=2, in_channels=1, out_channels=2).min_shape == (257, 257)
+
+    def test_a_separable_aspp_is_smaller_and_sees_the_same(self) -> None:
+        plain, separable = (
+            analyse(
+                make(tiny("deeplabv3plus", separable=s, aspp_channels=32, decoder_channels=32), 2),
+                spatial_dims=2,
+                in_channels=2,
+                shape=(64, 64),
+            )
+            for s in (False, True)
+        )
+        assert separable.receptive_field == plain.receptive_field
+        assert separable.parameters < 0.8 * plain.parameters
+
+    def test_a_plain_stack_is_the_textbooks(self) -> None:
+        config = NetworkConfig(name="dilated_stack", gated=False, channels=(256,), dilations=(1, 2, 4), norm="none")
+        with torch.device("meta"):
+            network = build_network(config, spatial_dims=2, in_channels=256, out_channels=2)
+        report = analyse(network, spatial_dims=2, in_channels=256, shape=(64, 64))
+        weights = sum(
+            p.numel() for n, p in network.named_parameters() if n.startswith("layers") and n.endswith("weight")
+        )
+        assert (report.receptive_field, weights) == ((15, 15), 1_769_472)
+
+    def test_dilations_beyond_the_patch_are_left_out(self) -> None:
+        fitted = fit_to_patch(default_config("dilated_stack"), (64, 40))
+        assert fitted.dilations == (1, 2, 4, 8, 16, 32)
+
+    def test_rates_are_capped_by_the_patch(self) -> None:
+        # maps of 32 × 16 voxels: (n − 1) // 2 is 15 and 7
+        assert fit_to_patch(default_config("deeplabv2"), (256, 128)).aspp_rates == (6, (12, 7), (15, 7))
+
+    @pytest.mark.parametrize(
+        ("name", "steps"),
+        [("unet", 2), ("residual_unet", 2), ("deeplabv3_cascade", 6), ("deconvnet", 5), ("dilated_stack", 0)],
+    )
+    def test_strides_by_axis(self, name: str, steps: int) -> None:
+        config = tiny(name, **({} if name == "dilated_stack" else {"channels": (4, 8, 8)}))
+        assert halvings(config) == steps
+        strides = ((1, 2, 2), *((2, 2, 2),) * (steps - 1)) if steps else None
+        network = make(config.model_copy(update={"strides": strides}), 3)
+        shape = tuple(max(n, 19) for n in network.min_shape)
+        assert network(image(1, 2, *shape)).shape == (1, 3, *shape)
+        if steps:
+            with pytest.raises(ConfigError, match=r"network.strides has 1 entries"):
+                make(config.model_copy(update={"strides": ((2, 2, 2),)}), 3)
+
+
+class TestScales:
+    @pytest.mark.parametrize("fusion", ["mean", "max", "attention"])
+    @each_dimension
+    def test_a_pyramid_around_any_network(self, fusion: str, dims: int) -> None:
+        config = tiny("deeplabv3", scales=(0.5, 0.75, 1.0), scale_fusion=fusion)
+        network, shape = make(config, dims), odd_shape("deeplabv3", dims)
+        logits = network(image(1, 2, *shape))
+        (logits * image(*logits.shape, seed=1)).sum().backward()
+        assert logits.shape == (1, 3, *shape)
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+        assert network.min_shape == (10,) * dims
+
+    def test_weights_are_shared_and_fused_by_name(self) -> None:
+        plain = make(tiny("deeplabv3", norm="none", dropout=0.0), 2).eval()
+        found = {}
+        x = image(1, 2, 40, 40)
+        for fusion in ("mean", "max"):
+            network = make(
+                tiny("deeplabv3", norm="none", dropout=0.0, scales=(0.5, 1.0), scale_fusion=fusion), 2
+            ).eval()
+            network.network.load_state_dict(plain.state_dict())
+            found[fusion] = network(x)
+        half = nn.functional.interpolate(
+            plain(nn.functional.interpolate(x, size=(20, 20), mode="bilinear")), size=(40, 40), mode="bilinear"
+        )
+        torch.testing.assert_close(found["mean"], (plain(x) + half) / 2, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found["max"], torch.maximum(plain(x), half), atol=1e-5, rtol=1e-5)
+
+    def test_attention_weighs_each_voxel(self) -> None:
+        network = make(tiny("deeplabv3", scales=(0.5, 1.0), scale_fusion="attention"), 2).eval()
+        last = network.attention[-1]
+        nn.init.zeros_(last.weight)
+        last.bias.data = torch.tensor([-100.0, 100.0])
+        x = image(1, 2, 40, 40)
+        # all attention on the second scale, the image itself
+        torch.testing.assert_close(network(x), network.network(x), atol=1e-5, rtol=1e-5)
+
+    def test_equal_scales_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"network.scales \[1.0, 1.0\]"):
+            make(tiny("deeplabv3", scales=(1.0, 1.0)), 2)
+
+
+class TestMonai:
+    @pytest.mark.parametrize(
+        ("name", "dims", "arguments"),
         [
-            ("light", 8, (4, 4)),
-            ("light", 4, (2, 2)),
-            ("light", 2, (2, 2)),
-            ("resnet18", 16, (4, 4)),
-            ("resnet18", 4, (2, 2)),
+            ("monai.SegResNet", 3, {"init_filters": 8}),
+            ("monai.SegResNet", 2, {"init_filters": 8}),
+            ("monai.SwinUNETR", 2, {"feature_size": 12}),
+            (
+                "monai.DynUNet",
+                3,
+                {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 8, 8]},
+            ),
+            ("monai.BasicUNet", 3, {"features": [4, 4, 8, 8, 8, 4]}),
         ],
     )
-    def test_decoder_stride(self, encoder: str, output_stride: int, expected: tuple[int, int]) -> None:
-        assert make_network(tiny(encoder=encoder, output_stride=output_stride), (0, 0)).strides == expected
+    def test_any_size_goes_through(self, name: str, dims: int, arguments: dict[str, Any]) -> None:
+        network = make(NetworkConfig(name=name, arguments=arguments), dims)
+        shape = (13, 37, 18)[:dims]
+        assert network(image(1, 2, *shape)).shape == (1, 3, *shape)
+        assert list(copy.deepcopy(network).state_dict()) == [f"network.{k}" for k in network.network.state_dict()]
 
-
-@pytest.mark.parametrize(("shape", "dilation"), [((7, 6, 9), (2, 1, 3)), ((4, 5, 3), (6, 2, 4))])
-def test_a_dilated_convolution_has_the_gradients_of_torch(shape: tuple[int, ...], dilation: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    conv = DilatedConv3d(3, 5, 3, padding=dilation, dilation=dilation, bias=False).double()
-    maps = torch.randn(2, 3, *shape, dtype=torch.double, requires_grad=True)
-    found = conv(maps)
-    expected = torch.nn.functional.conv3d(maps, conv.weight, padding=dilation, dilation=dilation)
-    towards = torch.randn_like(found)
-    assert torch.equal(found, expected)
-    for a, b in zip(*(torch.autograd.grad(y, (maps, conv.weight), towards) for y in (found, expected))):
-        # sums of at most 1,512 products in double precision, in another order
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("memory", [torch.channels_last, torch.channels_last_3d])
-def test_the_norm_of_channels_last_maps_is_torchs(memory: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    shape = (9, 8) if memory == torch.channels_last else (5, 6, 7)
-    norm = make_norm("instance", len(shape), 32).double()
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    maps = torch.randn(3, 32, *shape, dtype=torch.double).to(memory_format=memory).requires_grad_()
-    found = norm(maps)
-    expected = torch.nn.functional.instance_norm(maps, weight=norm.weight, bias=norm.bias, eps=1e-5)
-    towards = torch.randn_like(found)
-    assert found.is_contiguous(memory_format=memory)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    inputs = (maps, norm.weight, norm.bias)
-    for a, b in zip(*(torch.autograd.grad(y, inputs, towards) for y in (found, expected))):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    @pytest.mark.parametrize(
+        ("name", "arguments", "message"),
+        [
+            ("monai.SegRessNet", {}, "MONAI has no network `SegRessNet`; the closest are monai.SegResNet"),
+            ("monai.SegResNet", {"init_filter": 8}, "has no `init_filter`; closest are init_filters"),
+            ("monai.SegResNet", {"out_channels": 8}, "`out_channels` is 3, as the data say; leave it out"),
+            ("monai.DynUNet", {"strides": [1, 2]}, "also needs kernel_size, upsample_kernel_size"),
+            ("monai.SegResNet", {"act": "nonsense"}, "monai.SegResNet refused {'act': 'nonsense'}"),
+            ("monai.FlexibleUNet", {"backbone": "efficientnet-b0", "pretrained": True}, "would download weights"),
+            ("monai.Pooler", {}, "it segments no images"),
+            (
+                "monai.ViT",
+                {"img_size": 96, "patch_size": 16},
+                "segments no images|also needs|no logits of the image's size",
+            ),
+        ],
+    )
+    def test_wrong_use_is_told(self, name: str, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            make(NetworkConfig(name=name, arguments=arguments), 3)

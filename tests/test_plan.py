@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from geometry import save
 
 from medseg.cases import Case, Dataset, Labels
 from medseg.config import Config, dump_yaml, read_config
 from medseg.datasets import read_dataset
-from medseg.errors import DataError
+from medseg.errors import ConfigError, DataError
 from medseg.model import new_network
+from medseg.networks import list_networks
+from medseg.networks.receptive import count
 from medseg.plan import VOXELS, Fingerprint, Plan, make_plan, measure
 
 MakeDataset = Callable[..., Path]
@@ -233,6 +236,49 @@ def test_every_reason_names_a_setting_and_stands_in_the_yaml(fingerprint: Finger
 @pytest.mark.parametrize("fingerprint", [PRINT, PICTURES, THICK], ids=["even", "pictures", "thick"])
 def test_the_planned_network_can_be_built(fingerprint: Fingerprint) -> None:
     assert sum(p.numel() for p in new_network(plan(fingerprint).config).parameters()) > 1000
+
+
+# ---- another network than the usual one
+
+
+@pytest.mark.parametrize("name", list_networks())
+def test_every_network_is_planned_at_the_cost_of_the_usual_one(name: str) -> None:
+    # slices of 6 mm: strides by axis, as many as the network has steps
+    usual, other = plan(THICK).config, plan(THICK, network={"name": name}).config
+    assert other.network.name == name
+    costs = []
+    for config in (usual, other):
+        dims, shape = config.data.spatial_dims, config.windows.patch_size
+        costs.append(count(new_network(config), spatial_dims=dims, in_channels=1, shape=shape)[1])
+    # channels come in steps of 8, which is coarse for a stack at full resolution
+    assert 0.3 * costs[0] < costs[1] <= 1.05 * costs[0] or (name == "dilated_stack" and other.network.width < 0.2)
+    with torch.device("meta"):
+        smallest: Any = new_network(other).min_shape
+    assert all(p >= s for p, s in zip(other.windows.patch_size, smallest))
+
+
+def test_what_is_given_of_a_network_stays_and_the_rest_is_planned() -> None:
+    found = plan(network={"name": "deeplabv3", "encoder": "resnet18", "output_stride": 16, "aspp_rates": [3]}).config
+    network = found.network
+    assert (network.encoder, network.output_stride, network.aspp_rates) == ("resnet18", 16, (3,))
+    # brought to the cost of the usual network
+    assert network.width != 1
+    assert plan(network={"name": "deeplabv3", "width": 0.5}).config.network.width == 0.5
+
+
+def test_a_network_that_does_not_take_the_patch_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"windows.patch_size \[48, 56, 32\] is smaller than the \[33, 33, 33\] that"):
+        plan(network={"name": "deconvnet"})
+
+
+def test_a_gpu_gets_the_published_width_and_encoder() -> None:
+    network = plan(device="cuda", network={"name": "deeplabv3"}).config.network
+    assert (network.encoder, network.width) == ("resnet50", 1)
+
+
+def test_a_network_of_monai_keeps_its_arguments() -> None:
+    network = plan(network={"name": "monai.SegResNet", "arguments": {"init_filters": 8}}).config.network
+    assert (network.arguments, network.width) == ({"init_filters": 8}, 1)
 
 
 def test_regions_are_taken_from_the_data_set() -> None:

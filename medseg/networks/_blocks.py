@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from monai.networks.layers.factories import Conv, Norm
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medseg.config import NetworkConfig
 from medseg.errors import ConfigError, DataError
 from medseg.networks._dilated import DilatedConv3d
 
@@ -17,15 +19,14 @@ Axes = tuple[int, ...]
 """One number for each spatial axis."""
 Rate = int | Axes
 """A dilation: one number for all axes or one for each."""
-NormKind = Literal["batch", "instance", "group"]
+NormKind = Literal["batch", "instance", "group", "none"]
+Upsampling = Literal["subpixel", "interpolate", "resize"]
 
-LEAK = 0.01
-"""Slope of the leaky ReLU below zero."""
 MAX_GROUPS = 32
 CHANNELS_PER_GROUP = 16
 WIDE = 16
 """From this many channels torch's channels-last kernels are the faster ones on a CPU (measured)."""
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def per_axis(value: Rate, spatial_dims: int) -> Axes:
@@ -42,13 +43,44 @@ def times(a: Axes, b: Axes) -> Axes:
     return tuple(i * j for i, j in zip(a, b))
 
 
+@dataclass(frozen=True)
+class Style:
+    """What all layers of a network have in common. `leak` is the rectifiers' slope below zero."""
+
+    spatial_dims: int
+    norm: NormKind = "instance"
+    leak: float = 0.01
+    width: float = 1.0
+
+    @staticmethod
+    def of(config: NetworkConfig, spatial_dims: int) -> Style:
+        """The style that `config` asks for."""
+        return Style(spatial_dims, config.norm, config.leak, config.width)
+
+    def wide(self, channels: int) -> int:
+        """`channels` times the width, rounded to a multiple of 8 unless the width is 1; at least 8."""
+        return channels if self.width == 1 else max(8, round(channels * self.width / 8) * 8)
+
+    def rectifier(self) -> nn.Module:
+        """(Leaky) ReLU, in place."""
+        return nn.LeakyReLU(self.leak, inplace=True) if self.leak else nn.ReLU(inplace=True)
+
+
 def make_conv(
-    spatial_dims: int, in_channels: int, out_channels: int, kernel: int, *, stride: Rate = 1, dilation: Rate = 1
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    stride: Rate = 1,
+    dilation: Rate = 1,
+    bias: bool = False,
+    groups: int = 1,
 ) -> nn.Module:
-    """A convolution without bias, zero-padded so that n voxels become ceil(n / stride)."""
+    """A convolution, zero-padded so that n voxels become ceil(n / stride)."""
     dilations, strides = per_axis(dilation, spatial_dims), per_axis(stride, spatial_dims)
     kind = Conv[Conv.CONV, spatial_dims]
-    if spatial_dims == 3 and max(dilations) > 1 and max(strides) == 1:
+    if spatial_dims == 3 and max(dilations) > 1 and max(strides) == 1 and groups == 1:
         kind = DilatedConv3d
     conv: nn.Module = kind(
         in_channels,
@@ -57,7 +89,8 @@ def make_conv(
         stride=strides,
         padding=tuple(d * (kernel // 2) for d in dilations),
         dilation=dilations,
-        bias=False,
+        bias=bias,
+        groups=groups,
     )
     return conv
 
@@ -127,32 +160,45 @@ def _is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
-def make_norm(kind: NormKind, spatial_dims: int, channels: int) -> nn.Module:
-    """An affine norm layer."""
-    if kind == "instance":
+def make_norm(style: Style, channels: int) -> nn.Module:
+    """An affine norm layer; nothing where the style has no norm."""
+    if style.norm == "none":
+        return nn.Identity()
+    if style.norm == "instance":
         return InstanceNorm(channels)
-    if kind == "group":
+    if style.norm == "group":
         return nn.GroupNorm(norm_groups(channels), channels)
-    norm: nn.Module = Norm[Norm.BATCH, spatial_dims](channels)
+    norm: nn.Module = Norm[Norm.BATCH, style.spatial_dims](channels)
     return norm
 
 
 def conv_norm_act(
-    spatial_dims: int,
+    style: Style,
     in_channels: int,
     out_channels: int,
     kernel: int,
     *,
-    norm: NormKind,
     stride: Rate = 1,
     dilation: Rate = 1,
+    separable: bool = False,
 ) -> nn.Module:
-    """Convolution, norm, leaky ReLU; n voxels become ceil(n / stride)."""
-    return nn.Sequential(
-        make_conv(spatial_dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation),
-        make_norm(norm, spatial_dims, out_channels),
-        nn.LeakyReLU(LEAK, inplace=True),
-    )
+    """Convolution, norm, rectifier; n voxels become ceil(n / stride). The convolution has a bias where no norm has.
+
+    `separable`: one kernel for each channel, norm, rectifier, then a 1×1 convolution (Chen et al. 2018).
+    """
+    dims, bias = style.spatial_dims, style.norm == "none"
+    layers: list[nn.Module] = []
+    if separable and kernel > 1:
+        layers = [
+            make_conv(
+                dims, in_channels, in_channels, kernel, stride=stride, dilation=dilation, bias=bias, groups=in_channels
+            ),
+            make_norm(style, in_channels),
+            style.rectifier(),
+        ]
+        kernel, stride, dilation = 1, 1, 1
+    layers.append(make_conv(dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation, bias=bias))
+    return nn.Sequential(*layers, make_norm(style, out_channels), style.rectifier())
 
 
 def make_classifier(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
@@ -161,13 +207,52 @@ def make_classifier(spatial_dims: int, in_channels: int, out_channels: int) -> n
     return conv
 
 
-def initialise(module: nn.Module) -> None:
+class CoarseHead(nn.Module):
+    """A classifier on maps of a stride, and how its logits reach the image's size.
+
+    `subpixel` gives the logits of all voxels of a block at once (dense upsampling convolution, Wang et al. 2018,
+    arXiv:1702.08502), `interpolate` is `enlarge`, `resize` is linear interpolation between voxel centres.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, strides: Axes, upsampling: Upsampling) -> None:
+        super().__init__()
+        self.strides = strides
+        self.upsampling = upsampling
+        block = prod(strides) if upsampling == "subpixel" else 1
+        self.conv = make_classifier(len(strides), in_channels, out_channels * block)
+
+    def forward(self, maps: Tensor, shape: Axes) -> Tensor:
+        """(B, in_channels, *coarse) → (B, out_channels, *shape)."""
+        logits = self.conv(maps)
+        if self.upsampling == "subpixel":
+            return crop(shuffle_pixels(logits, self.strides), shape)
+        if self.upsampling == "interpolate":
+            return enlarge(logits, self.strides, shape)
+        return functional.interpolate(logits, size=shape, mode=INTERPOLATION[len(shape)], align_corners=False)
+
+    def even_out(self) -> None:
+        """Start with equal sub-pixels."""
+        if self.upsampling == "subpixel":
+            even_out(self.conv, prod(self.strides))
+
+
+def even_out(conv: nn.Module, count: int) -> None:
+    """Equal sub-pixels, so that no checkerboard has to be unlearned (Aitken et al. 2017, ICNR): groups of `count`."""
+    weight = conv.weight
+    if isinstance(weight, Tensor):
+        with torch.no_grad():
+            weight.copy_(weight[::count].repeat_interleave(count, dim=0))
+
+
+def initialise(module: nn.Module, *, leak: float = 0.01) -> None:
     """He's normal initialisation (He et al. 2015) of every convolution in `module`, biases zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            nn.init.kaiming_normal_(layer.weight, a=LEAK, mode="fan_in")
+            nn.init.kaiming_normal_(layer.weight, a=leak, mode="fan_in")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        elif isinstance(layer, CoarseHead):
+            layer.even_out()
 
 
 def enlarge(maps: Tensor, strides: Axes, shape: Axes) -> Tensor:
@@ -182,7 +267,7 @@ def enlarge(maps: Tensor, strides: Axes, shape: Axes) -> Tensor:
         if stride > 1:
             maps = torch.cat((maps, maps.narrow(axis, maps.shape[axis] - 1, 1)), dim=axis)
     size = [(n - 1) * s + 1 for n, s in zip(maps.shape[2:], strides)]
-    mode = _INTERPOLATION[len(strides)]
+    mode = INTERPOLATION[len(strides)]
     return crop(functional.interpolate(maps, size=size, mode=mode, align_corners=True), shape)
 
 
@@ -198,13 +283,18 @@ def shuffle_pixels(maps: Tensor, factors: Axes) -> Tensor:
 def gather_pixels(maps: Tensor, factors: Axes) -> Tensor:
     """(B, C, *spatial) → (B, C·∏factors, *ceil(spatial / factors)): undoes `shuffle_pixels`; 0 beyond the end."""
     dims = len(factors)
-    missing = [-n % f for n, f in zip(maps.shape[2:], factors)]
-    maps = functional.pad(maps, [p for m in reversed(missing) for p in (0, m)])
+    maps = pad_to(maps, factors)
     batch, channels = maps.shape[:2]
     coarse = [n // f for n, f in zip(maps.shape[2:], factors)]
     split = maps.reshape(batch, channels, *(n for pair in zip(coarse, factors) for n in pair))
     order = [*(3 + 2 * n for n in range(dims)), *(2 + 2 * n for n in range(dims))]
     return split.permute(0, 1, *order).reshape(batch, channels * prod(factors), *coarse)
+
+
+def pad_to(maps: Tensor, multiples: Axes) -> Tensor:
+    """`maps` (B, C, *spatial) with zeros at the end of each axis up to the next multiple."""
+    missing = [-n % m for n, m in zip(maps.shape[2:], multiples)]
+    return functional.pad(maps, [p for m in reversed(missing) for p in (0, m)])
 
 
 def crop(maps: Tensor, shape: Axes) -> Tensor:

@@ -10,19 +10,23 @@ from torch import Tensor, nn
 from medseg.config import NetworkConfig
 from medseg.networks._blocks import (
     Axes,
-    NormKind,
+    CoarseHead,
+    Style,
     check_input,
     conv_norm_act,
     crop,
     enlarge,
+    even_out,
     gather_pixels,
     initialise,
     make_classifier,
     shuffle_pixels,
 )
+from medseg.networks._encoder import Encoder
 from medseg.networks.aspp import ASPP
-from medseg.networks.resnet import Encoder, build_encoder
+from medseg.networks.encoders import build_encoder
 
+DEFAULTS: dict[str, dict[str, object]] = {"deeplabv3plus": {}}
 SKIP_STRIDE = 4
 """The decoder works at the coarsest stride up to this one that is finer than the output stride."""
 FULL_CHANNELS = 8
@@ -30,11 +34,18 @@ FULL_CHANNELS = 8
 
 
 class DeepLabV3Plus(nn.Module):
-    """Chen et al. 2018, arXiv:1802.02611, with a choice of how the decoder's maps reach the input's resolution."""
+    """Chen et al. 2018, arXiv:1802.02611, with a choice of how the decoder's maps reach the input's resolution.
+
+    Reads encoder, channels (light), width, output_stride, strides, multi_grid, norm, leak, aspp_rates, aspp_channels,
+    image_pooling, separable, dropout, skip_channels, decoder_channels, upsampling. The settings' own defaults are this
+    network's: a light encoder and `subpixel`, which sees the image itself again; published were Xception or ResNet-101,
+    an output stride of 16, rates 6, 12, 18, separable convolutions and `interpolate`.
+    """
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        norm, width = config.norm, config.decoder_channels
+        style = Style.of(config, spatial_dims)
+        width, context, skip = map(style.wide, (config.decoder_channels, config.aspp_channels, config.skip_channels))
         self.in_channels = in_channels
         self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels)
         self.min_shape = self.encoder.min_shape
@@ -42,29 +53,27 @@ class DeepLabV3Plus(nn.Module):
         self.strides = self.encoder.strides[self.skip_level]
         self.rise = tuple(d // s for d, s in zip(self.encoder.strides[-1], self.strides))
         self.aspp = ASPP(
-            spatial_dims,
+            style,
             self.encoder.out_channels[-1],
-            config.aspp_channels,
+            context,
             config.aspp_rates,
             pooling=config.image_pooling,
-            norm=norm,
+            separable=config.separable,
             dropout=config.dropout,
         )
-        self.skip = conv_norm_act(
-            spatial_dims, self.encoder.out_channels[self.skip_level], config.skip_channels, 1, norm=norm
-        )
+        self.skip = conv_norm_act(style, self.encoder.out_channels[self.skip_level], skip, 1)
         self.decoder = nn.Sequential(
-            conv_norm_act(spatial_dims, config.aspp_channels + config.skip_channels, width, 3, norm=norm),
-            conv_norm_act(spatial_dims, width, width, 3, norm=norm),
+            conv_norm_act(style, context + skip, width, 3, separable=config.separable),
+            conv_norm_act(style, width, width, 3, separable=config.separable),
         )
         self.head: nn.Module
         if config.upsampling == "subpixel":
-            self.head = SubpixelHead(in_channels, width, out_channels, self.strides, norm=norm)
+            self.head = ImageHead(style, in_channels, width, out_channels, self.strides)
         else:
-            self.head = InterpolationHead(width, out_channels, self.strides)
+            self.head = CoarseHead(width, out_channels, self.strides, config.upsampling)
         initialise(self)
-        if isinstance(self.head, SubpixelHead):
-            self.head.even_out()
+        if isinstance(self.head, ImageHead):
+            even_out(self.head.classifier, prod(self.strides))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
@@ -73,46 +82,25 @@ class DeepLabV3Plus(nn.Module):
         skip = self.skip(maps[self.skip_level])
         context = enlarge(self.aspp(maps[-1]), self.rise, skip.shape[2:])
         decoded = self.decoder(torch.cat((context, skip), dim=1))
-        return self.head(decoded, images)  # type: ignore[no-any-return]
+        if isinstance(self.head, ImageHead):
+            return self.head(decoded, images)  # type: ignore[no-any-return]
+        return self.head(decoded, images.shape[2:])  # type: ignore[no-any-return]
 
 
-class InterpolationHead(nn.Module):
-    """A classifier at the decoder's resolution, its logits interpolated linearly to the image's."""
-
-    def __init__(self, in_channels: int, out_channels: int, strides: Axes) -> None:
-        super().__init__()
-        self.strides = strides
-        self.classifier = make_classifier(len(strides), in_channels, out_channels)
-
-    def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """(B, C, *coarse) and (B, any, *spatial) → (B, out_channels, *spatial)."""
-        return enlarge(self.classifier(decoded), self.strides, images.shape[2:])
-
-
-class SubpixelHead(nn.Module):
+class ImageHead(nn.Module):
     """Full resolution without a map at full resolution: sub-pixel convolution (Shi et al. 2016) both ways.
 
     The image's voxels are gathered into channels at the decoder's resolution, where one convolution sees them beside
     the decoder's maps; the classifier then gives the logits of all voxels of a block at once.
     """
 
-    def __init__(
-        self, image_channels: int, in_channels: int, out_channels: int, strides: Axes, *, norm: NormKind
-    ) -> None:
+    def __init__(self, style: Style, image_channels: int, in_channels: int, out_channels: int, strides: Axes) -> None:
         super().__init__()
-        dims, block = len(strides), prod(strides)
+        block = prod(strides)
         self.strides = strides
         width = FULL_CHANNELS * block
-        self.refine = conv_norm_act(dims, in_channels + image_channels * block, width, 3, norm=norm)
-        self.classifier = make_classifier(dims, width, out_channels * block)
-
-    def even_out(self) -> None:
-        """Start with equal sub-pixels, so that no checkerboard has to be unlearned (Aitken et al. 2017, ICNR)."""
-        weight = self.classifier.weight
-        if isinstance(weight, Tensor):
-            count = prod(self.strides)
-            with torch.no_grad():
-                weight.copy_(weight[::count].repeat_interleave(count, dim=0))
+        self.refine = conv_norm_act(style, in_channels + image_channels * block, width, 3)
+        self.classifier = make_classifier(len(strides), width, out_channels * block)
 
     def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
         """(B, C, *coarse) and (B, image_channels, *spatial) → (B, out_channels, *spatial)."""

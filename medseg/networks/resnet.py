@@ -2,149 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 
 from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import LEAK, Axes, NormKind, conv_norm_act, make_conv, make_norm, times
-
-
-class Encoder(nn.Module):
-    """An image (B, C, *spatial) to feature maps from high to low resolution.
-
-    `out_channels` and `strides` (cumulative, by axis) announce the maps; a map has ceil(n / stride) voxels on an axis
-    of n. The output stride is the largest stride over the axes of the last map. Inputs below `min_shape` leave a single
-    voxel on a strided axis, where a norm has nothing to normalise.
-    """
-
-    out_channels: tuple[int, ...]
-    strides: tuple[Axes, ...]
-
-    @property
-    def min_shape(self) -> Axes:
-        """Fewest voxels by axis that the encoder takes."""
-        return tuple(s + 1 if s > 1 else 1 for s in self.strides[-1])
-
-
-class Stage(NamedTuple):
-    """How a halving step is carried out: `reached` is the cumulative stride after it, all by axis."""
-
-    stride: Axes
-    dilation_before: Axes
-    dilation: Axes
-    reached: Axes
-
-
-def build_encoder(config: NetworkConfig, *, spatial_dims: int, in_channels: int) -> Encoder:
-    """The encoder that `config` describes. Raises `ConfigError` for strides or an output stride it cannot have."""
-    if not config.multi_grid:
-        raise ConfigError("network.multi_grid is empty, expected at least one factor, such as [1]")
-    return ENCODERS[config.encoder](config, spatial_dims=spatial_dims, in_channels=in_channels)
-
-
-def plan_stages(config: NetworkConfig, steps: Sequence[str], *, spatial_dims: int, fixed: int) -> tuple[Stage, ...]:
-    """Strides and dilations of the halving `steps`, of which the first `fixed` are never replaced.
-
-    A step that would take the stride of any axis beyond `output_stride`, and every step after it, multiplies the
-    dilation by its stride instead (Chen et al. 2017, arXiv:1706.05587).
-    """
-    strides = _strides(config, steps, spatial_dims)
-    reached = dilation = ones = (1,) * spatial_dims
-    stages: list[Stage] = []
-    natural = ones
-    for number, stride in enumerate(strides):
-        natural = times(natural, stride)
-        if number < fixed or max(natural) <= config.output_stride:
-            reached = natural
-            stages.append(Stage(stride, dilation, dilation, reached))
-        else:
-            before, dilation = dilation, times(dilation, stride)
-            stages.append(Stage(ones, before, dilation, reached))
-    if max(reached) != config.output_stride:
-        possible = sorted({max(_cumulative(strides[:n], spatial_dims)) for n in range(fixed, len(strides) + 1)})
-        raise ConfigError(
-            f"network.output_stride {config.output_stride} is not possible for the encoder `{config.encoder}` with "
-            f"strides {tuple(strides)}; it can have {', '.join(map(str, possible))}"
-        )
-    return tuple(stages)
-
-
-def _strides(config: NetworkConfig, steps: Sequence[str], spatial_dims: int) -> tuple[Axes, ...]:
-    strides = config.strides
-    if strides is None:
-        return ((2,) * spatial_dims,) * len(steps)
-    if len(strides) != len(steps):
-        raise ConfigError(
-            f"network.strides has {len(strides)} entries, the encoder `{config.encoder}` needs {len(steps)}: "
-            f"one for each of {', '.join(steps)}"
-        )
-    for number, stride in enumerate(strides):
-        if len(stride) != spatial_dims:
-            raise ConfigError(f"network.strides[{number}] is {stride}, expected {spatial_dims} numbers, one an axis")
-    return strides
-
-
-def _cumulative(strides: Sequence[Axes], spatial_dims: int) -> Axes:
-    total: Axes = (1,) * spatial_dims
-    for stride in strides:
-        total = times(total, stride)
-    return total
+from medseg.networks._blocks import Axes, Rate, Style, conv_norm_act, make_conv, make_norm, per_axis
+from medseg.networks._encoder import Encoder, Stage, plan_stages
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """What a residual block is made of; `dilation_before` is the dilation of what comes in."""
+    """What a residual block is made of; `dilations` are those of its 3-wide convolutions in turn."""
 
-    spatial_dims: int
+    style: Style
     in_channels: int
     planes: int
-    norm: NormKind
     stride: Axes
-    dilation_before: Axes
-    dilation: Axes
-    leak: float
+    dilations: tuple[Axes, ...]
+    projects: bool
+    """Whether the shortcut has a convolution: where channels change or a step is made, be it by dilation. So the names
+    of the parameters do not depend on the output stride."""
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: Axes, dilation: Axes) -> nn.Module:
         """A convolution without bias."""
-        return make_conv(self.spatial_dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation)
+        dims = self.style.spatial_dims
+        return make_conv(dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation)
 
-    def norm_layer(self, channels: int) -> nn.Module:
-        """The norm over `channels`."""
-        return make_norm(self.norm, self.spatial_dims, channels)
-
-    def downsample(self, out_channels: int) -> nn.Module | None:
-        """The shortcut's 1×1 convolution and norm, where channels change or a step is made, be it by dilation.
-
-        So the names of the parameters do not depend on the output stride.
-        """
-        steps = max(self.stride) > 1 or self.dilation != self.dilation_before
-        if not steps and self.in_channels == out_channels:
+    def shortcut(self, out_channels: int) -> nn.Module | None:
+        """The 1×1 convolution and norm of the shortcut, where it has them."""
+        if not self.projects and self.in_channels == out_channels:
             return None
-        ones = (1,) * self.spatial_dims
+        ones = (1,) * self.style.spatial_dims
         conv = self.conv(self.in_channels, out_channels, 1, self.stride, ones)
-        return nn.Sequential(conv, self.norm_layer(out_channels))
+        return nn.Sequential(conv, make_norm(self.style, out_channels))
 
 
 class BasicBlock(nn.Module):
-    """Two 3-wide convolutions and a shortcut (He et al. 2016); the first works on what comes in, so at its dilation."""
+    """Two 3-wide convolutions and a shortcut (He et al. 2016)."""
 
-    expansion = 1
+    expansion, wide_convs = 1, 2
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        ones = (1,) * spec.spatial_dims
-        self.conv1 = spec.conv(spec.in_channels, spec.planes, 3, spec.stride, spec.dilation_before)
-        self.bn1 = spec.norm_layer(spec.planes)
-        self.conv2 = spec.conv(spec.planes, spec.planes, 3, ones, spec.dilation)
-        self.bn2 = spec.norm_layer(spec.planes)
-        self.downsample = spec.downsample(spec.planes)
-        self.act = nn.LeakyReLU(spec.leak, inplace=True)
+        ones = (1,) * spec.style.spatial_dims
+        first, second = spec.dilations
+        self.conv1 = spec.conv(spec.in_channels, spec.planes, 3, spec.stride, first)
+        self.bn1 = make_norm(spec.style, spec.planes)
+        self.conv2 = spec.conv(spec.planes, spec.planes, 3, ones, second)
+        self.bn2 = make_norm(spec.style, spec.planes)
+        self.downsample = spec.shortcut(spec.planes)
+        self.act = spec.style.rectifier()
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, in_channels, *n) → (B, planes, *ceil(n / stride))."""
@@ -156,20 +68,20 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1-wide, 3-wide, 1-wide convolutions and a shortcut; the stride sits on the 3-wide one, as in torchvision."""
 
-    expansion = 4
+    expansion, wide_convs = 4, 1
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        ones = (1,) * spec.spatial_dims
+        ones = (1,) * spec.style.spatial_dims
         out_channels = spec.planes * self.expansion
         self.conv1 = spec.conv(spec.in_channels, spec.planes, 1, ones, ones)
-        self.bn1 = spec.norm_layer(spec.planes)
-        self.conv2 = spec.conv(spec.planes, spec.planes, 3, spec.stride, spec.dilation_before)
-        self.bn2 = spec.norm_layer(spec.planes)
+        self.bn1 = make_norm(spec.style, spec.planes)
+        self.conv2 = spec.conv(spec.planes, spec.planes, 3, spec.stride, spec.dilations[0])
+        self.bn2 = make_norm(spec.style, spec.planes)
         self.conv3 = spec.conv(spec.planes, out_channels, 1, ones, ones)
-        self.bn3 = spec.norm_layer(out_channels)
-        self.downsample = spec.downsample(out_channels)
-        self.act = nn.LeakyReLU(spec.leak, inplace=True)
+        self.bn3 = make_norm(spec.style, out_channels)
+        self.downsample = spec.shortcut(out_channels)
+        self.act = spec.style.rectifier()
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, in_channels, *n) → (B, 4·planes, *ceil(n / stride))."""
@@ -179,28 +91,78 @@ class Bottleneck(nn.Module):
         return self.act(self.bn3(self.conv3(inner)) + shortcut)  # type: ignore[no-any-return]
 
 
+Block = type[BasicBlock] | type[Bottleneck]
+
+
 def make_stage(
-    block: type[BasicBlock] | type[Bottleneck], first: BlockSpec, *, blocks: int, multi_grid: Sequence[int] = (1,)
+    block: Block,
+    style: Style,
+    in_channels: int,
+    planes: int,
+    *,
+    stage: Stage,
+    dilations: Sequence[tuple[Axes, ...]],
 ) -> nn.Sequential:
-    """`blocks` residual blocks, the `first` may stride; `multi_grid` factors multiply the dilations in turn."""
+    """One residual block for each entry of `dilations`; the first may stride, as `stage` says."""
     layers: list[nn.Module] = []
-    for number in range(blocks):
-        factor = multi_grid[number % len(multi_grid)]
-        dilation = tuple(d * factor for d in first.dilation)
-        if number == 0:
-            before = tuple(d * factor for d in first.dilation_before)
-            channels, stride = first.in_channels, first.stride
-        else:
-            before, channels, stride = dilation, first.planes * block.expansion, (1,) * first.spatial_dims
-        spec = replace(first, in_channels=channels, stride=stride, dilation_before=before, dilation=dilation)
+    ones = (1,) * style.spatial_dims
+    for number, inner in enumerate(dilations):
+        first = number == 0
+        spec = BlockSpec(
+            style=style,
+            in_channels=in_channels if first else planes * block.expansion,
+            planes=planes,
+            stride=stage.stride if first else ones,
+            dilations=inner,
+            projects=first and (max(stage.stride) > 1 or stage.dilation != stage.dilation_before),
+        )
         layers.append(block(spec))
     return nn.Sequential(*layers)
+
+
+def natural_dilations(
+    block: Block, stage: Stage, blocks: int, multi_grid: Sequence[int] = (1,)
+) -> list[tuple[Axes, ...]]:
+    """Dilations by block that keep what a strided stage sees; `multi_grid` factors multiply them in turn.
+
+    The first 3-wide convolution still works on what came in, so at the dilation before the step.
+    """
+    found = []
+    for number in range(blocks):
+        factor = multi_grid[number % len(multi_grid)]
+        inner = [tuple(d * factor for d in stage.dilation)] * block.wide_convs
+        if number == 0:
+            inner[0] = tuple(d * factor for d in stage.dilation_before)
+        found.append(tuple(inner))
+    return found
+
+
+class Dilations:
+    """Which dilation each 3-wide convolution of an encoder has.
+
+    `rates` empty: what the output stride asks for, times `multi_grid` from the stage `grid_from` on. Else the
+    convolutions of all dilated stages take the `rates` one after the other (hybrid dilated convolution, Wang et al.
+    2018, arXiv:1702.08502).
+    """
+
+    def __init__(self, multi_grid: Sequence[int], rates: Sequence[Axes], *, grid_from: int) -> None:
+        self._multi_grid = multi_grid
+        self._grid_from = grid_from
+        self._rates: Iterator[Axes] | None = cycle(rates) if rates else None
+
+    def of(self, block: Block, stage: Stage, number: int, blocks: int) -> list[tuple[Axes, ...]]:
+        """Dilations by block and 3-wide convolution of the stage `number`."""
+        if self._rates is not None and stage.dilated:
+            rates = self._rates
+            return [tuple(next(rates) for _ in range(block.wide_convs)) for _ in range(blocks)]
+        return natural_dilations(block, stage, blocks, self._multi_grid if number >= self._grid_from else (1,))
 
 
 class DilatedResNet(Encoder):
     """ResNet (He et al. 2016) with dilation in place of late strides, in 1D, 2D and 3D.
 
-    Parameter names are those of torchvision's and MONAI's ResNet. Maps: the stem's, then one for each of four layers.
+    Parameter names are those of torchvision's and MONAI's ResNet. Maps: the stem's, then one for each of the four
+    layers, then one for each of `more` copies of the last (layer5, layer6, …).
     """
 
     STEPS = ("conv1", "maxpool", "layer2", "layer3", "layer4")
@@ -212,78 +174,84 @@ class DilatedResNet(Encoder):
         *,
         spatial_dims: int,
         in_channels: int,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: Block,
         depths: tuple[int, int, int, int],
+        more: int = 0,
+        rates: Sequence[Rate] = (),
     ) -> None:
         super().__init__()
-        stem, pool, *later = plan_stages(config, self.STEPS, spatial_dims=spatial_dims, fixed=2)
+        # the published rectifiers of a ResNet are plain
+        style = Style(spatial_dims, config.norm, 0.0, config.width)
+        stem_channels = style.wide(self.STEM_CHANNELS)
+        steps = (*self.STEPS, *(f"layer{5 + n}" for n in range(more)))
+        stem, pool, *later = plan_stages(config, steps, spatial_dims=spatial_dims, fixed=2)
         layer1 = Stage((1,) * spatial_dims, pool.dilation, pool.dilation, pool.reached)
-        self.conv1 = make_conv(spatial_dims, in_channels, self.STEM_CHANNELS, 7, stride=stem.stride)
-        self.bn1 = make_norm(config.norm, spatial_dims, self.STEM_CHANNELS)
-        self.act = nn.ReLU(inplace=True)
+        self.conv1 = make_conv(spatial_dims, in_channels, stem_channels, 7, stride=stem.stride)
+        self.bn1 = make_norm(style, stem_channels)
+        self.act = style.rectifier()
         self.maxpool: nn.Module = Pool[Pool.MAX, spatial_dims](kernel_size=3, stride=pool.stride, padding=1)
-        channels = [self.STEM_CHANNELS]
-        layers = []
-        for number, (stage, depth) in enumerate(zip((layer1, *later), depths)):
-            planes = self.STEM_CHANNELS * 2**number
-            first = BlockSpec(
-                spatial_dims=spatial_dims,
-                in_channels=channels[-1],
-                planes=planes,
-                norm=config.norm,
-                stride=stage.stride,
-                dilation_before=stage.dilation_before,
-                dilation=stage.dilation,
-                leak=0.0,
-            )
-            grid = config.multi_grid if number == len(depths) - 1 else (1,)
-            layers.append(make_stage(block, first, blocks=depth, multi_grid=grid))
+        channels = [stem_channels]
+        depths_all = (*depths, *depths[-1:] * more)
+        inner = Dilations(config.multi_grid, [per_axis(r, spatial_dims) for r in rates], grid_from=len(depths) - 1)
+        for number, (stage, depth) in enumerate(zip((layer1, *later), depths_all)):
+            planes = stem_channels * 2 ** min(number, len(depths) - 1)
+            dilations = inner.of(block, stage, number, depth)
+            layer = make_stage(block, style, channels[-1], planes, stage=stage, dilations=dilations)
+            self.add_module(f"layer{number + 1}", layer)
             channels.append(planes * block.expansion)
-        self.layer1, self.layer2, self.layer3, self.layer4 = layers
+        self.layers = tuple(f"layer{n + 1}" for n in range(len(depths_all)))
         self.out_channels = tuple(channels)
         self.strides = (stem.reached, layer1.reached, *(s.reached for s in later))
+        self.dilation = later[-1].dilation
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, C, *spatial) → five maps as announced."""
+        """(B, C, *spatial) → maps as announced."""
         maps = [self.act(self.bn1(self.conv1(images)))]
-        maps.append(self.layer1(self.maxpool(maps[0])))
-        for layer in (self.layer2, self.layer3, self.layer4):
-            maps.append(layer(maps[-1]))
+        current = self.maxpool(maps[0])
+        for name in self.layers:
+            current = self.get_submodule(name)(current)
+            maps.append(current)
         return maps
 
 
 class LightResNet(Encoder):
     """A small residual encoder: a strided 3-wide stem with one block, then two basic blocks for each further stage."""
 
-    def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int) -> None:
+    def __init__(
+        self,
+        config: NetworkConfig,
+        *,
+        spatial_dims: int,
+        in_channels: int,
+        more: int = 0,
+        rates: Sequence[Rate] = (),
+    ) -> None:
         super().__init__()
-        steps = ("stem", *(f"stage {n}" for n in range(1, len(config.channels))))
-        plans = plan_stages(config, steps, spatial_dims=spatial_dims, fixed=1)
-        ones = (1,) * spatial_dims
-        self.stem = conv_norm_act(
-            spatial_dims, in_channels, config.channels[0], 3, norm=config.norm, stride=plans[0].stride
-        )
+        if len(config.channels) < 2:
+            raise ConfigError(f"network.channels {list(config.channels)}: the light encoder needs at least two stages")
+        style = Style.of(config, spatial_dims)
+        channels = tuple(style.wide(c) for c in config.channels)
+        channels += channels[-1:] * more
+        plans = plan_stages(config, light_steps(config, more), spatial_dims=spatial_dims, fixed=1)
+        self.stem = conv_norm_act(style, in_channels, channels[0], 3, stride=plans[0].stride)
         self.stages = nn.ModuleList()
-        previous = config.channels[0]
-        for number, (plan, channels) in enumerate(zip(plans, config.channels)):
-            first = BlockSpec(
-                spatial_dims=spatial_dims,
-                in_channels=previous,
-                planes=channels,
-                norm=config.norm,
-                stride=ones if number == 0 else plan.stride,
-                dilation_before=plan.dilation_before,
-                dilation=plan.dilation,
-                leak=LEAK,
-            )
-            grid = config.multi_grid if number == len(plans) - 1 else (1,)
-            self.stages.append(make_stage(BasicBlock, first, blocks=1 if number == 0 else 2, multi_grid=grid))
-            previous = channels
-        self.out_channels = config.channels
+        inner = Dilations(
+            config.multi_grid, [per_axis(r, spatial_dims) for r in rates], grid_from=len(config.channels) - 1
+        )
+        previous = channels[0]
+        for number, (plan, planes) in enumerate(zip(plans, channels)):
+            if number == 0:
+                # the stem has made the first step
+                plan = plan._replace(stride=(1,) * spatial_dims, dilation_before=plan.dilation)
+            dilations = inner.of(BasicBlock, plan, number, 1 if number == 0 else 2)
+            self.stages.append(make_stage(BasicBlock, style, previous, planes, stage=plan, dilations=dilations))
+            previous = planes
+        self.out_channels = channels
         self.strides = tuple(p.reached for p in plans)
+        self.dilation = plans[-1].dilation
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, C, *spatial) → one map for each entry of `channels`."""
+        """(B, C, *spatial) → one map for each stage."""
         maps: list[Tensor] = []
         current = self.stem(images)
         for stage in self.stages:
@@ -292,10 +260,6 @@ class LightResNet(Encoder):
         return maps
 
 
-ENCODERS: dict[str, Callable[..., Encoder]] = {
-    "light": LightResNet,
-    "resnet18": partial(DilatedResNet, block=BasicBlock, depths=(2, 2, 2, 2)),
-    "resnet34": partial(DilatedResNet, block=BasicBlock, depths=(3, 4, 6, 3)),
-    "resnet50": partial(DilatedResNet, block=Bottleneck, depths=(3, 4, 6, 3)),
-    "resnet101": partial(DilatedResNet, block=Bottleneck, depths=(3, 4, 23, 3)),
-}
+def light_steps(config: NetworkConfig, more: int = 0) -> tuple[str, ...]:
+    """Names of the halving steps of the light encoder."""
+    return ("stem", *(f"stage {n}" for n in range(1, len(config.channels) + more)))

@@ -1,0 +1,99 @@
+"""What an encoder announces, and how strides are traded for dilation; the encoders themselves have their own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from medseg.config import NetworkConfig
+from medseg.errors import ConfigError
+from medseg.networks._blocks import Axes, times
+
+
+class Encoder(nn.Module):
+    """An image (B, C, *spatial) to feature maps from high to low resolution.
+
+    `out_channels` and `strides` (cumulative, by axis) announce the maps; a map has ceil(n / stride) voxels on an axis
+    of n. The output stride is the largest stride over the axes of the last map. `dilation` is what a convolution on
+    the last map needs to see what it would have seen, had no stride been replaced. Inputs below `min_shape` leave a
+    single voxel on a strided axis, where a norm has nothing to normalise.
+    """
+
+    out_channels: tuple[int, ...]
+    strides: tuple[Axes, ...]
+    dilation: Axes
+
+    @property
+    def min_shape(self) -> Axes:
+        """Fewest voxels by axis that the encoder takes."""
+        return tuple(s + 1 if s > 1 else 1 for s in self.strides[-1])
+
+    def levels(self) -> tuple[int, ...]:
+        """Numbers of the last map at each stride, from the finest on."""
+        return tuple({stride: number for number, stride in enumerate(self.strides)}.values())
+
+
+class Stage(NamedTuple):
+    """How a halving step is carried out: `reached` is the cumulative stride after it, all by axis."""
+
+    stride: Axes
+    dilation_before: Axes
+    dilation: Axes
+    reached: Axes
+
+    @property
+    def dilated(self) -> bool:
+        """Whether a stride was traded for dilation, in this step or before it."""
+        return max(self.dilation) > 1
+
+
+def plan_stages(config: NetworkConfig, steps: Sequence[str], *, spatial_dims: int, fixed: int) -> tuple[Stage, ...]:
+    """Strides and dilations of the halving `steps`, of which the first `fixed` are never replaced.
+
+    A step that would take the stride of any axis beyond `output_stride`, and every step after it, multiplies the
+    dilation by its stride instead (Chen et al. 2017, arXiv:1706.05587).
+    """
+    strides = _strides(config, steps, spatial_dims)
+    reached = dilation = ones = (1,) * spatial_dims
+    stages: list[Stage] = []
+    natural = ones
+    for number, stride in enumerate(strides):
+        natural = times(natural, stride)
+        if number < fixed or max(natural) <= config.output_stride:
+            reached = natural
+            stages.append(Stage(stride, dilation, dilation, reached))
+        else:
+            before, dilation = dilation, times(dilation, stride)
+            stages.append(Stage(ones, before, dilation, reached))
+    if max(reached) != config.output_stride:
+        possible = sorted({max(_cumulative(strides[:n], spatial_dims)) for n in range(fixed, len(strides) + 1)})
+        raise ConfigError(
+            f"network.output_stride {config.output_stride} is not possible for the encoder `{config.encoder}` with "
+            f"strides {tuple(strides)}; it can have {', '.join(map(str, possible))}"
+        )
+    return tuple(stages)
+
+
+def _strides(config: NetworkConfig, steps: Sequence[str], spatial_dims: int) -> tuple[Axes, ...]:
+    strides = config.strides
+    if strides is None:
+        return ((2,) * spatial_dims,) * len(steps)
+    if len(strides) != len(steps):
+        raise ConfigError(
+            f"network.strides has {len(strides)} entries, `{config.name}` with the encoder `{config.encoder}` needs "
+            f"{len(steps)}: "
+            f"one for each of {', '.join(steps)}"
+        )
+    for number, stride in enumerate(strides):
+        if len(stride) != spatial_dims:
+            raise ConfigError(f"network.strides[{number}] is {stride}, expected {spatial_dims} numbers, one an axis")
+    return strides
+
+
+def _cumulative(strides: Sequence[Axes], spatial_dims: int) -> Axes:
+    total: Axes = (1,) * spatial_dims
+    for stride in strides:
+        total = times(total, stride)
+    return total

@@ -1,0 +1,57 @@
+"""DeepLabv3's cascade: copies of the last stage one behind the other, dilated instead of strided; no ASPP."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from medseg.config import NetworkConfig
+from medseg.networks import encoders
+from medseg.networks._blocks import CoarseHead, check_input, initialise
+from medseg.networks.encoders import build_encoder
+
+MORE = 3
+"""Copies of the last stage: block5, block6 and block7 of the paper."""
+DEFAULTS = {
+    "deeplabv3_cascade": {
+        "encoder": "resnet50",
+        "output_stride": 16,
+        "multi_grid": (1, 2, 1),
+        "norm": "batch",
+        "leak": 0.0,
+        "upsampling": "interpolate",
+    }
+}
+
+
+class DeepLabV3Cascade(nn.Module):
+    """Chen et al. 2017, arXiv:1706.05587, section 3.2: going deeper with atrous convolution.
+
+    Every copy of the last stage doubles the dilation, where strides would have led to an output stride of 256;
+    `output_stride` takes any power of two up to there. Reads encoder, width, output_stride, strides, multi_grid (which
+    the copies share), norm, leak, dropout, upsampling.
+    """
+
+    def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels, more=MORE)
+        self.min_shape = self.encoder.min_shape
+        self.dropout = nn.Dropout(config.dropout)
+        channels, strides = self.encoder.out_channels[-1], self.encoder.strides[-1]
+        self.classifier = CoarseHead(channels, out_channels, strides, config.upsampling)
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
+        check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
+        return self.classifier(self.dropout(self.encoder(images)[-1]), images.shape[2:])  # type: ignore[no-any-return]
+
+
+def halvings(config: NetworkConfig) -> int:
+    """Halving steps that `network.strides` has an entry for."""
+    return encoders.halvings(config) + MORE
+
+
+def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """The cascade as `config` describes it."""
+    return DeepLabV3Cascade(config, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)

@@ -1,0 +1,110 @@
+"""Fully convolutional networks: VGG-16 turned convolutional, scores at several strides, learned up-convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medseg.config import NetworkConfig
+from medseg.errors import ConfigError
+from medseg.networks._blocks import Axes, Style, check_input, conv_norm_act, crop, initialise, make_classifier
+from medseg.networks.encoders import build_encoder
+
+LEVELS = {"fcn32s": 1, "fcn16s": 2, "fcn8s": 3}
+_PUBLISHED = {
+    "encoder": "vgg16",
+    "output_stride": 32,
+    "hidden_channels": 4096,
+    "norm": "none",
+    "leak": 0.0,
+    "dropout": 0.5,
+}
+DEFAULTS = dict.fromkeys(LEVELS, _PUBLISHED)
+_TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+
+
+class FCN(nn.Module):
+    """Long et al. 2015, arXiv:1411.4038: 32s, 16s and 8s use the scores of one, two and three strides.
+
+    Differences: no padding of the image by 100 pixels, since the up-convolutions begin as the interpolation that leaves
+    map voxel i on voxel i·stride at any size. Reads encoder, width, hidden_channels, output_stride, strides, norm,
+    leak, dropout; the skips come from the two next finer strides of whatever encoder is chosen.
+    """
+
+    def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        style = Style.of(config, spatial_dims)
+        hidden = style.wide(config.hidden_channels)
+        self.in_channels = in_channels
+        self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels)
+        self.min_shape = self.encoder.min_shape
+        wanted = LEVELS[config.name]
+        levels = self.encoder.levels()[::-1]
+        if len(levels) < wanted:
+            raise ConfigError(
+                f"{config.name} fuses {wanted} strides, network.output_stride {config.output_stride} leaves "
+                f"{len(levels)}; raise network.output_stride or choose one of fcn32s, fcn16s, fcn8s with fewer"
+            )
+        self.levels = levels[:wanted]
+        self.fully = nn.Sequential(
+            conv_norm_act(style, self.encoder.out_channels[-1], hidden, 7, dilation=self.encoder.dilation),
+            nn.Dropout(config.dropout),
+            conv_norm_act(style, hidden, hidden, 1),
+            nn.Dropout(config.dropout),
+        )
+        widths = [hidden, *(self.encoder.out_channels[level] for level in self.levels[1:])]
+        self.scores = nn.ModuleList(make_classifier(spatial_dims, w, out_channels) for w in widths)
+        strides = [self.encoder.strides[level] for level in self.levels]
+        ones = (1,) * spatial_dims
+        steps = [tuple(c // f for c, f in zip(coarse, fine)) for coarse, fine in zip(strides, [*strides[1:], ones])]
+        self.ups = nn.ModuleList(UpConvolution(out_channels, step) for step in steps)
+        initialise(self)
+        for score in self.scores[1:]:
+            # the finer nets begin as the coarser one
+            nn.init.zeros_(score.get_parameter("weight"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
+        check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
+        maps = self.encoder(images)
+        logits = self.scores[0](self.fully(maps[-1]))
+        for up, score, level in zip(self.ups, self.scores[1:], self.levels[1:]):
+            logits = up(logits, maps[level].shape[2:]) + score(maps[level])
+        return self.ups[-1](logits, images.shape[2:])  # type: ignore[no-any-return]
+
+
+class UpConvolution(nn.Module):
+    """A transposed convolution that starts as linear interpolation of each channel by whole factors, and is learned."""
+
+    def __init__(self, channels: int, factors: Axes) -> None:
+        super().__init__()
+        self.factors = factors
+        self.weight = nn.Parameter(torch.zeros(channels, channels, *(2 * f - 1 for f in factors)))
+        with torch.no_grad():
+            self.weight[range(channels), range(channels)] = _triangle(factors)
+
+    def forward(self, maps: Tensor, shape: Axes) -> Tensor:
+        """(B, C, *coarse) → (B, C, *shape); beyond the last map voxel its value is repeated."""
+        if max(self.factors) == 1:
+            return maps
+        for axis, factor in enumerate(self.factors, start=2):
+            if factor > 1:
+                maps = torch.cat((maps, maps.narrow(axis, maps.shape[axis] - 1, 1)), dim=axis)
+        padding = tuple(f - 1 for f in self.factors)
+        up = _TRANSPOSED[len(self.factors) - 1](maps, self.weight, stride=self.factors, padding=padding)
+        return crop(up, shape)
+
+
+def _triangle(factors: Axes) -> Tensor:
+    """Weights of linear interpolation between voxels `factors` apart: 1 in the middle, 0 one factor away."""
+    kernel = torch.ones(())
+    for factor in factors:
+        axis = 1 - (torch.arange(2 * factor - 1) - (factor - 1)).abs() / factor
+        kernel = kernel[..., None] * axis
+    return kernel
+
+
+def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """The FCN that `config.name` says."""
+    return FCN(config, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
