@@ -28,6 +28,7 @@ from medseg.metrics import counts, dice
 from medseg.model import new_network
 from medseg.patches import Batch, PatchSampler
 from medseg.preprocess import IGNORE_INDEX, Prepared
+from medseg.pretrained import Pretrained, load_pretrained
 from medseg.progress import Progress
 from medseg.windows import predict
 from medseg.writers import atomic_path
@@ -66,6 +67,7 @@ class Fit:
         self.validated_at = -1
         self.best_dice = -1.0
         self.best: dict[str, torch.Tensor] | None = None
+        self.pretrained: dict[str, Any] | None = None
         torch.manual_seed(config.train.seed)
         self.generator = torch.Generator().manual_seed(config.train.seed)
         # its notes on precision repeat what log.txt says
@@ -101,6 +103,15 @@ class Fit:
         """Share of the schedule that is done, 0–1."""
         done = self.step if self.config.train.time_budget_s is None else self.elapsed
         return min(1.0, done / self.total)
+
+    def start_from(self, path: Path) -> Pretrained:
+        """Begin with the weights of a file as far as they fit; the log says what became of each."""
+        found = load_pretrained(self.network.module, path, spatial_dims=self.config.data.spatial_dims)
+        log.info("%s\n%s", found.summary(), found.text_table())
+        if found.share < 0.5:
+            log.warning("%s: fills only %.0f %% of the network; is it the right file?", path, 100 * found.share)
+        self.pretrained = found.record()
+        return found
 
     def run(self, progress: Progress) -> torch.nn.Module:
         """Train to the end of the schedule and return the network with the weights that count.
@@ -161,6 +172,7 @@ class Fit:
             "device": describe(self.device),
             "precision": self.precision,
             "best_dice_while_training": None if self.best is None else round(self.best_dice, 4),
+            "pretrained": self.pretrained,
         }
 
     def save(self) -> None:
@@ -171,6 +183,7 @@ class Fit:
             "validating": self.validating,
             "best_dice": self.best_dice,
             "best": self.best,
+            "pretrained": self.pretrained,
             "watched": self.watched,
             "validated_at": self.validated_at,
             "held_back": [case.id for case in self.validation],
@@ -201,6 +214,7 @@ class Fit:
             self.generator.set_state(state["generator"].cpu())
             torch.set_rng_state(state["torch"].cpu())
             held_back, meaning = state["held_back"], state["meaning"]
+            self.pretrained = state.get("pretrained")
         except Exception as error:
             raise ConfigError(
                 f"{path}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "

@@ -17,15 +17,17 @@ import torch
 
 from medseg.cases import Case, Dataset, fold_split
 from medseg.check import check_dataset
-from medseg.config import Config, dump_yaml, make_config, overlay, read_yaml
+from medseg.config import Config, NetworkConfig, dump_yaml, make_config, overlay, read_yaml
 from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe
 from medseg.errors import ConfigError, DataError
 from medseg.fit import STATE, Fit
 from medseg.infer import CaseResult, InferOptions, Segmenter, segment_cases
 from medseg.model import WEIGHTS, new_network, read_model, save_model
+from medseg.networks import check_patch, check_settings
 from medseg.plan import Plan, make_plan, measure
 from medseg.preprocess import Prepared, prepare_cached
+from medseg.pretrained import Pretrained, load_pretrained, read_weights
 from medseg.progress import Progress, silent
 from medseg.readers import file_sha256
 from medseg.report import Report, report_pairs
@@ -44,7 +46,7 @@ class TrainOptions:
 
     `config` None: planned from the data set; a YAML that lacks sections is laid over that plan, then `settings`. `fold`
     "all" holds no case back. `resume` goes on from the state in the run folder, if there is one, with the configuration
-    that is there.
+    that is there. `pretrained`: weights to begin with, see `load_pretrained`; not read where a state is resumed.
     """
 
     config: Path | Config | None = None
@@ -53,13 +55,15 @@ class TrainOptions:
     folds: int = 5
     device: str = "auto"
     resume: bool = False
+    pretrained: Path | None = None
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished training run; `seconds` by stage, `results` of the held-back cases.
 
-    `report` is None where no case was held back, or none of them could be segmented.
+    `report` is None where no case was held back, or none of them could be segmented. `pretrained` tells what became of
+    the weights that training began with.
     """
 
     folder: Path
@@ -68,6 +72,7 @@ class Run:
     results: tuple[CaseResult, ...]
     seconds: Mapping[str, float]
     steps: int
+    pretrained: Pretrained | None = None
 
 
 def train(
@@ -89,11 +94,16 @@ def train(
     _check_folder(folder, resume=options.resume)
     if options.resume and options.config is None and (folder / CONFIG).is_file():
         options = replace(options, config=folder / CONFIG)
+    resumed = options.resume and (folder / STATE).is_file()
+    weights = None if resumed else options.pretrained
+    if weights is not None:
+        # a file that cannot be read is told before the data set is
+        read_weights(weights)
     data = read_dataset(Path(dataset))
     made = plan_run(data, options, _end(time_budget, epochs), device=device, progress=progress)
     config = made.config
     training, validation = fold_split(data, options.fold, folds=options.folds)
-    _check_network(config)
+    _check_network(config, weights)
     seconds: dict[str, float] = {}
     with _log_file(folder):
         log.info("%d training cases, %d validation cases, %s", len(training), len(validation), describe(device))
@@ -104,8 +114,11 @@ def train(
         with _stage(seconds, "hash"):
             record = _data_record(data, training, validation, options, progress)
         fit = Fit(config, prepared, held_back, folder, device)
-        if options.resume and (folder / STATE).is_file():
+        pretrained: Pretrained | None = None
+        if resumed:
             fit.load()
+        elif weights is not None:
+            pretrained = fit.start_from(weights)
         # after `load`, which refuses a configuration that the state does not belong to
         write_text(folder / CONFIG, dump_yaml(config, made.reasons))
         with _stage(seconds, "train"):
@@ -117,7 +130,7 @@ def train(
             if validation:
                 report, results = _validate(folder, validation, options.device, fit.precision, progress)
         log.info("seconds: %s", json.dumps(seconds))
-    return Run(folder, config, report, results, seconds, fit.step)
+    return Run(folder, config, report, results, seconds, fit.step, pretrained)
 
 
 def plan(
@@ -145,8 +158,10 @@ def plan_run(
     # a wrong key is told before the files are read
     for part, name in ((values, source), (changes, "--set")):
         make_config(overlay(Config().model_dump(mode="json"), _without_shapes(part)), source=name)
+    network = overlay(values.get("network", {}), changes.get("network", {}))
+    check_settings(NetworkConfig.model_validate(network))
     _preflight(data, progress)
-    made = make_plan(data, measure(data, progress=progress), device=device.type)
+    made = make_plan(data, measure(data, progress=progress), device=device.type, network=network)
     config = make_config(overlay(made.config.model_dump(mode="json"), values), source=source)
     return replace(made, config=_changed(config, changes))
 
@@ -207,17 +222,13 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
         raise ConfigError(f"{folder}: cannot be written, because {nearest} is no writable folder; choose another -o")
 
 
-def _check_network(config: Config) -> None:
-    """Whether the network can be built and takes a patch, without spending memory on it."""
+def _check_network(config: Config, weights: Path | None) -> None:
+    """Whether the network can be built, takes a patch and the weights, without spending memory on it."""
     with torch.device("meta"):
         network = new_network(config)
-    smallest: Any = getattr(network, "min_shape", ())
-    if any(p < s for p, s in zip(config.windows.patch_size, smallest)):
-        raise ConfigError(
-            f"windows.patch_size {list(config.windows.patch_size)} is smaller than the {list(smallest)} that "
-            f"network.name {config.network.name} takes at network.output_stride {config.network.output_stride}; "
-            "enlarge the patch or lower the stride"
-        )
+    check_patch(network, config.network, config.windows.patch_size)
+    if weights is not None:
+        load_pretrained(network, weights, spatial_dims=config.data.spatial_dims)
 
 
 @contextmanager
