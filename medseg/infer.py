@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -28,6 +29,7 @@ from medseg.device import (
 from medseg.errors import ConfigError, MedsegError, ModelError
 from medseg.grid import restore
 from medseg.model import DECISIVE, Model, read_model
+from medseg.postprocess import refine
 from medseg.preprocess import Prepared, prepare
 from medseg.progress import Progress, silent
 from medseg.readers import file_sha256
@@ -37,10 +39,17 @@ from medseg.writers import label_ending, write_label, write_text
 
 log = logging.getLogger(__name__)
 
+# sections of the configuration that decide a mask
+DECIDING = {"data", "preprocess", "network", "windows", "postprocess"}
+
 
 @dataclass(frozen=True)
 class InferOptions:
-    """How to infer. `overlap` None: the model's own; `shard` (i, n): every n-th case only, from the i-th of 1…n on."""
+    """How to infer. `overlap` None: the model's own; `shard` (i, n): every n-th case only, from the i-th of 1…n on.
+
+    `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and
+    postprocess.
+    """
 
     device: str = "auto"
     precision: str = "auto"
@@ -48,6 +57,7 @@ class InferOptions:
     overlap: float | None = None
     shard: tuple[int, int] = (1, 1)
     overwrite: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,15 @@ class Segmenter:
             prepared = prepare(case, self.config.preprocess, self.config.data, with_label=False)
         with _timed(seconds, "network"):
             scores = self.scores(prepared.image)
+        if self.config.postprocess.crf:
+            with _timed(seconds, "postprocess"):
+                scores = refine(
+                    self.config.postprocess,
+                    scores,
+                    prepared.image,
+                    spacing_mm=prepared.grid.spacing_mm,
+                    regions=self.config.data.is_regions,
+                )
         with _timed(seconds, "restore"):
             labels = restore(scores, prepared.grid, prepared.source, decider(self.config.data))
         return labels.cpu().numpy(), prepared
@@ -120,7 +139,8 @@ class Segmenter:
 
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
     """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`."""
-    return Segmenter([read_model(Path(f)) for f in folders], options)
+    changes = options.settings if options else {}
+    return Segmenter([read_model(Path(f), changes) for f in folders], options)
 
 
 def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device, precision: str) -> Scorer:
@@ -247,6 +267,8 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
         "models": [m.sha256 for m in segmenter.models],
         "tta": segmenter.options.tta,
         "overlap": segmenter.options.overlap,
+        "settings": dict(segmenter.options.settings),
+        "configuration": hashlib.sha256(segmenter.config.model_dump_json(include=DECIDING).encode()).hexdigest(),
         "precision": segmenter.precision,
     }
 
@@ -281,7 +303,7 @@ def _common_config(models: Sequence[Model]) -> Config:
         raise ConfigError("no model given; use -m RUN")
     first = models[0].config
     for model in models[1:]:
-        for section in ("data", "preprocess", "windows"):
+        for section in ("data", "preprocess", "windows", "postprocess"):
             # as text: the order of the labels is the order of the channels, and equal mappings may differ in it
             if getattr(model.config, section).model_dump_json() != getattr(first, section).model_dump_json():
                 raise ModelError(f"the models of an ensemble differ in `{section}`; train them with one configuration")

@@ -14,15 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from medseg.config import COLOURS, Config, DataConfig, make_config
+from medseg.config import COLOURS, Config, DataConfig, make_config, overlay
 from medseg.errors import ConfigError, ModelError
-from medseg.networks import build_network
+from medseg.networks import at_output_stride, build_network, check_settings
 from medseg.readers import file_sha256
 from medseg.versions import versions
 from medseg.writers import atomic_path, write_text
 
 SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+# sections of a trained model that may be changed when it is used
+CHANGEABLE = ("network", "postprocess", "windows")
 
 # packages whose version decides a result
 DECISIVE = ("medseg", "torch", "monai", "numpy")
@@ -86,8 +89,11 @@ def save_model(
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_model(folder: Path) -> Model:
-    """The model in a run folder, on the CPU, ready to infer. Raises `ModelError` naming what is missing or damaged."""
+def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
+    """The model in a run folder, on the CPU, ready to infer; `changes` to its settings as for `changed`.
+
+    Raises `ModelError` naming what is missing or damaged, `ConfigError` for changes that it cannot have.
+    """
     description = _read_description(folder)
     if description.get("schema_version") != SCHEMA_VERSION:
         raise ModelError(
@@ -96,16 +102,46 @@ def read_model(folder: Path) -> Model:
         )
     try:
         config = make_config(description["config"], source=str(folder / DESCRIPTION))
-        network = new_network(config)
+        check_settings(config.network)
     except (KeyError, ConfigError) as error:
         raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
-    digest = _load_weights(network, folder / WEIGHTS)
+    config = changed(config, changes or {})
+    try:
+        network = new_network(config)
+    except ConfigError as error:
+        if changes:
+            raise
+        raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
+    digest = _load_weights(network, folder / WEIGHTS, changes or {})
     if description.get("weights_sha256") != digest:
         raise ModelError(
             f"{folder / WEIGHTS}: not the weights that {DESCRIPTION} describes (SHA-256 {digest[:12]}… found, "
             f"{str(description.get('weights_sha256'))[:12]}… expected); copy the whole run folder again"
         )
     return Model(network.eval(), config, digest, {k: v for k, v in description.items() if k != "config"})
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The settings of a trained model with `changes` laid over, of the sections that do not decide what it learnt.
+
+    Another `network.output_stride` takes the rates along, so that the network sees what it was trained to see. Raises
+    `ConfigError`.
+    """
+    if not changes:
+        return config
+    other = sorted(set(changes) - set(CHANGEABLE))
+    if other:
+        raise ConfigError(
+            f"--set {other[0]}: a trained model cannot change this section; expected one of {', '.join(CHANGEABLE)}"
+        )
+    network = changes.get("network", {})
+    stride = network.get("output_stride", config.network.output_stride)
+    made = make_config(overlay(config.model_dump(mode="json"), changes), source="--set")
+    if stride == config.network.output_stride or "aspp_rates" in network or "dilations" in network:
+        return made
+    moved = at_output_stride(config.network, made.network.output_stride, spatial_dims=config.data.spatial_dims)
+    rates = {"aspp_rates": moved.aspp_rates, "dilations": moved.dilations}
+    return made.model_copy(update={"network": made.network.model_copy(update=rates)})
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -123,7 +159,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _load_weights(network: torch.nn.Module, path: Path) -> str:
+def _load_weights(network: torch.nn.Module, path: Path, changes: Mapping[str, Any]) -> str:
     try:
         content = path.read_bytes()
         found = load_safetensors(content)
@@ -136,8 +172,11 @@ def _load_weights(network: torch.nn.Module, path: Path) -> str:
         first = wrong[0] if wrong else extra[0]
         shape = tuple(found[first].shape) if first in found else "nothing"
         needs = tuple(expected[first].shape) if first in expected else "nothing"
+        what = "weights of another network"
+        if "network" in changes:
+            what = f"these weights do not fit a network with {json.dumps(changes['network'])}"
         raise ModelError(
-            f"{path}: weights of another network: {len(wrong)} of {len(expected)} tensors missing or of other shape, "
+            f"{path}: {what}: {len(wrong)} of {len(expected)} tensors missing or of other shape, "
             f"{len(extra)} unknown; first `{first}`: {shape} found, {needs} expected"
         )
     network.load_state_dict(found)

@@ -305,6 +305,18 @@ def test_a_mask_that_another_model_left_in_between_is_done_again(
     assert (tmp_path / "out" / "case0.nii.gz").read_bytes() == mine
 
 
+def test_a_random_field_is_one_setting_away_and_makes_masks_of_its_own(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    run(tmp_path, model)
+    plain = np.asarray(nib.load(tmp_path / "out" / "case0.nii.gz").dataobj)
+    field = {"postprocess": {"crf": True, "crf_smoothness_weight": 20.0, "crf_smoothness_mm": 3.0}}
+    assert run(tmp_path, model, options=replace(EXACT, settings=field)) == ["done"]
+    smooth = np.asarray(nib.load(tmp_path / "out" / "case0.nii.gz").dataobj)
+    edges = [int(sum((np.diff(a, axis=axis) != 0).sum() for axis in range(3))) for a in (plain, smooth)]
+    assert edges[1] < 0.8 * edges[0]
+    assert "postprocess" in record(tmp_path / "out")["cases"][0]["seconds"]
+
+
 @pytest.mark.parametrize("change", [{"tta": "flip"}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}])
 def test_other_options_do_everything_again(tmp_path: Path, model: Path, change: dict[str, Any]) -> None:
     some_images(tmp_path / "in", 1)
@@ -406,7 +418,9 @@ def test_the_record_says_what_was_done_with_what(tmp_path: Path, model: Path) ->
     found = record(tmp_path / "out")
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     assert found["schema_version"] == 1
-    assert found["settings"] == {"models": [weights], "tta": "none", "overlap": None, "precision": "32"}
+    told = {k: v for k, v in found["settings"].items() if k != "configuration"}
+    assert told == {"models": [weights], "tta": "none", "overlap": None, "precision": "32", "settings": {}}
+    assert len(found["settings"]["configuration"]) == 64
     assert found["labels"] == {"3": "shell", "7": "core"}
     assert found["device"].startswith("cpu")
     assert {"python", "medseg", "torch", "monai", "numpy"} <= set(found["versions"])

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 
 from medseg.config import DataConfig
-from medseg.errors import ModelError
-from medseg.model import COLOURS, label_names, label_table, new_network, read_model, save_model
+from medseg.errors import ConfigError, ModelError
+from medseg.model import COLOURS, changed, label_names, label_table, new_network, read_model, save_model
 
 
 def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -194,3 +194,42 @@ def test_regions_are_named_by_the_value_that_is_written() -> None:
 def test_colours_repeat_from_the_eighth_label_on() -> None:
     table = label_table(DataConfig(labels={f"l{n}": n for n in range(1, 11)}))
     assert table[7]["colour"] == table[0]["colour"]
+
+
+# ---- a trained model with other settings
+
+
+def test_another_output_stride_keeps_the_weights_and_takes_the_rates_along(tmp_path: Path) -> None:
+    config = tiny_config(
+        network={"output_stride": 4, "aspp_rates": [1, 2], "name": "deeplabv3", "upsampling": "resize"}
+    )
+    folder = tiny_model(tmp_path, config)
+    trained, denser = read_model(folder), read_model(folder, {"network": {"output_stride": 2}})
+    assert denser.config.network.aspp_rates == (2, 4)
+    before, after = trained.network.state_dict(), denser.network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert denser.network.encoder.strides[-1] == (2, 2, 2)
+
+
+def test_rates_that_are_given_stay_as_given() -> None:
+    config = tiny_config(network={"output_stride": 4})
+    changes = {"network": {"output_stride": 2, "aspp_rates": [5]}}
+    assert changed(config, changes).network.aspp_rates == (5,)
+
+
+def test_what_a_model_learnt_cannot_be_changed() -> None:
+    with pytest.raises(
+        ConfigError, match="--set preprocess: a trained model cannot change this section; expected one of"
+    ):
+        changed(tiny_config(), {"preprocess": {"orient": False}})
+
+
+def test_settings_that_ask_for_other_weights_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r'do not fit a network with \{"aspp_channels": 8\}'):
+        read_model(tiny_model(tmp_path), {"network": {"aspp_channels": 8}})
+
+
+def test_an_output_stride_that_the_encoder_cannot_have_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"network.output_stride 8 is not possible.*it can have 2, 4"):
+        read_model(tiny_model(tmp_path), {"network": {"output_stride": 8}})
