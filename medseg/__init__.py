@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from medseg.demo import demo
     from medseg.errors import ConfigError, DataError, GeometryError, MedsegError, ModelError, TrainingError
     from medseg.infer import CaseResult, InferOptions, Segmenter, infer, load_model
-    from medseg.networks import build_network, list_networks
+    from medseg.inspect import Inspection, inspect_network
+    from medseg.networks import at_output_stride, build_network, default_config, list_networks
+    from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
+    from medseg.pretrained import Pretrained, load_pretrained
     from medseg.report import Report, evaluate
-    from medseg.train import Run, TrainOptions, plan, train
+    from medseg.statistics import Summary, summarise
+    from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
 
 _HOME = {
@@ -28,27 +32,38 @@ _HOME = {
     "Findings": "check",
     "GeometryError": "errors",
     "InferOptions": "infer",
+    "Inspection": "inspect",
     "MedsegError": "errors",
     "ModelError": "errors",
     "Plan": "plan",
+    "Pretrained": "pretrained",
     "Report": "report",
     "Run": "train",
     "Segmenter": "infer",
+    "Summary": "statistics",
     "TrainOptions": "train",
     "TrainingError": "errors",
+    "analyse": "networks.receptive",
+    "at_output_stride": "networks",
     "build_network": "networks",
     "check_dataset": "check",
+    "default_config": "networks",
     "demo": "demo",
     "dump_yaml": "config",
     "evaluate": "report",
+    "fit_width": "networks.receptive",
     "infer": "infer",
+    "inspect_network": "inspect",
     "list_networks": "networks",
     "load_model": "infer",
+    "load_pretrained": "pretrained",
     "make_config": "config",
+    "parse_duration": "train",
     "plan": "train",
     "read_config": "config",
     "read_labels": "config",
     "settings_from": "config",
+    "summarise": "statistics",
     "train": "train",
     "write_text": "writers",
 }
@@ -63,28 +78,39 @@ __all__ = [
     "Findings",
     "GeometryError",
     "InferOptions",
+    "Inspection",
     "MedsegError",
     "ModelError",
     "Plan",
+    "Pretrained",
     "Report",
     "Run",
     "Segmenter",
+    "Summary",
     "TrainOptions",
     "TrainingError",
     "__version__",
+    "analyse",
+    "at_output_stride",
     "build_network",
     "check_dataset",
+    "default_config",
     "demo",
     "dump_yaml",
     "evaluate",
+    "fit_width",
     "infer",
+    "inspect_network",
     "list_networks",
     "load_model",
+    "load_pretrained",
     "make_config",
+    "parse_duration",
     "plan",
     "read_config",
     "read_labels",
     "settings_from",
+    "summarise",
     "train",
     "write_text",
 ]

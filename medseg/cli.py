@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 import medseg
 
@@ -157,6 +160,12 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Instead of a time budget.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state in RUN.")] = False,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|RUN", help="Weights to begin with, where they fit: of medseg, MONAI, MedicalNet, torchvision."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.", min=0)] = None,
     precision: Annotated[Precision, typer.Option(help="auto: bf16 where the hardware has it.")] = Precision.auto,
     deterministic: Annotated[
@@ -177,10 +186,13 @@ def train(
         folds=folds,
         device=device,
         resume=resume,
+        pretrained=pretrained,
     )
     with _progress() as progress:
         run = medseg.train(dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
+    if run.pretrained is not None:
+        out.print(escape(run.pretrained.summary()))
     out.print(f"{run.steps} steps; {spent}")
     if run.report is not None:
         _print_report(run.report)
@@ -204,6 +216,15 @@ def infer(
         str, typer.Option(metavar="i/n", help="Do every n-th case only, beginning with the i-th.")
     ] = "1/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Change a setting of network, windows or postprocess, such as network.output_stride=8 or "
+            "postprocess.crf=true; repeatable.",
+        ),
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="auto: bf16 where the hardware has it.")] = Precision.auto,
     device: Device = "auto",
     verbose: Verbose = False,
@@ -217,6 +238,7 @@ def infer(
         overlap=overlap,
         shard=_shard(shard),
         overwrite=overwrite,
+        settings=_settings(settings),
     )
     with _progress() as progress:
         results = medseg.infer(inputs, model, output, options, progress=progress)
@@ -265,6 +287,46 @@ def evaluate(
         report.save(output)
     _print_report(report)
     _finish(f"Report: {output / 'report.html'}", _failed((), report))
+
+
+@app.command(epilog="Example: medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png")
+def inspect(
+    target: Annotated[
+        str | None, typer.Argument(metavar="NETWORK|FILE.yaml|RUN", help="A network's name, a YAML file, a run folder.")
+    ] = None,
+    spatial_dims: Annotated[
+        int | None, typer.Option(metavar="1|2|3", help="Left out: those of the patch, the file or the run, else 3.")
+    ] = None,
+    patch: Annotated[
+        str | None, typer.Option(metavar="96,96,96", help="Voxels by axis; left out: the file's or the run's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the taps and the fields of view.")] = None,
+    settings: Settings = None,
+    names: Annotated[bool, typer.Option("--list", help="List all networks.")] = False,
+    device: AnyDevice = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Look at a network: layers, parameters, multiply-adds, output stride, field of view, gridding."""
+    _log(verbose)
+    if names:
+        out.print(
+            json.dumps(list(medseg.list_networks())) if as_json else "\n".join(medseg.list_networks()), markup=False
+        )
+        return
+    if target is None:
+        raise medseg.ConfigError("nothing to inspect: give a network's name, a YAML file or a run, or --list")
+    found = medseg.inspect_network(target, spatial_dims=spatial_dims, patch=_patch(patch), settings=_settings(settings))
+    if as_json:
+        out.print(json.dumps(found.as_dict(), indent=1), markup=False)
+    else:
+        _print_network(found.report)
+    if png is not None:
+        found.save_png(png)
+    if not as_json:
+        _finish(f"Picture: {png}" if png is not None else _network_line(found.report))
+    elif png is not None:
+        err.print(f"Picture: {escape(str(png))}")
 
 
 def main() -> None:
@@ -354,6 +416,62 @@ def _finish(line: str, failed: list[str] | None = None, bad: bool = False) -> No
 
 def _settings(assignments: list[str] | None, more: dict[str, Any] | None = None) -> dict[str, Any]:
     return medseg.settings_from(assignments or [], more or {})
+
+
+def _patch(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) > 3:
+        raise medseg.ConfigError(f"--patch {text}: expected one to three whole numbers, such as 96,96,96")
+    return tuple(int(part) for part in parts)
+
+
+def _print_network(report: Any) -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for name in ("kernel", "dilation", "effective", "stride", "output", "step", "field", "parameters", "multiply-adds"):
+        table.add_column(name, justify="right")
+    for layer in report.layers:
+        field = "all" if layer.sees_whole_image and layer.cumulative_stride is None else _by(layer.receptive_field)
+        step = "" if layer.cumulative_stride is None else _by(layer.cumulative_stride)
+        kernel = f"{_by(layer.kernel)}{' max' if layer.kind == 'max pooling' else ''}"
+        kernel += {"average pooling": " mean", "transposed convolution": " up", "depthwise convolution": " each"}.get(
+            layer.kind, ""
+        )
+        table.add_row(
+            layer.name,
+            kernel,
+            _by(layer.dilation),
+            _by(layer.effective_kernel),
+            _by(layer.stride),
+            _by(layer.output_size),
+            step,
+            field,
+            f"{layer.parameters:,}",
+            f"{layer.multiply_adds:,}",
+        )
+    # a table that is cut to 80 columns cannot be read: lines may run on
+    wide = Console(highlight=False, emoji=False, width=max(out.width, 132), soft_wrap=True)
+    wide.print(table)
+    for warning in report.warnings:
+        out.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+    out.print(f"{report.name}, {report.spatial_dims}D, patch {_by(report.patch)}", markup=False)
+    out.print(f"parameters       {report.parameters:,}", markup=False)
+    out.print(f"multiply-adds    {report.multiply_adds:,}", markup=False)
+    out.print(f"output stride    {_by(report.output_strides)}", markup=False)
+    whole = ", and the mean of the whole image" if report.sees_whole_image and report.field_is_exact else ""
+    field = _by(report.receptive_field) if report.field_is_exact else "the whole input (see the warnings)"
+    out.print(f"field of view    {field}{whole}", markup=False)
+    out.print(f"coverage         {report.coverage:.4g} of the field's box reach the output voxel", markup=False)
+
+
+def _by(numbers: Any) -> str:
+    return str(numbers[0]) if len(set(numbers)) == 1 else "×".join(map(str, numbers))
+
+
+def _network_line(report: Any) -> str:
+    return f"{report.name}: {report.parameters:,} parameters, field of view {_by(report.receptive_field)}"
 
 
 def _fold(text: str) -> Any:

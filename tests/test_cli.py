@@ -316,6 +316,17 @@ def test_train_refuses_a_settings_file_that_is_not_there(cli: Medseg, tiny_run, 
         (("--set", "train.batchsize=2"), ("--set", "unknown key `train.batchsize`", "batch_size")),
         (("--set", "batch_size"), ("--set batch_size", "section.key=value")),
         (("--set", "network.name=unnet"), ("network.name", "`unnet`", "deeplabv3plus")),
+        (("--set", "network.name=deeplabv3", "--set", "network.output_stride=64"), ("output_stride 64", "it can have")),
+        (
+            ("--set", "network.name=deeplabv3", "--set", "network.aspp_rates=[]"),
+            ("--set", "network.aspp_rates", "1 item"),
+        ),
+        (("--set", "network.name=monai.SegRestNet"), ("MONAI has no network", "monai.SegResNet")),
+        (
+            ("--set", "network.name=monai.SegResNet", "--set", "network.arguments={init_filter: 8}"),
+            ("no `init_filter`", "closest are init_filters"),
+        ),
+        (("--set", "network.name=fcn32s", "--set", "windows.patch_size=[16,16,16]"), ("patch_size", "smaller than")),
         (("--fold", "2"), ("fold 2", "0 to 1 or all")),
         (("--fold", "first"), ("--fold first", "number from 0 or all")),
         (("--folds", "9"), ("9 folds", "4 groups", "--fold all")),
@@ -462,6 +473,18 @@ def test_infer_does_the_good_and_names_the_bad(cli: Medseg, tiny_run, images: Pa
     assert "gzip" in str(record["case1"]["reason"])
 
 
+def test_infer_takes_other_settings_with_the_weights_as_they_are(
+    cli: Medseg, tiny_run, images: Path, tmp_path: Path
+) -> None:
+    call = ("infer", images / "case0.nii.gz", "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert "1 masks written" in cli(*call).out
+    denser = cli(*call, "--set", "network.output_stride=2", "--set", "postprocess.crf=true")
+    assert (denser.code, denser.err) == (0, "")
+    assert "1 masks written, 0 there already" in denser.out
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["settings"]
+    assert settings == {"network": {"output_stride": 2}, "postprocess": {"crf": True}}
+
+
 def test_infer_shards_share_the_work(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
     call = ("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out", "--shard")
     cli(*call, "1/2")
@@ -479,6 +502,10 @@ def test_infer_shards_share_the_work(cli: Medseg, tiny_run, images: Path, tmp_pa
         (("--overlap", "2"), ("--overlap 2", "0 to below 1")),
         (("--overlap", "much"), ("--overlap", "a valid number")),
         (("--tta", "turn"), ("--tta", "flip")),
+        (("--set", "preprocess.orient=false"), ("--set preprocess", "cannot change", "network, postprocess, windows")),
+        (("--set", "network.output_stride=32"), ("output_stride 32 is not possible", "it can have 2, 4")),
+        (("--set", "network.aspp_channels=8"), ("do not fit", "aspp_channels")),
+        (("--set", "postprocess.crff=true"), ("unknown key `postprocess.crff`", "crf_iterations")),
         (("--device", "cuda:99"), ("--device cuda:99", "CUDA devices found")),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") and len(value) == 2 else "",
