@@ -43,9 +43,11 @@ def test_the_wheel_holds_code_templates_and_sample_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names, size = set(archive.namelist()), sum(i.compress_size for i in archive.infolist())
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "medseg").rglob("*") if p.is_file()}
+    pipelines = (p.relative_to(ROOT / "pipelines") for p in (ROOT / "pipelines").rglob("*") if p.is_file())
+    sources |= {f"medseg_pipelines/{p}" for p in pipelines}
     assert {s for s in sources if "__pycache__" not in s} <= names
     assert size < 5e6
-    assert not any(n.startswith(("tests/", "configs/")) for n in names)
+    assert not any(n.startswith(("tests/", "configs/", "pipelines/", ".")) for n in names)
 
 
 @pytest.mark.slow
@@ -60,6 +62,10 @@ def test_an_installed_medseg_segments_from_another_folder(python: Path, tiny_run
     installed = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert str(ROOT) not in installed
     assert "medseg demo -o demo" in medseg("demo", "--help")
+    pipeline = [str(python), "-m", "medseg_pipelines.ablation", "--help"]
+    assert (
+        "medseg-ablation" in subprocess.run(pipeline, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    )
     image = next((tiny_run.dataset / "images").iterdir())
     medseg("infer", str(image), "-m", str(tiny_run.folder), "-o", "masks", "--device", "cpu")
     assert (tmp_path / "masks" / image.name).is_file()

@@ -1,0 +1,109 @@
+"""From trials to numbers: scores by case over seeds, their means with intervals, and paired differences; no files."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import medseg
+
+Scores = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the finished trials of one variant measured.
+
+    `scores` maps a measure (`dice`: mean over the labels of a case) to its value for each case, mean over seeds;
+    `labels` does so for the Dice of each label; `by_seed` has the mean Dice of each seed.
+    """
+
+    scores: Mapping[str, Scores]
+    labels: Mapping[str, Scores]
+    by_seed: tuple[float, ...]
+    missed: float
+    spurious: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over `n` cases that both have of `first` − `second`, with its bootstrap interval."""
+
+    mean: float
+    ci95: tuple[float, float] | None
+    n: int
+    first: float
+    second: float
+
+
+def outcome(results: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Scores]] = ()) -> Outcome:
+    """`results`: the result.json of each seed; `more`: further measures of each seed, by case."""
+    labels = [_by_label(result["rows"]) for result in results]
+    dice = [_mean_over(list(of.values())) for of in labels]
+    events = [[row["status"] for row in result["rows"]] for result in results]
+    scores = {"dice": _mean_over(dice)}
+    for measure in dict.fromkeys(name for seed in more for name in seed):
+        scores[measure] = _mean_over([seed[measure] for seed in more if measure in seed])
+    return Outcome(
+        scores=scores,
+        labels={
+            name: _mean_over([of.get(name, {}) for of in labels])
+            for name in dict.fromkeys(n for of in labels for n in of)
+        },
+        by_seed=tuple(statistics.fmean(seed.values()) for seed in dice if seed),
+        missed=statistics.fmean(e.count("missed") for e in events),
+        spurious=statistics.fmean(e.count("spurious") for e in events),
+    )
+
+
+def mean_of(scores: Scores, *, groups: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Mean, 95 % bootstrap interval over cases (patients where `groups` names them) and number of cases."""
+    summary = medseg.summarise(list(scores.values()), groups=_units(scores, groups))
+    return {"mean": summary.mean, "ci95": None if summary.ci95 is None else list(summary.ci95), "n": summary.n}
+
+
+def difference(
+    first: Outcome | None, second: Outcome | None, measure: str = "dice", *, groups: Mapping[str, str] | None = None
+) -> Difference | None:
+    """`first` − `second` over the cases that both have; None where one is missing or no case is common."""
+    if first is None or second is None:
+        return None
+    one, other = first.scores.get(measure, {}), second.scores.get(measure, {})
+    common = [case for case in one if case in other]
+    if not common:
+        return None
+    pairs = {case: one[case] - other[case] for case in common}
+    summary = medseg.summarise(list(pairs.values()), groups=_units(pairs, groups))
+    return Difference(
+        mean=statistics.fmean(pairs.values()),
+        ci95=summary.ci95,
+        n=len(common),
+        first=statistics.fmean(one[case] for case in common),
+        second=statistics.fmean(other[case] for case in common),
+    )
+
+
+def _by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Dice by label and case; where neither map has the label, or no mask was made, there is none."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        of_label = found.setdefault(row["name"], {})
+        if row["dice"] is not None and row["status"] != "missing_prediction":
+            of_label[row["case"]] = row["dice"]
+    return found
+
+
+def _mean_over(parts: Sequence[Scores]) -> dict[str, float]:
+    """For each case the mean of the parts that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for part in parts:
+        for case, value in part.items():
+            values[case].append(value)
+    return {case: statistics.fmean(values[case]) for case in sorted(values)}
+
+
+def _units(cases: Iterable[str], groups: Mapping[str, str] | None) -> list[str] | None:
+    return None if groups is None else [groups.get(case, case) for case in cases]

@@ -1,0 +1,115 @@
+"""One trial in a process of its own: train, validate, write result.json; its peak of memory is then its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import medseg
+
+log = logging.getLogger("medseg.trial")
+
+JOB, RESULT, FAILURE = "job.json", "result.json", "failure.json"
+STATE, DESCRIPTION = "last.pt", "model.json"
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+SECONDS_BETWEEN_LOOKS = 5.0
+
+
+def main() -> None:
+    """Run the trial whose folder is the only argument."""
+    # a shell may have started us deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run(Path(sys.argv[1])))
+
+
+def run(folder: Path) -> int:
+    """Do what job.json in `folder` asks and write result.json or failure.json; the code for the exit.
+
+    A state that an earlier attempt left is gone on from.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _end_with_parent()
+    try:
+        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        result = _train(job, folder)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except medseg.MedsegError as error:
+        _write(folder / FAILURE, {"reason": str(error)})
+        # a wrong setting stays wrong; what broke down while training may do better once more
+        return FAILED if isinstance(error, medseg.TrainingError) else WRONG
+    except Exception as error:
+        log.error("the trial failed", exc_info=True)
+        _write(folder / FAILURE, {"reason": f"{type(error).__name__}: {error}"})
+        return FAILED
+    _write(folder / RESULT, result)
+    return OK
+
+
+def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    options = medseg.TrainOptions(
+        config=medseg.make_config(job["config"], source=str(folder / JOB)),
+        fold=job["fold"],
+        folds=job["folds"],
+        device=job["device"],
+        resume=(folder / STATE).is_file(),
+    )
+    done = medseg.train(job["dataset"], folder, options=options)
+    if done.report is None:
+        reasons = "; ".join(f"{r.case}: {r.reason}" for r in done.results[:3])
+        raise medseg.DataError(f"{folder}: not one held-back case could be judged: {reasons}")
+    training = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["training"]
+    rows = done.report.table[["case", "name", "status", "dice"]].to_dict("records")
+    return {
+        "job": job,
+        "steps": training["steps"],
+        "train_seconds": training["seconds"],
+        "device": training["device"],
+        "precision": training["precision"],
+        "stages": dict(done.seconds),
+        "case_seconds": {r.case: sum(r.seconds.values()) for r in done.results if r.status == "done"},
+        "rows": [{**row, "dice": None if row["dice"] != row["dice"] else row["dice"]} for row in rows],
+        "failed_cases": {r.case: r.reason for r in done.results if r.status == "failed"}
+        | {f.case: f.reason for f in done.report.failures},
+        "peak_memory_mb": _peak_memory_mb(training["device"]),
+    }
+
+
+def _peak_memory_mb(device: str) -> float:
+    """The most memory this process has held: on the GPU where one was used."""
+    if device.startswith("cuda"):
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    # kilobytes on Linux, bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _end_with_parent() -> None:
+    """Stop as Ctrl-C does when the process that started this one is gone: nobody would read the result."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    medseg.write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

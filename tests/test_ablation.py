@@ -1,0 +1,460 @@
+"""The ablation: comparing, judging claims, counting discs, running trials once, and the page; training is elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from skimage.io import imread, imsave
+
+import medseg
+from medseg_pipelines import trials
+from medseg_pipelines.ablation import INTERRUPTED, OK, SOME_FAILED, USAGE, run
+from medseg_pipelines.claims import CLAIMS, Claim, Contrast, Variant, choose_claims, judge
+from medseg_pipelines.compare import Outcome, difference, mean_of, outcome
+from medseg_pipelines.discs import DIAMETERS, NAME, make_discs, measure_discs
+from medseg_pipelines.page import render, short
+from medseg_pipelines.trials import Trial, run_trial
+
+
+def rows(**dice: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Rows of a result.json: by label and case; None: neither map has the label."""
+    return [
+        {"case": case, "name": label, "status": "both_empty" if value is None else "ok", "dice": value}
+        for label, of in dice.items()
+        for case, value in of.items()
+    ]
+
+
+def scored(values: Sequence[float], measure: str = "dice") -> Outcome:
+    return Outcome({measure: {f"case{n}": v for n, v in enumerate(values)}}, {}, (), 0, 0)
+
+
+# ---- from rows to numbers
+
+
+def test_a_case_counts_the_mean_of_the_labels_that_it_has() -> None:
+    found = outcome([{"rows": rows(a={"x": 0.2, "y": 0.5}, b={"x": 0.6, "y": None})}])
+    assert found.scores["dice"] == {"x": pytest.approx(0.4), "y": 0.5}
+    assert found.labels["b"] == {"x": 0.6}
+
+
+def test_seeds_are_averaged_by_case() -> None:
+    found = outcome([{"rows": rows(a={"x": 0.2, "y": 0.4})}, {"rows": rows(a={"x": 0.6, "y": 0.4})}])
+    assert found.scores["dice"] == {"x": pytest.approx(0.4), "y": 0.4}
+    assert found.by_seed == (pytest.approx(0.3), 0.5)
+
+
+def test_missed_and_spurious_labels_are_counted_by_seed() -> None:
+    one = rows(a={"x": 0.0, "y": 0.0, "z": 0.5})
+    one[0]["status"], one[1]["status"] = "missed", "spurious"
+    found = outcome([{"rows": one}, {"rows": rows(a={"x": 0.1, "y": 0.1, "z": 0.1})}])
+    assert (found.missed, found.spurious) == (0.5, 0.5)
+
+
+def test_a_case_without_a_mask_has_no_dice() -> None:
+    one = rows(a={"x": 0.0, "y": 0.4})
+    one[0]["status"] = "missing_prediction"
+    assert outcome([{"rows": one}]).scores["dice"] == {"y": 0.4}
+
+
+def test_a_difference_is_paired_and_leaves_out_cases_that_one_lacks() -> None:
+    first = Outcome({"dice": {"a": 0.9, "b": 0.5, "c": 0.1}}, {}, (), 0, 0)
+    second = Outcome({"dice": {"a": 0.7, "b": 0.5, "d": 1.0}}, {}, (), 0, 0)
+    found = difference(first, second)
+    assert found is not None
+    assert (found.n, found.mean) == (2, pytest.approx(0.1))
+    assert (found.first, found.second) == (pytest.approx(0.7), pytest.approx(0.6))
+
+
+def test_an_interval_of_a_difference_is_narrow_where_the_cases_agree() -> None:
+    hard_and_easy = np.linspace(0.1, 0.9, 9)
+    found = difference(scored(hard_and_easy + 0.02), scored(hard_and_easy))
+    assert found is not None
+    assert found.ci95 is not None
+    # every case differs by 0.02 up to rounding, though Dice itself runs from 0.1 to 0.9
+    assert found.ci95 == (pytest.approx(0.02, abs=1e-9), pytest.approx(0.02, abs=1e-9))
+
+
+def test_there_is_no_difference_to_what_has_no_result() -> None:
+    assert difference(scored([1.0]), None) is None
+    assert difference(scored([1.0]), scored([1.0], "small")) is None
+
+
+def test_cases_of_one_patient_are_drawn_together() -> None:
+    scores = {f"case{n}": float(n % 2) for n in range(8)}
+    assert mean_of(scores)["ci95"] is not None
+    two_patients = {f"case{n}": f"patient{n % 2}" for n in range(8)}
+    assert mean_of(scores, groups=two_patients)["ci95"] is None
+
+
+# ---- claims
+
+A, B = Variant("a", {"name": "x"}), Variant("b", {"name": "y"})
+CLAIM = Claim("ab", "Is a better than b?", "It is.", (A, B), (Contrast("a", "b"),))
+BASE = [0.4, 0.5, 0.6, 0.7, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("shifts", "word"),
+    [
+        ([0.1, 0.12, 0.08, 0.1, 0.11], "holds"),
+        ([-0.1, -0.12, -0.08, -0.1, -0.11], "does not hold"),
+        ([0.1, -0.1, 0.1, -0.1, 0.02], "not decided"),
+    ],
+)
+def test_a_verdict_follows_the_interval(shifts: list[float], word: str) -> None:
+    better = [b + s for b, s in zip(BASE, shifts)]
+    assert judge(CLAIM, {"a": scored(better), "b": scored(BASE)}).word == word
+
+
+def test_a_verdict_says_its_numbers() -> None:
+    verdict = judge(CLAIM, {"a": scored([v + 0.1 for v in BASE]), "b": scored(BASE)})
+    assert verdict.sentence.startswith("Holds: a against b, Dice +0.100 (95 % +0.100 to +0.100; 5 cases)")
+    assert "(0.700 and 0.600)" in verdict.sentence
+
+
+def test_a_claim_without_results_is_not_measured_and_says_what_is_missing() -> None:
+    verdict = judge(CLAIM, {"a": scored(BASE)})
+    assert verdict.word == "not measured"
+    assert "(b has no result)" in verdict.sentence
+
+
+def test_a_claim_of_two_contrasts_needs_both() -> None:
+    claim = Claim("abc", "?", "!", (A, B), (Contrast("a", "b"), Contrast("a", "c")))
+    more = scored([v + 0.1 for v in BASE])
+    assert judge(claim, {"a": more, "b": scored(BASE)}).word == "not decided"
+    assert judge(claim, {"a": more, "b": scored(BASE), "c": scored(BASE)}).word == "holds"
+    assert judge(claim, {"a": scored(BASE), "b": more, "c": scored([0.1] * 5)}).word == "does not hold"
+
+
+def test_every_contrast_is_between_variants_of_its_claim() -> None:
+    for claim in CLAIMS:
+        names = {v.name for v in claim.variants}
+        assert {n for c in claim.contrasts for n in (c.better, c.worse)} <= names, claim.name
+
+
+def test_a_variant_name_stands_for_one_thing() -> None:
+    variants = [v for claim in CLAIMS for v in claim.variants]
+    for variant in variants:
+        assert all(v == variant for v in variants if v.name == variant.name)
+
+
+def test_claims_are_chosen_by_name() -> None:
+    assert choose_claims("none") == ()
+    assert choose_claims("all") == CLAIMS
+    assert [c.name for c in choose_claims("gridding, rates,gridding")] == ["gridding", "rates"]
+    with pytest.raises(medseg.ConfigError, match="there is no `griding`"):
+        choose_claims("griding")
+
+
+def test_rates_beyond_the_map_are_all_as_large_as_it_or_larger() -> None:
+    config = medseg.make_config(
+        {"windows": {"patch_size": [40, 56, 40]}, "network": {"output_stride": 4, "aspp_rates": [1, 2, 4]}}
+    )
+    assert Variant("v", {}, rates_beyond_map=True).settings(config) == {"aspp_rates": [14, 28, 42]}
+
+
+# ---- discs
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_discs(tmp_path_factory.mktemp("discs"), pictures=2)
+
+
+def test_discs_have_the_area_of_their_diameter_and_never_touch(discs: Path) -> None:
+    table = json.loads((discs / NAME).read_text())["discs"]
+    area = sum(math.pi * d**2 / 4 for *_, d in table["discs_000"])
+    label = imread(discs / "labels" / "discs_000.png")
+    # pixels whose centres lie in a disc: their number differs from its area by a few along the edge
+    assert label.sum() == pytest.approx(area, rel=0.03)
+    centres = [(r, c, d) for r, c, d in table["discs_000"]]
+    gaps = [
+        math.hypot(r - s, c - t) - (d + e) / 2 for n, (r, c, d) in enumerate(centres) for s, t, e in centres[n + 1 :]
+    ]
+    assert min(gaps) > 8
+
+
+def test_the_same_discs_are_made_again_and_finished_ones_stay(discs: Path, tmp_path: Path) -> None:
+    again = make_discs(tmp_path, pictures=2)
+    assert (again / "images" / "discs_001.png").read_bytes() == (discs / "images" / "discs_001.png").read_bytes()
+    (again / "images" / "discs_001.png").write_bytes(b"mine")
+    make_discs(tmp_path, pictures=2)
+    assert (again / "images" / "discs_001.png").read_bytes() == b"mine"
+
+
+def test_a_perfect_mask_finds_all_discs(discs: Path) -> None:
+    found = measure_discs(discs / "labels", discs)
+    assert list(found["diameters"]) == [str(d) for d in DIAMETERS]
+    assert all(v == {"discs": 4, "found": 1, "dice": 1, "recall": 1} for v in found["diameters"].values())
+    assert found["scores"]["small_beyond_large"] == {"discs_000": 0, "discs_001": 0}
+
+
+def test_a_mask_without_the_small_discs_is_told_so(discs: Path, tmp_path: Path) -> None:
+    mask = imread(discs / "labels" / "discs_000.png")
+    table = json.loads((discs / NAME).read_text())["discs"]["discs_000"]
+    for row, column, diameter in table:
+        if diameter < 16:
+            reach = diameter // 2 + 2
+            mask[int(row) - reach : int(row) + reach + 1, int(column) - reach : int(column) + reach + 1] = 0
+    imsave(tmp_path / "discs_000.png", mask, check_contrast=False)
+    found = measure_discs(tmp_path, discs)
+    assert found["scores"]["small"] == {"discs_000": 0}
+    assert found["scores"]["large"] == {"discs_000": 1}
+    assert {d: v["found"] for d, v in found["diameters"].items()} == {
+        **dict.fromkeys(("4", "6", "8", "12"), 0),
+        **dict.fromkeys(("16", "24", "32"), 1),
+    }
+
+
+# ---- trials
+
+
+def make_trial(folder: Path, **train: Any) -> Trial:
+    config = medseg.make_config({"train": train})
+    return Trial(folder / "run", "net", 0, folder / "data", config, 0, 5, "cpu")
+
+
+class Attempts:
+    """Stands in for the process of a trial: ends with each of `codes` in turn and writes what it would write."""
+
+    def __init__(self, *codes: int) -> None:
+        self.codes = list(codes)
+        self.seen: list[set[str]] = []
+
+    def __call__(self, folder: Path, limit_s: float) -> int:
+        self.seen.append({p.name for p in folder.iterdir()})
+        code = self.codes.pop(0)
+        (folder / "last.pt").write_text("state")
+        if code == 0:
+            (folder / "result.json").write_text(json.dumps({"steps": 7}))
+        elif code > 0:
+            (folder / "failure.json").write_text(json.dumps({"reason": f"broke with {code}"}))
+        return code
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def use(*codes: int) -> Attempts:
+        stand_in = Attempts(*codes)
+        monkeypatch.setattr(trials, "_attempt", stand_in)
+        return stand_in
+
+    return use
+
+
+def test_a_finished_trial_is_not_done_again(tmp_path: Path, attempts: Any) -> None:
+    attempts(0)
+    trial = make_trial(tmp_path)
+    assert run_trial(trial, cache=tmp_path / "cache").content == {"steps": 7}
+    again = run_trial(trial, cache=tmp_path / "cache")
+    assert (again.reused, again.content) == (True, {"steps": 7})
+    assert {p.name for p in trial.folder.iterdir()} == {"job.json", "result.json"}
+
+
+def test_a_trial_of_other_settings_begins_anew(tmp_path: Path, attempts: Any) -> None:
+    used = attempts(0, 0)
+    run_trial(make_trial(tmp_path), cache=tmp_path / "cache")
+    assert not run_trial(make_trial(tmp_path, batch_size=1), cache=tmp_path / "cache").reused
+    assert used.seen[1] == {"job.json", "cache"}
+
+
+def test_a_trial_that_breaks_down_is_gone_on_with_once(tmp_path: Path, attempts: Any) -> None:
+    used = attempts(1, 0)
+    assert run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason is None
+    assert "last.pt" in used.seen[1]
+    used = attempts(1, 1)
+    assert run_trial(make_trial(tmp_path, seed=1), cache=tmp_path / "cache").reason == "broke with 1"
+
+
+def test_wrong_settings_are_tried_once(tmp_path: Path, attempts: Any) -> None:
+    attempts(2)
+    assert run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason == "broke with 2"
+
+
+def test_a_killed_trial_says_that_memory_may_have_run_out(tmp_path: Path, attempts: Any) -> None:
+    attempts(-9, -9)
+    assert "memory" in str(run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason)
+
+
+def test_an_interrupted_trial_interrupts(tmp_path: Path, attempts: Any) -> None:
+    attempts(130)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(make_trial(tmp_path), cache=tmp_path / "cache")
+
+
+# ---- the command, end to end
+
+
+@pytest.fixture
+def command(tiny_dataset: Any, tiny_settings: tuple[str, ...], tmp_path: Path) -> list[str]:
+    settings = [word for setting in tiny_settings for word in ("--set", setting)]
+    ends = ["--networks", "deeplabv3,monai.NoSuchNetwork", "--time-budget", "0.2s", "--folds", "2", "--device", "cpu"]
+    return [str(tiny_dataset()), "-o", str(tmp_path / "out"), *ends, *settings]
+
+
+@pytest.mark.slow
+def test_networks_are_compared_and_one_that_fails_costs_no_other(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command) == SOME_FAILED
+    assert "monai.NoSuchNetwork" in capsys.readouterr().err.splitlines()[-1]
+    text = (tmp_path / "out" / "ablation.json").read_text()
+    record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    done = {v["name"]: v for v in record["variants"] if v["status"] == "done"}
+    assert set(done) == {"deeplabv3", "residual_unet"}
+    assert all(v["steps"] >= 1 and v["peak_memory_mb"] > 50 and v["multiply_adds"] > 0 for v in done.values())
+    assert done["deeplabv3"]["against_baseline"]["n"] == 2
+    assert [f["name"] for f in record["failures"]] == ["monai.NoSuchNetwork"]
+    table = list(csv.DictReader((tmp_path / "out" / "ablation.csv").open()))
+    assert {row["name"]: row["status"] for row in table}["monai.NoSuchNetwork"] == "failed"
+    page = (tmp_path / "out" / "ablation.html").read_text()
+    assert all(name in page for name in ("deeplabv3", "residual_unet", "monai.NoSuchNetwork"))
+    assert "http" not in page.replace("http-equiv", "")
+    # a second run trains nothing
+    monkeypatch.setattr(trials, "_attempt", lambda *_: pytest.fail("trained again"))
+    assert run(command) == SOME_FAILED
+    again = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert again["variants"] == record["variants"]
+
+
+def test_ctrl_c_is_130_and_says_how_to_go_on(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "_attempt", interrupt)
+    assert run(command) == INTERRUPTED
+    assert "goes on from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--networks", "deeplabv33"], "there is no `deeplabv33`"),
+        (["--claims", "everything"], "there is no `everything`"),
+        (["--time-budget", "soon"], "--time-budget soon"),
+        (["--set", "network.name=unet"], "choose some with --networks"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_is_done(
+    arguments: list[str], said: str, tiny_dataset: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([str(tiny_dataset()), "-o", str(tmp_path / "out"), *arguments]) == USAGE
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_help_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == OK
+    assert "--time-budget" in capsys.readouterr().out
+
+
+# ---- the page
+
+
+def variant(name: str, mean: float, **more: Any) -> dict[str, Any]:
+    numbers = {"mean": mean, "ci95": [mean - 0.05, mean + 0.04], "n": 9}
+    return {
+        "name": name,
+        "also": [],
+        "network": name,
+        "data": "given",
+        "status": "done",
+        "reason": None,
+        "by_seed": [mean],
+        "seed_sd": None,
+        "dice": numbers,
+        "labels": {"liver": numbers},
+        "against_best": None,
+        "against_baseline": {**numbers, "mean": -0.1, "ci95": [-0.2, -0.05]},
+        "missed": 1.0,
+        "spurious": 0.5,
+        "parameters": 1_234_567,
+        "multiply_adds": 2_000_000_000,
+        "receptive_field": [31, 31],
+        "coverage": 0.25,
+        "output_stride": 8,
+        "sees_whole_image": False,
+        "width": 0.5,
+        "steps": 77,
+        "step_seconds": 0.3,
+        "case_seconds": 1.5,
+        "peak_memory_mb": 900.0,
+        "device": "cpu (2 threads)",
+        **more,
+    }
+
+
+def record(*variants: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    setup = {
+        "dataset": "nerves",
+        "time_budget_s": 120.0,
+        "seeds": 1,
+        "fold": 0,
+        "equal": "multiply-adds",
+        "published": False,
+        "reference": {"name": "deeplabv3plus", "multiply_adds": 2e9, "parameters": 3e6, "patch_size": [240, 256]},
+    }
+    return {
+        "created": "2024-05-01T12:00:00+00:00",
+        "medseg": "0.1.0",
+        "setup": setup,
+        "best": variants[0]["name"] if variants else None,
+        "baseline": "residual_unet",
+        "variants": list(variants),
+        "claims": [],
+        "failures": [],
+        "definitions": {"Dice": "2TP"},
+        **more,
+    }
+
+
+def test_a_page_shows_every_number_of_a_variant() -> None:
+    page = render(record(variant("unet", 0.8)))
+    for text in ("0.800", "0.750–0.840", "−0.100", "1.23 M", "2 G", "31 × 31", "0.25", "77", "900", "2 min"):
+        assert text in page, text
+
+
+def test_a_page_before_the_first_result_says_what_is_to_come() -> None:
+    waiting = {"name": "unet", "data": "given", "status": "waiting", "also": []}
+    page = render({**record(), "variants": [waiting]})
+    assert "Still to come: unet" in page
+    assert "nothing is finished yet" in page
+
+
+def test_a_page_shows_claims_with_their_verdict_and_escapes_what_is_foreign() -> None:
+    claim = {
+        "question": "Is it <b>better</b>?",
+        "expectation": "Yes.",
+        "verdict": "does not hold",
+        "sentence": "Does not hold: a against b.",
+        "contrasts": [{"better": "a", "worse": "b", "measure": "dice", "mean": -0.1, "ci95": [-0.2, -0.05]}],
+    }
+    failure = {"name": "hdc", "reason": "<script>alert(1)</script>"}
+    page = render(record(variant("unet", 0.8), claims=[claim], failures=[failure]))
+    assert 'class="pill bad">does not hold' in page
+    assert "−0.200 to −0.050" in page
+    assert "<b>better</b>" not in page
+    assert "<script>alert" not in page
+
+
+def test_names_in_the_figure_do_not_lie_on_each_other() -> None:
+    page = render(record(*(variant(f"network{n}", 0.8 + n * 1e-4) for n in range(6))))
+    first = page.split('id="figure-multiply_adds"')[1].split("</figure>")[0]
+    heights = sorted(float(part.split(' y="')[1].split('"')[0]) for part in first.split('class="name"')[1:])
+    assert len(heights) == 6
+    assert min(np.diff(heights)) >= 15
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (2.276e9, "2.28 G"), (999, "999"), (0.25, "0.25")])
+def test_large_numbers_are_shortened(value: float | None, text: str) -> None:
+    assert short(value) == text
