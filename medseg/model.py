@@ -24,8 +24,8 @@ from medseg.writers import atomic_path, write_text
 SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
-# sections of a trained model that may be changed when it is used
-CHANGEABLE = ("network", "postprocess", "windows")
+# what may be changed in a trained model: whole sections, or the keys that keep the meaning of its weights
+CHANGEABLE: dict[str, tuple[str, ...]] = {"network": ("output_stride", "aspp_rates"), "postprocess": (), "windows": ()}
 
 # packages whose version decides a result
 DECISIVE = ("medseg", "torch", "monai", "numpy")
@@ -129,19 +129,20 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """
     if not changes:
         return config
-    other = sorted(set(changes) - set(CHANGEABLE))
-    if other:
-        raise ConfigError(
-            f"--set {other[0]}: a trained model cannot change this section; expected one of {', '.join(CHANGEABLE)}"
-        )
+    given = [(section, key) for section, values in changes.items() for key in values]
+    wrong = [f"{s}.{k}" for s, k in given if s not in CHANGEABLE or (CHANGEABLE[s] and k not in CHANGEABLE[s])]
+    if wrong:
+        may = ", ".join(f"{s}.{k}" for s, keys in CHANGEABLE.items() for k in keys or ("…",))
+        raise ConfigError(f"--set {wrong[0]}: belongs to what a trained model has learnt; expected one of {may}")
     network = changes.get("network", {})
     stride = network.get("output_stride", config.network.output_stride)
     made = make_config(overlay(config.model_dump(mode="json"), changes), source="--set")
-    if stride == config.network.output_stride or "aspp_rates" in network or "dilations" in network:
+    if stride == config.network.output_stride:
         return made
     moved = at_output_stride(config.network, made.network.output_stride, spatial_dims=config.data.spatial_dims)
-    rates = {"aspp_rates": moved.aspp_rates, "dilations": moved.dilations}
-    return made.model_copy(update={"network": made.network.model_copy(update=rates)})
+    if "aspp_rates" in network:
+        moved = moved.model_copy(update={"aspp_rates": made.network.aspp_rates})
+    return made.model_copy(update={"network": moved})
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -220,14 +220,24 @@ def test_rates_that_are_given_stay_as_given() -> None:
 
 def test_what_a_model_learnt_cannot_be_changed() -> None:
     with pytest.raises(
-        ConfigError, match="--set preprocess: a trained model cannot change this section; expected one of"
+        ConfigError,
+        match=r"--set preprocess\.orient: belongs to what a trained model has learnt; expected one of network",
     ):
         changed(tiny_config(), {"preprocess": {"orient": False}})
 
 
-def test_settings_that_ask_for_other_weights_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r'do not fit a network with \{"aspp_channels": 8\}'):
-        read_model(tiny_model(tmp_path), {"network": {"aspp_channels": 8}})
+@pytest.mark.parametrize("change", [{"norm": "group"}, {"multi_grid": [2]}, {"aspp_channels": 8}])
+def test_what_weights_mean_cannot_be_changed(change: dict[str, Any]) -> None:
+    # a group norm has the weights of an instance norm: they would fit, and mean something else
+    with pytest.raises(ConfigError, match="belongs to what a trained model has learnt"):
+        changed(tiny_config(), {"network": change})
+
+
+def test_weights_that_do_not_fit_another_stride_are_told(tmp_path: Path) -> None:
+    # a sub-pixel classifier gives as many logits as a block has voxels
+    config = tiny_config(network={"name": "deeplabv3", "output_stride": 4, "aspp_rates": [1]})
+    with pytest.raises(ModelError, match=r'do not fit a network with \{"output_stride": 2\}'):
+        read_model(tiny_model(tmp_path, config), {"network": {"output_stride": 2}})
 
 
 def test_an_output_stride_that_the_encoder_cannot_have_is_told(tmp_path: Path) -> None:

@@ -276,6 +276,20 @@ class TestOutputStride:
         with pytest.raises(ConfigError, match=r"a rate of \(3, 12\) at stride \(16, 16\) is no whole number at stride"):
             at_output_stride(config, 32, spatial_dims=2)
 
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (NetworkConfig(name="unet"), "`unet` has no output stride"),
+            (NetworkConfig(name="deconvnet"), "`deconvnet` has no output stride"),
+            (NetworkConfig(name="monai.SegResNet"), "`monai.SegResNet` has no output stride"),
+            (NetworkConfig(name="deeplabv1", encoder="vgg16_frontend", output_stride=16), "loses its late poolings"),
+            (NetworkConfig(name="deeplabv3plus", encoder="resnet18", output_stride=16), "same side of 4"),
+        ],
+    )
+    def test_what_would_be_something_else_is_refused(self, config: NetworkConfig, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            at_output_stride(config, 4 if config.name == "deeplabv3plus" else 8, spatial_dims=2)
+
     def test_a_hybrid_backbone_refuses(self) -> None:
         config = NetworkConfig(name="hdc", encoder="resnet18", output_stride=16)
         with pytest.raises(ConfigError, match="train it at the one you want"):

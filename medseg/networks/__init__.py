@@ -10,12 +10,14 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
 from medseg.networks import encoders
 from medseg.networks._blocks import Axes
+from medseg.networks._encoder import Encoder
 from medseg.networks.aspp import cap_rates, rescale_rates
 from medseg.networks.scales import MultiScale
 
@@ -105,11 +107,27 @@ def at_output_stride(config: NetworkConfig, output_stride: int, *, spatial_dims:
     """
     module = _module(config.name)
     changed = config.model_copy(update={"output_stride": output_stride})
-    before, after = (
-        encoders.reached(c, spatial_dims=spatial_dims, more=getattr(module, "MORE", 0)) for c in (config, changed)
-    )
+    before, after = (_encoder(c, spatial_dims) for c in (config, changed))
+    if not after.is_same_denser:
+        raise ConfigError(
+            f"network.output_stride: the encoder `{config.encoder}` loses its late poolings with their strides, and "
+            "computes something else at another output stride; train it at the one you want"
+        )
     rescale: Callable[..., NetworkConfig] = getattr(module, "rescale", rescale_rates)
-    return rescale(changed, before, after)
+    return rescale(changed, before.strides[-1], after.strides[-1])
+
+
+def _encoder(config: NetworkConfig, spatial_dims: int) -> Encoder:
+    """The encoder of a network, without memory. Raises `ConfigError` where the network has none."""
+    network: nn.Module | None = None
+    if can_be_thinned(config):
+        plain = config.model_copy(update={"scales": (1.0,)})
+        with torch.device("meta"):
+            network = build_network(plain, spatial_dims=spatial_dims, in_channels=1, out_channels=2)
+    encoder = getattr(network, "encoder", None)
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(f"network.output_stride: `{config.name}` has no output stride to choose")
+    return encoder
 
 
 def list_networks() -> tuple[str, ...]:

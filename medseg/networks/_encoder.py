@@ -17,13 +17,15 @@ class Encoder(nn.Module):
 
     `out_channels` and `strides` (cumulative, by axis) announce the maps; a map has ceil(n / stride) voxels on an axis
     of n. The output stride is the largest stride over the axes of the last map. `dilation` is what a convolution on
-    the last map needs to see what it would have seen, had no stride been replaced. Inputs below `min_shape` leave a
-    single voxel on a strided axis, where a norm has nothing to normalise.
+    the last map needs to see what it would have seen, had no stride been replaced. `is_same_denser`: at a smaller
+    output stride the same weights give the same maps on a denser grid. Inputs below `min_shape` leave a single voxel on
+    a strided axis, where a norm has nothing to normalise.
     """
 
     out_channels: tuple[int, ...]
     strides: tuple[Axes, ...]
     dilation: Axes
+    is_same_denser = True
 
     @property
     def min_shape(self) -> Axes:

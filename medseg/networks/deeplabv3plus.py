@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
+from medseg.errors import ConfigError
 from medseg.networks._blocks import (
     Axes,
     CoarseHead,
@@ -23,7 +24,7 @@ from medseg.networks._blocks import (
     shuffle_pixels,
 )
 from medseg.networks._encoder import Encoder
-from medseg.networks.aspp import ASPP
+from medseg.networks.aspp import ASPP, rescale_rates
 from medseg.networks.encoders import build_encoder
 
 DEFAULTS: dict[str, dict[str, object]] = {"deeplabv3plus": {}}
@@ -112,6 +113,16 @@ class ImageHead(nn.Module):
 def _skip_level(encoder: Encoder) -> int:
     finer = [max(s) for s in encoder.strides if max(s) <= SKIP_STRIDE and max(s) < max(encoder.strides[-1])]
     return finer.index(max(finer)) if finer else 0
+
+
+def rescale(config: NetworkConfig, before: Axes, after: Axes) -> NetworkConfig:
+    """ASPP's rates in voxels of stride `after`. Raises `ConfigError` where the decoder would take other maps."""
+    if (max(before) > SKIP_STRIDE) != (max(after) > SKIP_STRIDE):
+        raise ConfigError(
+            f"network.output_stride: from {max(before)} to {max(after)} the decoder of `{config.name}` would take its "
+            f"skip from another stride than it was trained with; stay on the same side of {SKIP_STRIDE}"
+        )
+    return rescale_rates(config, before, after)
 
 
 def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

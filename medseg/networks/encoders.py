@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-
 from medseg.config import NetworkConfig
-from medseg.networks._blocks import Axes, Rate
+from medseg.networks._blocks import Rate
 from medseg.networks._encoder import Encoder
 from medseg.networks.resnet import BasicBlock, Bottleneck, DilatedResNet, LightResNet, light_steps
 from medseg.networks.vgg import STEPS, VGG16
@@ -32,12 +30,6 @@ def build_encoder(
     """
     make = ENCODERS[config.encoder].make
     return make(config, spatial_dims=spatial_dims, in_channels=in_channels, more=more, rates=rates)
-
-
-def reached(config: NetworkConfig, *, spatial_dims: int, more: int = 0) -> Axes:
-    """The stride by axis of the encoder's last map."""
-    with torch.device("meta"):
-        return build_encoder(config, spatial_dims=spatial_dims, in_channels=1, more=more).strides[-1]
 
 
 def halvings(config: NetworkConfig) -> int:

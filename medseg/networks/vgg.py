@@ -82,6 +82,7 @@ class VGG16(Encoder):
         self.out_channels = channels
         self.strides = tuple(s.reached for s in stages)
         self.dilation = dilation
+        self.is_same_denser = late_pools
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C, *spatial) → a map after each pooling."""
