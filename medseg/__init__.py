@@ -8,16 +8,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medseg.cases import fold_split
     from medseg.check import Finding, Findings, check_dataset
     from medseg.config import Config, dump_yaml, make_config, read_config, read_labels, settings_from
     from medseg.demo import demo
     from medseg.errors import ConfigError, DataError, GeometryError, MedsegError, ModelError, TrainingError
     from medseg.infer import CaseResult, InferOptions, Segmenter, infer, load_model
     from medseg.inspect import Inspection, inspect_network
-    from medseg.networks import at_output_stride, build_network, default_config, list_networks
+    from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
     from medseg.pretrained import Pretrained, load_pretrained
+    from medseg.readers import file_sha256
     from medseg.report import Report, evaluate
     from medseg.statistics import Summary, summarise
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
@@ -47,11 +49,14 @@ _HOME = {
     "at_output_stride": "networks",
     "build_network": "networks",
     "check_dataset": "check",
+    "check_settings": "networks",
     "default_config": "networks",
     "demo": "demo",
     "dump_yaml": "config",
     "evaluate": "report",
+    "file_sha256": "readers",
     "fit_width": "networks.receptive",
+    "fold_split": "cases",
     "infer": "infer",
     "inspect_network": "inspect",
     "list_networks": "networks",
@@ -94,11 +99,14 @@ __all__ = [
     "at_output_stride",
     "build_network",
     "check_dataset",
+    "check_settings",
     "default_config",
     "demo",
     "dump_yaml",
     "evaluate",
+    "file_sha256",
     "fit_width",
+    "fold_split",
     "infer",
     "inspect_network",
     "list_networks",

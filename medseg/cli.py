@@ -25,6 +25,7 @@ import medseg
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 # without a terminal a line now and then says that work goes on
 SECONDS_BETWEEN_LINES = 20.0
+UNKNOWN_FIELD = "not known (whole patch at most)"
 
 app = typer.Typer(
     name="medseg",
@@ -304,7 +305,7 @@ def inspect(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the taps and the fields of view.")] = None,
     settings: Settings = None,
     names: Annotated[bool, typer.Option("--list", help="List all networks.")] = False,
-    device: AnyDevice = "auto",
+    device: Device = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Look at a network: layers, parameters, multiply-adds, output stride, field of view, gridding."""
@@ -316,13 +317,20 @@ def inspect(
         return
     if target is None:
         raise medseg.ConfigError("nothing to inspect: give a network's name, a YAML file or a run, or --list")
-    found = medseg.inspect_network(target, spatial_dims=spatial_dims, patch=_patch(patch), settings=_settings(settings))
+    with _progress() as progress:
+        found = medseg.inspect_network(
+            target,
+            spatial_dims=spatial_dims,
+            patch=_patch(patch),
+            settings=_settings(settings),
+            device=device,
+            png=png,
+            progress=progress,
+        )
     if as_json:
         out.print(json.dumps(found.as_dict(), indent=1), markup=False)
     else:
         _print_network(found.report)
-    if png is not None:
-        found.save_png(png)
     if not as_json:
         _finish(f"Picture: {png}" if png is not None else _network_line(found.report))
     elif png is not None:
@@ -433,7 +441,9 @@ def _print_network(report: Any) -> None:
     for name in ("kernel", "dilation", "effective", "stride", "output", "step", "field", "parameters", "multiply-adds"):
         table.add_column(name, justify="right")
     for layer in report.layers:
-        field = "all" if layer.sees_whole_image and layer.cumulative_stride is None else _by(layer.receptive_field)
+        field = _by(layer.receptive_field) if layer.field_is_exact else "?"
+        if layer.sees_whole_image and layer.cumulative_stride is None:
+            field = "all"
         step = "" if layer.cumulative_stride is None else _by(layer.cumulative_stride)
         kernel = f"{_by(layer.kernel)}{' max' if layer.kind == 'max pooling' else ''}"
         kernel += {"average pooling": " mean", "transposed convolution": " up", "depthwise convolution": " each"}.get(
@@ -461,17 +471,22 @@ def _print_network(report: Any) -> None:
     out.print(f"multiply-adds    {report.multiply_adds:,}", markup=False)
     out.print(f"output stride    {_by(report.output_strides)}", markup=False)
     whole = ", and the mean of the whole image" if report.sees_whole_image and report.field_is_exact else ""
-    field = _by(report.receptive_field) if report.field_is_exact else "the whole input (see the warnings)"
+    field = _by(report.receptive_field) if report.field_is_exact else f"{UNKNOWN_FIELD}, see the warnings"
     out.print(f"field of view    {field}{whole}", markup=False)
-    out.print(f"coverage         {report.coverage:.4g} of the field's box reach the output voxel", markup=False)
+    coverage = (
+        f"{report.coverage:.4g} of the field's box reach the output voxel" if report.field_is_exact else "not known"
+    )
+    out.print(f"coverage         {coverage}", markup=False)
 
 
 def _by(numbers: Any) -> str:
-    return str(numbers[0]) if len(set(numbers)) == 1 else "×".join(map(str, numbers))
+    words = [f"{n:.4g}" if isinstance(n, float) else str(n) for n in numbers]
+    return words[0] if len(set(words)) == 1 else "×".join(words)
 
 
 def _network_line(report: Any) -> str:
-    return f"{report.name}: {report.parameters:,} parameters, field of view {_by(report.receptive_field)}"
+    field = _by(report.receptive_field) if report.field_is_exact else UNKNOWN_FIELD
+    return f"{report.name}: {report.parameters:,} parameters, field of view {field}"
 
 
 def _fold(text: str) -> Any:

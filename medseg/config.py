@@ -269,10 +269,10 @@ class PostprocessConfig(Section):
     crf: bool = False
     crf_iterations: PositiveInt = 5
     crf_smoothness_weight: float = Field(1.0, ge=0)
-    crf_smoothness_mm: PositiveFloat = 1.0
+    crf_smoothness_mm: float = Field(1.0, ge=1e-3)
     crf_appearance_weight: float = Field(2.0, ge=0)
-    crf_appearance_mm: PositiveFloat = 2.0
-    crf_intensity_sd: PositiveFloat = 0.25
+    crf_appearance_mm: float = Field(2.0, ge=1e-3)
+    crf_intensity_sd: float = Field(0.25, ge=1e-3)
     """In standard deviations of the normalised image, all channels together."""
     crf_compatibility: PositiveFloat = 1.0
     crf_radius_mm: PositiveFloat = 5.0

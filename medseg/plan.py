@@ -42,6 +42,8 @@ VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 96**3, ("cpu", 2): 256**2, ("cu
 # a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
 SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)", re.IGNORECASE)
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+# what is given of a network and decides how the rest of it is planned
+SHAPING = {"encoder", "channels"}
 CT_NAMES = ("ct", "cta", "cect", "ncct", "hu")
 
 
@@ -111,11 +113,17 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
 
 
 def make_plan(
-    dataset: Dataset, fingerprint: Fingerprint, *, device: str = "cpu", network: dict[str, Any] | None = None
+    dataset: Dataset,
+    fingerprint: Fingerprint,
+    *,
+    device: str = "cpu",
+    network: dict[str, Any] | None = None,
+    published: bool = False,
 ) -> Plan:
     """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch.
 
-    `network` is what is given of that section: where it names another network than the usual one, that is planned.
+    `network` is what is given of that section: where it names another network than the usual one or another encoder,
+    that is planned. `published`: with the norm, width and encoder of the paper, as weights from elsewhere need them.
     """
     reasons: dict[str, str] = {}
     data = _data(dataset, fingerprint, reasons)
@@ -123,8 +131,8 @@ def make_plan(
     spacing = preprocess.spacing_mm or (1.0,) * fingerprint.spatial_dims
     windows, batch = _windows(fingerprint, shape, spacing, device, reasons)
     chosen = _network(fingerprint, preprocess, windows, reasons)
-    if network and network.get("name", chosen.name) != chosen.name:
-        chosen = _other_network(network, chosen, data, preprocess, windows, device, reasons)
+    if network and (network.get("name", chosen.name) != chosen.name or SHAPING & set(network)):
+        chosen = _other_network(network, chosen, data, preprocess, windows, device, reasons, published=published)
     config = Config(
         data=data,
         preprocess=preprocess,
@@ -267,34 +275,40 @@ def _other_network(
     windows: WindowsConfig,
     device: str,
     reasons: dict[str, str],
+    *,
+    published: bool,
 ) -> NetworkConfig:
     """The published settings of another network and what is `given` of it, brought to the data and to the device."""
     for key in [k for k in reasons if k.startswith("network.")]:
         del reasons[key]
-    published = default_config(given["name"])
-    reasons["network.name"] = (
-        "as asked for; its published settings, with norm, rectifier and dropout of the usual network"
-    )
-    changes: dict[str, object] = {
-        "norm": usual.norm,
-        "leak": usual.leak,
-        "dropout": usual.dropout,
-    }
-    if device == "cpu" and published.encoder.startswith("resnet") and "encoder" not in given:
-        reasons["network.encoder"] = (
-            f"the light one, with its output stride and rates, for `{published.encoder}`: no GPU"
+    same = given.get("name", usual.name) == usual.name
+    base = usual if same else default_config(given["name"])
+    changes: dict[str, object] = {"strides": None}
+    if published:
+        reasons["network.name"] = "as asked for; its published settings, which weights from elsewhere were made with"
+    elif not same:
+        reasons["network.name"] = (
+            "as asked for; its published settings, but norm, rectifier, dropout of the usual network"
         )
+        changes |= {key: getattr(usual, key) for key in ("norm", "leak", "dropout")}
+        if base.upsampling == "resize":
+            changes["upsampling"] = "interpolate"
+            reasons["network.upsampling"] = "leaves map voxels in their places, so that the stride can be changed later"
+    if not published and device == "cpu" and base.encoder.startswith("resnet") and "encoder" not in given:
+        reasons["network.encoder"] = f"the light one, with its output stride and rates, for `{base.encoder}`: no GPU"
         changes |= {
             key: getattr(usual, key) for key in ("encoder", "channels", "output_stride", "aspp_rates", "aspp_channels")
         }
-    stride = int(str((changes | given).get("output_stride", published.output_stride)))
-    while stride > 2 and min(windows.patch_size) <= stride:
+    made = NetworkConfig.model_validate(base.model_dump() | changes | given)
+    stride: int = made.output_stride
+    while "output_stride" not in given and stride > 2 and min(windows.patch_size) <= stride:
         stride //= 2
         reasons["network.output_stride"] = f"as large as a patch of {_text(windows.patch_size)} leaves room for"
-    made = NetworkConfig.model_validate(published.model_dump() | changes | {"output_stride": stride} | given)
-    made = made.model_copy(update={"strides": _strides(halvings(made), preprocess.spacing_mm)})
+    made = NetworkConfig.model_validate(made.model_dump() | {"output_stride": stride})
+    if "strides" not in given:
+        made = made.model_copy(update={"strides": _strides(halvings(made), preprocess.spacing_mm)})
     made = NetworkConfig.model_validate(fit_to_patch(made, windows.patch_size).model_dump() | given)
-    if device != "cpu" or "width" in given or not can_be_thinned(made):
+    if published or device != "cpu" or {"width", "channels"} & set(given) or not can_be_thinned(made):
         return made
     dims, channels, out_channels = data.spatial_dims, len(data.channels), data.out_channels
     with torch.device("meta"):

@@ -110,14 +110,16 @@ def load_pretrained(network: nn.Module, path: str | Path, *, spatial_dims: int) 
     """
     file = _file(Path(path))
     there, here = read_weights(file), network.state_dict()
+    _refuse_whole_numbers(file, there)
     match = _Match(network, there, spatial_dims)
     match.run()
     if not any(row.outcome in ("loaded", "adapted") and len(row.shape_here) > 2 for row in match.rows):
         raise ModelError(
             f"{file}: no kernel in it fits this network; its {len(there)} keys begin with {_first(there)}, the "
-            f"{len(here)} of the network with {_first(here)}; choose the network.name and network.encoder that the "
-            "weights belong to"
+            f"{len(here)} of the network with {_first(here)}; choose the network.name, network.encoder and "
+            "network.width that the weights belong to"
         )
+    _refuse_other_encoder(file, match.rows)
     broken = [key for key, value in match.values.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise ModelError(f"{file}: weights that are not finite, first for `{broken[0]}`; copy the file again")
@@ -125,6 +127,37 @@ def load_pretrained(network: nn.Module, path: str | Path, *, spatial_dims: int) 
         for key, value in match.values.items():
             here[key].copy_(value)
     return Pretrained(file, file_sha256(file), tuple(match.rows))
+
+
+def _refuse_whole_numbers(file: Path, there: Mapping[str, Tensor]) -> None:
+    whole = next((k for k, t in there.items() if t.ndim > 2 and not t.is_floating_point()), None)
+    if whole is not None:
+        raise ModelError(
+            f"{file}: `{whole}` holds numbers of type {there[whole].dtype}, expected floating ones; save the weights "
+            "before they are quantised"
+        )
+
+
+def _refuse_other_encoder(file: Path, rows: Sequence[Row]) -> None:
+    """Layers of two depths have kernels of equal shape: what is left over in a stage tells that it is another one."""
+    stray = [r.key_there for r in rows if r.outcome == "skipped" and len(r.shape_there) > 2 and _stage(r.key_there)]
+    filled = {_stage(r.key_here) for r in rows if r.outcome in ("loaded", "adapted") and len(r.shape_here) > 2}
+    empty = [
+        r.key_here for r in rows if r.outcome == "fresh" and len(r.shape_here) > 2 and _stage(r.key_here) in filled
+    ]
+    empty = [key for key in empty if _stage(key)]
+    if stray or empty:
+        what = f"`{stray[0]}` has no place in this network" if stray else f"has nothing for `{empty[0]}`"
+        raise ModelError(
+            f"{file}: {what}: these are the weights of another encoder; choose the network.encoder and network.width "
+            "that they belong to"
+        )
+
+
+def _stage(key: str) -> str:
+    """The stage of an encoder that a key belongs to, or nothing."""
+    found = re.search(r"(?:^|\.)(layer\d+|stages\.\d+|encoder\.blocks\.\d+)\.", key)
+    return found[1] if found else ""
 
 
 # ---- reading

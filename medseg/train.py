@@ -161,7 +161,8 @@ def plan_run(
     network = overlay(values.get("network", {}), changes.get("network", {}))
     check_settings(NetworkConfig.model_validate(network))
     _preflight(data, progress)
-    made = make_plan(data, measure(data, progress=progress), device=device.type, network=network)
+    published = options.pretrained is not None and bool(network)
+    made = make_plan(data, measure(data, progress=progress), device=device.type, network=network, published=published)
     config = make_config(overlay(made.config.model_dump(mode="json"), values), source=source)
     return replace(made, config=_changed(config, changes))
 

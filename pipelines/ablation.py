@@ -20,18 +20,21 @@ from rich.markup import escape
 
 import medseg
 from medseg_pipelines.claims import Claim, choose_claims
+from medseg_pipelines.digest import data_sha256
 from medseg_pipelines.discs import FOLDS, make_discs
-from medseg_pipelines.lineup import BASELINE, Entry, EqualTo, Planner, line_up, structure
+from medseg_pipelines.lineup import BASELINE, LIBRARY, Entry, EqualTo, Planner, line_up, structure
 from medseg_pipelines.markdown import markdown
 from medseg_pipelines.page import render
 from medseg_pipelines.results import Setup, make_record, table_text
-from medseg_pipelines.trials import Trial, TrialResult, run_trial
+from medseg_pipelines.trials import Trial, TrialResult, refuse_other_settings, run_trial
 
 log = logging.getLogger("medseg.ablation")
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 NAME = "ablation"
 GENERAL = ("network", "loss", "train")
+# settings of the training that have an option of their own
+OPTION_FOR = {"seed": "--seeds", "epochs": "--time-budget", "time_budget_s": "--time-budget"}
 
 app = typer.Typer(
     name="medseg-ablation",
@@ -66,6 +69,8 @@ class Options:
     equal: EqualTo = "multiply-adds"
     published: bool = False
     device: str = "auto"
+    overwrite: bool = False
+    """Replace finished runs of other settings or data."""
 
 
 @app.command(epilog="Example: medseg-ablation my_data/ -o ablation --time-budget 10m --claims all")
@@ -87,6 +92,7 @@ def ablation(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting of all; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace finished runs of other settings.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")] = False,
 ) -> None:
     """Train every network alike on one data set; write ablation.json, .csv, .md, .html. Finished runs stay."""
@@ -102,6 +108,7 @@ def ablation(
         equal=equal.value,
         published=as_published,
         device=device,
+        overwrite=overwrite,
     )
     record = ablate(dataset, output, options)
     out.print(escape(f"Report: {output / f'{NAME}.html'}"))
@@ -116,15 +123,19 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
 
     Raises `ConfigError` or `DataError` before anything is trained.
     """
-    groups = _groups(dataset)
-    settings = _settings(options)
+    settings, names = _settings(options), _networks(options)
     planners = {"given": _planner(dataset, settings, options)}
+    findings = _look(dataset)
+    medseg.fold_split(findings.dataset, options.fold, folds=options.folds)
+    groups = {case.id: case.group for case in findings.dataset.cases}
+    digests = {"given": data_sha256(findings)}
     if any(variant.data == "discs" for claim in options.claims for variant in claim.variants):
         # grids, patches and augmentation of the given data set say nothing about pictures of discs
         general = {name: values for name, values in settings.items() if name in GENERAL}
-        planners["discs"] = _planner(make_discs(folder / "discs"), general, options)
+        discs = make_discs(folder / "discs")
+        planners["discs"], digests["discs"] = _planner(discs, general, options), data_sha256(_look(discs))
     default = planners["given"].default
-    entries = line_up(_networks(options), options.claims, planners, say=_warn)
+    entries = line_up(names, options.claims, planners, say=_warn)
     setup = Setup(
         dataset=dataset.resolve().name,
         time_budget_s=default.train.time_budget_s or 0.0,
@@ -136,9 +147,11 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
         device=options.device,
         reference={"name": default.network.name, "patch_size": list(default.windows.patch_size)} | structure(default),
     )
+    trials = [t for seed in range(options.seeds) for e in entries for t in _trials(e, seed, folder, options, digests)]
+    if not options.overwrite:
+        refuse_other_settings(trials)
     done: dict[str, list[TrialResult]] = {}
     record = _save(folder, setup, entries, done, options, groups)
-    trials = [t for seed in range(options.seeds) for e in entries for t in _trials(e, seed, folder, options)]
     _announce(trials, setup)
     for number, trial in enumerate(trials, start=1):
         start = time.monotonic()
@@ -177,13 +190,13 @@ def _terminated(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _groups(dataset: Path) -> dict[str, str]:
-    """The patient of every case, after a look at all files. Raises `DataError` where they have errors."""
+def _look(dataset: Path) -> medseg.Findings:
+    """The data set after a look at all files. Raises `DataError` where they have errors."""
     findings = medseg.check_dataset(dataset)
     if findings.errors:
         listed = "\n".join(f"  {error}" for error in findings.errors[:20])
         raise medseg.DataError(f"{dataset}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
-    return {case.id: case.group for case in findings.dataset.cases}
+    return findings
 
 
 def _settings(options: Options) -> dict[str, Any]:
@@ -191,6 +204,9 @@ def _settings(options: Options) -> dict[str, Any]:
         [f"train.time_budget_s={medseg.parse_duration(options.time_budget)}", "train.epochs=null"]
     )
     settings = dict(options.settings or {})
+    for key in settings.get("train", {}):
+        if key in OPTION_FOR:
+            raise medseg.ConfigError(f"--set train.{key}: this is given by {OPTION_FOR[key]}; use that instead")
     return {**settings, "train": {**end["train"], **settings.get("train", {})}}
 
 
@@ -201,22 +217,27 @@ def _planner(dataset: Path, settings: Mapping[str, Any], options: Options) -> Pl
 def _networks(options: Options) -> tuple[str, ...]:
     known = medseg.list_networks()
     names = known if options.networks is None else options.networks
-    wrong = [name for name in names if name not in known and not name.startswith("monai.")]
+    wrong = [name for name in names if name not in known and not name.startswith(LIBRARY)]
     if wrong or not names:
         raise medseg.ConfigError(
             f"--networks: there is no `{', '.join(wrong)}`; choose from {', '.join(known)} and monai.CLASS"
         )
+    arguments = dict(options.settings or {}).get("network", {}).get("arguments", {})
+    for name in names:
+        if name.startswith(LIBRARY):
+            medseg.check_settings(medseg.make_config({"network": {"name": name, "arguments": arguments}}).network)
     return tuple(dict.fromkeys((*names, BASELINE) if BASELINE in known else names))
 
 
-def _trials(entry: Entry, seed: int, folder: Path, options: Options) -> list[Trial]:
+def _trials(entry: Entry, seed: int, folder: Path, options: Options, digests: Mapping[str, str]) -> list[Trial]:
     if entry.config is None:
         return []
     values = entry.config.model_dump(mode="json")
     config = medseg.make_config({**values, "train": {**values["train"], "seed": seed}})
     fold, folds = (0, FOLDS) if entry.data == "discs" else (options.fold, options.folds)
     place = folder / "runs" / entry.name / f"seed-{seed}"
-    return [Trial(place, entry.name, seed, entry.dataset, config, fold, folds, options.device)]
+    digest = digests[entry.data]
+    return [Trial(place, entry.name, seed, entry.dataset, digest, config, fold, folds, options.device)]
 
 
 def _save(
@@ -247,6 +268,9 @@ def _tell(number: int, total: int, result: TrialResult, record: Mapping[str, Any
         err.print(f"{number}/{total} [red]failed:[/red] {escape(name)}: {escape(result.reason)}")
         return
     variant = next(v for v in record["variants"] if v["name"] == result.trial.variant)
+    if "dice" not in variant:
+        err.print(f"{number}/{total} [red]failed:[/red] {escape(name)}: {escape(variant['reason'])}")
+        return
     mean = variant["dice"]["mean"]
     dice = "no Dice" if mean is None else f"Dice {mean:.3f}"
     how = "there already" if result.reused else f"{seconds:.0f} s"

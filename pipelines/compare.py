@@ -11,6 +11,7 @@ from typing import Any
 import medseg
 
 Scores = Mapping[str, float]
+NO_MASK = "missing_prediction"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Outcome:
     """What the finished trials of one variant measured.
 
     `scores` maps a measure (`dice`: mean over the labels of a case) to its value for each case, mean over seeds;
-    `labels` does so for the Dice of each label; `by_seed` has the mean Dice of each seed.
+    `labels` does so for the Dice of each label; `by_seed` has the mean Dice of each seed. `cases` were held back, and
+    those `without_mask` lack one in some seed.
     """
 
     scores: Mapping[str, Scores]
@@ -26,6 +28,8 @@ class Outcome:
     by_seed: tuple[float, ...]
     missed: float
     spurious: float
+    cases: tuple[str, ...] = ()
+    without_mask: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ def outcome(results: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Sc
     dice = [_mean_over(list(of.values())) for of in labels]
     events = [[row["status"] for row in result["rows"]] for result in results]
     scores = {"dice": _mean_over(dice)}
+    rows = [row for result in results for row in result["rows"]]
+    without = {row["case"] for row in rows if row["status"] == NO_MASK}
+    without |= {case for result in results for case in result.get("failed_cases", {})}
     for measure in dict.fromkeys(name for seed in more for name in seed):
         scores[measure] = _mean_over([seed[measure] for seed in more if measure in seed])
     return Outcome(
@@ -56,6 +63,8 @@ def outcome(results: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Sc
         by_seed=tuple(statistics.fmean(seed.values()) for seed in dice if seed),
         missed=statistics.fmean(e.count("missed") for e in events),
         spurious=statistics.fmean(e.count("spurious") for e in events),
+        cases=tuple(sorted({row["case"] for row in rows} | without)),
+        without_mask=tuple(sorted(without)),
     )
 
 
@@ -91,7 +100,7 @@ def _by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         of_label = found.setdefault(row["name"], {})
-        if row["dice"] is not None and row["status"] != "missing_prediction":
+        if row["dice"] is not None and row["status"] != NO_MASK:
             of_label[row["case"]] = row["dice"]
     return found
 

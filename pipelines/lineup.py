@@ -55,6 +55,9 @@ class Planner:
     ) -> None:
         if "name" in settings.get("network", {}):
             raise medseg.ConfigError("--set network.name: every network takes part; choose some with --networks")
+        if "width" in settings.get("network", {}) and (published or equal != "none"):
+            what = "--as-published takes those of the papers" if published else f"--equal {equal} fits that of each"
+            raise medseg.ConfigError(f"--set network.width: {what}; leave it out, or keep it with --equal none")
         self.dataset = dataset
         self.settings = settings
         self.device = device
@@ -127,7 +130,7 @@ def structure(config: medseg.Config) -> dict[str, Any]:
     )
     found = medseg.analyse(network, spatial_dims=dims, in_channels=channels, shape=config.windows.patch_size)
     keys = ("parameters", "multiply_adds", "receptive_field", "coverage", "output_stride", "sees_whole_image")
-    return {key: found.as_dict()[key] for key in keys}
+    return {key: found.as_dict()[key] for key in (*keys, "field_is_exact")}
 
 
 def line_up(

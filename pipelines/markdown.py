@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medseg_pipelines.page import short, whole
+from medseg_pipelines.page import by_dice, field, fixed, short, whole
+
+NOTE = "Steps are those that fitted into the time: where other work shared the machine, a run took fewer."
 
 
 def markdown(record: Mapping[str, Any]) -> str:
     """One table of the networks on the given data, the best first, the discs by diameter, and the claims."""
     given = [v for v in record["variants"] if v["data"] == "given" and v.get("dice")]
-    given.sort(key=lambda v: v["dice"]["mean"], reverse=True)
+    given.sort(key=by_dice, reverse=True)
     labels = list(dict.fromkeys(name for v in given for name in v["labels"]))
-    parts = [_table(_head(labels), [_row(v, labels, record["baseline"]) for v in given])]
+    parts = [_table(_head(labels), [_row(v, labels, record["baseline"]) for v in given]), NOTE]
     discs = [v for v in record["variants"] if v.get("diameters")]
     if discs:
-        sizes = list(discs[0]["diameters"])
-        rows = [[v["name"], *(f"{100 * v['diameters'][s]['recall']:.0f} %" for s in sizes)] for v in discs]
+        sizes = list(dict.fromkeys(size for v in discs for size in v["diameters"]))
+        rows = [[v["name"], *(_share(v["diameters"].get(s)) for s in sizes)] for v in discs]
         parts.append("Share of each disc that was found, by diameter:")
         parts.append(_table(["variant", *(f"{s} px" for s in sizes)], rows))
     for claim in record["claims"]:
-        parts.append(f"**{claim['question']}** {claim['sentence']}")
+        parts.append(f"**{_line(claim['question'])}** {_line(claim['sentence'])}")
     for failure in record["failures"]:
-        parts.append(f"Failed: {failure['name']}: {failure['reason']}")
+        parts.append(f"Failed: {_line(failure['name'])}: {_line(failure['reason'])}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -35,9 +37,9 @@ def _head(labels: Sequence[str]) -> list[str]:
 
 def _row(variant: Mapping[str, Any], labels: Sequence[str], baseline: str | None) -> list[str]:
     dice, against = variant["dice"], variant.get("against_baseline")
-    cells = [variant["name"], f"{dice['mean']:.3f}{_interval(dice, '.3f')}"]
+    cells = [variant["name"], f"{fixed(dice['mean'])}{_interval(dice, '.3f')}{_cases(variant)}"]
     if len(labels) > 1:
-        cells += [f"{variant['labels'][n]['mean']:.3f}" if n in variant["labels"] else "" for n in labels]
+        cells += [fixed(variant["labels"].get(name, {}).get("mean")) for name in labels]
     difference = "baseline" if variant["name"] == baseline else ""
     if against is not None:
         difference = f"{against['mean']:+.3f}{_interval(against, '+.3f')}"
@@ -47,12 +49,24 @@ def _row(variant: Mapping[str, Any], labels: Sequence[str], baseline: str | None
         f"{variant['missed']:g}, {variant['spurious']:g}",
         short(variant["parameters"]),
         short(variant["multiply_adds"]),
-        " × ".join(map(str, variant["receptive_field"])) + (" and all" if variant["sees_whole_image"] else ""),
-        str(variant["output_stride"]),
+        field(variant, whole_image=" and all"),
+        whole(variant["output_stride"]),
         whole(variant["steps"]),
-        f"{variant['case_seconds']:.2f}",
-        f"{variant['peak_memory_mb']:.0f}",
+        fixed(variant["case_seconds"], 2),
+        fixed(variant["peak_memory_mb"], 0),
     ]
+
+
+def _cases(variant: Mapping[str, Any]) -> str:
+    """How many cases the Dice is of, where it is not of all; how many have no mask."""
+    n, held_back, without = variant["dice"]["n"], variant["cases_held_back"], variant["cases_without_mask"]
+    return (f", {n} of {held_back} cases" if n != held_back else "") + (
+        f", {without} without a mask" if without else ""
+    )
+
+
+def _share(numbers: Mapping[str, Any] | None) -> str:
+    return "–" if numbers is None else f"{100 * numbers['recall']:.0f} %"
 
 
 def _interval(found: Mapping[str, Any], form: str) -> str:
@@ -62,4 +76,13 @@ def _interval(found: Mapping[str, Any], form: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    """`text` in one line, whatever breaks it has."""
+    return " ".join(text.split())

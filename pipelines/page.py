@@ -58,17 +58,20 @@ def render(record: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(fixed=fixed, signed=signed, short=short, whole=whole)
+    environment.filters.update(fixed=fixed, signed=signed, short=short, whole=whole, field=field)
     given = [v for v in record["variants"] if v["data"] == "given"]
-    done = sorted((v for v in given if v.get("dice")), key=_by_dice, reverse=True)
+    done = sorted((v for v in given if v.get("dice")), key=by_dice, reverse=True)
     labels = list(dict.fromkeys(name for v in done for name in v["labels"]))
+    discs = [v for v in record["variants"] if v["data"] == "discs" and v.get("diameters")]
     low, high = _dice_range(done)
     return environment.get_template("ablation.html.jinja").render(
         record=record,
         setup=record["setup"],
         rows=done,
         waiting=[v for v in record["variants"] if v["status"] == "waiting"],
-        discs=[v for v in record["variants"] if v["data"] == "discs" and v.get("diameters")],
+        best=next((v for v in done if v["name"] == record["best"]), None),
+        discs=discs,
+        diameters=list(dict.fromkeys(diameter for v in discs for diameter in v["diameters"])),
         labels=labels if len(labels) > 1 else [],
         few_labels=len(labels) <= MANY_LABELS,
         figures=_figures(done, record["best"]),
@@ -103,9 +106,19 @@ def whole(value: Any) -> str:
     return "–" if value is None else f"{value:.0f}" if value == round(value) else f"{value:.1f}"
 
 
-def _by_dice(variant: Mapping[str, Any]) -> float:
+def by_dice(variant: Mapping[str, Any]) -> float:
+    """What variants are sorted by; one without a Dice comes last."""
     mean = variant["dice"]["mean"]
     return -1.0 if mean is None else float(mean)
+
+
+def field(variant: Mapping[str, Any], *, whole_image: str) -> str:
+    """The receptive field for the eye, with `whole_image` behind it where the network also sees all."""
+    if not variant.get("receptive_field"):
+        return "–"
+    if not variant["field_is_exact"]:
+        return "not known"
+    return " × ".join(map(str, variant["receptive_field"])) + (whole_image if variant["sees_whole_image"] else "")
 
 
 def _ends(variant: Mapping[str, Any]) -> tuple[float, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -17,10 +18,20 @@ from medseg_pipelines.discs import measure_discs
 from medseg_pipelines.lineup import BASELINE, Entry
 from medseg_pipelines.trials import TrialResult
 
-SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
 COLUMNS = (
     *("name", "network", "data", "status", "reason", "seeds", "dice", "dice_low", "dice_high", "seed_sd", "cases"),
-    *("missed", "spurious", "against_best", "against_best_low", "against_best_high"),
+    *(
+        "cases_held_back",
+        "cases_without_mask",
+        "missed",
+        "spurious",
+        "against_best",
+        "against_best_low",
+        "against_best_high",
+    ),
     *("against_baseline", "against_baseline_low", "against_baseline_high"),
     *("parameters", "multiply_adds", "receptive_field", "coverage", "output_stride", "width"),
     *("steps", "step_seconds", "case_seconds", "peak_memory_mb"),
@@ -53,14 +64,20 @@ def make_record(
 ) -> dict[str, Any]:
     """Everything that was measured so far; `trials` by entry name. `groups` maps a case to its patient."""
     outcomes: dict[str, Outcome] = {}
-    variants = []
+    variants, judged = [], []
     for entry in entries:
         results = trials.get(entry.name, ())
-        discs = _discs(entry, results)
-        found = _outcome(results, discs)
+        try:
+            found, variant = _measured(entry, results, groups)
+        except Exception as error:
+            # whatever one variant has left behind must not cost the others
+            log.debug("%s cannot be judged", entry.name, exc_info=True)
+            entry = replace(entry, reason=f"its results cannot be judged: {type(error).__name__}: {error}")
+            found, variant = None, _variant(entry, results)
         if found is not None:
             outcomes |= dict.fromkeys(entry.names, found)
-        variants.append(_variant(entry, results, found, groups, discs))
+        variants.append(variant)
+        judged.append(entry)
     best = _best(variants)
     for variant in variants:
         if variant["data"] == "given":
@@ -90,7 +107,7 @@ def make_record(
             }
             for v in verdicts
         ],
-        "failures": failures(entries, trials),
+        "failures": failures(judged, trials),
         "definitions": DEFINITIONS,
     }
 
@@ -131,6 +148,8 @@ def _spread(variant: Mapping[str, Any]) -> dict[str, Any]:
     cells["cases"] = (variant.get("dice") or {}).get("n")
     field = variant.get("receptive_field")
     cells["receptive_field"] = None if field is None else " ".join(map(str, field))
+    if not variant.get("field_is_exact", True):
+        cells |= {"receptive_field": "not known", "coverage": None}
     return cells
 
 
@@ -140,23 +159,25 @@ def _discs(entry: Entry, results: Sequence[TrialResult]) -> list[dict[str, Any]]
     return [measure_discs(r.trial.folder / "validation", entry.dataset) for r in results if r.reason is None]
 
 
-def _outcome(results: Sequence[TrialResult], discs: Sequence[Mapping[str, Any]]) -> Outcome | None:
+def _measured(
+    entry: Entry, results: Sequence[TrialResult], groups: Mapping[str, str] | None
+) -> tuple[Outcome | None, dict[str, Any]]:
+    """The outcome of a variant, where a trial of it is done, and its part of the record."""
+    variant, discs = _variant(entry, results), _discs(entry, results)
     done = [r.content for r in results if r.reason is None]
-    return outcome(done, [of["scores"] for of in discs]) if done else None
+    if not done:
+        return None, variant
+    found = outcome(done, [of["scores"] for of in discs])
+    return found, variant | _numbers(found, done, groups, discs)
 
 
-def _variant(
-    entry: Entry,
-    results: Sequence[TrialResult],
-    found: Outcome | None,
-    groups: Mapping[str, str] | None,
-    discs: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+def _variant(entry: Entry, results: Sequence[TrialResult]) -> dict[str, Any]:
+    """What there is to say of a variant without its results."""
     failed = [r for r in results if r.reason is not None]
-    done = [r.content for r in results if r.reason is None]
+    done = len(failed) < len(results) and entry.reason is None
     network = None if entry.config is None else entry.config.network
     status = "waiting" if not (results or entry.reason) else "failed" if not done else "partial" if failed else "done"
-    variant: dict[str, Any] = {
+    return {
         "name": entry.name,
         "also": list(entry.names[1:]),
         "network": None if network is None else network.name,
@@ -166,14 +187,24 @@ def _variant(
         **entry.structure,
         "width": None if network is None else network.width,
         "settings": None if network is None else network.model_dump(mode="json"),
-        "by_seed": [] if found is None else list(found.by_seed),
+        "by_seed": [],
     }
-    if found is None:
-        return variant
+
+
+def _numbers(
+    found: Outcome,
+    done: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, str] | None,
+    discs: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the trials that are `done` measured."""
     steps, seconds = sum(r["steps"] for r in done), sum(r["train_seconds"] for r in done)
     cases = [s for r in done for s in r["case_seconds"].values()]
-    return variant | {
+    return {
+        "by_seed": list(found.by_seed),
         "dice": mean_of(found.scores["dice"], groups=groups),
+        "cases_held_back": len(found.cases),
+        "cases_without_mask": len(found.without_mask),
         "seed_sd": statistics.stdev(found.by_seed) if len(found.by_seed) > 1 else None,
         "labels": {name: mean_of(scores, groups=groups) for name, scores in found.labels.items()},
         "missed": found.missed,
@@ -191,13 +222,15 @@ def _variant(
 
 def _diameters(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
     return {
-        diameter: {key: statistics.fmean(seed[diameter][key] for seed in seeds) for key in numbers}
-        for diameter, numbers in seeds[0].items()
+        diameter: {key: statistics.fmean(s[diameter][key] for s in seeds if diameter in s) for key in numbers}
+        for diameter, numbers in {d: n for seed in seeds for d, n in seed.items()}.items()
     }
 
 
 def _best(variants: Sequence[Mapping[str, Any]]) -> str | None:
-    judged = [v for v in variants if v["data"] == "given" and (v.get("dice") or {}).get("mean") is not None]
+    """The variant of the highest mean Dice among those with a mask for every case."""
+    done = [v for v in variants if v["data"] == "given" and (v.get("dice") or {}).get("mean") is not None]
+    judged = [v for v in done if v["cases_without_mask"] == 0]
     return max(judged, key=lambda v: v["dice"]["mean"])["name"] if judged else None
 
 
@@ -217,13 +250,17 @@ def _plain(found: Any) -> dict[str, Any]:
 
 DEFINITIONS = {
     "Dice": "Mean over the labels of each case, then over cases; with several seeds first over the seeds of a case. "
-    "Where neither mask nor reference has a label, it is left out; where only one has it, it counts 0.",
+    "Where neither mask nor reference has a label, it is left out; where only one has it, it counts 0. So the mean may "
+    "be over n of N held-back cases. A case without a mask is left out too, which could flatter: whatever lacks one is "
+    "never the best.",
     "95 % interval": "Bootstrap over cases (patients, where the data set names them), BCa. It holds the luck of the "
     "cases; the luck of training shows in the seeds.",
     "Differences": "Of the mean Dice of the same cases, paired; an interval that leaves out 0 decides.",
     "Missed, spurious": "Labels that only the reference or only the mask has, summed over cases, mean over seeds.",
     "Multiply-adds": "Of one patch through the network.",
-    "Field": "Receptive field in voxels by axis. Coverage: share of the voxels within it that reach the output.",
+    "Field": "Receptive field in voxels by axis. Coverage: share of the voxels within it that reach the output. Not "
+    "known: the network mixes voxels in a way that cannot be followed, or the field is larger than could be followed.",
+    "Steps": "What the time allowed, mean over seeds. Where other work shared the machine, a run took fewer of them.",
     "Step": "Seconds of the training loop by step, with the validation in it (at most a twentieth).",
     "Case": "Seconds from file to written mask.",
     "Memory": "The most that the process of a run held, training and inference together.",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ class Trial:
     variant: str
     seed: int
     dataset: Path
+    data_sha256: str
     config: medseg.Config
     fold: int
     folds: int
@@ -39,20 +39,16 @@ class Trial:
 
     @property
     def job(self) -> dict[str, Any]:
-        """What decides the result, as it is written into job.json."""
+        """What is to be done, as it is written into job.json."""
         return {
             "medseg": medseg.__version__,
             "dataset": str(self.dataset.resolve()),
+            "data_sha256": self.data_sha256,
             "config": self.config.model_dump(mode="json"),
             "fold": self.fold,
             "folds": self.folds,
             "device": self.device,
         }
-
-    @property
-    def key(self) -> str:
-        """The same for two trials that would do the same."""
-        return hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
 
     @property
     def limit_s(self) -> float:
@@ -70,15 +66,29 @@ class TrialResult:
     reused: bool = False
 
 
+def refuse_other_settings(trials: Sequence[Trial]) -> None:
+    """Raises `ConfigError` where the folder of a trial holds the finished result of another: it would be lost."""
+    for trial in trials:
+        job = _read(trial.folder / JOB)
+        other = None if job is None or _read(trial.folder / RESULT) is None else _difference(job, trial.job)
+        if other is not None:
+            raise medseg.ConfigError(
+                f"{trial.folder}: holds a finished run of something else ({other}), and a new one would delete it; "
+                "choose another -o, or replace such runs with --overwrite"
+            )
+
+
 def run_trial(trial: Trial, *, cache: Path) -> TrialResult:
     """The result that is there already for the same settings, or else that of training now.
 
-    Other settings begin anew; an attempt that broke off is gone on with; one that fails is tried once more unless its
-    settings are wrong. `cache` holds preprocessed cases, by settings and source, for all trials. Raises
-    `KeyboardInterrupt` once the process has stopped and its state is whole.
+    Other settings or data begin anew, and what is there is lost: see `refuse_other_settings`. An attempt that broke off
+    is gone on with; one that fails is tried once more unless its settings are wrong. `cache` holds preprocessed cases,
+    by settings and source, for all trials. Raises `KeyboardInterrupt` once the process has stopped and its state is
+    whole.
     """
     folder = trial.folder
-    if _read(folder / JOB) != trial.job:
+    job = _read(folder / JOB)
+    if job is None or _difference(job, trial.job) is not None:
         shutil.rmtree(folder, ignore_errors=True)
     found = _read(folder / RESULT)
     if found is not None:
@@ -169,6 +179,22 @@ def _tidy(folder: Path) -> None:
         link.unlink()
     else:
         shutil.rmtree(link, ignore_errors=True)
+
+
+def _difference(found: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str | None:
+    """The first that differs in two jobs, in words; None: they give the same result."""
+    for key in dict.fromkeys((*asked, *found)):
+        if not within and key == "dataset":
+            # the same data at another place are the same data
+            continue
+        name, one, other = f"{within}{key}", found.get(key), asked.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            inner = _difference(one, other, f"{name}.")
+            if inner is not None:
+                return inner
+        elif one != other:
+            return f"{name}: {one} there, {other} asked"
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

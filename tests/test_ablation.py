@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ from medseg_pipelines import trials
 from medseg_pipelines.ablation import INTERRUPTED, OK, SOME_FAILED, USAGE, run
 from medseg_pipelines.claims import CLAIMS, Claim, Contrast, Variant, choose_claims, judge
 from medseg_pipelines.compare import Outcome, difference, mean_of, outcome
+from medseg_pipelines.digest import data_sha256
 from medseg_pipelines.discs import DIAMETERS, NAME, make_discs, measure_discs
+from medseg_pipelines.lineup import Entry, Planner, structure
+from medseg_pipelines.markdown import markdown
 from medseg_pipelines.page import render, short
-from medseg_pipelines.trials import Trial, run_trial
+from medseg_pipelines.results import Setup, make_record, table_text
+from medseg_pipelines.trials import Trial, TrialResult, refuse_other_settings, run_trial
 
 
 def rows(**dice: Mapping[str, float | None]) -> list[dict[str, Any]]:
@@ -61,7 +67,14 @@ def test_missed_and_spurious_labels_are_counted_by_seed() -> None:
 def test_a_case_without_a_mask_has_no_dice() -> None:
     one = rows(a={"x": 0.0, "y": 0.4})
     one[0]["status"] = "missing_prediction"
-    assert outcome([{"rows": one}]).scores["dice"] == {"y": 0.4}
+    found = outcome([{"rows": one}])
+    assert found.scores["dice"] == {"y": 0.4}
+    assert (found.cases, found.without_mask) == (("x", "y"), ("x",))
+
+
+def test_a_case_that_failed_is_without_a_mask() -> None:
+    found = outcome([{"rows": rows(a={"x": 0.5}), "failed_cases": {"z": "no memory"}}])
+    assert (found.cases, found.without_mask) == (("x", "z"), ("z",))
 
 
 def test_a_difference_is_paired_and_leaves_out_cases_that_one_lacks() -> None:
@@ -217,9 +230,9 @@ def test_a_mask_without_the_small_discs_is_told_so(discs: Path, tmp_path: Path) 
 # ---- trials
 
 
-def make_trial(folder: Path, **train: Any) -> Trial:
+def make_trial(folder: Path, *, data: str = "a digest", place: str = "data", **train: Any) -> Trial:
     config = medseg.make_config({"train": train})
-    return Trial(folder / "run", "net", 0, folder / "data", config, 0, 5, "cpu")
+    return Trial(folder / "run", "net", 0, folder / place, data, config, 0, 5, "cpu")
 
 
 class Attempts:
@@ -266,6 +279,40 @@ def test_a_trial_of_other_settings_begins_anew(tmp_path: Path, attempts: Any) ->
     assert used.seen[1] == {"job.json", "cache"}
 
 
+def test_a_trial_of_changed_data_begins_anew_and_of_moved_data_does_not(tmp_path: Path, attempts: Any) -> None:
+    attempts(0, 0)
+    run_trial(make_trial(tmp_path), cache=tmp_path / "cache")
+    assert run_trial(make_trial(tmp_path, place="moved"), cache=tmp_path / "cache").reused
+    assert not run_trial(make_trial(tmp_path, data="another"), cache=tmp_path / "cache").reused
+
+
+def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path, attempts: Any) -> None:
+    attempts(0)
+    run_trial(make_trial(tmp_path, batch_size=2), cache=tmp_path / "cache")
+    refuse_other_settings([make_trial(tmp_path, batch_size=2)])
+    with pytest.raises(medseg.ConfigError, match=r"train.batch_size: 2 there, 1 asked.*--overwrite"):
+        refuse_other_settings([make_trial(tmp_path, batch_size=1)])
+    with pytest.raises(medseg.ConfigError, match="data_sha256"):
+        refuse_other_settings([make_trial(tmp_path, batch_size=2, data="another")])
+
+
+def test_an_unfinished_trial_of_other_settings_may_go(tmp_path: Path, attempts: Any) -> None:
+    attempts(2)
+    run_trial(make_trial(tmp_path, batch_size=2), cache=tmp_path / "cache")
+    refuse_other_settings([make_trial(tmp_path, batch_size=1)])
+
+
+def test_a_digest_changes_with_the_data_and_not_with_their_place(tiny_dataset: Any, tmp_path: Path) -> None:
+    folder = tiny_dataset(spatial_dims=2, cases=2)
+    first = data_sha256(medseg.check_dataset(folder))
+    moved = folder.rename(tmp_path / "moved")
+    assert data_sha256(medseg.check_dataset(moved)) == first
+    label = imread(moved / "labels" / "case0.png")
+    label[0, 0] = 1
+    imsave(moved / "labels" / "case0.png", label, check_contrast=False)
+    assert data_sha256(medseg.check_dataset(moved)) != first
+
+
 def test_a_trial_that_breaks_down_is_gone_on_with_once(tmp_path: Path, attempts: Any) -> None:
     used = attempts(1, 0)
     assert run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason is None
@@ -296,7 +343,7 @@ def test_an_interrupted_trial_interrupts(tmp_path: Path, attempts: Any) -> None:
 @pytest.fixture
 def command(tiny_dataset: Any, tiny_settings: tuple[str, ...], tmp_path: Path) -> list[str]:
     settings = [word for setting in tiny_settings for word in ("--set", setting)]
-    ends = ["--networks", "deeplabv3,monai.NoSuchNetwork", "--time-budget", "0.2s", "--folds", "2", "--device", "cpu"]
+    ends = ["--networks", "deeplabv3,fcn32s", "--time-budget", "0.2s", "--folds", "2", "--device", "cpu"]
     return [str(tiny_dataset()), "-o", str(tmp_path / "out"), *ends, *settings]
 
 
@@ -305,24 +352,29 @@ def test_networks_are_compared_and_one_that_fails_costs_no_other(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command) == SOME_FAILED
-    assert "monai.NoSuchNetwork" in capsys.readouterr().err.splitlines()[-1]
+    # a patch of 16 is less than an FCN-32s takes
+    assert "fcn32s" in capsys.readouterr().err.splitlines()[-1]
     text = (tmp_path / "out" / "ablation.json").read_text()
     record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     done = {v["name"]: v for v in record["variants"] if v["status"] == "done"}
     assert set(done) == {"deeplabv3", "residual_unet"}
     assert all(v["steps"] >= 1 and v["peak_memory_mb"] > 50 and v["multiply_adds"] > 0 for v in done.values())
     assert done["deeplabv3"]["against_baseline"]["n"] == 2
-    assert [f["name"] for f in record["failures"]] == ["monai.NoSuchNetwork"]
+    assert [f["name"] for f in record["failures"]] == ["fcn32s"]
     table = list(csv.DictReader((tmp_path / "out" / "ablation.csv").open()))
-    assert {row["name"]: row["status"] for row in table}["monai.NoSuchNetwork"] == "failed"
+    assert {row["name"]: row["status"] for row in table}["fcn32s"] == "failed"
     page = (tmp_path / "out" / "ablation.html").read_text()
-    assert all(name in page for name in ("deeplabv3", "residual_unet", "monai.NoSuchNetwork"))
+    assert all(name in page for name in ("deeplabv3", "residual_unet", "fcn32s"))
     assert "http" not in page.replace("http-equiv", "")
     # a second run trains nothing
     monkeypatch.setattr(trials, "_attempt", lambda *_: pytest.fail("trained again"))
     assert run(command) == SOME_FAILED
     again = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert again["variants"] == record["variants"]
+    # nor does one with other settings, which would cost what is there
+    assert run([*command, "--set", "train.batch_size=1"]) == USAGE
+    assert "--overwrite" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "ablation.json").read_text())["variants"] == record["variants"]
 
 
 def test_ctrl_c_is_130_and_says_how_to_go_on(
@@ -342,20 +394,87 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
         (["--networks", "deeplabv33"], "there is no `deeplabv33`"),
         (["--claims", "everything"], "there is no `everything`"),
         (["--time-budget", "soon"], "--time-budget soon"),
+        (["--networks", "monai.NoSuchNetwork"], "`monai.NoSuchNetwork` is none of"),
+        (["--fold", "99"], "fold 99 asked, expected 0 to 1"),
         (["--set", "network.name=unet"], "choose some with --networks"),
+        (["--set", "network.width=0.5"], "keep it with --equal none"),
+        (["--set", "network.width=0.5", "--as-published"], "--as-published takes those of the papers"),
+        (["--set", "train.seed=3"], "--seeds"),
+        (["--set", "train.epochs=3"], "--time-budget"),
+        (["--set", "train.time_budget_s=3"], "--time-budget"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_done(
     arguments: list[str], said: str, tiny_dataset: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run([str(tiny_dataset()), "-o", str(tmp_path / "out"), *arguments]) == USAGE
+    assert run([str(tiny_dataset()), "-o", str(tmp_path / "out"), "--folds", "2", *arguments]) == USAGE
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_width_is_kept_where_nothing_is_made_equal(tmp_path: Path) -> None:
+    settings = {"network": {"width": 0.5}}
+    assert Planner(tmp_path, settings, device="cpu", equal="none").settings == settings
 
 
 def test_help_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == OK
     assert "--time-budget" in capsys.readouterr().out
+
+
+# ---- the record
+
+
+def entry(name: str, data: str = "given") -> Entry:
+    # the fields of a network without one: what is under test are the results
+    return Entry(
+        (name,), data, Path("data"), medseg.make_config({}), {"receptive_field": [9, 9], "field_is_exact": True}
+    )
+
+
+def result(name: str, **content: Any) -> TrialResult:
+    numbers = {"steps": 5, "train_seconds": 1.0, "case_seconds": {}, "peak_memory_mb": 9.0, "stages": {}}
+    where = {"device": "cpu", "precision": "float32"}
+    return TrialResult(make_trial(Path(name)), {**numbers, **where, "rows": [], **content})
+
+
+def make(*results: TrialResult, data: str = "given") -> dict[str, Any]:
+    names = [r.trial.folder.parts[0] for r in results]
+    setup = Setup("data", 60.0, 1, 0, 5, "none", False, "cpu", {"name": "unet"})
+    entries = [entry(name, data) for name in names]
+    return make_record(setup, entries, {n: [r] for n, r in zip(names, results)}, ())
+
+
+def test_a_variant_without_a_mask_of_every_case_is_never_the_best() -> None:
+    lacks = rows(a={"x": 0.0, "y": 0.9})
+    lacks[0]["status"] = "missing_prediction"
+    found = make(result("lacks", rows=lacks), result("whole", rows=rows(a={"x": 0.2, "y": 0.4})))
+    assert found["best"] == "whole"
+    counts = [(v["dice"]["n"], v["cases_held_back"], v["cases_without_mask"]) for v in found["variants"]]
+    assert counts == [(1, 2, 1), (2, 2, 0)]
+
+
+def test_a_case_where_both_are_empty_keeps_none_from_being_the_best() -> None:
+    assert make(result("net", rows=rows(a={"x": None, "y": 0.9})))["best"] == "net"
+
+
+def test_what_cannot_be_judged_costs_no_other_variant() -> None:
+    found = make(result("broken", rows=[{"case": "x"}]), result("whole", rows=rows(a={"x": 0.2})))
+    assert [v["status"] for v in found["variants"]] == ["failed", "done"]
+    assert [f["name"] for f in found["failures"]] == ["broken"]
+    assert "cannot be judged" in found["failures"][0]["reason"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_structure_says_whether_its_field_is_known(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = medseg.analyse
+    monkeypatch.setattr(medseg, "analyse", lambda *a, **k: replace(true(*a, **k), field_is_exact=exact))
+    values = {
+        "data": {"channels": ["image"], "labels": {"a": 1}},
+        "windows": {"patch_size": [16, 16, 16]},
+        "network": {"name": "unet", "channels": [4, 8]},
+    }
+    assert structure(medseg.make_config(values))["field_is_exact"] is exact
 
 
 # ---- the page
@@ -382,6 +501,9 @@ def variant(name: str, mean: float, **more: Any) -> dict[str, Any]:
         "multiply_adds": 2_000_000_000,
         "receptive_field": [31, 31],
         "coverage": 0.25,
+        "field_is_exact": True,
+        "cases_held_back": 9,
+        "cases_without_mask": 0,
         "output_stride": 8,
         "sees_whole_image": False,
         "width": 0.5,
@@ -422,6 +544,57 @@ def test_a_page_shows_every_number_of_a_variant() -> None:
     page = render(record(variant("unet", 0.8)))
     for text in ("0.800", "0.750–0.840", "−0.100", "1.23 M", "2 G", "31 × 31", "0.25", "77", "900", "2 min"):
         assert text in page, text
+
+
+def without_dice(name: str) -> dict[str, Any]:
+    """A variant whose only case has no label in mask and reference, so that nothing is measured but time."""
+    nothing = {"mean": None, "ci95": None, "n": 0}
+    return variant(name, 0.0, dice=nothing, labels={"a": nothing, "b": nothing}, case_seconds=None)
+
+
+def test_a_variant_without_a_dice_is_shown_last_on_the_page_and_in_markdown() -> None:
+    both = record(without_dice("none"), variant("some", 0.8), best="some")
+    lines = [line for line in markdown(both).splitlines() if line.startswith(("| none", "| some"))]
+    assert [line.split(" |")[0] for line in lines] == ["| some", "| none"]
+    assert lines[1].startswith("| none | –, 0 of 9 cases | – | – | –")
+    page = render(both)
+    assert page.index('scope="row">some') < page.index('scope="row">none')
+
+
+def test_cells_of_markdown_hold_no_bar_and_no_break() -> None:
+    odd = variant("a|b\nc", 0.8, labels={"x|y": {"mean": 0.5}, "z": {"mean": 0.5}})
+    text = markdown(record(odd, failures=[{"name": "n", "reason": "one\ntwo"}]))
+    assert "| a\\|b c |" in text
+    assert "| x\\|y |" in text
+    assert "Failed: n: one two" in text
+
+
+def test_a_field_that_is_not_exact_is_not_known() -> None:
+    found = record(variant("unet", 0.8, field_is_exact=False))
+    assert "| not known |" in markdown(found)
+    page = render(found)
+    assert ">not known</td>" in page
+    assert "31 × 31" not in page
+    assert "0.25" not in page
+    (row,) = csv.DictReader(io.StringIO(table_text(found)))
+    assert (row["receptive_field"], row["coverage"]) == ("not known", "")
+
+
+def test_cases_without_a_mask_are_told_and_the_head_is_of_the_best() -> None:
+    lacks = variant("lacks", 0.9, cases_held_back=11, cases_without_mask=2)
+    both = record(lacks, variant("whole", 0.8), best="whole")
+    page = render(both)
+    assert "9 of 11 cases" in page
+    assert "2 without a mask" in page
+    assert "<dd>whole<span>0.800," in page
+    assert "9 of 11 cases, 2 without a mask |" in markdown(both)
+    assert "none has a mask for every case" in render(record(lacks, best=None))
+
+
+def test_a_shared_machine_is_mentioned_beside_the_steps() -> None:
+    found = record(variant("unet", 0.8))
+    assert "shared the machine" in markdown(found)
+    assert "shared the machine" in render(found)
 
 
 def test_a_page_before_the_first_result_says_what_is_to_come() -> None:

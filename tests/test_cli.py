@@ -321,7 +321,7 @@ def test_train_refuses_a_settings_file_that_is_not_there(cli: Medseg, tiny_run, 
             ("--set", "network.name=deeplabv3", "--set", "network.aspp_rates=[]"),
             ("--set", "network.aspp_rates", "1 item"),
         ),
-        (("--set", "network.name=monai.SegRestNet"), ("MONAI has no network", "monai.SegResNet")),
+        (("--set", "network.name=monai.SegRestNet"), ("none of MONAI's segmentation networks", "monai.SegResNet")),
         (
             ("--set", "network.name=monai.SegResNet", "--set", "network.arguments={init_filter: 8}"),
             ("no `init_filter`", "closest are init_filters"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_model
 from torch import nn
@@ -16,6 +19,7 @@ from medseg.cli import USAGE, run
 from medseg.errors import ConfigError, ModelError
 from medseg.inspect import inspect_network
 from medseg.inspect.picture import effective_field
+from medseg.model import read_model
 
 
 class TestTargets:
@@ -51,9 +55,31 @@ class TestTargets:
         assert found.trained is not None
         assert found.report.patch == (8, 8, 8)
 
-    def test_a_run_whose_weights_do_not_fit_a_setting_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"network\.aspp_channels"):
+    def test_a_setting_that_a_trained_model_cannot_have_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"network\.aspp_channels"):
             inspect_network(tiny_model(tmp_path / "run"), settings={"network": {"aspp_channels": 16}})
+
+    def test_a_run_whose_weights_do_not_fit_a_setting_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="aspp_rates"):
+            inspect_network(tiny_model(tmp_path / "run"), settings={"network": {"aspp_rates": [1, 2]}})
+
+    def test_a_run_is_looked_at_with_the_settings_of_infer(self, tmp_path: Path) -> None:
+        found = inspect_network(tiny_model(tmp_path / "run"), settings={"windows": {"patch_size": [12, 8, 8]}})
+        assert found.report.patch == (12, 8, 8)
+
+    @pytest.mark.parametrize("patch", [(99_999_999, 99_999_999), (2_000_000,), (2048, 2048, 2048)])
+    def test_an_absurd_patch_is_refused(self, patch: tuple[int, ...]) -> None:
+        with pytest.raises(ConfigError, match="expected at most"):
+            inspect_network("deeplabv3plus", patch=patch)
+
+    def test_progress_names_the_layers(self) -> None:
+        seen: list[tuple[float, float, str]] = []
+
+        def watch(stage: str, done: float, total: float, detail: str = "") -> None:
+            seen.append((done, total, detail))
+
+        layers = inspect_network("unet", patch=(64,), progress=watch).report.layers
+        assert seen == [(n, len(layers), layer.name) for n, layer in enumerate(layers)]
 
     def test_an_unknown_name_is_answered_with_the_closest(self) -> None:
         with pytest.raises(ConfigError, match="did you mean deeplabv3plus"):
@@ -87,13 +113,69 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         "arguments",
-        [[], ["fcn8x"], ["deeplabv3plus", "--patch", "a,b"], ["deeplabv3plus", "--spatial-dims", "4"]],
+        [
+            [],
+            ["fcn8x"],
+            ["deeplabv3plus", "--patch", "a,b"],
+            ["deeplabv3plus", "--spatial-dims", "4"],
+            ["deeplabv3plus", "--device", "banana"],
+            ["deeplabv3plus", "--patch", "99999999,99999999"],
+        ],
     )
     def test_wrong_use_exits_with_2(self, arguments: list[str]) -> None:
         assert run(["inspect", *arguments]) == USAGE
 
+    def test_a_field_that_is_not_known_is_not_stated(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = inspect_network("deeplabv3plus", patch=(64,))
+        unknown = replace(found, report=replace(found.report, field_is_exact=False))
+        monkeypatch.setattr("medseg.inspect_network", lambda *_, **__: unknown)
+        assert run(["inspect", "deeplabv3plus"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith("field of view not known (whole patch at most)")
+
+    def test_a_trained_run_is_drawn_with_its_weights(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, picture = tiny_model(tmp_path / "run"), tmp_path / "a.png"
+        drawn: list[nn.Module] = []
+        field = effective_field
+
+        def watched(network: nn.Module, **options: Any) -> Any:
+            drawn.append(network)
+            return field(network, **options)
+
+        monkeypatch.setattr("medseg.inspect.picture.effective_field", watched)
+        assert run(["inspect", str(folder), "--png", str(picture), "--device", "cpu"]) == 0
+        wanted = read_model(folder).network.state_dict()
+        assert all(torch.equal(value, wanted[key]) for key, value in drawn[0].state_dict().items())
+        assert capsys.readouterr().out.splitlines()[-1] == f"Picture: {picture}"
+        with Image.open(picture) as opened:
+            assert opened.format == "PNG"
+
 
 class TestPicture:
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (".", "is a folder"),
+            ("a.jpg", r"expected \.png"),
+            ("a", r"expected \.png"),
+            ("file/a.png", "nothing can be written"),
+        ],
+    )
+    def test_a_path_that_cannot_be_is_refused_before_any_work(
+        self, tmp_path: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setattr("medseg.inspect.analyse", lambda *_, **__: pytest.fail("worked before looking at the path"))
+        with pytest.raises(ConfigError, match=message):
+            inspect_network("deeplabv3plus", patch=(32,), png=tmp_path / name)
+
+    def test_a_patch_too_large_to_run_is_not_drawn(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="choose a smaller patch"):
+            inspect_network("deeplabv3plus", patch=(8192, 8192), png=tmp_path / "a.png")
+
     @pytest.mark.parametrize("patch", [(64,), (32, 40), (16, 16, 20)])
     def test_is_a_png_with_more_than_paper_on_it(self, tmp_path: Path, patch: tuple[int, ...]) -> None:
         settings = {"network": {"channels": [8, 8, 8], "aspp_channels": 8}}

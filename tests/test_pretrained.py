@@ -18,10 +18,12 @@ from torch import Tensor, nn
 import medseg
 from medseg.cli import run
 from medseg.config import NetworkConfig
+from medseg.datasets import read_dataset
 from medseg.errors import ConfigError, ModelError
 from medseg.model import new_network, read_model
 from medseg.networks import build_network
 from medseg.pretrained import Pretrained, Row, load_pretrained, read_weights
+from medseg.train import plan_run
 
 # float32 has 24 bits, 6e-8 of a value; where the order of sums or the place of a factor differs, dozens of layers lose
 # a few of them
@@ -495,6 +497,26 @@ def test_weights_of_another_network_are_told_and_change_nothing(tmp_path: Path) 
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        # the first stages of ResNet-34 have the shapes of those of ResNet-18, and more blocks
+        ("resnet34", "resnet18", r"layer1\.2\.conv1\.weight` has no place in this network"),
+        ("resnet18", "resnet34", r"has nothing for `encoder\.layer1\.2\.conv1\.weight`"),
+        ("resnet50", "resnet18", r"has no place in this network: these are the weights of another encoder"),
+    ],
+)
+def test_weights_of_another_encoder_are_told(tmp_path: Path, there: str, here: str, words: str) -> None:
+    state = deeplab(encoder=there).get_submodule("encoder").state_dict()
+    with pytest.raises(ModelError, match=words):
+        load(deeplab(encoder=here), state, tmp_path)
+
+
+def test_quantised_weights_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"`conv1.weight` holds numbers of type torch.int8, expected floating ones"):
+        load(deeplab(), {"conv1.weight": torch.ones(8, 3, 7, 7, 7, dtype=torch.int8)}, tmp_path)
+
+
 def test_weights_that_are_not_finite_are_told(tmp_path: Path) -> None:
     state = deeplab(2).state_dict()
     state["encoder.bn1.weight"] = torch.full((8,), float("nan"))
@@ -556,6 +578,14 @@ def test_training_begins_with_the_weights_and_says_so(
     again = medseg.train(tiny_run.dataset, tmp_path, epochs=1, options=resumed)
     assert again.pretrained is None
     assert json.loads((tmp_path / "model.json").read_text())["training"]["pretrained"] == record
+
+
+def test_without_a_gpu_too_the_network_keeps_the_width_of_the_weights(tiny_run: TinyRun, tmp_path: Path) -> None:
+    asked = ("network.name=deeplabv3", "network.encoder=resnet50")
+    made = plan_run(
+        read_dataset(tiny_run.dataset), options(asked, tmp_path / "resnet.pth"), {}, device=torch.device("cpu")
+    )
+    assert (made.config.network.width, made.config.network.norm) == (1, "batch")
 
 
 def test_a_wrong_file_is_told_before_anything_is_written(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -72,6 +72,55 @@ class TestTextbook:
         assert look(network, dims=1).output_stride == 4
 
 
+class TestStrides:
+    def test_the_output_stride_is_never_below_the_image(self) -> None:
+        report = look(nn.Sequential(nn.ConvTranspose2d(1, 1, 2, stride=2), nn.Conv2d(1, 1, 3)))
+        assert [x.cumulative_stride for x in report.layers] == [(0.5, 0.5), (0.5, 0.5)]
+        assert report.output_stride == 1
+
+    def test_a_wide_kernel_without_padding_is_no_stride(self) -> None:
+        # 256 − 128 = 128 voxels are left, next to each other
+        assert look(nn.Conv1d(1, 1, 129), dims=1, side=256).output_stride == 1
+
+    def test_a_fraction_is_not_cut_off(self) -> None:
+        # an image of 1.5 times the size at a stride of 2
+        network = nn.Sequential(nn.Upsample(scale_factor=1.5), nn.Conv2d(1, 1, 3, stride=2, padding=1))
+        assert look(network, side=36).output_stride == pytest.approx(4 / 3, rel=1e-12)  # thirds in floats
+
+    def test_tokens_and_a_patch_of_odd_sides_leave_the_stride(self) -> None:
+        class Tokens(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed = nn.Conv2d(1, 4, 2, stride=2)
+                self.after = nn.Conv2d(8, 2, 3, padding=1)
+
+            def forward(self, images: Tensor) -> Tensor:
+                padded = functional.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))
+                last = self.embed(padded).permute(0, 2, 3, 1)
+                # of two neighbours on one axis both are kept, as channels; on the other every second one
+                merged = torch.cat((last[:, 0::2, 0::2], last[:, 1::2, 0::2]), dim=-1)
+                return self.after(merged.permute(0, 3, 1, 2))
+
+        assert [x.cumulative_stride for x in look(Tokens(), side=63).layers] == [(2, 2), (4, 4)]
+
+
+class TestSharedLayers:
+    def test_the_largest_call_counts(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv1d(1, 1, 3, padding=4, dilation=4, bias=False)
+
+            def forward(self, images: Tensor) -> Tensor:
+                small = functional.avg_pool1d(images, 2)
+                return self.conv(images) + functional.interpolate(self.conv(small), scale_factor=2.0)
+
+        shared = next(x for x in look(Twice(), dims=1, side=8).layers if x.name == "conv")
+        # on pairs of voxels the kernel of 9 spans 18, and on a map of 4 only its centre meets the map
+        assert (shared.calls, shared.cumulative_stride, shared.receptive_field) == (2, (2,), (18,))
+        assert (shared.dead_taps, shared.input_size) == (2, (4,))
+
+
 class TestGridding:
     def test_twos_see_every_second_voxel_of_their_field(self) -> None:
         # offsets −6, −4 … 6: 7 of 13 on an axis
@@ -132,6 +181,27 @@ class TestWarnings:
                 return out + images
 
         assert not look(Writes(), dims=1).field_is_exact
+
+    @pytest.mark.parametrize("start", [torch.zeros_like, torch.clone])
+    def test_nor_where_what_was_written_into_is_the_output(self, start: Callable[[Tensor], Tensor]) -> None:
+        class Writes(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                out = start(images)
+                out[:, :, ::2] = images.flip(2)[:, :, ::2]
+                return out
+
+        report = look(Writes(), dims=1, side=16)
+        assert not report.field_is_exact
+        assert "writing into a part" in report.warnings[0]
+
+    def test_adaptive_pooling_to_more_than_a_voxel_has_no_field_of_its_own(self) -> None:
+        network = nn.Sequential(stack([1]), nn.AdaptiveAvgPool2d(2), nn.Conv2d(1, 1, 1), nn.Upsample(scale_factor=16))
+        report = look(network)
+        assert (report.field_is_exact, report.receptive_field) == (False, (32, 32))
+        assert "adaptive pooling to 2×2" in report.warnings[0]
+        # 32 / 2, at this patch
+        assert report.output_stride == 16
+        assert [x.field_is_exact for x in report.layers] == [True, False]
 
     def test_a_mean_over_the_image_is_noted_not_counted(self) -> None:
         class Pooled(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,31 @@ import torch
 from torch import nn
 
 from medseg.config import Config, NetworkConfig, make_config, overlay, read_yaml
-from medseg.errors import ConfigError, MedsegError, ModelError
-from medseg.inspect.picture import draw
-from medseg.model import DESCRIPTION, new_network, read_model
-from medseg.networks import at_output_stride, build_network, default_config, list_networks
+from medseg.device import choose_device
+from medseg.errors import ConfigError, MedsegError
+from medseg.inspect.picture import check_picture, draw
+from medseg.model import read_model
+from medseg.networks import build_network, default_config, list_networks
 from medseg.networks.receptive import NetworkReport, analyse, build_bare
+from medseg.progress import Progress, silent
 
 __all__ = ["DEFAULT_PATCHES", "Inspection", "inspect_network"]
 
 DEFAULT_PATCHES = {1: (1024,), 2: (256, 256), 3: (96, 96, 96)}
 """The patch by number of dimensions, where nothing else says one."""
+# far above any image, and still counted in seconds
+_MAX_SIDE, _MAX_VOXELS = 2**20, 2**30
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found out about a network; `trained` holds it where it comes from a run."""
+    """What was found out about a network; `trained` holds it where it comes from a run, `device` draws the picture."""
 
     report: NetworkReport
     config: NetworkConfig
     out_channels: int
     trained: nn.Module | None = None
+    device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON has it."""
@@ -51,8 +58,13 @@ class Inspection:
             ).eval()
 
     def save_png(self, path: str | Path) -> None:
-        """The picture: taps of each layer, the voxels that can reach an output voxel, and how strongly they do."""
-        draw(self.network(), self.report, Path(path), trained=self.trained is not None)
+        """The picture: taps of each layer, the voxels that can reach an output voxel, and how strongly they do.
+
+        Raises `ConfigError` for a path that cannot be a PNG, or a patch too large to run.
+        """
+        check_picture(Path(path), self.report.patch)
+        network = copy.deepcopy(self.network()).to(self.device)
+        draw(network, self.report, Path(path), trained=self.trained is not None)
 
 
 @dataclass(frozen=True)
@@ -74,12 +86,19 @@ def inspect_network(
     spatial_dims: int | None = None,
     patch: Sequence[int] | None = None,
     settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    png: str | Path | None = None,
+    progress: Progress = silent,
 ) -> Inspection:
     """Layers, costs and fields of a network's name, of a YAML file (whole, or its network section), or of a run folder.
 
     Left out, dimensions and patch are the file's or the run's own; a bare network gets those of `patch`, else 3, one
-    channel and two labels. `settings` is laid over, as `settings_from` gives it. Raises `ConfigError`, `ModelError`.
+    channel and two labels. `settings` is laid over, as `settings_from` gives it. The picture goes to `png`, which is
+    looked at before any work, and is drawn on `device`. Raises `ConfigError`, `ModelError`.
     """
+    runs_on = choose_device(device)
+    if png is not None:
+        check_picture(Path(png))
     if patch is not None and (not patch or min(patch) < 1):
         raise ConfigError(f"patch {tuple(patch)}: expected one to three whole numbers of at least 1, such as 96,96,96")
     wanted = spatial_dims if spatial_dims is not None else (None if patch is None else len(patch))
@@ -91,15 +110,26 @@ def inspect_network(
     shape = tuple(patch) if patch is not None else found.patch or DEFAULT_PATCHES[found.spatial_dims]
     if len(shape) != found.spatial_dims:
         raise ConfigError(f"patch {shape} has {len(shape)} numbers, expected {found.spatial_dims}, one for each axis")
+    if max(shape) > _MAX_SIDE or prod(shape) > _MAX_VOXELS:
+        raise ConfigError(
+            f"patch {shape}: {prod(shape):,} voxels, expected at most {_MAX_VOXELS:,} and {_MAX_SIDE:,} on an axis"
+        )
+    if png is not None:
+        check_picture(Path(png), shape)
     sizes = found.spatial_dims, found.in_channels
     network = found.trained or build_bare(found.config, *sizes, found.out_channels)
     try:
-        report = analyse(network, spatial_dims=sizes[0], in_channels=sizes[1], shape=shape, name=found.name)
+        report = analyse(
+            network, spatial_dims=sizes[0], in_channels=sizes[1], shape=shape, name=found.name, progress=progress
+        )
     except MedsegError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(f"{found.name}: takes no patch of {shape}: {str(error).splitlines()[0]}") from error
-    return Inspection(report, found.config, found.out_channels, found.trained)
+    inspection = Inspection(report, found.config, found.out_channels, found.trained, str(runs_on))
+    if png is not None:
+        inspection.save_png(png)
+    return inspection
 
 
 def _resolve(target: str | Path, spatial_dims: int | None, settings: Mapping[str, Any]) -> _Target:
@@ -186,19 +216,5 @@ def _whole(config: Config, trained: nn.Module | None = None) -> _Target:
 
 
 def _from_run(folder: Path, settings: Mapping[str, Any]) -> _Target:
-    model = read_model(folder)
-    changes = _network_only(settings)
-    if not changes:
-        return _whole(model.config, model.network)
-    network = model.config.network
-    if "output_stride" in changes:
-        network = at_output_stride(network, changes["output_stride"], spatial_dims=model.config.data.spatial_dims)
-    values = model.config.model_dump() | {"network": {**network.model_dump(), **changes}}
-    config = make_config(values, source=str(folder / DESCRIPTION))
-    changed = new_network(config)
-    try:
-        changed.load_state_dict(model.network.state_dict())
-    except RuntimeError as error:
-        keys = ", ".join(f"network.{key}" for key in changes)
-        raise ModelError(f"{folder}: its weights do not fit with another {keys}; inspect the bare network") from error
-    return _whole(config, changed.eval())
+    model = read_model(folder, settings)
+    return _whole(model.config, model.network)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +27,28 @@ Grid = npt.NDArray[np.float32]
 NOISE_IMAGES = 4
 # Luo et al. 2016, arXiv:1701.04128: what is above 4.55 % of the strongest gradient counts as effective
 EFFECTIVE = 0.0455
+# the network itself runs on a patch of the picture, with gradients
+_MAX_VOXELS = 2**24
 _DPI = 130
 _WIDTH = 12.0
 _INK, _FAINT, _PAPER = "#22272e", "#9aa4af", "#ffffff"
 _TAPS, _REACH, _BOX = COLOURS[5], COLOURS[6], COLOURS[0]
 _AXIS_NAMES = "ijk"
+
+
+def check_picture(path: Path, shape: Sequence[int] = ()) -> None:
+    """Raises `ConfigError` where `path` cannot be written as a PNG, or a patch of `shape` is too large to draw."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, expected a file for the picture, such as {path / 'network.png'}")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{path}: ends in `{path.suffix}`, expected .png, such as {path.with_suffix('.png')}")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{path}: nothing can be written into {folder}; choose another folder for the picture")
+    if prod(shape) > _MAX_VOXELS:
+        raise ConfigError(
+            f"a picture of a patch of {_by(shape)}: expected at most {_MAX_VOXELS:,} voxels; choose a smaller patch"
+        )
 
 
 def draw(network: nn.Module, report: NetworkReport, path: Path, *, trained: bool) -> None:
@@ -92,17 +111,19 @@ def effective_field(
 
     After Luo et al. 2016, arXiv:1701.04128. A grid of `shape`, channels summed.
     """
+    parameter = next(network.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
     total = torch.zeros(*shape)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(NOISE_IMAGES):
-        image = torch.randn(1, in_channels, *shape, generator=generator).requires_grad_()
+        image = torch.randn(1, in_channels, *shape, generator=generator).to(device).requires_grad_()
         scores = network(image)
         if isinstance(scores, list | tuple):
             scores = scores[0]
         here = scores[(0, slice(None), *voxel)]
         # the sum over channels alone may be constant, as behind a softmax
-        weights = torch.randn(here.shape, generator=generator)
-        total += torch.autograd.grad((here * weights).sum(), image)[0][0].abs().sum(dim=0)
+        weights = torch.randn(here.shape, generator=generator).to(device)
+        total += torch.autograd.grad((here * weights).sum(), image)[0][0].abs().sum(dim=0).cpu()
     peak = float(total.max())
     if not peak > 0:
         raise DataError(f"no voxel of an image of {tuple(shape)} has a gradient at {tuple(voxel)}")
@@ -127,11 +148,11 @@ def _span(reach: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.int_]:
 
 def _headline(figure: Figure, report: NetworkReport) -> None:
     figure.text(0.075, 0.965, report.name, fontsize=19, fontweight="bold", color=_INK, va="center")
-    field = _by(report.receptive_field) if report.field_is_exact else "the whole input"
+    field = _by(report.receptive_field) if report.field_is_exact else "not known"
     also = " and the mean of the whole image" if report.field_is_exact and report.sees_whole_image else ""
     words = (
         f"{report.spatial_dims}D, patch {_by(report.patch)}   ·   {_short(report.parameters)} parameters   ·   "
-        f"{_short(report.multiply_adds)} multiply-adds   ·   output stride {report.output_stride}   ·   "
+        f"{_short(report.multiply_adds)} multiply-adds   ·   output stride {report.output_stride:g}   ·   "
         f"field of view {field}{also}"
     )
     height = figure.get_size_inches()[1]

@@ -18,7 +18,8 @@ from medseg.errors import ConfigError
 from medseg.networks import encoders
 from medseg.networks._blocks import Axes
 from medseg.networks._encoder import Encoder
-from medseg.networks.aspp import cap_rates, rescale_rates
+from medseg.networks.aspp import cap_rates
+from medseg.networks.resnet import quieten
 from medseg.networks.scales import MultiScale
 
 __all__ = [
@@ -55,6 +56,7 @@ def build_network(config: NetworkConfig | str, *, spatial_dims: int, in_channels
         )
     build: Callable[..., nn.Module] = module.build
     network = build(settings, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
+    quieten(network)
     if settings.scales == (1.0,):
         return network
     return MultiScale(network, settings, spatial_dims=spatial_dims, out_channels=out_channels)
@@ -86,10 +88,12 @@ def check_patch(network: nn.Module, config: NetworkConfig, patch_size: Axes) -> 
     """Raises `ConfigError` where a patch is smaller than the network takes."""
     smallest: Axes = getattr(network, "min_shape", ())
     if any(p < s for p, s in zip(patch_size, smallest)):
+        has_stride = hasattr(network, "encoder")
+        at = f" at network.output_stride {config.output_stride}" if has_stride else ""
+        less = "lower the stride" if has_stride else "choose a network that halves it less often"
         raise ConfigError(
             f"windows.patch_size {list(patch_size)} is smaller than the {list(smallest)} that network.name "
-            f"{config.name} takes at network.output_stride {config.output_stride}; enlarge the patch or lower the "
-            "stride"
+            f"{config.name} takes{at}; enlarge the patch or {less}"
         )
 
 
@@ -113,8 +117,13 @@ def at_output_stride(config: NetworkConfig, output_stride: int, *, spatial_dims:
             f"network.output_stride: the encoder `{config.encoder}` loses its late poolings with their strides, and "
             "computes something else at another output stride; train it at the one you want"
         )
-    rescale: Callable[..., NetworkConfig] = getattr(module, "rescale", rescale_rates)
-    return rescale(changed, before.strides[-1], after.strides[-1])
+    if config.upsampling == "resize":
+        raise ConfigError(
+            "network.output_stride: `resize` lays the maps half a stride aside, which a network learns to undo for the "
+            "stride it is trained at; train with network.upsampling=interpolate to change it later"
+        )
+    rescale: Callable[..., NetworkConfig] = getattr(module, "rescale", lambda same, *_: same)
+    return rescale(changed, before, after)
 
 
 def _encoder(config: NetworkConfig, spatial_dims: int) -> Encoder:

@@ -57,7 +57,7 @@ def plan_stages(config: NetworkConfig, steps: Sequence[str], *, spatial_dims: in
     A step that would take the stride of any axis beyond `output_stride`, and every step after it, multiplies the
     dilation by its stride instead (Chen et al. 2017, arXiv:1706.05587).
     """
-    strides = _strides(config, steps, spatial_dims)
+    strides = strides_of(config, steps, spatial_dims)
     reached = dilation = ones = (1,) * spatial_dims
     stages: list[Stage] = []
     natural = ones
@@ -78,15 +78,15 @@ def plan_stages(config: NetworkConfig, steps: Sequence[str], *, spatial_dims: in
     return tuple(stages)
 
 
-def _strides(config: NetworkConfig, steps: Sequence[str], spatial_dims: int) -> tuple[Axes, ...]:
+def strides_of(config: NetworkConfig, steps: Sequence[str], spatial_dims: int) -> tuple[Axes, ...]:
+    """The stride of each of the `steps`. Raises `ConfigError` where the given ones are too many, few or short."""
     strides = config.strides
     if strides is None:
         return ((2,) * spatial_dims,) * len(steps)
     if len(strides) != len(steps):
         raise ConfigError(
-            f"network.strides has {len(strides)} entries, `{config.name}` with the encoder `{config.encoder}` needs "
-            f"{len(steps)}: "
-            f"one for each of {', '.join(steps)}"
+            f"network.strides has {len(strides)} entries, `{config.name}` as configured needs {len(steps)}"
+            f"{': one for each of ' if steps else ''}{', '.join(steps)}"
         )
     for number, stride in enumerate(strides):
         if len(stride) != spatial_dims:

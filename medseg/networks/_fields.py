@@ -43,6 +43,8 @@ class Dependence:
 
     products: tuple[Product, ...]
     sees_whole_image: bool
+    sized: str = ""
+    """The operation whose windows grow with the image, where there is one on the way."""
 
 
 def depend(graph: Graph, value: int, start: Product) -> Dependence:
@@ -51,7 +53,7 @@ def depend(graph: Graph, value: int, start: Product) -> Dependence:
     What only the statistics of a norm mix does not count, and a mean over the whole image is noted, not followed.
     """
     sets: dict[int, list[Product]] = {value: [start]}
-    whole, effort = False, 0
+    whole, effort, sized = False, 0, ""
     maker = graph.makers[value]
     last = len(graph.nodes) if maker is None else maker.position + 1
     for node in reversed(graph.nodes[:last]):
@@ -60,6 +62,7 @@ def depend(graph: Graph, value: int, start: Product) -> Dependence:
                 if _is_image_pooling(graph, node):
                     whole = True
                     continue
+                sized = sized or _sized(graph, node)
                 try:
                     for source, found in _carry(graph, node, place, product):
                         if found is not product and is_empty(found):
@@ -70,7 +73,7 @@ def depend(graph: Graph, value: int, start: Product) -> Dependence:
                         unite(sets[source], found)
                 except TooComplex as error:
                     raise NoRule(f"{node.operation} ({error})") from error
-    return Dependence(tuple(sets.get(0, ())), whole)
+    return Dependence(tuple(sets.get(0, ())), whole, sized)
 
 
 def _carry(graph: Graph, node: Node, place: int, product: Product) -> Found:
@@ -95,6 +98,16 @@ def _is_image_pooling(graph: Graph, node: Node) -> bool:
         reduced = _reduced(node, len(before))
         return all(axis in reduced for axis in range(2, len(before)) if before[axis] > 1) and 1 not in reduced
     return max(after[2:]) == 1
+
+
+def _sized(graph: Graph, node: Node) -> str:
+    """Words for an adaptive pooling to more than one voxel, whose windows follow the size of the image."""
+    if RULES.get(node.operation) is not _adaptive_pooling:
+        return ""
+    before, after = graph.shapes[node.inputs[0]][2:], graph.shapes[node.outputs[0]][2:]
+    if not any(1 < m != n for n, m in zip(before, after)):
+        return ""
+    return f"adaptive pooling to {'×'.join(map(str, after))} voxels"
 
 
 def _source(node: Node, name: str) -> int:

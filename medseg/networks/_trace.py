@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 # the maps keep their shape, the statistics are used by nobody: torch needs a long way to say so
 _NORMS = frozenset(("aten::native_batch_norm", "aten::native_group_norm", "aten::native_layer_norm"))
 # these take a shape from a tensor, none of its numbers
+_PARTIAL_WRITE = "writing into a part of a tensor"
 _FRESH = ("_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided")
 
 
@@ -87,7 +88,7 @@ def record(network: nn.Module, shape: Shape) -> Graph:
         output = network(image)
     while isinstance(output, list | tuple | dict):
         output = next(iter(output.values() if isinstance(output, dict) else output))
-    recorder.graph.output = recorder.number(output)
+    recorder.graph.output = recorder.result(output)
     return recorder.graph
 
 
@@ -118,11 +119,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive.append(tensor)
         return number
 
-    def number(self, tensor: Any) -> int:
-        """The number of a tensor that depends on the image."""
+    def result(self, tensor: Any) -> int:
+        """The number of a tensor that depends on the image; where a part was written since, a node says so."""
+        if isinstance(tensor, Tensor) and self._is_behind(tensor):
+            number = self.graph.new_value(tensor.shape)
+            sources = (self._values.get(id(tensor), 0),)
+            node = Node(len(self.graph.nodes), "copy", {}, sources, (number,), "", False, _PARTIAL_WRITE)
+            self.graph.makers[number] = node
+            self.graph.nodes.append(node)
+            return number
         if not isinstance(tensor, Tensor) or id(tensor) not in self._values:
             raise RuntimeError("the output of the network does not depend on its image")
         return self._values[id(tensor)]
+
+    def _is_behind(self, tensor: Tensor) -> bool:
+        return self._known_writes.get(id(tensor), 0) < self._writes.get(_storage(tensor), 0)
 
     @contextmanager
     def names(self) -> Iterator[None]:
@@ -146,7 +157,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = func._schema
         given = dict(zip((a.name for a in schema.arguments), args)) | (kwargs or {})
         read = [t for v in given.values() for t in _tensors(v)]
-        behind = any(self._known_writes.get(id(t), 0) < self._writes.get(_storage(t), 0) for t in read)
+        behind = any(self._is_behind(t) for t in read)
         inputs = tuple(dict.fromkeys(self._values[id(t)] for t in read if id(t) in self._values))
         arguments = {a.name: self._described(given.get(a.name, a.default_value)) for a in schema.arguments}
         if schema.name in _NORMS:
@@ -165,7 +176,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs=tuple(range(first, first + len(produced))),
             module=self._stack[-1],
             pointwise=torch.Tag.pointwise in func.tags,
-            problem="writing into a part of a tensor" if behind else "",
+            problem=_PARTIAL_WRITE if behind else "",
         )
         if schema.is_mutable and len(read) > 1:
             for argument in schema.arguments:

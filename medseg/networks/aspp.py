@@ -12,6 +12,7 @@ from torch.nn import functional
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
 from medseg.networks._blocks import Axes, Rate, Style, conv_norm_act, make_conv, make_norm, per_axis
+from medseg.networks._encoder import Encoder
 
 
 class ASPP(nn.Module):
@@ -147,20 +148,21 @@ def check_rates(rates: Sequence[Rate]) -> None:
         raise ConfigError("network.aspp_rates is empty, expected at least one rate")
 
 
-def rescale_rates(config: NetworkConfig, before: Axes, after: Axes) -> NetworkConfig:
-    """`config` with ASPP's rates, counted in voxels of stride `before`, counted in voxels of stride `after`."""
-    return config.model_copy(update={"aspp_rates": rescale(config.aspp_rates, before, after)})
+def rescale_rates(config: NetworkConfig, before: Encoder, after: Encoder) -> NetworkConfig:
+    """`config` with ASPP's rates counted in voxels of the last map of `after`, not of `before`."""
+    rates = rescale_all(config.aspp_rates, before.strides[-1], after.strides[-1], setting="network.aspp_rates")
+    return config.model_copy(update={"aspp_rates": rates})
 
 
-def rescale(rates: Sequence[Rate], before: Axes, after: Axes) -> tuple[Rate, ...]:
+def rescale_all(rates: Sequence[Rate], before: Axes, after: Axes, *, setting: str) -> tuple[Rate, ...]:
     """`rates` at stride `after` that reach as far as they did at stride `before`. Raises `ConfigError` if none do."""
     found: list[Rate] = []
     for rate in rates:
         far = tuple(r * b for r, b in zip(per_axis(rate, len(before)), before))
         if any(f % a for f, a in zip(far, after)):
             raise ConfigError(
-                f"network.output_stride: a rate of {rate} at stride {before} is no whole number at stride {after}; "
-                "give network.aspp_rates too"
+                f"network.output_stride: {rate} of {setting} at stride {before} is no whole number at stride {after}; "
+                "stay at the stride the network was trained at"
             )
         near = tuple(f // a for f, a in zip(far, after))
         found.append(near[0] if len(set(near)) == 1 else near)

@@ -10,8 +10,8 @@ from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
-from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, Style, check_input, conv_norm_act, initialise, make_classifier
+from medseg.networks._blocks import Style, check_input, conv_norm_act, initialise, make_classifier
+from medseg.networks._encoder import strides_of
 from medseg.networks.vgg import STEPS, VGG16
 
 DEFAULTS = {"deconvnet": {"hidden_channels": 4096, "norm": "batch", "leak": 0.0}}
@@ -31,7 +31,7 @@ class DeconvNet(nn.Module):
         hidden = style.wide(config.hidden_channels)
         widths = [style.wide(c) for c in VGG16.CHANNELS]
         self.in_channels = in_channels
-        self.strides = _strides(config, spatial_dims)
+        self.strides = strides_of(config, STEPS, spatial_dims)
         total = tuple(prod(s[axis] for s in self.strides) for axis in range(spatial_dims))
         self.min_shape = tuple(t + 1 if t > 1 else 1 for t in total)
         self.down, self.pools = nn.ModuleList(), nn.ModuleList()
@@ -80,16 +80,6 @@ def halvings(config: NetworkConfig) -> int:
 
 def _convs(style: Style, widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*(conv_norm_act(style, a, b, 3) for a, b in pairwise(widths)))
-
-
-def _strides(config: NetworkConfig, spatial_dims: int) -> tuple[Axes, ...]:
-    strides = config.strides or ((2,) * spatial_dims,) * len(STEPS)
-    if len(strides) != len(STEPS):
-        raise ConfigError(
-            f"network.strides has {len(strides)} entries, `{config.name}` needs {len(STEPS)}: one for each of "
-            f"{', '.join(STEPS)}"
-        )
-    return strides
 
 
 def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.networks._blocks import Style, check_input, enlarge, initialise
-from medseg.networks.aspp import SummedASPP
+from medseg.networks.aspp import SummedASPP, rescale_rates
 from medseg.networks.encoders import build_encoder
 
 _PUBLISHED = {
@@ -54,6 +54,10 @@ class DeepLab(nn.Module):
         """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
         check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
         return enlarge(self.aspp(self.encoder(images)[-1]), self.encoder.strides[-1], images.shape[2:])
+
+
+# at another output stride ASPP's rates follow
+rescale = rescale_rates
 
 
 def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

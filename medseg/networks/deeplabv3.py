@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.networks._blocks import CoarseHead, Style, check_input, conv_norm_act, initialise
-from medseg.networks.aspp import ASPP
+from medseg.networks.aspp import ASPP, rescale_rates
 from medseg.networks.encoders import build_encoder
 
 DEFAULTS = {
@@ -57,6 +57,10 @@ class DeepLabV3(nn.Module):
         check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
         decoded = self.head(self.aspp(self.encoder(images)[-1]))
         return self.classifier(decoded, images.shape[2:])  # type: ignore[no-any-return]
+
+
+# at another output stride ASPP's rates follow
+rescale = rescale_rates
 
 
 def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

@@ -27,7 +27,7 @@ from medseg.networks._encoder import Encoder
 from medseg.networks.aspp import ASPP, rescale_rates
 from medseg.networks.encoders import build_encoder
 
-DEFAULTS: dict[str, dict[str, object]] = {"deeplabv3plus": {}}
+DEFAULTS = {"deeplabv3plus": {"aspp_rates": (2, 4, 6)}}
 SKIP_STRIDE = 4
 """The decoder works at the coarsest stride up to this one that is finer than the output stride."""
 FULL_CHANNELS = 8
@@ -115,12 +115,14 @@ def _skip_level(encoder: Encoder) -> int:
     return finer.index(max(finer)) if finer else 0
 
 
-def rescale(config: NetworkConfig, before: Axes, after: Axes) -> NetworkConfig:
-    """ASPP's rates in voxels of stride `after`. Raises `ConfigError` where the decoder would take other maps."""
-    if (max(before) > SKIP_STRIDE) != (max(after) > SKIP_STRIDE):
+def rescale(config: NetworkConfig, before: Encoder, after: Encoder) -> NetworkConfig:
+    """ASPP's rates for the map of `after`. Raises `ConfigError` where the decoder would take its skip elsewhere."""
+    skips = [(_skip_level(e), e.strides[_skip_level(e)]) for e in (before, after)]
+    if skips[0] != skips[1]:
         raise ConfigError(
-            f"network.output_stride: from {max(before)} to {max(after)} the decoder of `{config.name}` would take its "
-            f"skip from another stride than it was trained with; stay on the same side of {SKIP_STRIDE}"
+            f"network.output_stride: from {max(before.strides[-1])} to {max(after.strides[-1])} the decoder of "
+            f"`{config.name}` would take its skip at stride {skips[1][1]}, not at {skips[0][1]} as it learned; "
+            "train it at the one you want"
         )
     return rescale_rates(config, before, after)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
 from medseg.networks._blocks import (
-    Axes,
     CoarseHead,
     Rate,
     Style,
@@ -20,7 +19,8 @@ from medseg.networks._blocks import (
     make_classifier,
     make_conv,
 )
-from medseg.networks.aspp import rescale as rescale_dilations
+from medseg.networks._encoder import Encoder
+from medseg.networks.aspp import rescale_all
 from medseg.networks.encoders import build_encoder
 
 _PUBLISHED = {
@@ -86,8 +86,10 @@ class ContextModule(nn.Module):
     """Yu & Koltun 2016, section 3: seven 3-wide convolutions of growing dilation on the classes' maps.
 
     Each begins as the identity (for `large`: as a copy of each map into its share of the wider layer, and a little
-    noise), so that the module at first changes nothing but the sign of negative scores; the paper's last, 1×1, layer is
-    the classifier behind it. It has no norm: that would undo the identity.
+    noise), so that the module at first changes nothing but negative scores, which become 0; the paper's last, 1×1,
+    layer is the classifier behind it. Differences: a wider layer's copies add up to its map whatever the widths, where
+    the paper's weights do for basic alone; front end and module are trained together from the start. It has no norm:
+    that would undo the identity. Nor does `width` change it: its widths are multiples of the classes.
     """
 
     def __init__(self, spatial_dims: int, classes: int, dilations: Sequence[Rate], *, kind: str) -> None:
@@ -134,9 +136,13 @@ class ContextModule(nn.Module):
         return maps
 
 
-def rescale(config: NetworkConfig, before: Axes, after: Axes) -> NetworkConfig:
+def rescale(config: NetworkConfig, before: Encoder, after: Encoder) -> NetworkConfig:
     """The context module's dilations count voxels of the coarsest map."""
-    return config.model_copy(update={"dilations": rescale_dilations(config.dilations, before, after)})
+    if config.name != "dilated_context":
+        return config
+    strides = before.strides[-1], after.strides[-1]
+    dilations = rescale_all(config.dilations, *strides, setting="network.dilations")
+    return config.model_copy(update={"dilations": dilations})
 
 
 def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

@@ -18,6 +18,7 @@ from medseg.networks._blocks import (
     make_norm,
     per_axis,
 )
+from medseg.networks._encoder import strides_of
 
 DEFAULTS = {
     "dilated_stack": {
@@ -43,6 +44,8 @@ class DilatedStack(nn.Module):
             raise ConfigError(
                 f"network.channels {list(config.channels)}: `dilated_stack` has one width, expected one number"
             )
+        if config.strides:
+            strides_of(config, (), spatial_dims)
         style = Style.of(config, spatial_dims)
         width = style.wide(config.channels[0])
         self.in_channels = in_channels

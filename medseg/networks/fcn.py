@@ -18,6 +18,7 @@ from medseg.networks._blocks import (
     make_classifier,
     shuffle_pixels,
 )
+from medseg.networks._encoder import Encoder
 from medseg.networks.encoders import build_encoder
 
 LEVELS = {"fcn32s": 1, "fcn16s": 2, "fcn8s": 3}
@@ -37,7 +38,8 @@ class FCN(nn.Module):
     """Long et al. 2015, arXiv:1411.4038: 32s, 16s and 8s use the scores of one, two and three strides.
 
     Differences: no padding of the image by 100 pixels, since the up-convolutions begin as the interpolation that leaves
-    map voxel i on voxel i·stride at any size. Reads encoder, width, hidden_channels, output_stride, strides, norm,
+    map voxel i on voxel i·stride at any size; the last one is learned too; each class has a kernel of its own instead
+    of one for every pair. Reads encoder, width, hidden_channels, output_stride, strides, norm,
     leak, dropout; the skips come from the two next finer strides of whatever encoder is chosen.
     """
 
@@ -84,7 +86,7 @@ class FCN(nn.Module):
 
 
 class UpConvolution(nn.Module):
-    """A transposed convolution that starts as linear interpolation of each channel by whole factors, and is learned.
+    """A transposed convolution of each channel that starts as linear interpolation by whole factors, and is learned.
 
     Its kernel is twice the factor wide, so that a voxel sees the two map voxels around it. It is computed as a 2-wide
     convolution to the voxels of a block at once: what torch's own takes 63-wide kernels for.
@@ -93,9 +95,7 @@ class UpConvolution(nn.Module):
     def __init__(self, channels: int, factors: Axes) -> None:
         super().__init__()
         self.factors = factors
-        self.weight = nn.Parameter(torch.zeros(channels, channels, *(2 * f for f in factors)))
-        with torch.no_grad():
-            self.weight[range(channels), range(channels)] = _triangle(factors)
+        self.weight = nn.Parameter(_triangle(factors).repeat(channels, *(1,) * len(factors)))
 
     def forward(self, maps: Tensor, shape: Axes) -> Tensor:
         """(B, C, *coarse) → (B, C, *shape); beyond the last map voxel its value is repeated."""
@@ -106,20 +106,28 @@ class UpConvolution(nn.Module):
             maps = torch.cat((maps, maps.narrow(axis, maps.shape[axis] - 1, 1)), dim=axis)
         channels = len(self.weight)
         # tap k reaches from the map voxel before by k − f and from the one after by k: the later half comes first
-        halves = self.weight.reshape(channels, channels, *(n for f in self.factors for n in (2, f)))
-        halves = halves.flip([2 + 2 * n for n in range(dims)])
-        order = [1, *(3 + 2 * n for n in range(dims)), 0, *(2 + 2 * n for n in range(dims))]
-        kernel = halves.permute(order).reshape(-1, channels, *(2,) * dims)
-        return crop(shuffle_pixels(_CONVOLUTIONS[dims - 1](maps, kernel), self.factors), shape)
+        halves = self.weight.reshape(channels, *(n for f in self.factors for n in (2, f)))
+        halves = halves.flip([1 + 2 * n for n in range(dims)])
+        order = [0, *(2 + 2 * n for n in range(dims)), *(1 + 2 * n for n in range(dims))]
+        kernel = halves.permute(order).reshape(-1, 1, *(2,) * dims)
+        return crop(shuffle_pixels(_CONVOLUTIONS[dims - 1](maps, kernel, groups=channels), self.factors), shape)
 
 
 def _triangle(factors: Axes) -> Tensor:
     """Weights of linear interpolation between voxels `factors` apart: 1 in the middle, 0 one factor away."""
-    kernel = torch.ones(())
+    kernel = torch.ones(1)
     for factor in factors:
         axis = 1 - (torch.arange(2 * factor) - factor).abs() / factor
         kernel = kernel[..., None] * axis
     return kernel
+
+
+def rescale(config: NetworkConfig, before: Encoder, after: Encoder) -> NetworkConfig:
+    """Refuses: its learned up-convolutions belong to their strides."""
+    raise ConfigError(
+        f"network.output_stride: the up-convolutions of `{config.name}` learned their strides; train it at the "
+        "one you want"
+    )
 
 
 def build(config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

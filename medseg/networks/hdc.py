@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, CoarseHead, check_input, initialise
+from medseg.networks._blocks import CoarseHead, check_input, initialise
+from medseg.networks._encoder import Encoder
 from medseg.networks.encoders import build_encoder
 
 DEFAULTS = {
@@ -25,8 +26,9 @@ class HybridDilated(nn.Module):
     """Wang et al. 2018, arXiv:1702.08502: against gridding, with their dense upsampling convolution as `subpixel`.
 
     The 3-wide convolutions of all stages that lost their stride take `dilations` in turn, whatever the stride was;
-    2, 2, 2 leaves holes in what a voxel sees, 1, 2, 5 does not. Reads encoder (light or a ResNet), width,
-    output_stride, strides, dilations, norm, leak, dropout, upsampling.
+    2, 2, 2 leaves holes in what a voxel sees, 1, 2, 5 does not. Difference: one sequence runs through all these stages,
+    where the paper groups the blocks of each (1, 2, 3 and 3, 4, 5, or 1, 2, 5, 9 and 5, 9, 17). Reads encoder (light or
+    a ResNet), width, output_stride, strides, dilations, norm, leak, dropout, upsampling.
     """
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
@@ -50,7 +52,7 @@ class HybridDilated(nn.Module):
         return self.classifier(self.dropout(self.encoder(images)[-1]), images.shape[2:])  # type: ignore[no-any-return]
 
 
-def rescale(config: NetworkConfig, before: Axes, after: Axes) -> NetworkConfig:
+def rescale(config: NetworkConfig, before: Encoder, after: Encoder) -> NetworkConfig:
     """Refuses: its dilations belong to the output stride that they were trained at."""
     raise ConfigError(
         "network.output_stride: the dilations of `hdc` do not follow from its strides, so that it sees something else "

@@ -1,4 +1,4 @@
-"""Any of MONAI's networks by name, `monai.CLASS`, with its own arguments; padded so that any size goes through it."""
+"""MONAI's segmentation networks by name, `monai.CLASS`, with their own arguments; padded so that any size goes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ from medseg.errors import ConfigError
 from medseg.networks._blocks import check_input, crop, pad_to
 
 PREFIX = "monai."
+# those that give logits of the image's size; a class that could read files or download is no matter of a configuration
+CLASSES = (
+    "AttentionUnet",
+    "BasicUNet",
+    "BasicUNetPlusPlus",
+    "DynUNet",
+    "FlexibleUNet",
+    "HighResNet",
+    "MedNeXt",
+    "SegResNet",
+    "SegResNetDS",
+    "SegResNetDS2",
+    "SwinUNETR",
+    "UNet",
+    "VNet",
+)
 DEFAULTS: dict[str, dict[str, object]] = {}
 # what we know, under the names that MONAI's classes give it
 SPATIAL_DIMS, IN_CHANNELS, OUT_CHANNELS = (
@@ -25,6 +41,7 @@ SPATIAL_DIMS, IN_CHANNELS, OUT_CHANNELS = (
 # what MONAI's classes raise for arguments and sizes that do not fit
 FAILURES = (
     ArithmeticError,
+    OSError,
     AssertionError,
     AttributeError,
     ImportError,
@@ -66,7 +83,12 @@ class FromMonai(nn.Module):
         shape = images.shape[2:]
         if any(n < self.least for n in shape):
             images = pad_to(images, tuple(self.least if n < self.least else 1 for n in shape))
-        return crop(self.network(pad_to(images, (self.multiple,) * len(shape))), shape)
+        return crop(first_of(self.network(pad_to(images, (self.multiple,) * len(shape)))), shape)
+
+
+def first_of(found: Any) -> Any:
+    """The logits where a network gives a list with nothing else in it."""
+    return found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
 
 
 def check(config: NetworkConfig) -> None:
@@ -78,13 +100,14 @@ def find_class(name: str) -> type[nn.Module]:
     """MONAI's network class of this name. Raises `ConfigError` with the closest names."""
     import monai.networks.nets as nets
 
-    kinds = {n: k for n, k in vars(nets).items() if inspect.isclass(k) and issubclass(k, nn.Module)}
-    if name not in kinds:
-        close = get_close_matches(name, kinds, n=5, cutoff=0.4) or ["SegResNet", "DynUNet", "SwinUNETR"]
+    if name not in CLASSES:
+        names = dict.fromkeys((*get_close_matches(name, CLASSES, n=5, cutoff=0.4), *CLASSES))
         raise ConfigError(
-            f"network.name: MONAI has no network `{name}`; the closest are {', '.join(PREFIX + c for c in close)}"
+            f"network.name: `{PREFIX}{name}` is none of MONAI's segmentation networks; choose from "
+            f"{', '.join(PREFIX + c for c in names)}"
         )
-    return kinds[name]
+    kind: type[nn.Module] = getattr(nets, name)
+    return kind
 
 
 def complete(kind: type[nn.Module], config: NetworkConfig, ours: tuple[int, int, int]) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def complete(kind: type[nn.Module], config: NetworkConfig, ours: tuple[int, int,
         if name is None and names != SPATIAL_DIMS:
             raise ConfigError(f"network.name: {config.name} takes none of {', '.join(names)}: it segments no images")
         if name is not None and name in given:
-            raise ConfigError(f"network.arguments: `{name}` is {value}, as the data say; leave it out")
+            raise ConfigError(f"network.arguments: `{name}` comes from the data; leave it out")
         if name is not None:
             given[name] = value
     if given.get("pretrained"):
@@ -131,14 +154,14 @@ def find_sizes(
         nonlocal failure
         shape = (size,) * spatial_dims
         try:
-            found = trial(torch.empty(1, in_channels, *shape, device="meta"))
+            found = first_of(trial(torch.empty(1, in_channels, *shape, device="meta")))
         except FAILURES as error:
             failure = f"{type(error).__name__}: {error}"
             return False
         if isinstance(found, Tensor) and found.shape == (1, out_channels, *shape):
             return True
-        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        failure = f"{what} comes back for an input of {shape}; with deep supervision, switch it off"
+        what = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__} of tensors"
+        failure = f"{what} comes back for an input of {shape}; where it has deep supervision, switch it off"
         return False
 
     for multiple in MULTIPLES:

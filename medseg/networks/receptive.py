@@ -18,6 +18,7 @@ from medseg.networks import build_network
 from medseg.networks._fields import INTERPOLATIONS, POOLINGS, Dependence, NoRule, depend, reach, window_rule
 from medseg.networks._sets import Vector, dense, element, volume
 from medseg.networks._trace import Constant, Graph, Node, Value, on_meta, record
+from medseg.progress import Progress, silent
 
 __all__ = ["LayerReport", "NetworkReport", "analyse", "build_bare", "count", "field_at", "fit_width"]
 
@@ -28,6 +29,11 @@ _SIDES = (256, 1024, 4096, 16384)
 # output voxels whose fields are compared, where strides and interpolation make them differ
 _MAX_PHASES = 64
 _BUILDS = 10
+# after these nobody knows which axes are those of the image
+_RESHAPES = (
+    *("view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "select"),
+    *("unbind", "stack", "bmm", "mm", "addmm", "baddbmm", "pixel_shuffle", "pixel_unshuffle", "repeat", "scatter"),
+)
 # what counts as "not far above" a target
 _ABOVE = 1.02
 
@@ -39,7 +45,9 @@ class LayerReport:
     `output_size` is O = (I + 2P − d(K − 1) − 1) / S + 1 at the given patch, the last two also of a transposed
     convolution. `cumulative_stride` is in voxels of the image, None behind a mean over the whole image, and
     `receptive_field` is then the patch. `dead_taps` see nothing but padding; `padding_share` is the share of all
-    products of tap and output voxel that meet padding.
+    products of tap and output voxel that meet padding. A layer that runs `calls` times is given with its largest stride
+    and field, and with the sizes of the call where most taps are dead. Where `field_is_exact` is false the field is not
+    known, at most the patch.
     """
 
     name: str
@@ -55,6 +63,7 @@ class LayerReport:
     receptive_field: Axes
     coverage: float
     sees_whole_image: bool
+    field_is_exact: bool
     in_channels: int
     out_channels: int
     groups: int
@@ -77,7 +86,8 @@ class NetworkReport:
     `receptive_field` is that of an output voxel far from any border, the largest where output voxels differ;
     `coverage` is the share of its bounding box that reaches the voxel, the smallest where they differ. By convention
     neither counts what the statistics of norms mix, nor a mean over the whole image (`sees_whole_image`). Where
-    `field_is_exact` is false, a warning says why and the field is given as the whole patch.
+    `field_is_exact` is false, a warning says why and the field is given as the whole patch. An output stride is at
+    least 1, that of the image, and a fraction only where the network resizes by one.
     """
 
     name: str
@@ -86,8 +96,8 @@ class NetworkReport:
     patch: Axes
     parameters: int
     multiply_adds: int
-    output_stride: int
-    output_strides: Axes
+    output_stride: float
+    output_strides: tuple[float, ...]
     receptive_field: Axes
     coverage: float
     sees_whole_image: bool
@@ -108,10 +118,17 @@ class _Field:
     coverage: float
     whole: bool
     clipped: bool
+    sized: str = ""
 
 
 def analyse(
-    network: nn.Module, *, spatial_dims: int, in_channels: int, shape: Sequence[int], name: str = ""
+    network: nn.Module,
+    *,
+    spatial_dims: int,
+    in_channels: int,
+    shape: Sequence[int],
+    name: str = "",
+    progress: Progress = silent,
 ) -> NetworkReport:
     """Everything about a network at a patch of `shape`, which is left untouched. Raises `DataError` as the network."""
     bare = on_meta(network)
@@ -119,12 +136,9 @@ def analyse(
     parameters = sum(p.numel() for p in bare.parameters())
     small = record(bare, (1, in_channels, *patch))
     large, field, warnings = _whole_field(bare, small, spatial_dims, in_channels)
-    if large is not None and [n.operation for n in large.nodes] != [n.operation for n in small.nodes]:
-        # operations that come and go with the size cannot be told from one another
-        large = None
-    layers = tuple(_layers(small, large, spatial_dims))
+    layers = tuple(_layers(small, large, spatial_dims, progress))
     strides = [layer.cumulative_stride for layer in layers if layer.cumulative_stride is not None]
-    coarsest = tuple(int(max(s[axis] for s in strides)) if strides else 1 for axis in range(spatial_dims))
+    coarsest = tuple(max((1, *(s[axis] for s in strides))) for axis in range(spatial_dims))
     return NetworkReport(
         name=name or type(network).__name__,
         spatial_dims=spatial_dims,
@@ -242,6 +256,9 @@ def _whole_field(
                 reason = f"it takes no image of {side} voxels a side ({_first_line(error)})"
                 break
             field = _field(large, large.output, _scales(large, dims), dims)
+            if field.sized:
+                reason = f"the windows of {field.sized} grow with the image"
+                break
             if not field.clipped:
                 return large, field, []
         else:
@@ -261,11 +278,12 @@ def _field(graph: Graph, value: int, scales: Sequence[_Scale | None], dims: int)
     shape, scale = graph.shapes[value], scales[value]
     period = scale.period if scale is not None else 1
     steps = sorted({round(step) for step in np.linspace(0, period - 1, min(period, _MAX_PHASES))})
-    extents, coverages, whole, clipped = [(0,) * dims], [1.0], False, False
+    extents, coverages, whole, clipped, sized = [(0,) * dims], [1.0], False, False, ""
     for step in steps:
         voxel = [min(n - 1, n // 2 // period * period + step) for n in shape[2:]]
         found = depend(graph, value, element(shape, (None, None, *voxel)))
         whole |= found.sees_whole_image
+        sized = sized or found.sized
         spans = reach(found.products, range(2, 2 + dims))
         if spans is None:
             continue
@@ -273,7 +291,7 @@ def _field(graph: Graph, value: int, scales: Sequence[_Scale | None], dims: int)
         extents.append(extent)
         clipped |= any(first == 0 or last == n - 1 for (first, last), n in zip(spans, graph.shapes[0][2:]))
         coverages.append(_coverage(found, extent))
-    return _Field(tuple(map(max, zip(*extents))), min(coverages), whole, clipped)
+    return _Field(tuple(map(max, zip(*extents))), min(coverages), whole, clipped, sized)
 
 
 def _coverage(found: Dependence, extent: Axes) -> float:
@@ -282,16 +300,40 @@ def _coverage(found: Dependence, extent: Axes) -> float:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Voxels of the image from one voxel of a tensor to the next, by axis; all those on the way there."""
+    """Voxels of the image from one voxel of a tensor to the next, by axis; all those on the way there.
+
+    Not `placed`: a reshaped tensor, where nobody knows which axes are those of the image; the rest is about the tensor
+    that it was made from.
+    """
 
     steps: tuple[Fraction, ...]
     size: Axes
     passed: frozenset[tuple[Fraction, ...]]
+    placed: bool = True
 
     @property
     def period(self) -> int:
         """Voxels of the tensor after which its fields repeat."""
         return lcm(*((p / s).numerator for passed in self.passed for p, s in zip(passed, self.steps)))
+
+    def moved(self, ratios: Sequence[Fraction], size: Axes) -> _Scale:
+        """Of a tensor of `size` whose voxels are `ratios` times as far apart."""
+        steps = tuple(s * r for s, r in zip(self.steps, ratios))
+        return _Scale(steps, size, self.passed | {steps})
+
+    def at(self, size: Axes) -> _Scale:
+        """Of a tensor of `size` with the axes of the image in their places."""
+        if self.placed:
+            return self
+        return self.moved([_clean(n, m) for n, m in zip(self.size, size)], size)
+
+
+def _clean(before: int, after: int) -> Fraction:
+    """The ratio of two sizes: a whole number or one over it, where less than one voxel too many or too few says so."""
+    ratio = round(Fraction(max(before, after), min(before, after)))
+    if abs(min(before, after) * ratio - max(before, after)) >= ratio:
+        return Fraction(before, after)
+    return Fraction(ratio) if before >= after else Fraction(1, ratio)
 
 
 def _scales(graph: Graph, dims: int) -> list[_Scale | None]:
@@ -305,62 +347,94 @@ def _scales(graph: Graph, dims: int) -> list[_Scale | None]:
         if not known:
             continue
         shape = graph.shapes[node.outputs[0]]
-        size = tuple(shape[-dims:])
         passed = frozenset[tuple[Fraction, ...]]().union(*(s.passed for s in known))
-        steps = _steps(graph, node, known[0], size, image)
-        if steps is None:
-            found = _Scale(known[0].steps, known[0].size, passed)
-        elif max(size) == 1 and max(image) > 1 and len(shape) >= dims + 2:
+        first = next((s for s in known if s.placed), known[0])
+        found = _after(graph, node, _Scale(first.steps, first.size, passed, first.placed), image)
+        if found.placed and max(found.size) == 1 and max(image) > 1 and len(shape) >= dims + 2:
             continue
-        else:
-            found = _Scale(steps, size, passed | {steps})
         for output in node.outputs:
             scales[output] = found
+    last = scales[graph.output]
+    if last is not None and len(graph.shapes[graph.output]) == dims + 2:
+        scales[graph.output] = last.at(tuple(graph.shapes[graph.output][2:]))
     return scales
 
 
-def _steps(graph: Graph, node: Node, before: _Scale, size: Axes, image: Axes) -> tuple[Fraction, ...] | None:
-    """The scale after a node, None where it stays or nothing is known."""
-    dims = len(size)
-    name = node.operation
+def _after(graph: Graph, node: Node, before: _Scale, image: Axes) -> _Scale:
+    """The scale after a node, from that of its input."""
+    dims = len(image)
+    name, shape = node.operation, graph.shapes[node.outputs[0]]
+    source = tuple(graph.shapes[node.inputs[0]][-dims:])
+    size = tuple(shape[-dims:])
     if name == "convolution" or name in POOLINGS:
         _, stride, _, _ = window_rule(node, len(graph.shapes[node.inputs[0]]) - 2)
         ratios = [Fraction(s) for s in stride[-dims:]]
-        if node.arguments.get("transposed"):
-            ratios = [1 / r for r in ratios]
-    elif name in INTERPOLATIONS:
+        return before.at(source).moved([1 / r for r in ratios] if node.arguments.get("transposed") else ratios, size)
+    if name in INTERPOLATIONS or name.startswith(("_adaptive", "adaptive")):
+        before = before.at(source)
+        if all(n % m == 0 for n, m in zip(image, size)):
+            # back on a grid of the image, whatever padding or cutting was on the way
+            steps = tuple(Fraction(n, m) for n, m in zip(image, size))
+            return _Scale(steps, size, before.passed | {steps})
         less = 1 if node.arguments.get("align_corners") else 0
-        ratios = [Fraction(max(n - less, 1), max(m - less, 1)) for n, m in zip(before.size, size)]
-    elif len(graph.shapes[node.outputs[0]]) == dims + 2 and name in ("view", "_unsafe_view", "clone"):
-        ratios = [Fraction(n, m) for n, m in zip(before.size, size)]
-    elif len(graph.shapes[node.outputs[0]]) == dims + 2:
-        ratios = [Fraction(1)] * dims
-    else:
-        return None
-    if all(n % m == 0 for n, m in zip(image, size)):
-        # padded so that a stride divides: then the sizes say it, whatever the operation
-        return tuple(Fraction(n, m) for n, m in zip(image, size))
-    return tuple(s * r for s, r in zip(before.steps, ratios))
+        pairs = [(max(n - less, 1), max(m - less, 1)) for n, m in zip(source, size)]
+        return before.moved([Fraction(n, m) if less else _clean(n, m) for n, m in pairs], size)
+    same_layout = len(shape) == len(graph.shapes[node.inputs[0]]) == dims + 2
+    if name in _RESHAPES or not (before.placed and same_layout):
+        # a sum takes the layout of its inputs
+        keeps = before.placed and same_layout and tuple(shape[2:]) == source
+        return before if keeps else _Scale(before.steps, before.size, before.passed, False)
+    if name == "slice" and node.arguments["dim"] % len(shape) >= 2:
+        axis = node.arguments["dim"] % len(shape) - 2
+        return before.moved([Fraction(node.arguments["step"] if a == axis else 1) for a in range(dims)], size)
+    if max(size) == 1:
+        return _Scale(before.steps, size, before.passed)
+    return before.moved([Fraction(1)] * dims, size)
 
 
-def _layers(small: Graph, large: Graph | None, dims: int) -> Iterator[LayerReport]:
-    """Sizes and costs from the graph at the patch, fields from the one of an image without borders, if there is one."""
+def _calls(graph: Graph) -> dict[str, list[Node]]:
+    """The convolutions and poolings by name, every call of them."""
     calls: dict[str, list[Node]] = {}
-    for node in small.nodes:
+    for node in graph.nodes:
         if node.operation == "convolution" or node.operation in POOLINGS:
             calls.setdefault(_name(node, calls), []).append(node)
-    scales = _scales(large or small, dims)
+    return calls
+
+
+def _layers(small: Graph, large: Graph | None, dims: int, progress: Progress) -> Iterator[LayerReport]:
+    """Sizes and costs from the graph at the patch, fields from the one of an image without borders, if there is one."""
+    calls, wide = _calls(small), {} if large is None else _calls(large)
+    if [(n, len(c)) for n, c in calls.items()] != [(n, len(c)) for n, c in wide.items()]:
+        # layers that come and go with the size cannot be told from one another
+        large, wide = None, calls
+    scales, at_patch = _scales(large or small, dims), _scales(small, dims)
     patch = tuple(small.shapes[0][2:])
-    for name, nodes in calls.items():
-        value = nodes[0].outputs[0]
+    for number, (name, nodes) in enumerate(calls.items()):
+        progress("inspect", number, len(calls), name)
+        values = [node.outputs[0] for node in wide[name]]
         field = None
         if large is not None:
             try:
-                field = _field(large, value, scales, dims)
+                field = _largest([_field(large, value, scales, dims) for value in values])
             except NoRule:
                 # what comes later meets the same operation
                 large = None
-        yield _layer(name, nodes, small, field, scales[value], patch)
+        if field is not None and field.sized:
+            here = [at_patch[node.outputs[0]] for node in nodes]
+        else:
+            here = [scales[value] for value in values]
+        steps = [scale.steps for scale in here if scale is not None]
+        yield _layer(name, nodes, small, field, tuple(map(max, zip(*steps))) if steps else None, patch)
+
+
+def _largest(found: Sequence[_Field]) -> _Field:
+    return _Field(
+        tuple(map(max, zip(*(f.extent for f in found)))),
+        min(f.coverage for f in found),
+        any(f.whole for f in found),
+        any(f.clipped for f in found),
+        next((f.sized for f in found if f.sized), ""),
+    )
 
 
 def _name(node: Node, taken: Mapping[str, list[Node]]) -> str:
@@ -376,16 +450,23 @@ def _name(node: Node, taken: Mapping[str, list[Node]]) -> str:
 
 
 def _layer(
-    name: str, nodes: Sequence[Node], graph: Graph, field: _Field | None, scale: _Scale | None, patch: Axes
+    name: str,
+    nodes: Sequence[Node],
+    graph: Graph,
+    field: _Field | None,
+    steps: tuple[Fraction, ...] | None,
+    patch: Axes,
 ) -> LayerReport:
-    node, dims = nodes[0], len(patch)
+    dims = len(patch)
+    node = max(nodes, key=lambda n: _unused(graph, n, dims)[0])
     before, after = graph.shapes[node.inputs[0]], graph.shapes[node.outputs[0]]
-    # a pooling in 1D runs as one in 2D on maps one voxel high
-    numbers = window_rule(node, len(before) - 2)
-    kernel, stride, padding, dilation = (tuple(n[-dims:]) for n in numbers)
+    kernel, stride, padding, dilation = _window(graph, node, dims)
     transposed = bool(node.arguments.get("transposed"))
     weights = {w.parameter: prod(w.shape) for n in nodes for w in n.arguments.values() if isinstance(w, Constant)}
-    dead, share = (0, 0.0) if transposed else _padding(before[-dims:], after[-dims:], kernel, stride, padding, dilation)
+    dead, share = _unused(graph, node, dims)
+    exact = field is not None and not field.clipped and not field.sized
+    if not exact:
+        field = None
     unseen = field is None or max(field.extent) == 0
     extent = patch if field is None or unseen else field.extent
     return LayerReport(
@@ -398,10 +479,11 @@ def _layer(
         padding=padding,
         input_size=tuple(before[-dims:]),
         output_size=tuple(after[-dims:]),
-        cumulative_stride=None if scale is None else tuple(_number(s) for s in scale.steps),
+        cumulative_stride=None if steps is None else tuple(_number(s) for s in steps),
         receptive_field=extent,
         coverage=1.0 if field is None or unseen else field.coverage,
         sees_whole_image=field is None or field.whole,
+        field_is_exact=exact,
         in_channels=before[1],
         out_channels=after[1],
         groups=node.arguments.get("groups", 1),
@@ -412,6 +494,20 @@ def _layer(
         dead_taps=dead,
         padding_share=share,
     )
+
+
+def _window(graph: Graph, node: Node, dims: int) -> tuple[Axes, Axes, Axes, Axes]:
+    # a pooling in 1D runs as one in 2D on maps one voxel high
+    kernel, stride, padding, dilation = window_rule(node, len(graph.shapes[node.inputs[0]]) - 2)
+    return tuple(kernel[-dims:]), tuple(stride[-dims:]), tuple(padding[-dims:]), tuple(dilation[-dims:])
+
+
+def _unused(graph: Graph, node: Node, dims: int) -> tuple[int, float]:
+    """Dead taps and the share of padding of one call."""
+    if node.arguments.get("transposed"):
+        return 0, 0.0
+    before, after = graph.shapes[node.inputs[0]], graph.shapes[node.outputs[0]]
+    return _padding(before[-dims:], after[-dims:], *_window(graph, node, dims))
 
 
 def _kind(node: Node, transposed: bool, in_channels: int) -> str:
@@ -460,7 +556,9 @@ def _multiply_adds(graph: Graph, node: Node) -> int:
     return 0
 
 
-def _warnings(layers: Sequence[LayerReport], field: _Field | None, strides: Axes, patch: Axes) -> Iterator[str]:
+def _warnings(
+    layers: Sequence[LayerReport], field: _Field | None, strides: Sequence[float], patch: Axes
+) -> Iterator[str]:
     for layer in layers:
         if layer.dead_taps:
             yield (
@@ -473,5 +571,6 @@ def _warnings(layers: Sequence[LayerReport], field: _Field | None, strides: Axes
         yield f"the output stride {_by(strides)} is larger than the patch {_by(patch)}: the coarsest map has one voxel"
 
 
-def _by(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if len(set(numbers)) == 1 else "×".join(map(str, numbers))
+def _by(numbers: Sequence[float]) -> str:
+    words = [f"{n:g}" for n in numbers]
+    return words[0] if len(set(words)) == 1 else "×".join(words)

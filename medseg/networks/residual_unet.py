@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
 from medseg.networks._blocks import Axes, Style, check_input, conv_norm_act, crop, initialise, make_classifier
-from medseg.networks._encoder import Stage
+from medseg.networks._encoder import Stage, strides_of
 from medseg.networks.resnet import BasicBlock, make_stage, natural_dilations
 
 DEFAULTS = {"residual_unet": {"channels": (32, 64, 128, 256, 320)}}
@@ -68,13 +68,7 @@ def stage_strides(config: NetworkConfig, spatial_dims: int) -> tuple[Axes, ...]:
     """Strides between the stages. Raises `ConfigError` where there are not as many as the stages need."""
     if len(config.channels) < 2:
         raise ConfigError(f"network.channels {list(config.channels)}: `{config.name}` needs at least two stages")
-    strides = config.strides or ((2,) * spatial_dims,) * halvings(config)
-    if len(strides) != halvings(config):
-        raise ConfigError(
-            f"network.strides has {len(strides)} entries, `{config.name}` with {len(config.channels)} stages needs "
-            f"{halvings(config)}: one between each pair"
-        )
-    return strides
+    return strides_of(config, [f"the way to stage {n}" for n in range(1, len(config.channels))], spatial_dims)
 
 
 def halvings(config: NetworkConfig) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
+import torch
 from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
 from medseg.networks._blocks import Axes, Rate, Style, conv_norm_act, make_conv, make_norm, per_axis
 from medseg.networks._encoder import Encoder, Stage, plan_stages
+
+QUIET = 0.1
+"""Factor on the last convolution of a residual branch without a norm, at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +33,9 @@ class BlockSpec:
     of the parameters do not depend on the output stride."""
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: Axes, dilation: Axes) -> nn.Module:
-        """A convolution without bias."""
-        dims = self.style.spatial_dims
-        return make_conv(dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation)
+        """A convolution; with a bias where no norm has one."""
+        dims, bias = self.style.spatial_dims, self.style.norm == "none"
+        return make_conv(dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation, bias=bias)
 
     def shortcut(self, out_channels: int) -> nn.Module | None:
         """The 1×1 convolution and norm of the shortcut, where it has them."""
@@ -55,6 +59,7 @@ class BasicBlock(nn.Module):
         self.bn1 = make_norm(spec.style, spec.planes)
         self.conv2 = spec.conv(spec.planes, spec.planes, 3, ones, second)
         self.bn2 = make_norm(spec.style, spec.planes)
+        self.last = "conv2"
         self.downsample = spec.shortcut(spec.planes)
         self.act = spec.style.rectifier()
 
@@ -80,6 +85,7 @@ class Bottleneck(nn.Module):
         self.bn2 = make_norm(spec.style, spec.planes)
         self.conv3 = spec.conv(spec.planes, out_channels, 1, ones, ones)
         self.bn3 = make_norm(spec.style, out_channels)
+        self.last = "conv3"
         self.downsample = spec.shortcut(out_channels)
         self.act = spec.style.rectifier()
 
@@ -92,6 +98,14 @@ class Bottleneck(nn.Module):
 
 
 Block = type[BasicBlock] | type[Bottleneck]
+
+
+def quieten(network: nn.Module) -> None:
+    """Let residual branches without a norm begin small: each would add its variance to that of all before it."""
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck) and isinstance(block.bn1, nn.Identity):
+            with torch.no_grad():
+                block.get_submodule(block.last).get_parameter("weight").mul_(QUIET)
 
 
 def make_stage(
@@ -186,7 +200,8 @@ class DilatedResNet(Encoder):
         steps = (*self.STEPS, *(f"layer{5 + n}" for n in range(more)))
         stem, pool, *later = plan_stages(config, steps, spatial_dims=spatial_dims, fixed=2)
         layer1 = Stage((1,) * spatial_dims, pool.dilation, pool.dilation, pool.reached)
-        self.conv1 = make_conv(spatial_dims, in_channels, stem_channels, 7, stride=stem.stride)
+        bias = style.norm == "none"
+        self.conv1 = make_conv(spatial_dims, in_channels, stem_channels, 7, stride=stem.stride, bias=bias)
         self.bn1 = make_norm(style, stem_channels)
         self.act = style.rectifier()
         self.maxpool: nn.Module = Pool[Pool.MAX, spatial_dims](kernel_size=3, stride=pool.stride, padding=1)

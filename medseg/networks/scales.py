@@ -18,8 +18,9 @@ ATTENTION_CHANNELS = 32
 class MultiScale(nn.Module):
     """An image pyramid with shared weights: the mean, the maximum, or an attention over the scales for every voxel.
 
-    Chen et al. 2016, Attention to Scale, arXiv:1511.03339. Difference: the attention reads the scores of all scales,
-    not the maps before them, so that it works behind any network. Reads scales and scale_fusion.
+    Chen et al. 2016, Attention to Scale, arXiv:1511.03339. Differences: the attention reads the scores of all scales,
+    not the maps before them, so that it works behind any network; no extra loss at each scale. Reads scales and
+    scale_fusion.
     """
 
     def __init__(self, network: nn.Module, config: NetworkConfig, *, spatial_dims: int, out_channels: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class WrappedUNet(nn.Module):
         norms: dict[str, Any] = {
             "batch": "batch",
             "instance": ("instance", {"affine": True}),
-            # MONAI's layers differ in width: a number of groups that divides them all
-            "group": ("group", {"num_groups": min(norm_groups(c) for c in (*channels, out_channels))}),
+            # MONAI's layers differ in width and take one number of groups, which has to divide them all
+            "group": ("group", {"num_groups": gcd(*(norm_groups(c) for c in (*channels, out_channels)))}),
             "none": None,
         }
         self.network = UNet(

@@ -36,9 +36,9 @@ class VGG16(Encoder):
     """The thirteen convolutions of VGG-16 (Simonyan & Zisserman 2015, arXiv:1409.1556), a map after each pooling.
 
     Differences: the poolings are 3 wide, as in DeepLab, so that map voxel i lies on voxel i·stride at any size; a norm
-    follows each convolution unless `norm` is none. A pooling that loses its stride stays with stride 1
-    (`late_pools`, as in DeepLab) or goes (as in Yu & Koltun 2016); what comes after it is dilated. `more` copies of
-    the last block may follow.
+    follows each convolution unless `norm` is none. A pooling that loses its stride stays with stride 1 (`late_pools`,
+    as in DeepLab, and dilated as what comes before it, so that the maps are the strided ones on a denser grid) or goes
+    (as in Yu & Koltun 2016); what comes after it is dilated. `more` copies of the last block may follow.
     """
 
     DEPTHS = (2, 2, 3, 3, 3)

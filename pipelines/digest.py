@@ -1,0 +1,39 @@
+"""One digest of a data set: files, patients, labels, folds; where it changes, earlier results say nothing any more."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import medseg
+
+
+def data_sha256(findings: medseg.Findings) -> str:
+    """SHA-256 over the cases of a data set with the bytes of their files, wherever these lie.
+
+    Raises `DataError` where a file cannot be read.
+    """
+    data = findings.dataset
+    described = {
+        "channels": data.channels,
+        "labels": data.labels,
+        "region_values": data.region_values,
+        "folds": None if data.folds is None else [[fold.train, fold.val] for fold in data.folds],
+        "cases": [
+            [
+                case.id,
+                case.group,
+                [_file(path) for path in case.images],
+                None if case.label is None else _file(case.label),
+            ]
+            for case in data.cases
+        ],
+    }
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _file(path: Path) -> list[Any]:
+    # the ending decides how the bytes are read
+    return [path.suffix, path.stat().st_size, medseg.file_sha256(path)]
