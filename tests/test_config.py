@@ -110,7 +110,7 @@ OTHER: dict[str, Any] = {
         "crf": True,
         "crf_iterations": 2,
         "crf_smoothness_weight": 0,
-        "crf_smoothness_mm": 1e-5,
+        "crf_smoothness_mm": 0.002,
         "crf_appearance_weight": 0.5,
         "crf_appearance_mm": 7,
         "crf_intensity_sd": 0.75,

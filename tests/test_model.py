@@ -201,7 +201,7 @@ def test_colours_repeat_from_the_eighth_label_on() -> None:
 
 def test_another_output_stride_keeps_the_weights_and_takes_the_rates_along(tmp_path: Path) -> None:
     config = tiny_config(
-        network={"output_stride": 4, "aspp_rates": [1, 2], "name": "deeplabv3", "upsampling": "resize"}
+        network={"output_stride": 4, "aspp_rates": [1, 2], "name": "deeplabv3", "upsampling": "interpolate"}
     )
     folder = tiny_model(tmp_path, config)
     trained, denser = read_model(folder), read_model(folder, {"network": {"output_stride": 2}})

@@ -95,7 +95,8 @@ class UpConvolution(nn.Module):
     def __init__(self, channels: int, factors: Axes) -> None:
         super().__init__()
         self.factors = factors
-        self.weight = nn.Parameter(_triangle(factors).repeat(channels, *(1,) * len(factors)))
+        # as many axes as every kernel has: (C, 1, *2f)
+        self.weight = nn.Parameter(_triangle(factors).repeat(channels, 1, *(1,) * len(factors)))
 
     def forward(self, maps: Tensor, shape: Axes) -> Tensor:
         """(B, C, *coarse) → (B, C, *shape); beyond the last map voxel its value is repeated."""
