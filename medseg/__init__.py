@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from medseg.config import Config, dump_yaml, make_config, read_config, read_labels, settings_from
     from medseg.demo import demo
     from medseg.errors import ConfigError, DataError, GeometryError, MedsegError, ModelError, TrainingError
-    from medseg.infer import CaseResult, InferOptions, Segmenter, infer, load_model
+    from medseg.folder import CaseResult, infer
+    from medseg.infer import InferOptions, Segmenter, load_model
     from medseg.inspect import Inspection, inspect_network
     from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from medseg.writers import write_text
 
 _HOME = {
-    "CaseResult": "infer",
+    "CaseResult": "folder",
     "Config": "config",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -57,7 +58,7 @@ _HOME = {
     "file_sha256": "readers",
     "fit_width": "networks.receptive",
     "fold_split": "cases",
-    "infer": "infer",
+    "infer": "folder",
     "inspect_network": "inspect",
     "list_networks": "networks",
     "load_model": "infer",

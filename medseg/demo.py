@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg.errors import DataError
-from medseg.infer import CaseResult, InferOptions, infer
+from medseg.folder import CaseResult, infer
+from medseg.infer import InferOptions
 from medseg.progress import Progress, silent
 from medseg.report import Report, evaluate
 from medseg.train import Run, TrainOptions, train

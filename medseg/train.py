@@ -22,7 +22,8 @@ from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe
 from medseg.errors import ConfigError, DataError
 from medseg.fit import STATE, Fit
-from medseg.infer import CaseResult, InferOptions, Segmenter, segment_cases
+from medseg.folder import CaseResult, segment_cases
+from medseg.infer import InferOptions, Segmenter
 from medseg.model import WEIGHTS, new_network, read_model, save_model
 from medseg.networks import check_patch, check_settings
 from medseg.plan import Plan, make_plan, measure

@@ -16,13 +16,14 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "check plan model pretrained statistics",
         "windows postprocess evaluate",
         "infer inspect quality report export",
+        "folder calibrate",
         "fit train",
         "demo",
         "__init__",
         "cli __main__ pipelines",
     )
 )
-FACE, TOP = 9, 10
+FACE, TOP = 10, 11
 FILE_LIBRARIES = {"pydicom", "nibabel", "SimpleITK", "PIL"}
 MAX_LINES = 600
 

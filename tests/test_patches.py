@@ -20,7 +20,7 @@ def a_case(name: str, label: torch.Tensor | None = None, shape: tuple[int, ...] 
     image = torch.arange(1.0, 1 + np.prod(shape)).reshape(1, *shape)
     grid = Grid(shape, np.diag([1.0, 2.0, 3.0, 1.0]))
     label = torch.zeros(shape, dtype=torch.uint8) if label is None else label
-    return Prepared(name, image, label, grid, grid)
+    return Prepared(name, image, label, grid, grid, torch.zeros(len(image), 9))
 
 
 def sampler(
