@@ -94,9 +94,11 @@ def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | N
         inputs = {str(p): file_sha256(p) for p in case.images}
         if not segmenter.options.overwrite and earlier and _still_there(earlier, output, inputs):
             return replace(earlier, status="skipped")
-        labels, _ = segmenter.segment_case(case, seconds)
+        with timed(seconds, "read"):
+            prepared = segmenter.prepare(case)
+        found = segmenter.segment_prepared(prepared, seconds)
         with timed(seconds, "write"):
-            write_label(output, labels, like=case.images[0], names=segmenter.label_names)
+            write_label(output, found.labels, like=case.images[0], names=segmenter.label_names)
     except Exception as error:
         log.debug("case %s failed", case.id, exc_info=True)
         stale = (f"{output.name} is of an earlier run: do not use it",) if output.exists() else ()

@@ -32,21 +32,42 @@ from medseg.windows import Flips, Scorer, predict
 log = logging.getLogger(__name__)
 
 
+def no_tick(share: float) -> None:
+    """Nobody watches how far a case is."""
+
+
 @dataclass(frozen=True)
 class InferOptions:
     """How to infer. `overlap` None: the model's own; `shard` (i, n): every n-th case only, from the i-th of 1…n on.
 
-    `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and
-    postprocess.
+    `window`: `auto`, what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the
+    voxels of a tile by axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes as well; `auto`, those that
+    helped when training ended. `devices`: cases are dealt to these, in place of `device`. `settings` are laid over the
+    model's: sections network (`output_stride`, with the weights as they are), windows and postprocess.
     """
 
     device: str = "auto"
+    devices: tuple[str, ...] = ()
     precision: str = "auto"
-    tta: Literal["none", "flip"] = "none"
+    window: Literal["auto", "whole"] | tuple[int, ...] = "auto"
+    tta: Literal["none", "flip", "scale", "auto"] = "none"
     overlap: float | None = None
     shard: tuple[int, int] = (1, 1)
     overwrite: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What became of a case: `labels` (I, J[, K]) uint8 or uint16 on the file's grid, and what is thought of them.
+
+    `quality`: for each label its expected Dice with an interval, empty where the model knows none; `warnings`: what a
+    reader of the mask should know, in words.
+    """
+
+    labels: np.ndarray[Any, np.dtype[Any]]
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Segmenter:
@@ -54,8 +75,8 @@ class Segmenter:
 
     def __init__(self, models: Sequence[Model], options: InferOptions | None = None) -> None:
         self.options = options or InferOptions()
-        if self.options.tta not in ("none", "flip"):
-            raise ConfigError(f"tta {self.options.tta!r}: expected none or flip")
+        if self.options.tta not in ("none", "flip", "scale", "auto"):
+            raise ConfigError(f"tta {self.options.tta!r}: expected none, flip, scale or auto")
         self.models = tuple(models)
         self.config = _common_config(self.models)
         self.device = choose_device(self.options.device)
@@ -81,16 +102,23 @@ class Segmenter:
         paths = tuple(Path(f) for f in files)
         if not paths:
             raise ConfigError("no file given, expected one, or one for each channel")
-        labels, prepared = self.segment_case(Case(paths[0].name, paths, None, paths[0].name))
-        return MetaTensor(torch.as_tensor(labels), affine=torch.as_tensor(prepared.source.affine_4x4))
+        prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name))
+        labels = torch.as_tensor(self.segment_prepared(prepared).labels)
+        return MetaTensor(labels, affine=torch.as_tensor(prepared.source.affine_4x4))
 
-    def segment_case(
-        self, case: Case, seconds: dict[str, float] | None = None
-    ) -> tuple[np.ndarray[Any, np.dtype[Any]], Prepared]:
-        """Label map on the grid of the case's file, and what the network saw."""
+    def prepare(self, case: Case) -> Prepared:
+        """Read a case and bring it to the network's grid; may run in another thread. Raises `DataError`."""
+        return prepare(case, self.config.preprocess, self.config.data, with_label=False)
+
+    def segment_prepared(
+        self, prepared: Prepared, seconds: dict[str, float] | None = None, *, tick: Callable[[float], None] = no_tick
+    ) -> Segmented:
+        """Label map of a prepared case on the grid of its file.
+
+        `seconds` takes the time by stage. `tick` is called between two batches of windows with the share of the case
+        that is done, 0–1; what it raises drops the case.
+        """
         seconds = {} if seconds is None else seconds
-        with timed(seconds, "read"):
-            prepared = prepare(case, self.config.preprocess, self.config.data, with_label=False)
         with timed(seconds, "network"):
             scores = self.scores(prepared.image)
         if self.config.postprocess.crf:
@@ -104,7 +132,7 @@ class Segmenter:
                 )
         with timed(seconds, "restore"):
             labels = restore(scores, prepared.grid, prepared.source, decider(self.config.data))
-        return labels.cpu().numpy(), prepared
+        return Segmented(labels.cpu().numpy())
 
     def scores(self, image: torch.Tensor) -> torch.Tensor:
         """Probabilities (K, *S) of a prepared image (C, *S)."""
