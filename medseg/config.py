@@ -41,6 +41,7 @@ COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[float, float], AfterValidator(_rising)]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -251,19 +252,40 @@ class TrainConfig(Section):
 
 
 class WindowsConfig(Section):
-    """The window that slides over a volume; training cuts patches of the same size."""
+    """How a volume is cut for the network; training cuts patches of `patch_size`.
+
+    `blend`: windows that share `overlap` of their size, their scores averaged with weights that fall towards the edge.
+    `halo`: tiles side by side that also see `halo` voxels around them. `whole`: the volume in one pass, where it fits.
+    """
 
     patch_size: tuple[PositiveInt, ...] = (64, 64, 64)
+    mode: Literal["blend", "halo", "whole"] = "blend"
+    tile_size: tuple[PositiveInt, ...] | None = None
+    """Voxels of a window or tile at inference; null: those of a patch."""
+    halo: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Voxels that a tile sees beyond each of its sides; null: half a patch."""
     overlap: float = Field(0.5, ge=0, lt=1)
-    batch_size: PositiveInt = 4
+    batch_size: PositiveInt | None = None
+    """Windows in one go; null: as many as memory takes on a GPU, a few megabytes of scores on a CPU."""
+    flip_axes: tuple[int, ...] = ()
+    """Axes along which copies are mirrored, in all combinations; scores are averaged."""
+    scales: tuple[PositiveFloat, ...] = Field((1.0,), min_length=1)
+    """Sizes of copies that the network sees, 1 the image itself; scores are averaged."""
+    skip_air: Literal["auto", "on", "off"] = "auto"
+    """Windows outside the body are background without a look; auto: in CT only."""
 
 
 class PostprocessConfig(Section):
-    """What is done to the probabilities before they become labels: a conditional random field (see `postprocess.py`).
+    """What is done to the probabilities before they become labels, and to the labels after (see `postprocess.py`).
 
-    A pair of voxels with different labels costs `crf_compatibility` × (`crf_smoothness_weight` × a Gaussian of their
-    distance + `crf_appearance_weight` × a Gaussian of their distance and of their intensities' difference), both
-    divided by the Gaussian's sum around each of the two. mm are pixels of the file where pictures have no size in mm.
+    The probabilities: a conditional random field. A pair of voxels with different labels costs `crf_compatibility` ×
+    (`crf_smoothness_weight` × a Gaussian of their distance + `crf_appearance_weight` × a Gaussian of their distance and
+    of their intensities' difference), both divided by the Gaussian's sum around each of the two. mm are pixels of the
+    file where pictures have no size in mm.
+
+    The labels, on the file's grid: `largest_component`, then `min_size_mm3`, then `fill_holes`, each for the labels it
+    names. Not with regions: the written map says one value where several regions may lie over each other, so what a
+    region has under its removed part is unknown.
     """
 
     crf: bool = False
@@ -279,6 +301,13 @@ class PostprocessConfig(Section):
     """Voxels further apart do not see each other."""
     crf_radius_voxels: PositiveInt = 5
     """Nor do those that are further apart along an axis; time grows with the number of voxels in the radius."""
+    largest_component: tuple[str, ...] = ()
+    """Labels of which only the largest connected part is kept; the others become background."""
+    min_size_mm3: dict[str, NotNegative] = Field(default_factory=dict)
+    """Connected parts of a label below this size become background. 3D: mm³. 2D: mm², which are pixels of the file
+    where pictures have no size in mm. 1D: mm."""
+    fill_holes: tuple[str, ...] = ()
+    """Labels whose enclosed background is filled; other labels inside stay."""
 
 
 class Config(Section):
@@ -295,12 +324,26 @@ class Config(Section):
     postprocess: PostprocessConfig = PostprocessConfig()
 
     @model_validator(mode="after")
+    def _known_labels(self) -> Config:
+        for key in ("largest_component", "min_size_mm3", "fill_holes"):
+            names = tuple(getattr(self.postprocess, key))
+            if names and self.data.is_regions:
+                raise ValueError(f"postprocess.{key} found, but data.labels are regions; expected none of it there")
+            unknown = [name for name in names if name not in self.data.foreground]
+            if unknown:
+                known = ", ".join(self.data.foreground) or "none"
+                raise ValueError(f"postprocess.{key}: no label `{unknown[0]}`, expected some of data.labels: {known}")
+        return self
+
+    @model_validator(mode="after")
     def _lengths(self) -> Config:
         dims = self.data.spatial_dims
         for where, value in (
             ("preprocess.spacing_mm", self.preprocess.spacing_mm),
             ("preprocess.shape", self.preprocess.shape),
             ("windows.patch_size", self.windows.patch_size),
+            ("windows.tile_size", self.windows.tile_size),
+            ("windows.halo", self.windows.halo),
             *((f"network.strides[{n}]", s) for n, s in enumerate(self.network.strides or ())),
         ):
             if value is not None and len(value) != dims:
@@ -314,9 +357,13 @@ class Config(Section):
             raise ValueError(
                 f"augment.rotation_deg has {len(self.augment.rotation_deg)} numbers, expected one per axis"
             )
-        bad = [a for a in self.augment.flip_axes if not 0 <= a < dims]
-        if bad:
-            raise ValueError(f"augment.flip_axes: {bad[0]} is no axis of {dims} dimensions (0..{dims - 1})")
+        for where, axes in (
+            ("augment.flip_axes", self.augment.flip_axes),
+            ("windows.flip_axes", self.windows.flip_axes),
+        ):
+            bad = [a for a in axes if not 0 <= a < dims]
+            if bad:
+                raise ValueError(f"{where}: {bad[0]} is no axis of {dims} dimensions (0..{dims - 1})")
         return self
 
 

@@ -10,6 +10,11 @@ import torch
 
 from medseg.errors import ConfigError
 
+CPU_BATCH_BYTES, MAX_CPU_BATCH = 2**26, 4
+MAX_GPU_BATCH = 32
+# share of the free memory of a GPU that a batch may take
+MEMORY_SHARE = 0.7
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises `ConfigError` where there is no such device."""
@@ -67,6 +72,32 @@ def peak_memory_mb() -> float | None:
         return None
     peak = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
     return None if peak is None else round(int(peak) / 1024, 1)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on a GPU or on the CPU (which has no exception of its own)."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate" in text
+
+
+def release_memory(device: torch.device) -> None:
+    """Give what torch keeps for later use back to a GPU; on a CPU nothing is kept."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def batch_that_fits(device: torch.device, scores: torch.Tensor) -> int:
+    """How many windows to do at a time, when one has just been done alone and gave `scores` (1, K, *S).
+
+    On a GPU as many as its free memory holds of what the one took at its peak. On a CPU as many as give a fixed size of
+    scores: more only cost memory, and a number that depended on it would change the rounding from run to run.
+    """
+    if device.type != "cuda":
+        return max(1, min(MAX_CPU_BATCH, CPU_BATCH_BYTES // (4 * scores.numel())))
+    taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device) + scores.nbytes
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return max(1, min(MAX_GPU_BATCH, int(MEMORY_SHARE * free) // max(1, taken)))
 
 
 def memory_format(spatial_dims: int) -> torch.memory_format:

@@ -20,9 +20,17 @@ from tensorboardX import SummaryWriter
 
 from medseg.augment import augment
 from medseg.config import Config, DataConfig
-from medseg.device import choose_precision, describe, hold_memory, memory_format, to_memory_format
+from medseg.device import (
+    choose_precision,
+    describe,
+    hold_memory,
+    is_out_of_memory,
+    memory_format,
+    release_memory,
+    to_memory_format,
+)
 from medseg.errors import ConfigError, DataError, TrainingError
-from medseg.infer import decider, make_scorer
+from medseg.infer import make_scorer
 from medseg.losses import loss as loss_of
 from medseg.metrics import counts, dice
 from medseg.model import new_network
@@ -30,6 +38,7 @@ from medseg.patches import Batch, PatchSampler
 from medseg.preprocess import IGNORE_INDEX, Prepared
 from medseg.pretrained import Pretrained, load_pretrained
 from medseg.progress import Progress
+from medseg.restore import decision_of
 from medseg.windows import predict
 from medseg.writers import atomic_path
 
@@ -280,8 +289,7 @@ class Fit:
 
     def _out_of_memory(self) -> str:
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.device)
         fits = what_fits(self.config, self._dry_step)
         advice = "not even the smallest patch fits"
         if fits:
@@ -337,14 +345,16 @@ def quick_dice(
 ) -> dict[str, float]:
     """Mean Dice of each label on the network's grid: a guide while training, not the report."""
     data = config.data
-    scorer, decide = make_scorer(network, data, device, precision), decider(data)
+    scorer = make_scorer(network, data, device, precision)
     found: dict[str, list[float]] = {name: [] for name in data.foreground}
     # prepared labels hold indices of output channels; regions hold the values of the file
     index_of = {value: index for index, value in enumerate(data.out_values)}
     values = [data.labels[n] if data.is_regions else index_of[data.labels[n]] for n in data.foreground]  # type: ignore[index]
     for case in cases:
-        scores = predict(config.windows, case.image.to(device), [scorer])
-        predicted = decide(scores) if data.is_regions else scores.argmax(dim=0)
+        scores = predict(config.windows, case.image, scorer, device=device)
+        predicted = scores.argmax(dim=0)
+        if data.is_regions:
+            predicted = decision_of(data).decide(scores.movedim(0, -1), range(data.out_channels))
         if case.label is None:
             raise DataError(f"{case.id}: no label to validate with")
         measured = counts(predicted.cpu().numpy(), case.label.numpy(), values, ignore_value=ignored(data))
@@ -380,12 +390,6 @@ def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -
                 raise
             continue
         return batch, patch
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the CPU (which has no exception of its own)."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate" in text
 
 
 class _Journal:

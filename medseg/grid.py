@@ -20,7 +20,6 @@ Kernel = Literal["nearest", "linear", "cubic"]
 
 # an axis is parallel to another if the rest of its direction is below this share: 0.06 degrees
 PARALLEL_TOLERANCE = 1e-3
-SLAB_BYTES = 2**27
 # headers of one scan written by two programs differ by rounding: up to this share of a voxel they are one grid
 ROUNDING_TOLERANCE = 0.1
 
@@ -110,7 +109,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class _AxisMap:
+class AxisMap:
     """Index on the source axis `source` = scale · index on the target axis + offset."""
 
     source: int
@@ -118,7 +117,7 @@ class _AxisMap:
     offset: float
 
 
-def axis_maps(from_grid: Grid, to_grid: Grid) -> tuple[_AxisMap, ...]:
+def axis_maps(from_grid: Grid, to_grid: Grid) -> tuple[AxisMap, ...]:
     """For each target axis, the source axis it runs along. Raises `GeometryError` if the grids are not parallel."""
     n = from_grid.spatial_dims
     if to_grid.spatial_dims != n:
@@ -132,7 +131,7 @@ def axis_maps(from_grid: Grid, to_grid: Grid) -> tuple[_AxisMap, ...]:
     if sorted(strongest) != list(range(n)) or (rest > PARALLEL_TOLERANCE * np.abs(linear).max(axis=0)).any():
         raise GeometryError("the grids are oblique to each other; resampling along axes needs parallel axes")
     return tuple(
-        _AxisMap(int(s), _snap(float(linear[s, t])), _snap(float(relative[s, n]))) for t, s in enumerate(strongest)
+        AxisMap(int(s), _snap(float(linear[s, t])), _snap(float(relative[s, n]))) for t, s in enumerate(strongest)
     )
 
 
@@ -189,38 +188,6 @@ def resample_labels(labels: torch.Tensor, from_grid: Grid, to_grid: Grid) -> tor
     return result
 
 
-def restore(
-    scores: torch.Tensor,
-    from_grid: Grid,
-    to_grid: Grid,
-    decide: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Labels on `to_grid` from `scores` (K, *from_grid.shape): resampled and decided slab by slab.
-
-    `decide` turns scores (K, …) into labels (…); all K scores never exist at full resolution. Voxels of `to_grid`
-    outside `from_grid` (it was cropped) are 0. Raises `GeometryError` if the grids are oblique to each other.
-    """
-    import torch
-
-    read = _separable(scores, from_grid, to_grid, "linear")
-    plane = scores.shape[0] * int(np.prod(to_grid.shape[1:])) * 4
-    step = max(1, SLAB_BYTES // plane)
-    slabs = [decide(read(slice(a, min(a + step, to_grid.shape[0])))) for a in range(0, to_grid.shape[0], step)]
-    labels = torch.cat(slabs)
-    for axis, m in enumerate(axis_maps(from_grid, to_grid)):
-        at = m.scale * np.arange(to_grid.shape[axis]) + m.offset
-        # half a source voxel beyond the last centre still belongs to that voxel
-        outside = (at < -0.5 - 1e-6) | (at > from_grid.shape[m.source] - 0.5 + 1e-6)
-        inside = np.flatnonzero(~outside)
-        first, last = (
-            (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (to_grid.shape[axis], to_grid.shape[axis])
-        )
-        # by slices: torch cannot fill uint16 by index
-        labels.narrow(axis, 0, first).zero_()
-        labels.narrow(axis, last, to_grid.shape[axis] - last).zero_()
-    return labels
-
-
 def _separable(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, kernel: Kernel) -> Callable[[slice], torch.Tensor]:
     """A reader of slabs of `to_grid` along its first axis."""
     if tuple(volume.shape[1:]) != from_grid.shape:
@@ -239,26 +206,31 @@ def _separable(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, kernel: Ker
     def read(rows: slice) -> torch.Tensor:
         slab = turned
         for axis, matrix in enumerate(matrices):
-            slab = _apply(slab, matrix[rows] if axis == 0 else matrix, axis + 1)
+            slab = apply_weights(slab, matrix[rows] if axis == 0 else matrix, axis + 1)
         return slab.contiguous()
 
     return read
 
 
-def _apply(volume: torch.Tensor, matrix: Array, axis: int) -> torch.Tensor:
+def apply_weights(volume: torch.Tensor, weights: Array, axis: int) -> torch.Tensor:
+    """`volume` with its `axis` resampled by `weights` (size after, size before)."""
     import torch
 
-    used = np.flatnonzero(matrix.any(axis=0))
-    chosen = matrix[:, used[0] : used[-1] + 1]
+    used = np.flatnonzero(weights.any(axis=0))
+    chosen = weights[:, used[0] : used[-1] + 1]
     volume = volume.narrow(axis, int(used[0]), chosen.shape[1])
-    one_hot = (chosen != 0).sum(axis=1) == 1
-    if one_hot.all():
+    if ((chosen != 0).sum(axis=1) == 1).all():
         # a turn, flip, crop or nearest neighbour: voxels are moved, not computed
-        index = torch.as_tensor(chosen.argmax(axis=1), device=volume.device)
-        return volume.index_select(axis, index)
-    moved = volume.movedim(axis, -1)
-    weights = torch.as_tensor(chosen.T, dtype=volume.dtype, device=volume.device)
-    return (moved @ weights).movedim(-1, axis)
+        index = chosen.argmax(axis=1)
+        if len(index) == volume.shape[axis] and (index == np.arange(len(index))).all():
+            return volume
+        return volume.index_select(axis, torch.as_tensor(index, device=volume.device))
+    matrix = torch.as_tensor(chosen, dtype=volume.dtype, device=volume.device)
+    if axis == volume.ndim - 1:
+        return volume @ matrix.T
+    # all axes behind are one: a product of matrices, without turning the volume
+    lead, tail = volume.shape[:axis], volume.shape[axis + 1 :]
+    return (matrix @ volume.flatten(axis + 1)).reshape(*lead, len(matrix), *tail)
 
 
 def _linear(distance: Array) -> Array:

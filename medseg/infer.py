@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
 
+from medseg.body import air_of
 from medseg.cases import Case
-from medseg.config import Config, DataConfig
+from medseg.config import Config, DataConfig, WindowsConfig
 from medseg.device import (
     choose_device,
     choose_precision,
@@ -23,13 +24,16 @@ from medseg.device import (
     to_memory_format,
 )
 from medseg.errors import ConfigError, ModelError
-from medseg.grid import restore
 from medseg.model import Model, read_model
 from medseg.postprocess import refine
 from medseg.preprocess import Prepared, prepare
-from medseg.windows import Flips, Scorer, predict
+from medseg.restore import Piece, Restorer, decision_of, restore
+from medseg.windows import Ensemble, Scorer, predict, stream, stream_order, views
 
 log = logging.getLogger(__name__)
+
+# sizes of the image pyramid of `--tta scale`, of those that DeepLab evaluates with
+SCALES = (1.0, 0.75, 1.25)
 
 
 def no_tick(share: float) -> None:
@@ -79,15 +83,12 @@ class Segmenter:
             raise ConfigError(f"tta {self.options.tta!r}: expected none, flip, scale or auto")
         self.models = tuple(models)
         self.config = _common_config(self.models)
+        self.windows = _windows(self.config, self.options)
         self.device = choose_device(self.options.device)
         self.precision = choose_precision(self.options.precision, self.device)
-        self._scorers = [make_scorer(m.network, self.config.data, self.device, self.precision) for m in self.models]
-        overlap = self.options.overlap
-        if overlap is not None and not 0 <= overlap < 1:
-            raise ConfigError(f"--overlap {overlap}: expected a number from 0 to below 1")
-        windows = self.config.windows
-        self._windows = windows if overlap is None else windows.model_copy(update={"overlap": overlap})
-        self._flips = Flips(self.config.augment.flip_axes if self.options.tta == "flip" else ())
+        self._scorers = tuple(
+            make_scorer(m.network, self.config.data, self.device, self.precision) for m in self.models
+        )
 
     @property
     def label_names(self) -> dict[int, str]:
@@ -119,24 +120,48 @@ class Segmenter:
         that is done, 0–1; what it raises drops the case.
         """
         seconds = {} if seconds is None else seconds
-        with timed(seconds, "network"):
-            scores = self.scores(prepared.image)
+        decision = decision_of(self.config.data)
         if self.config.postprocess.crf:
-            with timed(seconds, "postprocess"):
-                scores = refine(
-                    self.config.postprocess,
-                    scores,
-                    prepared.image,
-                    spacing_mm=prepared.grid.spacing_mm,
-                    regions=self.config.data.is_regions,
-                )
-        with timed(seconds, "restore"):
-            labels = restore(scores, prepared.grid, prepared.source, decider(self.config.data))
-        return Segmented(labels.cpu().numpy())
+            labels = restore(self._refined(prepared, seconds, tick), prepared.grid, prepared.source, decision)
+        else:
+            order = stream_order(self.windows, prepared.grid.shape)
+            restorer = Restorer(prepared.grid, prepared.source, decision, order=order)
+            for piece in self._pieces(prepared, seconds, tick):
+                with timed(seconds, "restore"):
+                    restorer.add(piece)
+            labels = restorer.labels
+        return Segmented(labels.numpy())
 
     def scores(self, image: torch.Tensor) -> torch.Tensor:
-        """Probabilities (K, *S) of a prepared image (C, *S)."""
-        return predict(self._windows, image.to(self.device), self._scorers, flips=self._flips)
+        """Probabilities (K, *S) of a prepared image (C, *S), all at once."""
+        return predict(self.windows, image, Ensemble(self._scorers, views(self.windows)), device=self.device)
+
+    def _pieces(self, prepared: Prepared, seconds: dict[str, float], tick: Callable[[float], None]) -> Iterator[Piece]:
+        """Final scores of a case, piece by piece; `seconds` takes the time until each is there."""
+        ensemble = Ensemble(self._scorers, views(self.windows))
+        with timed(seconds, "network"):
+            air = air_of(self.windows, self.config.data, self.config.preprocess, prepared.image)
+        pieces = stream(self.windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
+        while True:
+            with timed(seconds, "network"):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def _refined(self, prepared: Prepared, seconds: dict[str, float], tick: Callable[[float], None]) -> torch.Tensor:
+        """Scores (K, *S) after the random field, which needs all of them at once."""
+        scores = torch.zeros((self.config.data.out_channels, *prepared.grid.shape), device=self.device)
+        for piece in self._pieces(prepared, seconds, tick):
+            scores[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0)
+        with timed(seconds, "postprocess"):
+            return refine(
+                self.config.postprocess,
+                scores,
+                prepared.image,
+                spacing_mm=prepared.grid.spacing_mm,
+                regions=self.config.data.is_regions,
+            ).cpu()
 
 
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
@@ -152,30 +177,36 @@ def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device
 
     @torch.inference_mode()
     def score(windows: torch.Tensor) -> torch.Tensor:
-        windows = windows.to(memory_format=memory)
+        windows = windows.contiguous(memory_format=memory)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits: torch.Tensor = network(windows)
-        logits = logits.float()
-        return logits.sigmoid() if data.is_regions else logits.softmax(dim=1)
+        if data.is_regions:
+            return logits.float().sigmoid()
+        # channels lie together in memory, there the softmax is fastest
+        return logits.movedim(1, -1).float().softmax(dim=-1).movedim(-1, 1)
 
     return score
 
 
-def decider(data: DataConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Scores (K, …) → values that are written (…): the strongest label, or each region above one half in turn."""
-    values = data.out_values
-    dtype = torch.uint8 if max(values, default=0) <= 255 else torch.uint16
-    if not data.is_regions:
-        lookup = torch.tensor(values, dtype=torch.int32)
-        return lambda scores: lookup.to(scores.device)[scores.argmax(dim=0)].to(dtype)
-
-    def regions(scores: torch.Tensor) -> torch.Tensor:
-        labels = torch.zeros(scores.shape[1:], dtype=torch.int32, device=scores.device)
-        for score, value in zip(scores, values):
-            labels[score > 0.5] = value
-        return labels.to(dtype)
-
-    return regions
+def _windows(config: Config, options: InferOptions) -> WindowsConfig:
+    """How this model cuts volumes, with what the options ask for laid over."""
+    changes: dict[str, Any] = {}
+    if options.overlap is not None:
+        if not 0 <= options.overlap < 1:
+            raise ConfigError(f"--overlap {options.overlap}: expected a number from 0 to below 1")
+        changes |= {"mode": "blend", "overlap": options.overlap}
+    if options.window == "whole":
+        changes |= {"mode": "whole"}
+    elif options.window != "auto":
+        dims = config.data.spatial_dims
+        if len(options.window) != dims:
+            raise ConfigError(f"--window: {len(options.window)} numbers found, expected {dims}, or auto or whole")
+        changes |= {"mode": "blend", "tile_size": tuple(options.window)}
+    if options.tta in ("flip", "scale"):
+        changes |= {"flip_axes": config.augment.flip_axes}
+    if options.tta == "scale":
+        changes |= {"scales": SCALES}
+    return config.windows.model_copy(update=changes)
 
 
 def _common_config(models: Sequence[Model]) -> Config:
@@ -195,4 +226,4 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Adds the seconds that the block took to `seconds` under `stage`."""
     start = time.perf_counter()
     yield
-    seconds[stage] = round(time.perf_counter() - start, 4)
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 6)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medseg.body import is_ct
 from medseg.cases import Case, Dataset
 from medseg.config import (
     AugmentConfig,
@@ -44,7 +45,6 @@ SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|l
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # what is given of a network and decides how the rest of it is planned
 SHAPING = {"encoder", "channels"}
-CT_NAMES = ("ct", "cta", "cect", "ncct", "hu")
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,7 @@ def _preprocess(
 
 
 def _intensity(channel: str, found: dict[str, float], reasons: dict[str, str]) -> IntensityConfig:
-    words = re.split(r"[^a-z]+", channel.lower())
-    if any(name in words for name in CT_NAMES):
+    if is_ct(channel):
         reasons["preprocess.intensity"] = (
             "CT: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles in the labels, "
             "then their mean and standard deviation"

@@ -1,64 +1,140 @@
-"""Scores of a whole volume from a window that slides over it; what comes in and goes out is on the network's grid."""
+"""Scores of a volume window by window, handed on in pieces as soon as they are final; all on the network's grid."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
+from medseg.body import Air
 from medseg.config import WindowsConfig
+from medseg.device import batch_that_fits, is_out_of_memory, release_memory
 from medseg.patches import cut
+from medseg.restore import Piece
 
-# scores of one window batch: (B, C, *patch) → (B, K, *patch), probabilities
+log = logging.getLogger(__name__)
+
+# scores of one batch of windows: (B, C, *S) → (B, K, *S), probabilities
 Scorer = Callable[[torch.Tensor], torch.Tensor]
+# what the members of an ensemble said of one batch, each (B, K, *S), and their mean
+Observer = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
+
+# tiles begin where every stride of a network has a voxel, so that they see the grid that the whole volume would
+ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
-class Flips:
-    """Axes along which windows are mirrored, in all combinations; () is none."""
+class View:
+    """A copy of a window that a network looks at: mirrored along `flips`, then resized by `scale`."""
 
-    axes: tuple[int, ...] = ()
+    flips: tuple[int, ...] = ()
+    scale: float = 1.0
 
-    def combinations(self) -> Iterator[tuple[int, ...]]:
-        """Every subset of the axes, the empty one first."""
-        for length in range(len(self.axes) + 1):
-            yield from itertools.combinations(self.axes, length)
+    def scores(self, scorer: Scorer, windows: torch.Tensor) -> torch.Tensor:
+        """What `scorer` says of the view of `windows` (B, C, *S), turned and sized back: (B, K, *S)."""
+        size = tuple(windows.shape[2:])
+        dims = [a + 2 for a in self.flips]
+        seen = windows.flip(dims) if dims else windows
+        if self.scale != 1:
+            # never below 2: a norm over one voxel has nothing to normalise
+            seen = _resized(seen, [max(2, round(n * self.scale)) for n in size])
+        scores = scorer(seen)
+        scores = _resized(scores.float(), size) if self.scale != 1 else scores
+        return scores.flip(dims) if dims else scores
+
+
+def views(config: WindowsConfig) -> tuple[View, ...]:
+    """All views that `config` asks for, the plain one first."""
+    subsets = [flips for n in range(len(config.flip_axes) + 1) for flips in itertools.combinations(config.flip_axes, n)]
+    return tuple(View(flips, scale) for scale in config.scales for flips in subsets)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The mean of several networks and views; all of them see one batch of windows before the next."""
+
+    scorers: tuple[Scorer, ...]
+    views: tuple[View, ...] = (View(),)
+    observe: Observer | None = None
+
+    def __call__(self, windows: torch.Tensor) -> torch.Tensor:
+        """(B, C, *S) → mean probabilities (B, K, *S) float32."""
+        count = len(self.views) * len(self.scorers)
+        if not count:
+            raise ValueError("no network to score with")
+        members = (view.scores(scorer, windows) for view in self.views for scorer in self.scorers)
+        if self.observe is None:
+            total = next(members).float()
+            for scores in members:
+                total = total + scores
+            return total / count if count > 1 else total
+        kept = [scores.float() for scores in members]
+        mean = torch.stack(kept).mean(dim=0) if len(kept) > 1 else kept[0]
+        self.observe(kept, mean)
+        return mean
+
+
+@torch.inference_mode()
+def stream(
+    config: WindowsConfig,
+    image: torch.Tensor,
+    scorer: Scorer,
+    *,
+    device: torch.device,
+    air: Air | None = None,
+    tick: Callable[[float], None] | None = None,
+) -> Iterator[Piece]:
+    """Final scores of `image` (C, *S), wherever it lies, as pieces in the order of `stream_order`, on `device`.
+
+    A volume smaller than a patch is padded with 0, as in training. What is held at a time grows with the section of the
+    volume across its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the
+    share that is done after each window; what it raises ends the work. Where memory runs out, the batch is halved, then
+    sums are kept on the CPU, and nothing is computed twice; a whole volume that does not fit is done in tiles.
+    """
+    runner = _Runner(scorer, device, config.batch_size)
+    plan = _plan(config, image)
+    done = 0
+    while done < len(plan.windows):
+        try:
+            for window, scores in runner.run(plan, image, air):
+                yield plan.finish(window, scores)
+                done += 1
+                if tick is not None:
+                    tick(done / len(plan.windows))
+        except _TooLarge:
+            smaller = None if done else plan.smaller()
+            if smaller is None:
+                raise torch.OutOfMemoryError(f"one window of {plan.windows[done].size} voxels does not fit") from None
+            plan = smaller
+            log.warning("out of memory: tiles of %s voxels in place of larger ones", plan.windows[0].size)
+    if runner.skipped:
+        log.info("%d of %d windows lie outside the body: background", runner.skipped, len(plan.windows))
+
+
+def stream_order(config: WindowsConfig, shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes from the slowest to the fastest in which pieces come: sums are kept across the smallest section."""
+    patch = config.tile_size or config.patch_size
+    shared = [max(1, p - max(1, int(p * (1 - config.overlap)))) for p in patch]
+    return tuple(sorted(range(len(shape)), key=lambda a: -shape[a] / shared[a]))
 
 
 def predict(
-    config: WindowsConfig, image: torch.Tensor, scorers: Sequence[Scorer], *, flips: Flips | None = None
+    config: WindowsConfig, image: torch.Tensor, scorer: Scorer, *, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Mean probabilities (K, *S) float32 of `image` (C, *S), on its device.
-
-    Windows of `patch_size` overlap by `overlap` and count less towards their edge (a Gaussian of σ = patch/8, as in
-    nnU-Net). All scorers and flips see one batch of windows before the next. A volume smaller than the window is
-    padded with 0, as in training.
-    """
-    shape = tuple(image.shape[1:])
-    patch = config.patch_size
-    padded = tuple(max(s, p) for s, p in zip(shape, patch))
-    start = [-((p - s) // 2) for s, p in zip(shape, padded)]
-    volume = cut(image, start, padded)
-    weight = importance(patch).to(image.device)
+    """`stream` in one tensor: mean probabilities (K, *S) float32 of `image` (C, *S), on the image's device."""
     total: torch.Tensor | None = None
-    norm = torch.zeros(padded, device=image.device)
-    corners = list(itertools.product(*(starts(s, p, config.overlap) for s, p in zip(padded, patch))))
-    for n in range(0, len(corners), config.batch_size):
-        here = corners[n : n + config.batch_size]
-        scores = _score(torch.stack([cut(volume, c, patch) for c in here]), scorers, flips or Flips())
+    for piece in stream(config, image, scorer, device=device or image.device):
         if total is None:
-            total = torch.zeros((scores.shape[1], *padded), device=image.device)
-        for corner, window in zip(here, scores):
-            box = tuple(slice(c, c + p) for c, p in zip(corner, patch))
-            total[(slice(None), *box)].addcmul_(window.float(), weight)
-            norm[box] += weight
+            total = torch.zeros((piece.scores.shape[-1], *image.shape[1:]), device=image.device)
+        total[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0).to(total.device)
     if total is None:
         raise ValueError("no window in an empty volume")
-    inner = tuple(slice(-a, -a + s) for a, s in zip(start, shape))
-    return total.div_(norm)[(slice(None), *inner)]
+    return total
 
 
 def starts(size: int, patch: int, overlap: float) -> list[int]:
@@ -70,25 +146,241 @@ def starts(size: int, patch: int, overlap: float) -> list[int]:
     return [round(n * (size - patch) / (count - 1)) for n in range(count)]
 
 
-def importance(patch_size: Sequence[int]) -> torch.Tensor:
-    """Weight (*patch_size) of a window's voxels: 1 in the middle, never below 1e-3."""
-    axes = [np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch_size]
-    weight = axes[0]
-    for axis in axes[1:]:
-        weight = np.multiply.outer(weight, axis)
-    return torch.as_tensor(np.maximum(weight / weight.max(), 1e-3), dtype=torch.float32)
+def edge_weights(patch: int) -> torch.Tensor:
+    """Weight (patch,) of a window's voxels along an axis: a Gaussian of σ = patch/8, as in nnU-Net."""
+    return torch.as_tensor(np.exp(-0.5 * ((np.arange(patch) - (patch - 1) / 2) / (patch / 8)) ** 2))
 
 
-def _score(windows: torch.Tensor, scorers: Sequence[Scorer], flips: Flips) -> torch.Tensor:
-    total, count = None, 0
-    for axes in flips.combinations():
-        dims = [a + 2 for a in axes]
-        turned = windows.flip(dims) if dims else windows
-        for scorer in scorers:
-            scores = scorer(turned)
-            scores = scores.flip(dims) if dims else scores
-            total = scores if total is None else total + scores
-            count += 1
-    if total is None:
-        raise ValueError("no network to score with")
-    return total / count
+@dataclass(frozen=True)
+class _Window:
+    """What one pass of the network reads: a box of the padded volume, and its place in the plan."""
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    index: tuple[int, ...]
+
+
+class _Plan:
+    """Windows of a volume, in raster order of `order`, and what makes final pieces of their scores."""
+
+    def __init__(self, config: WindowsConfig, image: torch.Tensor) -> None:
+        self.shape = tuple(image.shape[1:])
+        self.order = stream_order(config, self.shape)
+        # a volume smaller than a patch lies in the middle of it
+        self.padded = tuple(max(s, p) for s, p in zip(self.shape, config.patch_size))
+        self.offset = tuple((p - s) // 2 for s, p in zip(self.shape, self.padded))
+        self.windows: list[_Window] = []
+
+    def read(self, image: torch.Tensor, window: _Window) -> torch.Tensor:
+        """The voxels (C, *size) of a window."""
+        return cut(image, self.place(window), window.size)
+
+    def place(self, window: _Window) -> list[int]:
+        """The first voxel of a window in the image, negative in the padding before it."""
+        return [a - o for a, o in zip(window.start, self.offset)]
+
+    def finish(self, window: _Window, scores: torch.Tensor) -> Piece:
+        """The piece that the scores (K, *size) of `window` settle."""
+        raise NotImplementedError
+
+    def spare(self) -> bool:
+        """Free memory of the device; False where nothing is left to free."""
+        return False
+
+    def smaller(self) -> _Plan | None:
+        """A plan with smaller windows, where that changes little."""
+        return None
+
+    def _in_order(self, counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Indices of windows by axis, `order`'s last axis fastest."""
+        for found in itertools.product(*(range(counts[a]) for a in self.order)):
+            yield tuple(found[self.order.index(a)] for a in range(len(counts)))
+
+    def _inside(self, start: Sequence[int], scores: torch.Tensor) -> Piece:
+        """The part of `scores` (*size, K) that is not padding."""
+        first = [max(a, o) for a, o in zip(start, self.offset)]
+        stop = [min(a + n, o + s) for a, n, o, s in zip(start, scores.shape, self.offset, self.shape)]
+        box = tuple(slice(f - a, e - a) for f, e, a in zip(first, stop, start))
+        return Piece(tuple(f - o for f, o in zip(first, self.offset)), scores[box])
+
+
+class _Blend(_Plan):
+    """Overlapping windows. Their weights add up to 1 in every voxel, so that sums are final without a division.
+
+    A window settles the box from its own start to that of the next window by axis. What it adds beyond is carried: the
+    part beyond along the fastest axis to the next window, along the others to the window there, one row later.
+    """
+
+    def __init__(self, config: WindowsConfig, image: torch.Tensor) -> None:
+        super().__init__(config, image)
+        self._tile = tuple(
+            # a window larger than the volume would only look at padding
+            min(t, p)
+            for t, p in zip(config.tile_size or config.patch_size, self.padded)
+        )
+        self._starts = [starts(s, t, config.overlap) for s, t in zip(self.padded, self._tile)]
+        self._weights = [_shares(found, tile, size) for found, tile, size in zip(self._starts, self._tile, self.padded)]
+        self._carried: dict[tuple[int, ...], torch.Tensor] = {}
+        self._spare = False
+        self.windows = [
+            _Window(tuple(s[i] for s, i in zip(self._starts, index)), self._tile, index)
+            for index in self._in_order([len(s) for s in self._starts])
+        ]
+
+    def finish(self, window: _Window, scores: torch.Tensor) -> Piece:
+        block = scores.movedim(0, -1)
+        weight = torch.ones(())
+        for axis, index in enumerate(window.index):
+            weight = weight[..., None] * self._weights[axis][index]
+        if len(self.windows) > 1:
+            block = block * weight[..., None].to(block.device, block.dtype)
+        for place in reversed(range(len(self.order))):
+            axis = self.order[place]
+            index, found = window.index[axis], self._starts[axis]
+            key = (axis, *(window.index[inner] for inner in self.order[place + 1 :]))
+            carried = self._carried.pop(key, None)
+            if carried is not None and index > 0:
+                block.narrow(axis, 0, carried.shape[axis]).add_(carried.to(block.device))
+            if index + 1 < len(found):
+                settled = found[index + 1] - found[index]
+                beyond = block.narrow(axis, settled, block.shape[axis] - settled)
+                kept = beyond.cpu() if self._spare else beyond
+                self._carried[key] = kept.clone(memory_format=torch.contiguous_format)
+                block = block.narrow(axis, 0, settled)
+        return self._inside(window.start, block)
+
+    def spare(self) -> bool:
+        if self._spare:
+            return False
+        self._spare = True
+        self._carried = {key: carried.cpu() for key, carried in self._carried.items()}
+        log.warning("out of memory: the sums of windows are kept on the CPU from here on")
+        return True
+
+
+class _Tiles(_Plan):
+    """Tiles side by side that see a margin of their neighbours; the volume itself where there is but one."""
+
+    def __init__(self, config: WindowsConfig, image: torch.Tensor) -> None:
+        super().__init__(config, image)
+        self._config, self._image = config, image
+        tile, halo = self.padded, (0,) * len(self.padded)
+        if config.mode == "halo":
+            tile = tuple(
+                min(s, max(ALIGNMENT, t // ALIGNMENT * ALIGNMENT))
+                for s, t in zip(self.padded, config.tile_size or config.patch_size)
+            )
+            halo = config.halo or tuple(p // 2 for p in config.patch_size)
+        # a margin that keeps the strides of the network where they would be in the whole volume
+        self._halo = tuple(-(-h // ALIGNMENT) * ALIGNMENT for h in halo)
+        self._tile = tile
+        for index in self._in_order([-(-s // t) for s, t in zip(self.padded, tile)]):
+            first = [max(0, i * t - h) for i, t, h in zip(index, tile, self._halo)]
+            last = [min(s, (i + 1) * t + h) for i, t, h, s in zip(index, tile, self._halo, self.padded)]
+            self.windows.append(_Window(tuple(first), tuple(b - a for a, b in zip(first, last)), index))
+
+    def finish(self, window: _Window, scores: torch.Tensor) -> Piece:
+        first = [i * t for i, t in zip(window.index, self._tile)]
+        stop = [min(s, f + t) for s, f, t in zip(self.padded, first, self._tile)]
+        core = tuple(slice(f - a, e - a) for f, e, a in zip(first, stop, window.start))
+        return self._inside(first, scores.movedim(0, -1)[core])
+
+    def smaller(self) -> _Plan | None:
+        longest = max(range(len(self._tile)), key=lambda a: self._tile[a])
+        half = [-(-t // 2) if a == longest else t for a, t in enumerate(self._tile)]
+        if half[longest] < ALIGNMENT:
+            return None
+        return _Tiles(self._config.model_copy(update={"mode": "halo", "tile_size": tuple(half)}), self._image)
+
+
+def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
+    return _Blend(config, image) if config.mode == "blend" else _Tiles(config, image)
+
+
+class _Runner:
+    """Runs windows in batches of as many as fit; of what an out-of-memory error undoes, nothing had been finished."""
+
+    def __init__(self, scorer: Scorer, device: torch.device, batch: int | None) -> None:
+        self._scorer = scorer
+        self._device = device
+        self._measure = batch is None
+        # the first window alone shows what one takes
+        self._batch = batch or 1
+        self.skipped = 0
+
+    def run(self, plan: _Plan, image: torch.Tensor, air: Air | None) -> Iterator[tuple[_Window, torch.Tensor]]:
+        """Each window with its scores (K, *size), in order. Raises `_TooLarge` where not even one window fits."""
+        for group in self._groups(plan, air):
+            seen = [window for window, empty in group if not empty]
+            scores = self._scores([plan.read(image, window) for window in seen], plan)
+            for window, empty in group:
+                if empty and air is not None:
+                    self.skipped += 1
+                    flat = air.scores.to(self._device).reshape(-1, *(1,) * len(window.size))
+                    yield window, flat.expand(-1, *window.size)
+                else:
+                    yield window, next(scores)
+
+    def _groups(self, plan: _Plan, air: Air | None) -> Iterator[list[tuple[_Window, bool]]]:
+        """Consecutive windows, whether each is air, with as many that are not as a batch holds; all of one size."""
+        group: list[tuple[_Window, bool]] = []
+        for window in plan.windows:
+            empty = air is not None and air.fills(plan.place(window), window.size)
+            full = sum(not e for _, e in group) >= self._batch
+            if group and (full or window.size != group[0][0].size):
+                yield group
+                group = []
+            group.append((window, empty))
+        if group:
+            yield group
+
+    def _scores(self, windows: Sequence[torch.Tensor], plan: _Plan) -> Iterator[torch.Tensor]:
+        n = 0
+        while n < len(windows):
+            part = windows[n : n + self._batch]
+            scores = self._attempt(part)
+            if scores is None:
+                self._retreat(plan)
+                continue
+            if self._measure:
+                self._measure = False
+                self._batch = batch_that_fits(self._device, scores)
+            yield from scores
+            n += len(part)
+
+    def _attempt(self, windows: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Scores (B, K, *size), or None where memory ran out; then nothing of the attempt is held."""
+        try:
+            return self._scorer(torch.stack(list(windows)).to(self._device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.debug("%s", error)
+        return None
+
+    def _retreat(self, plan: _Plan) -> None:
+        release_memory(self._device)
+        self._measure = False
+        if self._batch > 1:
+            self._batch //= 2
+            log.warning("out of memory: %d windows at a time from here on", self._batch)
+        elif not plan.spare():
+            raise _TooLarge
+
+
+class _TooLarge(Exception):  # noqa: N818
+    """Not even one window fits into memory."""
+
+
+def _shares(first: Sequence[int], tile: int, size: int) -> list[torch.Tensor]:
+    """For each window along an axis, what its voxels count; over all windows these add up to 1 in every voxel."""
+    weight = edge_weights(tile)
+    total = torch.zeros(size, dtype=torch.float64)
+    for start in first:
+        total[start : start + tile] += weight
+    return [(weight / total[start : start + tile]).float() for start in first]
+
+
+def _resized(windows: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return functional.interpolate(windows, size=list(size), mode=mode, align_corners=False)

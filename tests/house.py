@@ -11,8 +11,8 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors config grid device progress versions",
         "cases datasets readers writers metrics",
-        "preprocess networks",
-        "patches augment losses",
+        "preprocess networks restore",
+        "patches augment losses body",
         "check plan model pretrained statistics",
         "windows postprocess evaluate",
         "infer inspect quality report export",

@@ -11,7 +11,7 @@ from geometry import oblique, orientations, reorient
 
 from medseg import grid as grid_module
 from medseg.errors import GeometryError
-from medseg.grid import Grid, axis_weights, resample, resample_labels, restore
+from medseg.grid import Grid, axis_weights, resample, resample_labels
 
 SPACING = (0.9, 1.7, 3.1)
 
@@ -121,16 +121,6 @@ def test_all_48_orientations_of_an_oblique_volume_come_out_exactly(kernel: grid_
         assert torch.equal(result[0], torch.as_tensor(turned)), (order, flipped)
 
 
-def test_restore_turns_labels_back_in_all_48_orientations() -> None:
-    here = source()
-    labels = np.random.default_rng(1).integers(0, 3, here.shape)
-    scores = one_hot(torch.as_tensor(labels), 3)
-    for order, flipped in orientations():
-        turned, affine = reorient(labels, here.affine, order, flipped)
-        result = restore(scores, here, Grid(turned.shape, affine), strongest)
-        assert torch.equal(result, torch.as_tensor(turned).to(torch.uint8)), (order, flipped)
-
-
 def test_a_crop_is_exact() -> None:
     here = source()
     array = torch.randn(2, *here.shape, generator=torch.Generator().manual_seed(0))
@@ -138,54 +128,6 @@ def test_a_crop_is_exact() -> None:
     affine[:, 3] = here.affine @ [1, 2, 3, 1]
     result = resample(array, here, Grid((2, 3, 4), affine), kernel="cubic")
     assert torch.equal(result, array[:, 1:3, 2:5, 3:7])
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16])
-def test_restore_after_a_crop_is_zero_outside(dtype: torch.dtype) -> None:
-    whole = source((6, 7, 8))
-    affine = whole.affine.copy()
-    affine[:, 3] = whole.affine @ [1, 2, 3, 1]
-    part = Grid((3, 2, 4), affine)
-    scores = torch.zeros(2, *part.shape)
-    scores[1] = 1
-    result = restore(scores, part, whole, lambda s: (s.argmax(dim=0).int() * 200).to(dtype))
-    expected = torch.zeros(whole.shape, dtype=torch.int32)
-    expected[1:4, 2:4, 3:7] = 200
-    assert result.dtype == dtype
-    assert torch.equal(result.int(), expected)
-
-
-def test_restore_to_a_grid_that_lies_apart_is_all_zero() -> None:
-    here = source()
-    apart = here.affine.copy()
-    apart[:, 3] = here.affine @ [50, 0, 0, 1]
-    assert not restore(torch.ones(1, *here.shape), here, Grid(here.shape, apart), lambda s: s[0].int()).any()
-
-
-def test_restore_of_a_cropped_coarse_grid_ends_at_the_faces_of_its_voxels() -> None:
-    # one axis that counts: coarse voxels of 2 mm with centres at 4.5 and 6.5 mm cover 3.5…7.5 mm
-    coarse = Grid((2, 1, 1), np.array([[2.0, 0, 0, 4.5], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
-    fine = Grid((10, 1, 1), np.eye(4))
-    result = restore(torch.ones(1, 2, 1, 1), coarse, fine, lambda s: (s[0] > 0.5).to(torch.uint8))
-    assert result[:, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
-
-
-def test_slabs_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    coarse = source((5, 6, 7))
-    fine = coarse.with_spacing((0.6, 1.9, 1.1))
-    scores = torch.randn(3, *coarse.shape, generator=torch.Generator().manual_seed(2))
-    whole = restore(scores, coarse, fine, strongest)
-    sizes = []
-
-    def watch(slab: torch.Tensor) -> torch.Tensor:
-        sizes.append(slab.shape[1])
-        return strongest(slab)
-
-    monkeypatch.setattr(grid_module, "SLAB_BYTES", 2 * 3 * 4 * fine.shape[1] * fine.shape[2])
-    slabs = restore(scores, coarse, fine, watch)
-    assert set(sizes) <= {1, 2}
-    assert sum(sizes) == fine.shape[0]
-    assert torch.equal(slabs, whole)
 
 
 # ---- spacings
@@ -285,7 +227,7 @@ def test_a_label_edge_stays_in_its_place_when_the_spacing_is_halved() -> None:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("function", ["resample", "resample_labels", "restore"])
+@pytest.mark.parametrize("function", ["resample", "resample_labels"])
 def test_grids_oblique_to_each_other_are_refused(function: str) -> None:
     here = source()
     tilted = Grid(here.shape, oblique(SPACING, degrees=21))
@@ -293,7 +235,6 @@ def test_grids_oblique_to_each_other_are_refused(function: str) -> None:
         {
             "resample": lambda: resample(torch.zeros(1, *here.shape), here, tilted),
             "resample_labels": lambda: resample_labels(torch.zeros(here.shape), here, tilted),
-            "restore": lambda: restore(torch.zeros(1, *here.shape), here, tilted, strongest),
         }[function]()
 
 
@@ -325,15 +266,6 @@ def test_pictures_turn_exactly_too(order: tuple[int, int], flips: tuple[int, int
     expected = picture.permute(0, 1 + order[0], 1 + order[1]).flip([1 + a for a in range(2) if flips[a] < 0])
     result = resample(picture, Grid((3, 4), np.eye(3)), Grid(tuple(expected.shape[1:]), change))
     assert torch.equal(result, expected)
-
-
-@pytest.mark.parametrize("size", [7, 12, 109, 127])
-@pytest.mark.parametrize("spacing", [0.7, 1.9, 2.0, 5.0])
-def test_nothing_of_an_uncropped_image_is_lost_on_the_way_back(size: int, spacing: float) -> None:
-    here = Grid((size, 3, 2), np.eye(4))
-    there = here.with_spacing((spacing, 1.0, 1.0))
-    back = restore(torch.ones(1, *there.shape), there, here, lambda s: (s[0] > 0.5).to(torch.uint8))
-    assert back.all()
 
 
 def test_a_plane_lies_in_the_first_two_of_three_axes() -> None:

@@ -15,10 +15,9 @@ from PIL import Image as Picture
 from tiny import blobs, tiny_config, tiny_model
 
 from medseg.cases import Case
-from medseg.config import DataConfig
 from medseg.errors import ConfigError, DataError, ModelError
 from medseg.folder import CaseResult, infer
-from medseg.infer import InferOptions, decider, load_model
+from medseg.infer import InferOptions, load_model
 from medseg.preprocess import prepare
 
 SHAPE = (7, 10, 13)
@@ -48,27 +47,6 @@ def statuses(results: tuple[CaseResult, ...]) -> list[str]:
 
 def record(folder: Path, name: str = "run.json") -> dict[str, Any]:
     return dict(json.loads((folder / name).read_text()))
-
-
-# ---- scores become values
-
-
-def test_the_strongest_label_gives_its_value() -> None:
-    decide = decider(DataConfig(labels={"a": 3, "b": 200}))
-    scores = torch.tensor([[0.5, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.2, 0.8]])
-    labels = decide(scores)
-    assert (labels.dtype, labels.tolist()) == (torch.uint8, [0, 3, 200])
-
-
-def test_values_above_255_need_two_bytes() -> None:
-    labels = decider(DataConfig(labels={"a": 300}))(torch.tensor([[0.1], [0.9]]))
-    assert (labels.dtype, labels.int().tolist()) == (torch.uint16, [300])
-
-
-def test_later_regions_overwrite_earlier_ones_above_one_half() -> None:
-    decide = decider(DataConfig(labels={"whole": (1, 2), "core": (2,)}, region_values=(1, 2)))
-    scores = torch.tensor([[0.9, 0.9, 0.2, 0.5], [0.1, 0.6, 0.7, 0.5]])
-    assert decide(scores).tolist() == [1, 2, 2, 0]
 
 
 # ---- one case

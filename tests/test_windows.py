@@ -1,16 +1,21 @@
-"""The sliding window: it covers everything, gives back what the scorer says, and averages flips and scorers."""
+"""Windows: they cover everything, give what the plain method gives, piece by piece, and hold little at a time."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from medseg.body import CELL, Air
 from medseg.config import WindowsConfig
-from medseg.windows import Flips, importance, predict, starts
+from medseg.patches import cut
+from medseg.windows import Ensemble, Scorer, View, edge_weights, predict, starts, stream, stream_order, views
 
 PATCH = (4, 6, 5)
+CPU = torch.device("cpu")
 
 
 def a_volume(*shape: int, channels: int = 2) -> torch.Tensor:
@@ -21,21 +26,79 @@ def same(windows: torch.Tensor) -> torch.Tensor:
     return windows
 
 
+def a_network(dims: int, *, kernel: int = 3, channels: int = 4) -> Scorer:
+    torch.manual_seed(1)
+    conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1](2, channels, kernel, padding="same")
+    return lambda windows: conv(windows).softmax(dim=1)
+
+
+def plain(config: WindowsConfig, image: torch.Tensor, scorer: Scorer) -> torch.Tensor:
+    """The textbook's way: all weighted scores and all weights at full size, in float64, divided at the end."""
+    shape, patch = image.shape[1:], config.patch_size
+    padded = [max(s, p) for s, p in zip(shape, patch)]
+    before = [(p - s) // 2 for s, p in zip(shape, padded)]
+    weight = torch.ones((), dtype=torch.float64)
+    for size in patch:
+        weight = weight[..., None] * edge_weights(size)
+    total, norm = torch.zeros(1, dtype=torch.float64), torch.zeros(padded, dtype=torch.float64)
+    for corner in itertools.product(*(starts(s, p, config.overlap) for s, p in zip(padded, patch))):
+        scores = scorer(cut(image, [c - b for c, b in zip(corner, before)], patch)[None])[0].double()
+        total = total if total.ndim > 1 else torch.zeros(len(scores), *padded, dtype=torch.float64)
+        box = tuple(slice(c, c + p) for c, p in zip(corner, patch))
+        total[(slice(None), *box)] += scores * weight
+        norm[box] += weight
+    return (total / norm)[(slice(None), *(slice(b, b + s) for b, s in zip(before, shape)))]
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
-@pytest.mark.parametrize("shape", [(4, 6, 5), (9, 13, 11), (2, 3, 4), (1, 20, 3), (5, 7, 6)])
-def test_overlapping_windows_give_back_what_the_scorer_says(shape: tuple[int, ...], overlap: float) -> None:
-    volume = a_volume(*shape)
-    found = predict(WindowsConfig(patch_size=PATCH, overlap=overlap), volume, [same])
-    assert found.shape == volume.shape
-    # weights from 1e-3 to 1 in float32
-    assert torch.allclose(found, volume, atol=1e-5)
+@pytest.mark.parametrize(
+    "shape", [(4, 6, 5), (9, 13, 11), (2, 3, 4), (1, 20, 3), (5, 7, 6), (10,), (3,), (9, 7), (2, 11)]
+)
+def test_streamed_scores_equal_those_of_the_plain_method(shape: tuple[int, ...], overlap: float) -> None:
+    config = WindowsConfig(patch_size=PATCH[: len(shape)], overlap=overlap)
+    volume, scorer = a_volume(*shape), a_network(len(shape))
+    found = predict(config, volume, scorer)
+    assert found.shape == (4, *shape)
+    assert (found - plain(config, volume, scorer)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(10,), (3,), (9, 7), (2, 11)])
-def test_one_and_two_dimensions(shape: tuple[int, ...]) -> None:
-    volume = a_volume(*shape)
-    found = predict(WindowsConfig(patch_size=PATCH[: len(shape)]), volume, [same])
-    assert torch.allclose(found, volume, atol=1e-5)
+def test_pieces_cover_the_volume_once_in_the_order_that_is_told() -> None:
+    config, volume = WindowsConfig(patch_size=PATCH, overlap=0.5), a_volume(9, 13, 11)
+    order = stream_order(config, (9, 13, 11))
+    seen = torch.zeros(9, 13, 11, dtype=torch.int64)
+    places = []
+    for piece in stream(config, volume, same, device=CPU):
+        seen[piece.box] += 1
+        places.append([piece.start[a] for a in order])
+    assert (seen == 1).all()
+    assert places == sorted(places)
+
+
+def test_the_first_axis_is_the_one_with_the_smallest_section_to_keep() -> None:
+    # 8 of 16 voxels shared on all axes: the longest axis first
+    config = WindowsConfig(patch_size=(16, 16, 16), overlap=0.5)
+    assert stream_order(config, (50, 300, 100)) == (1, 2, 0)
+    # what is kept across axis 0 is 4 voxels thick, across axis 1 16
+    config = WindowsConfig(patch_size=(8, 32, 16), overlap=0.5)
+    assert stream_order(config, (100, 300, 50))[0] == 0
+
+
+def test_what_is_held_does_not_grow_with_the_length_of_the_volume() -> None:
+    from medseg.windows import _Blend
+
+    def most_held(length: int) -> int:
+        config = WindowsConfig(patch_size=(8, 8, 8), overlap=0.5, batch_size=1)
+        image = torch.zeros(1, length, 16, 16)
+        plan, most = _Blend(config, image), 0
+        for window in plan.windows:
+            plan.finish(window, torch.zeros(10, 8, 8, 8))
+            most = max(most, sum(t.numel() for t in plan._carried.values()))
+        assert not plan._carried
+        return most
+
+    assert most_held(200) == most_held(64)
+    # half a window across the section, a row of windows, a window; 10 channels
+    assert most_held(64) <= 10 * (4 * 16 * 16 + 8 * 4 * 16 + 8 * 8 * 4)
 
 
 def test_the_scorer_sees_whole_patches_in_batches_and_zeros_outside() -> None:
@@ -45,7 +108,7 @@ def test_the_scorer_sees_whole_patches_in_batches_and_zeros_outside() -> None:
         seen.append(windows)
         return windows
 
-    predict(WindowsConfig(patch_size=PATCH, batch_size=3), torch.ones(1, 9, 2, 5), [watch])
+    predict(WindowsConfig(patch_size=PATCH, batch_size=3), torch.ones(1, 9, 2, 5), watch)
     assert [tuple(w.shape[1:]) for w in seen] == [(1, *PATCH)] * len(seen)
     assert [len(w) for w in seen] == [3, 1]
     # 2 of 6 rows, in the middle
@@ -54,8 +117,19 @@ def test_the_scorer_sees_whole_patches_in_batches_and_zeros_outside() -> None:
 
 def test_batch_size_does_not_matter() -> None:
     volume = a_volume(9, 13, 11)
-    one, many = (predict(WindowsConfig(patch_size=PATCH, batch_size=n), volume, [same]) for n in (1, 100))
+    one, many = (predict(WindowsConfig(patch_size=PATCH, batch_size=n), volume, same) for n in (1, 100))
     assert torch.equal(one, many)
+
+
+def test_left_open_the_batch_grows_once_one_window_has_shown_its_size() -> None:
+    sizes = []
+
+    def watch(windows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(windows))
+        return windows
+
+    predict(WindowsConfig(patch_size=PATCH), a_volume(9, 13, 11), watch)
+    assert sizes[:2] == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -85,13 +159,52 @@ def test_starts_cover_with_at_least_the_overlap() -> None:
             assert 0 < b - a <= max(1, patch * (1 - overlap) + 1e-9)
 
 
-def test_importance_is_one_in_the_middle_symmetric_and_never_zero() -> None:
-    weight = importance((9, 16))
-    assert float(weight.max()) == 1
-    assert torch.equal(weight, weight.flip(0).flip(1))
-    assert float(weight.min()) >= 1e-3
-    # σ is an eighth of the patch: the voxel one σ (2) from the middle pair is exp(−½·(2.5² − 0.5²)/2²) of it
-    assert float(weight[4, 5] / weight[4, 7]) == pytest.approx(2.718281828 ** (-0.5 * (2.5**2 - 0.5**2) / 4), rel=1e-4)
+def test_weights_fall_from_the_middle_as_a_gaussian_of_an_eighth_of_the_patch() -> None:
+    weight = edge_weights(16)
+    assert torch.equal(weight, weight.flip(0))
+    # 2.5 and 0.5 voxels from the middle, σ = 2
+    assert float(weight[7] / weight[5]) == pytest.approx(2.718281828 ** (0.5 * (2.5**2 - 0.5**2) / 4), rel=1e-6)
+    assert float(weight.min()) > 0
+
+
+# ---- tiles and whole volumes
+
+
+@pytest.mark.parametrize("shape", [(70, 40), (33, 64), (5, 6), (100,)])
+def test_a_whole_volume_is_one_look(shape: tuple[int, ...]) -> None:
+    scorer, seen = a_network(len(shape)), []
+
+    def watch(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(windows.shape[2:]))
+        return scorer(windows)
+
+    volume = a_volume(*shape)
+    found = predict(WindowsConfig(patch_size=(4,) * len(shape), mode="whole"), volume, watch)
+    assert seen == [shape]
+    assert torch.allclose(found, scorer(volume[None])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(70, 40), (33, 100), (5, 6), (200,), (40, 66, 33)])
+def test_tiles_whose_margin_holds_the_field_of_view_equal_the_whole(shape: tuple[int, ...]) -> None:
+    dims = len(shape)
+    scorer = a_network(dims, kernel=7)
+    config = WindowsConfig(patch_size=(8,) * dims, mode="halo", tile_size=(32,) * dims, halo=(3,) * dims)
+    volume = a_volume(*shape)
+    pieces = list(stream(config, volume, scorer, device=CPU))
+    assert len(pieces) == torch.tensor([-(-s // 32) for s in shape]).prod()
+    assert torch.allclose(predict(config, volume, scorer), scorer(volume[None])[0], atol=1e-6)
+
+
+def test_tiles_of_a_strided_network_lie_on_its_grid() -> None:
+    def strided(windows: torch.Tensor) -> torch.Tensor:
+        return windows[..., ::16].repeat_interleave(16, dim=-1)[..., : windows.shape[-1]]
+
+    config = WindowsConfig(patch_size=(16,), mode="halo", tile_size=(40,), halo=(5,))
+    volume = a_volume(150)
+    assert torch.equal(predict(config, volume, strided), strided(volume[None])[0])
+
+
+# ---- copies and ensembles
 
 
 def slope(axis: int) -> torch.Tensor:
@@ -100,11 +213,16 @@ def slope(axis: int) -> torch.Tensor:
     return (torch.arange(size) - (size - 1) / 2).reshape([size if a == axis else 1 for a in range(3)])
 
 
+def with_views(scorer: Scorer, *flip_axes: int, scales: Sequence[float] = (1.0,)) -> Ensemble:
+    return Ensemble((scorer,), views(WindowsConfig(flip_axes=flip_axes, scales=tuple(scales))))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_flip_is_undone_before_the_mean(axis: int) -> None:
     volume = a_volume(*PATCH)
-    tilted = predict(WindowsConfig(patch_size=PATCH), volume, [lambda w: w + slope(axis)])
-    level = predict(WindowsConfig(patch_size=PATCH), volume, [lambda w: w + slope(axis)], flips=Flips((axis,)))
+    config = WindowsConfig(patch_size=PATCH)
+    tilted = predict(config, volume, lambda w: w + slope(axis))
+    level = predict(config, volume, with_views(lambda w: w + slope(axis), axis))
     assert torch.allclose(tilted, volume + slope(axis), atol=1e-5)
     assert torch.allclose(level, volume, atol=1e-5)
 
@@ -117,18 +235,162 @@ def test_all_combinations_of_flips_count_once() -> None:
         return windows
 
     volume = a_volume(*PATCH)
-    predict(WindowsConfig(patch_size=PATCH), volume, [watch], flips=Flips((0, 2)))
+    predict(WindowsConfig(patch_size=PATCH), volume, with_views(watch, 0, 2))
     wanted = [volume[None].flip(dims) if dims else volume[None] for dims in ((), (2,), (4,), (2, 4))]
     assert len(seen) == 4
     assert all(torch.equal(a, b) for a, b in zip(seen, wanted))
 
 
-def test_several_scorers_give_their_mean() -> None:
-    volume = a_volume(9, 7, 8)
-    found = predict(WindowsConfig(patch_size=PATCH), volume, [same, lambda w: 3 * w, lambda w: w + 6])
+def test_copies_of_other_sizes_come_back_at_the_size_of_the_window() -> None:
+    seen = []
+
+    def watch(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(windows.shape[2:]))
+        return windows
+
+    ramp = torch.arange(16.0).expand(1, 16, 16)
+    found = predict(WindowsConfig(patch_size=(16, 16)), ramp, with_views(watch, scales=(1.0, 0.75, 1.25)))
+    assert seen == [(16, 16), (12, 12), (20, 20)]
+    # a ramp survives linear resizing but for its ends
+    assert torch.allclose(found[:, :, 2:-2], ramp[:, :, 2:-2], atol=1e-4)
+
+
+def test_views_are_all_pairs_of_flips_and_sizes() -> None:
+    found = views(WindowsConfig(flip_axes=(0,), scales=(1.0, 0.75)))
+    assert found == (View(), View((0,)), View((), 0.75), View((0,), 0.75))
+
+
+def test_several_networks_give_their_mean_batch_by_batch() -> None:
+    volume, calls = a_volume(9, 7, 8), []
+
+    def named(name: str, factor: float, shift: float) -> Scorer:
+        def score(windows: torch.Tensor) -> torch.Tensor:
+            calls.append(name)
+            return factor * windows + shift
+
+        return score
+
+    ensemble = Ensemble((named("a", 1, 0), named("b", 3, 0), named("c", 1, 6)))
+    found = predict(WindowsConfig(patch_size=PATCH), volume, ensemble)
     assert torch.allclose(found, (5 * volume + 6) / 3, atol=1e-4)
+    # all of them see one batch before the next
+    assert calls == ["a", "b", "c"] * (len(calls) // 3)
 
 
-def test_no_scorer_is_an_error() -> None:
+def test_an_observer_hears_every_member_and_their_mean() -> None:
+    heard = []
+    ensemble = Ensemble((same, lambda w: 3 * w), observe=lambda members, mean: heard.append((members, mean)))
+    mean = ensemble(torch.ones(1, 1, 4))
+    ((members, told),) = heard
+    assert [float(m.mean()) for m in members] == [1, 3]
+    assert torch.equal(told, mean)
+    assert float(mean.mean()) == 2
+
+
+def test_no_network_is_an_error() -> None:
     with pytest.raises(ValueError, match="no network"):
-        predict(WindowsConfig(patch_size=PATCH), a_volume(*PATCH), [])
+        predict(WindowsConfig(patch_size=PATCH), a_volume(*PATCH), Ensemble(()))
+
+
+# ---- air
+
+
+def test_windows_of_air_are_background_without_a_look(caplog: pytest.LogCaptureFixture) -> None:
+    seen = []
+
+    def watch(windows: torch.Tensor) -> torch.Tensor:
+        seen.extend(windows)
+        return torch.cat([torch.zeros_like(windows), torch.ones_like(windows)], dim=1)
+
+    body = torch.zeros(10, 2, 2, dtype=torch.bool)
+    body[5] = True
+    config = WindowsConfig(patch_size=(8, 8, 8), overlap=0.0)
+    with caplog.at_level(logging.INFO):
+        pieces = list(
+            stream(config, torch.ones(1, 40, 8, 8), watch, device=CPU, air=Air(body, torch.tensor([1.0, 0.0])))
+        )
+    # of five windows only the one at 16…24 touches the body, which lies at 20…24
+    assert len(seen) == 1
+    strongest = torch.cat([p.scores.argmax(dim=-1) for p in sorted(pieces, key=lambda p: p.start)])
+    assert [int(n) for n in strongest.float().mean(dim=(1, 2))] == [0] * 16 + [1] * 8 + [0] * 16
+    assert "4 of 5 windows lie outside the body" in caplog.text
+    assert CELL == 4
+
+
+# ---- when memory runs out
+
+
+def limited(scorer: Scorer, most: int) -> Scorer:
+    """A device that holds windows of `most` voxels altogether."""
+
+    def score(windows: torch.Tensor) -> torch.Tensor:
+        if windows[:, 0].numel() > most:
+            raise torch.OutOfMemoryError("too much")
+        return scorer(windows)
+
+    return score
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_done_twice(caplog: pytest.LogCaptureFixture) -> None:
+    volume, scorer, done = a_volume(9, 13, 11), a_network(3), []
+
+    def counting(windows: torch.Tensor) -> torch.Tensor:
+        done.extend(range(len(windows)))
+        return scorer(windows)
+
+    config = WindowsConfig(patch_size=PATCH, batch_size=8)
+    expected = predict(config, volume, scorer)
+    found = predict(config, volume, limited(counting, 2 * 4 * 6 * 5))
+    assert torch.allclose(found, expected, atol=1e-6)
+    windows = [len(starts(s, p, 0.5)) for s, p in zip((9, 13, 11), PATCH)]
+    assert len(done) == windows[0] * windows[1] * windows[2]
+    assert "4 windows at a time" in caplog.text
+    assert "2 windows at a time" in caplog.text
+
+
+def test_the_last_resort_is_to_keep_sums_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    volume, scorer, refusals = a_volume(9, 13, 11), a_network(3), [1]
+
+    def once(windows: torch.Tensor) -> torch.Tensor:
+        if refusals:
+            refusals.pop()
+            raise torch.OutOfMemoryError("too much")
+        return scorer(windows)
+
+    config = WindowsConfig(patch_size=PATCH, batch_size=1)
+    assert torch.allclose(predict(config, volume, once), predict(config, volume, scorer), atol=1e-6)
+    assert "sums of windows are kept on the CPU" in caplog.text
+
+
+def test_a_window_that_never_fits_is_an_error_that_names_it() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"\(4, 6, 5\)"):
+        predict(WindowsConfig(patch_size=PATCH), a_volume(9, 13, 11), limited(same, 10))
+
+
+def test_a_whole_volume_that_does_not_fit_is_done_in_tiles(caplog: pytest.LogCaptureFixture) -> None:
+    volume, scorer = a_volume(200, 40), a_network(2)
+    config = WindowsConfig(patch_size=(8, 8), mode="whole", halo=(1, 1))
+    found = predict(config, volume, limited(scorer, 150 * 40))
+    assert torch.allclose(found, scorer(volume[None])[0], atol=1e-6)
+    assert "tiles of" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    def broken(windows: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        predict(WindowsConfig(patch_size=PATCH), a_volume(*PATCH), broken)
+
+
+def test_the_share_that_is_done_is_told_and_may_end_the_work() -> None:
+    told = []
+    config = WindowsConfig(patch_size=PATCH, overlap=0.0)
+    list(stream(config, a_volume(8, 12, 10), same, device=CPU, tick=told.append))
+    assert told == [n / 8 for n in range(1, 9)]
+
+    def stop(share: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(config, a_volume(8, 12, 10), same, device=CPU, tick=stop))

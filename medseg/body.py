@@ -1,0 +1,83 @@
+"""Which part of a CT is the patient, so that the air around needs no look; other images have no fixed value for air."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from medseg.config import DataConfig, IntensityConfig, PreprocessConfig, WindowsConfig
+
+CT_NAMES = ("ct", "cta", "cect", "ncct", "hu")
+# half way between air (−1000 HU) and water (0 HU)
+AIR_HU = -500.0
+# cells of so many voxels along an edge are looked at as one: outlines need not be exact, and large volumes are cheap
+CELL = 4
+
+
+@dataclass(frozen=True)
+class Air:
+    """What needs no look: boxes without any of `body` (cells of `CELL` voxels, bool) have `scores` (K,) everywhere."""
+
+    body: torch.Tensor
+    scores: torch.Tensor
+
+    def fills(self, start: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether the box of voxels `start` … `start + size` holds air alone; outside the image there is nothing."""
+        cells = tuple(slice(max(0, a // CELL), max(0, -(-(a + n) // CELL))) for a, n in zip(start, size))
+        return not bool(self.body[cells].any())
+
+
+def is_ct(channel: str) -> bool:
+    """Whether a channel's name says that it holds Hounsfield units."""
+    return any(word in CT_NAMES for word in re.split(r"[^a-z]+", channel.lower()))
+
+
+def air_of(config: WindowsConfig, data: DataConfig, preprocess: PreprocessConfig, image: torch.Tensor) -> Air | None:
+    """The air around the patient in a prepared `image` (C, *S), or None where windows are not to be skipped.
+
+    `skip_air: auto` looks for it in 3D CT with fixed normalisation: those values can be traced back to Hounsfield
+    units.
+    """
+    how = preprocess.intensity[0]
+    wanted = config.skip_air == "on" or (config.skip_air == "auto" and is_ct(data.channels[0]))
+    if not wanted or data.spatial_dims != 3 or how.normalise != "fixed":
+        return None
+    scores = torch.zeros(data.out_channels)
+    if not data.is_regions:
+        scores[0] = 1
+    return Air(torch.as_tensor(body_cells(image[0], _normalised_air(how))), scores)
+
+
+def body_cells(image: torch.Tensor, threshold: float) -> np.ndarray:
+    """Cells (bool) of `image` (*S) that belong to the body or lie beside it: above `threshold`, and what that encloses.
+
+    Lungs and bowel gas are enclosed in some plane, also where the scan cuts them off.
+    """
+    tissue = _largest_in_cells(image) > threshold
+    body = tissue.copy()
+    for axis in range(tissue.ndim):
+        planes, filled = np.moveaxis(tissue, axis, 0), np.moveaxis(body, axis, 0)
+        for number, plane in enumerate(planes):
+            filled[number] |= ndimage.binary_fill_holes(plane)
+    return np.asarray(ndimage.binary_dilation(body, np.ones((3,) * body.ndim, bool)))
+
+
+def _normalised_air(how: IntensityConfig) -> float:
+    lowest = AIR_HU if how.clip is None else max(AIR_HU, how.clip[0] + 1)
+    return (lowest - how.mean) / how.sd
+
+
+def _largest_in_cells(image: torch.Tensor) -> np.ndarray:
+    """The largest value in each cell; slab by slab."""
+    slabs = [_pooled(image[a : a + CELL].amax(dim=0)) for a in range(0, image.shape[0], CELL)]
+    return np.stack(slabs)
+
+
+def _pooled(plane: torch.Tensor) -> np.ndarray:
+    pooled = torch.nn.functional.max_pool2d(plane[None, None].float(), CELL, ceil_mode=True)
+    return np.asarray(pooled[0, 0].numpy())
