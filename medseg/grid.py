@@ -22,6 +22,7 @@ Kernel = Literal["nearest", "linear", "cubic"]
 PARALLEL_TOLERANCE = 1e-3
 # headers of one scan written by two programs differ by rounding: up to this share of a voxel they are one grid
 ROUNDING_TOLERANCE = 0.1
+SLAB_BYTES = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +165,29 @@ def resample(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, *, kernel: Ke
 
     Turns, flips and crops come out exact. Raises `GeometryError` if the grids are oblique to each other.
     """
-    whole = slice(0, to_grid.shape[0])
-    return _separable(volume, from_grid, to_grid, kernel)(whole)
+    import torch
+
+    if tuple(volume.shape[1:]) != from_grid.shape:
+        raise GeometryError(f"volume of shape {tuple(volume.shape[1:])} on a grid of {from_grid.shape}")
+    maps = axis_maps(from_grid, to_grid)
+    turned = volume.permute(0, *(m.source + 1 for m in maps))
+    matrices = [
+        axis_weights(size, target, scale=m.scale, offset=m.offset, kernel=kernel)
+        for m, size, target in zip(maps, turned.shape[1:], to_grid.shape)
+    ]
+    # axes that shrink most go first; along the last one, slabs are taken one by one, so that a volume of small integers
+    # never exists as a large one of float32
+    *first, last = sorted(range(len(maps)), key=lambda a: to_grid.shape[a] / turned.shape[a + 1])
+    step = max(1, SLAB_BYTES * turned.shape[last + 1] // (4 * turned.numel()))
+    slabs = []
+    for start in range(0, turned.shape[last + 1], step):
+        slab = turned.narrow(last + 1, start, min(step, turned.shape[last + 1] - start)).float()
+        for axis in first:
+            slab = apply_weights(slab, matrices[axis], axis + 1)
+        slabs.append(slab)
+    whole = torch.cat(slabs, dim=last + 1) if len(slabs) > 1 else slabs[0]
+    del slabs
+    return apply_weights(whole, matrices[last], last + 1).contiguous()
 
 
 def resample_labels(labels: torch.Tensor, from_grid: Grid, to_grid: Grid) -> torch.Tensor:
@@ -186,30 +208,6 @@ def resample_labels(labels: torch.Tensor, from_grid: Grid, to_grid: Grid) -> tor
         best[wins] = score[wins]
         result[wins] = value
     return result
-
-
-def _separable(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, kernel: Kernel) -> Callable[[slice], torch.Tensor]:
-    """A reader of slabs of `to_grid` along its first axis."""
-    if tuple(volume.shape[1:]) != from_grid.shape:
-        raise GeometryError(f"volume of shape {tuple(volume.shape[1:])} on a grid of {from_grid.shape}")
-    maps = axis_maps(from_grid, to_grid)
-    turned = volume.float().permute(0, *(m.source + 1 for m in maps))
-
-    def weights(axis: int) -> Array:
-        m = maps[axis]
-        return axis_weights(
-            from_grid.shape[m.source], to_grid.shape[axis], scale=m.scale, offset=m.offset, kernel=kernel
-        )
-
-    matrices = [weights(axis) for axis in range(len(maps))]
-
-    def read(rows: slice) -> torch.Tensor:
-        slab = turned
-        for axis, matrix in enumerate(matrices):
-            slab = apply_weights(slab, matrix[rows] if axis == 0 else matrix, axis + 1)
-        return slab.contiguous()
-
-    return read
 
 
 def apply_weights(volume: torch.Tensor, weights: Array, axis: int) -> torch.Tensor:

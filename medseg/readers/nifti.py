@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from isal import igzip, isal_zlib
 
 from medseg.errors import DataError, GeometryError
 from medseg.readers._axes import channels_first, place, spatial_shape
@@ -25,6 +25,9 @@ PLACING_FIELDS = (
 )
 # quaternions in float32 are this far from the matrix they were made of, at the far corner of a large volume
 FORM_TOLERANCE = 0.05
+# the most that a byte of a gzip file can stand for: deflate's longest copy, 258 bytes, takes at least two bits
+_GZIP_EXPANSION = 1032
+_BLOCK_BYTES = 1 << 20
 # the low three bits of xyzt_units: metre, millimetre, micrometre
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}
 
@@ -39,7 +42,8 @@ def read(
         stored = _read_voxels(path, file, header)
     slope, inter = header.get_slope_inter()
     if slope is not None and (slope, inter) != (1, 0):
-        stored = stored.astype(np.float32)
+        # in place where the file holds native float32: the array is nobody else's
+        stored = stored.astype(np.float32, copy=False)
         stored *= np.float32(slope)
         stored += np.float32(inter)
     return channels_first(path, stored, geometry.grid.shape, channels), geometry
@@ -52,20 +56,23 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     """The uncompressed bytes, by content and not by ending; damage becomes `DataError`."""
     try:
-        with path.open("rb") as start:
-            zipped = start.read(2) == b"\x1f\x8b"
-        with cast("IO[bytes]", gzip.open(path, "rb")) if zipped else path.open("rb") as file:
+        with igzip.open(path, "rb") if _is_zipped(path) else path.open("rb") as file:
             yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:
         raise DataError(f"{path}: the gzip stream is damaged or cut off ({error}); copy the file again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _read_header(path: Path, file: IO[bytes]) -> Any:
+def _is_zipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _read_header(path: Path, file: BinaryIO) -> Any:
     # nibabel's own loading repairs a spacing of 0 to 1 without a word: so the header is parsed unchecked
     import nibabel as nib
 
@@ -85,36 +92,45 @@ def _read_header(path: Path, file: IO[bytes]) -> Any:
     raise DataError(f"{path}: not a NIfTI file; check where it comes from, or its ending")
 
 
-def _read_voxels(path: Path, file: IO[bytes], header: Any) -> npt.NDArray[Any]:
+def _read_voxels(path: Path, file: BinaryIO, header: Any) -> npt.NDArray[Any]:
     from nibabel.spatialimages import HeaderDataError
 
     try:
         dtype: np.dtype[Any] = header.get_data_dtype()
     except HeaderDataError as error:
         raise DataError(f"{path}: voxel type of code {int(header['datatype'])} is not known") from error
+    if dtype.itemsize == 0:
+        raise DataError(f"{path}: voxel type of code {int(header['datatype'])} is not known")
     if dtype.fields is not None:
         raise DataError(f"{path}: colour voxels ({dtype.names}) found, expected one number per voxel")
     shape = tuple(int(s) for s in header.get_data_shape())
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    offset = int(header.get_data_offset())
-    file.read(max(0, offset - file.tell()))
-    stored = _read_exactly(file, size)
+    size = math.prod(shape) * dtype.itemsize
+    _skip(file, int(header.get_data_offset()) - file.tell())
+    return _read_exactly(path, file, size).view(dtype).reshape(shape, order="F")
+
+
+def _skip(file: BinaryIO, size: int) -> None:
+    # in blocks: a damaged header may claim any offset
+    while size > 0 and (part := file.read(min(size, _BLOCK_BYTES))):
+        size -= len(part)
+
+
+def _read_exactly(path: Path, file: BinaryIO, size: int) -> npt.NDArray[np.uint8]:
+    # one array, filled in place; none where a damaged header claims more than a file of this length can hold
+    most = path.stat().st_size * (_GZIP_EXPANSION if _is_zipped(path) else 1)
+    stored = np.empty(size if size <= most else 0, np.uint8)
+    room = memoryview(stored)
+    found = 0
+    # in blocks: gzip files fill a longer one by way of a copy of its own length
+    while count := file.readinto(room[found : found + _BLOCK_BYTES]):
+        found += count
     # the rest is read too: only at the end does gzip compare its checksum
-    while file.read(1 << 20):
-        pass
-    if len(stored) < size:
-        raise DataError(f"{path}: {len(stored)} of {size} bytes of voxels found: cut off; copy the file again")
-    return stored.view(dtype).reshape(shape, order="F")
-
-
-def _read_exactly(file: IO[bytes], size: int) -> npt.NDArray[np.uint8]:
-    # grows with what is there: a damaged header may claim any size
-    parts = []
-    left = size
-    while left > 0 and (part := file.read(min(left, 1 << 26))):
-        parts.append(np.frombuffer(part, np.uint8))
-        left -= len(part)
-    return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+    rest = 0
+    while part := file.read(_BLOCK_BYTES):
+        rest += len(part)
+    if found < size:
+        raise DataError(f"{path}: {found + rest} of {size} bytes of voxels found: cut off; copy the file again")
+    return stored
 
 
 def _geometry(path: Path, header: Any, spatial_dims: int | None) -> Geometry:

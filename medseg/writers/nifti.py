@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from isal import igzip
 
 from medseg.readers import Geometry
 
 COMMENT_CODE = "comment"
-# a 61-label torso, 5.5 MB: level 1 205 kB in 12 ms, level 6 101 kB in 29 ms, level 9 95 kB in 240 ms
-GZIP_LEVEL = 6
+# a 61-label torso of 512 × 512 × 300: 2.2 MB in 0.03 s; zlib's level 6 makes 1.3 MB of it in 0.36 s
+IGZIP_LEVEL = 1
+# voxels that are turned into the order of the file at a time, all along the first axis: what the caches hold
+TILE = (8, 16)
 MAX_NIFTI1_AXIS = 32767
 
 
@@ -24,21 +26,30 @@ def write(path: Path, array: npt.NDArray[Any], geometry: Geometry, names: Mappin
     header = _header(array, geometry, names)
     with path.open("wb") as raw:
         if path.name.endswith(".gz"):
-            with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=raw, mtime=0) as file:
-                _write(cast("IO[bytes]", file), header, array)
+            with igzip.IGzipFile(filename="", mode="wb", compresslevel=IGZIP_LEVEL, fileobj=raw, mtime=0) as file:
+                _write(file, header, array)
         else:
             _write(raw, header, array)
 
 
-def _write(file: IO[bytes], header: Any, array: npt.NDArray[Any]) -> None:
+def _write(file: BinaryIO, header: Any, array: npt.NDArray[Any]) -> None:
     header.write_to(file)
     file.write(b"\0" * (int(header["vox_offset"]) - file.tell()))
-    # slab by slab: no second copy of a large mask; the last axis is the slowest of the file
-    if array.ndim < 3:
-        file.write(array.tobytes(order="F"))
-        return
-    for k in range(array.shape[-1]):
-        file.write(array[..., k].tobytes(order="F"))
+    # planes at a time: no second copy of a large mask; the last axis is the slowest of the file
+    volume = array.reshape(array.shape + (1,) * (3 - array.ndim))
+    for k in range(0, volume.shape[2], TILE[1]):
+        file.write(_in_file_order(volume[:, :, k : k + TILE[1]]))
+
+
+def _in_file_order(planes: npt.NDArray[Any]) -> bytes:
+    """The voxels (I, J, K) as bytes with the first axis the fastest."""
+    if planes.flags.f_contiguous:
+        return planes.tobytes(order="F")
+    # numpy alone walks plane by plane, and every byte it wants lies in another line of the cache: four times slower
+    turned = np.empty(planes.shape[::-1], planes.dtype)
+    for j in range(0, planes.shape[1], TILE[0]):
+        turned[:, j : j + TILE[0]] = planes[:, j : j + TILE[0]].transpose(2, 1, 0)
+    return turned.tobytes()
 
 
 def _header(array: npt.NDArray[Any], geometry: Geometry, names: Mapping[int, str]) -> Any:
