@@ -172,6 +172,8 @@ class NetworkConfig(Section):
     aspp_rates: tuple[PositiveInt | tuple[PositiveInt, ...], ...] = Field((2, 4, 6), min_length=1)
     aspp_channels: PositiveInt = 64
     image_pooling: bool = True
+    pooling_window: tuple[PositiveInt, ...] | None = None
+    """Voxels of the image over which image pooling takes its mean; null: all that the network sees at a time."""
     separable: bool = False
     """Dilated convolutions of ASPP and decoder as one per channel followed by a 1×1."""
     dropout: Fraction = 0.1
@@ -243,6 +245,8 @@ class TrainConfig(Section):
     save_every_s: PositiveFloat = 120.0
     validation_share: Fraction = 0.05
     """Largest share of the time that validation while training may take."""
+    calibration_share: Fraction = 0.1
+    """Share of the time of training that is then spent on choosing windows, copies and post-processing."""
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainConfig:

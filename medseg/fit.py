@@ -19,7 +19,8 @@ import torch
 from tensorboardX import SummaryWriter
 
 from medseg.augment import augment
-from medseg.config import Config, DataConfig
+from medseg.calibrate import ignored, quick_dice
+from medseg.config import Config
 from medseg.device import (
     choose_precision,
     describe,
@@ -30,16 +31,12 @@ from medseg.device import (
     to_memory_format,
 )
 from medseg.errors import ConfigError, DataError, TrainingError
-from medseg.infer import make_scorer
 from medseg.losses import loss as loss_of
-from medseg.metrics import counts, dice
 from medseg.model import new_network
 from medseg.patches import Batch, PatchSampler
-from medseg.preprocess import IGNORE_INDEX, Prepared
+from medseg.preprocess import Prepared
 from medseg.pretrained import Pretrained, load_pretrained
 from medseg.progress import Progress
-from medseg.restore import decision_of
-from medseg.windows import predict
 from medseg.writers import atomic_path
 
 log = logging.getLogger(__name__)
@@ -338,36 +335,6 @@ class Fit:
 
     def _dice(self, cases: Sequence[Prepared]) -> dict[str, float]:
         return quick_dice(self.config, self.network.module, cases, self.device, self.precision)
-
-
-def quick_dice(
-    config: Config, network: torch.nn.Module, cases: Sequence[Prepared], device: torch.device, precision: str
-) -> dict[str, float]:
-    """Mean Dice of each label on the network's grid: a guide while training, not the report."""
-    data = config.data
-    scorer = make_scorer(network, data, device, precision)
-    found: dict[str, list[float]] = {name: [] for name in data.foreground}
-    # prepared labels hold indices of output channels; regions hold the values of the file
-    index_of = {value: index for index, value in enumerate(data.out_values)}
-    values = [data.labels[n] if data.is_regions else index_of[data.labels[n]] for n in data.foreground]  # type: ignore[index]
-    for case in cases:
-        scores = predict(config.windows, case.image, scorer, device=device)
-        predicted = scores.argmax(dim=0)
-        if data.is_regions:
-            predicted = decision_of(data).decide(scores.movedim(0, -1), range(data.out_channels))
-        if case.label is None:
-            raise DataError(f"{case.id}: no label to validate with")
-        measured = counts(predicted.cpu().numpy(), case.label.numpy(), values, ignore_value=ignored(data))
-        for name, value in zip(data.foreground, values):
-            found[name].append(dice(measured[value]))
-    return {name: float(np.nanmean(v)) if np.isfinite(v).any() else 0.0 for name, v in found.items()}
-
-
-def ignored(data: DataConfig) -> int | None:
-    """The value of a prepared label that takes no part."""
-    if data.ignore_value is None:
-        return None
-    return data.ignore_value if data.is_regions else IGNORE_INDEX
 
 
 def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -> tuple[int, tuple[int, ...]] | None:

@@ -16,7 +16,7 @@ from monai.data.meta_tensor import MetaTensor
 
 from medseg.body import air_of
 from medseg.cases import Case
-from medseg.config import Config, DataConfig, WindowsConfig
+from medseg.config import Config, DataConfig, WindowsConfig, overlay
 from medseg.device import (
     choose_device,
     choose_precision,
@@ -24,8 +24,8 @@ from medseg.device import (
     to_memory_format,
 )
 from medseg.errors import ConfigError, ModelError
-from medseg.model import Model, read_model
-from medseg.postprocess import refine
+from medseg.model import Model, chosen_settings, read_model
+from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.restore import Piece, Restorer, decision_of, restore
 from medseg.windows import Ensemble, Scorer, predict, stream, stream_order, views
@@ -82,8 +82,8 @@ class Segmenter:
         if self.options.tta not in ("none", "flip", "scale", "auto"):
             raise ConfigError(f"tta {self.options.tta!r}: expected none, flip, scale or auto")
         self.models = tuple(models)
-        self.config = _common_config(self.models)
-        self.windows = _windows(self.config, self.options)
+        config = _common_config(self.models)
+        self.config = config.model_copy(update={"windows": _windows(config, self.options)})
         self.device = choose_device(self.options.device)
         self.precision = choose_precision(self.options.precision, self.device)
         self._scorers = tuple(
@@ -124,24 +124,33 @@ class Segmenter:
         if self.config.postprocess.crf:
             labels = restore(self._refined(prepared, seconds, tick), prepared.grid, prepared.source, decision)
         else:
-            order = stream_order(self.windows, prepared.grid.shape)
+            order = stream_order(self.config.windows, prepared.grid.shape)
             restorer = Restorer(prepared.grid, prepared.source, decision, order=order)
             for piece in self._pieces(prepared, seconds, tick):
                 with timed(seconds, "restore"):
                     restorer.add(piece)
             labels = restorer.labels
-        return Segmented(labels.numpy())
+        with timed(seconds, "postprocess"):
+            cleaned = clean(
+                self.config.postprocess,
+                labels.numpy(),
+                {name: value for value, name in self.label_names.items()},
+                spacing_mm=prepared.source.spacing_mm,
+            )
+        return Segmented(cleaned)
 
     def scores(self, image: torch.Tensor) -> torch.Tensor:
         """Probabilities (K, *S) of a prepared image (C, *S), all at once."""
-        return predict(self.windows, image, Ensemble(self._scorers, views(self.windows)), device=self.device)
+        return predict(
+            self.config.windows, image, Ensemble(self._scorers, views(self.config.windows)), device=self.device
+        )
 
     def _pieces(self, prepared: Prepared, seconds: dict[str, float], tick: Callable[[float], None]) -> Iterator[Piece]:
         """Final scores of a case, piece by piece; `seconds` takes the time until each is there."""
-        ensemble = Ensemble(self._scorers, views(self.windows))
+        ensemble = Ensemble(self._scorers, views(self.config.windows))
         with timed(seconds, "network"):
-            air = air_of(self.windows, self.config.data, self.config.preprocess, prepared.image)
-        pieces = stream(self.windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
+            air = air_of(self.config.windows, self.config.data, self.config.preprocess, prepared.image)
+        pieces = stream(self.config.windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
         while True:
             with timed(seconds, "network"):
                 piece = next(pieces, None)
@@ -165,9 +174,23 @@ class Segmenter:
 
 
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
-    """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`."""
-    changes = options.settings if options else {}
-    return Segmenter([read_model(Path(f), changes) for f in folders], options)
+    """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`.
+
+    What calibration chose for it on held-back cases is used unless `options` say otherwise.
+    """
+    options = options or InferOptions()
+    paths = [Path(folder) for folder in folders]
+    settings = overlay(chosen_settings(paths, _wanted_choices(options)), options.settings)
+    return Segmenter([read_model(path, settings) for path in paths], options)
+
+
+def _wanted_choices(options: InferOptions) -> list[str]:
+    """The choices of calibration that `options` leave open."""
+    given = options.settings.get("windows", {})
+    cut = {"mode", "overlap", "tile_size", "halo"} & set(given)
+    names = ["windows"] if options.window == "auto" and options.overlap is None and not cut else []
+    names += ["tta"] if options.tta == "auto" and names else []
+    return names if "postprocess" in options.settings else [*names, "postprocess"]
 
 
 def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device, precision: str) -> Scorer:

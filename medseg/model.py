@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,11 @@ SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 # what may be changed in a trained model: whole sections, or the keys that keep the meaning of its weights
-CHANGEABLE: dict[str, tuple[str, ...]] = {"network": ("output_stride", "aspp_rates"), "postprocess": (), "windows": ()}
+CHANGEABLE: dict[str, tuple[str, ...]] = {
+    "network": ("output_stride", "aspp_rates", "pooling_window"),
+    "postprocess": (),
+    "windows": (),
+}
 
 # packages whose version decides a result
 DECISIVE = ("medseg", "torch", "monai", "numpy")
@@ -87,6 +91,26 @@ def save_model(
         "config": config.model_dump(mode="json"),
     }
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+def record_choices(folder: Path, choices: Mapping[str, Any]) -> None:
+    """Add to the model in `folder` what was chosen for inference on held-back cases; see `calibrate`."""
+    description = _read_description(folder) | {"inference": dict(choices)}
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
+    """The settings that calibration chose for the models in `folders`, of its choices those in `names`.
+
+    Of an ensemble only the choices that are the same for all. Raises `ModelError`.
+    """
+    inference = [_read_description(folder).get("inference", {}) for folder in folders]
+    made: list[Any] = []
+    for name in names:
+        found = [chosen.get(name, {}).get("settings", {}) for chosen in inference]
+        if found and all(settings == found[0] for settings in found):
+            made.append(found[0])
+    return overlay({}, *made)
 
 
 def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from medseg.calibrate import calibrate
 from medseg.cases import Case, Dataset, fold_split
 from medseg.check import check_dataset
 from medseg.config import Config, NetworkConfig, dump_yaml, make_config, overlay, read_yaml
@@ -23,8 +24,8 @@ from medseg.device import choose_device, describe
 from medseg.errors import ConfigError, DataError
 from medseg.fit import STATE, Fit
 from medseg.folder import CaseResult, segment_cases
-from medseg.infer import InferOptions, Segmenter
-from medseg.model import WEIGHTS, new_network, read_model, save_model
+from medseg.infer import InferOptions, load_model
+from medseg.model import WEIGHTS, new_network, record_choices, save_model
 from medseg.networks import check_patch, check_settings
 from medseg.plan import Plan, make_plan, measure
 from medseg.preprocess import Prepared, prepare_cached
@@ -125,6 +126,17 @@ def train(
         with _stage(seconds, "train"):
             network = fit.run(progress)
         save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
+        with _stage(seconds, "calibrate"):
+            choices = calibrate(
+                config,
+                network,
+                held_back,
+                device=device,
+                precision=fit.precision,
+                budget_s=config.train.calibration_share * fit.elapsed,
+                progress=progress,
+            )
+            record_choices(folder, choices)
         report: Report | None = None
         results: tuple[CaseResult, ...] = ()
         with _stage(seconds, "validate"):
@@ -283,7 +295,7 @@ def _validate(
 ) -> tuple[Report | None, tuple[CaseResult, ...]]:
     """Infer the held-back cases with the model as it was written, at full resolution, and judge the files."""
     options = InferOptions(device=device, precision=precision, overwrite=True)
-    segmenter = Segmenter([read_model(folder)], options)
+    segmenter = load_model(folder, options=options)
     out = folder / "validation"
     results = segment_cases(segmenter, cases, out, progress=progress)
     masks = {r.case: out / r.output for r in results if r.output}

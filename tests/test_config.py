@@ -54,6 +54,7 @@ OTHER: dict[str, Any] = {
         "aspp_rates": [3, [1, 2]],
         "aspp_channels": 7,
         "image_pooling": False,
+        "pooling_window": [24, 40],
         "dropout": 1e-6,
         "skip_channels": 3,
         "decoder_channels": 5,
@@ -103,9 +104,20 @@ OTHER: dict[str, Any] = {
         "precision": "32",
         "deterministic": True,
         "save_every_s": 1,
+        "calibration_share": 0.3,
         "validation_share": 0,
     },
-    "windows": {"patch_size": [24, 40], "overlap": 0.75, "batch_size": 1},
+    "windows": {
+        "patch_size": [24, 40],
+        "mode": "halo",
+        "tile_size": [48, 64],
+        "halo": [0, 8],
+        "overlap": 0.75,
+        "batch_size": 1,
+        "flip_axes": [1],
+        "scales": [1.0, 0.75],
+        "skip_air": "off",
+    },
     "postprocess": {
         "crf": True,
         "crf_iterations": 2,
@@ -184,6 +196,9 @@ def test_a_wrong_value_is_named_with_what_was_found(section: str, key: str, valu
         ({"network": {"strides": [[2, 2, 2], [2, 2]]}}, r"network\.strides\[1\] has 2 numbers"),
         ({"augment": {"rotation_deg": [10]}}, r"augment\.rotation_deg has 1 numbers"),
         ({"augment": {"flip_axes": [0, 3]}}, r"augment\.flip_axes: 3 is no axis"),
+        ({"windows": {"flip_axes": [3]}}, r"windows\.flip_axes: 3 is no axis"),
+        ({"windows": {"tile_size": [64]}}, r"windows\.tile_size has 1 numbers, expected 3"),
+        ({"windows": {"halo": [8, 8]}}, r"windows\.halo has 2 numbers, expected 3"),
         ({"data": {"channels": ["t1", "t2"]}}, r"preprocess\.intensity has 1 entries"),
         ({"data": {"labels": {"background": 1}}}, "`background` must be 0"),
         ({"data": {"labels": {"a": 1, "b": 1}}}, "two labels share one value"),
@@ -227,8 +242,8 @@ def test_regions_have_no_background_channel() -> None:
 def test_the_sample_of_other_values_names_every_key() -> None:
     for name, section in OTHER.items():
         known = set(getattr(Config(), name).__class__.model_fields)
-        # a configuration has one of spacing_mm and shape
-        assert known - set(section) <= {"shape"}, name
+        # a configuration has one of spacing_mm and shape, and these labels are regions, which are not cleaned
+        assert known - set(section) <= {"shape", "largest_component", "fill_holes", "min_size_mm3"}, name
 
 
 def test_every_section_is_read_back_as_it_was_written(tmp_path: Path) -> None:

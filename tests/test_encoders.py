@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from medseg.networks._blocks import (
     shuffle_pixels,
 )
 from medseg.networks._dilated import DilatedConv3d
-from medseg.networks.aspp import ASPP, cap_rates
+from medseg.networks.aspp import ASPP, cap_rates, local_mean, spatial_mean
 from medseg.networks.encoders import build_encoder
 
 TINY: dict[str, Any] = {
@@ -324,3 +325,40 @@ def test_the_norm_of_channels_last_maps_is_torchs(memory: torch.memory_format) -
     inputs = (maps, norm.weight, norm.bias)
     for a, b in zip(*(torch.autograd.grad(y, inputs, towards) for y in (found, expected))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# ---- means over a window
+
+
+@pytest.mark.parametrize(
+    ("size", "window"), [((9, 7, 8), (4, 3, 5)), ((9,), (4,)), ((6, 11), (6, 2)), ((5, 5), (2, 9))]
+)
+def test_a_local_mean_is_that_of_the_nearest_box_inside_the_map(size: tuple[int, ...], window: tuple[int, ...]) -> None:
+    maps = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    found = local_mean(maps, window).expand(-1, -1, *size)
+    for voxel in itertools.product(*(range(n) for n in size)):
+        first = [min(max(v - w // 2, 0), max(0, n - w)) for v, w, n in zip(voxel, window, size)]
+        box = maps[(..., *(slice(a, a + w) for a, w in zip(first, window)))]
+        assert torch.allclose(found[(..., *voxel)], box.flatten(2).mean(dim=2), atol=1e-6)
+
+
+def test_a_window_that_covers_the_map_is_the_mean_of_all() -> None:
+    maps = torch.randn(1, 2, 4, 5)
+    assert torch.equal(local_mean(maps, (4, 9)), spatial_mean(maps))
+    assert torch.equal(local_mean(maps, None), spatial_mean(maps))
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_pooling_over_a_window_sees_each_voxel_as_a_map_of_its_own(norm: str) -> None:
+    style = Style.of(NetworkConfig(norm=norm), 2)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    whole = ASPP(style, 3, 4, (1,)).eval()
+    local = ASPP(style, 3, 4, (1,), pooling_window=(4, 4)).eval()
+    local.load_state_dict(whole.state_dict())
+    maps = torch.randn(2, 3, 8, 4)
+    assert whole.pooling is not None
+    assert local.pooling is not None
+    found = local.pooling(maps).expand(-1, -1, 8, 4)
+    # the box of the first three rows is the upper half, that of the last three the lower
+    for rows, half in ((slice(0, 3), maps[:, :, :4]), (slice(6, 8), maps[:, :, 4:])):
+        assert torch.allclose(found[:, :, rows], whole.pooling(half).expand_as(found[:, :, rows]), atol=1e-6)

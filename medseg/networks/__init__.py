@@ -24,6 +24,7 @@ from medseg.networks.scales import MultiScale
 
 __all__ = [
     "at_output_stride",
+    "build_bare",
     "build_network",
     "can_be_thinned",
     "check_patch",
@@ -60,6 +61,12 @@ def build_network(config: NetworkConfig | str, *, spatial_dims: int, in_channels
     if settings.scales == (1.0,):
         return network
     return MultiScale(network, settings, spatial_dims=spatial_dims, out_channels=out_channels)
+
+
+def build_bare(config: NetworkConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """`build_network` on the meta device: a network to look at, without numbers and without memory for them."""
+    with torch.device("meta"):
+        return build_network(config, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
 
 
 def default_config(name: str) -> NetworkConfig:
@@ -130,9 +137,7 @@ def _encoder(config: NetworkConfig, spatial_dims: int) -> Encoder:
     """The encoder of a network, without memory. Raises `ConfigError` where the network has none."""
     network: nn.Module | None = None
     if can_be_thinned(config):
-        plain = config.model_copy(update={"scales": (1.0,)})
-        with torch.device("meta"):
-            network = build_network(plain, spatial_dims=spatial_dims, in_channels=1, out_channels=2)
+        network = build_bare(config.model_copy(update={"scales": (1.0,)}), spatial_dims, 1, 2)
     encoder = getattr(network, "encoder", None)
     if not isinstance(encoder, Encoder):
         raise ConfigError(f"network.output_stride: `{config.name}` has no output stride to choose")

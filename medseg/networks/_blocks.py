@@ -304,6 +304,11 @@ def crop(maps: Tensor, shape: Axes) -> Tensor:
     return maps
 
 
+def least_shape(strides: Axes) -> Axes:
+    """Fewest voxels by axis that leave two on an axis that is strided: of a single one a norm has nothing to say."""
+    return tuple(s + 1 if s > 1 else 1 for s in strides)
+
+
 def check_input(images: Tensor, *, in_channels: int, min_shape: Axes) -> None:
     """Raises `DataError` unless `images` is (B, in_channels, *spatial) with each axis at least `min_shape` long."""
     if _is_tracing():

@@ -1,15 +1,15 @@
-"""What an encoder announces, and how strides are traded for dilation; the encoders themselves have their own files."""
+"""What an encoder announces, how strides are traded for dilation, the plainest use of one; no encoder itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, times
+from medseg.networks._blocks import Axes, CoarseHead, check_input, initialise, least_shape, times
 
 
 class Encoder(nn.Module):
@@ -30,11 +30,29 @@ class Encoder(nn.Module):
     @property
     def min_shape(self) -> Axes:
         """Fewest voxels by axis that the encoder takes."""
-        return tuple(s + 1 if s > 1 else 1 for s in self.strides[-1])
+        return least_shape(self.strides[-1])
 
     def levels(self) -> tuple[int, ...]:
         """Numbers of the last map at each stride, from the finest on."""
         return tuple({stride: number for number, stride in enumerate(self.strides)}.values())
+
+
+class EncoderClassifier(nn.Module):
+    """An encoder, dropout and a classifier on its last map: all there is to a network whose encoder does the work."""
+
+    def __init__(self, config: NetworkConfig, encoder: Encoder, *, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.encoder = encoder
+        self.min_shape = encoder.min_shape
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = CoarseHead(encoder.out_channels[-1], out_channels, encoder.strides[-1], config.upsampling)
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
+        check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
+        return self.classifier(self.dropout(self.encoder(images)[-1]), images.shape[2:])  # type: ignore[no-any-return]
 
 
 class Stage(NamedTuple):

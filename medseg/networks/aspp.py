@@ -20,6 +20,7 @@ class ASPP(nn.Module):
 
     One difference: with an instance or group norm the image-level branch is added after the projection's norm, not
     concatenated before it. It is constant over space, so such a norm would subtract it again to the last digit.
+    `pooling_window`: voxels of the map over which the image-level branch takes its mean, None: all of them.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ASPP(nn.Module):
         rates: Sequence[Rate],
         *,
         pooling: bool = True,
+        pooling_window: Axes | None = None,
         separable: bool = False,
         dropout: float = 0.0,
     ) -> None:
@@ -43,7 +45,7 @@ class ASPP(nn.Module):
         self.concatenates = pooling and style.norm in ("batch", "none")
         if pooling:
             kind = PooledBranch if self.concatenates else ImageLevel
-            self.pooling = kind(style, in_channels, out_channels)
+            self.pooling = kind(style, in_channels, out_channels, window=pooling_window)
         joined = out_channels * (len(self.branches) + self.concatenates)
         self.project = make_conv(style.spatial_dims, joined, out_channels, 1, bias=style.norm == "none")
         self.norm = make_norm(style, out_channels)
@@ -64,15 +66,16 @@ class ASPP(nn.Module):
 class PooledBranch(nn.Module):
     """The mean over space through a 1×1 convolution, norm and rectifier, to be concatenated with other branches."""
 
-    def __init__(self, style: Style, in_channels: int, out_channels: int) -> None:
+    def __init__(self, style: Style, in_channels: int, out_channels: int, *, window: Axes | None = None) -> None:
         super().__init__()
+        self.window = window
         self.conv = make_conv(style.spatial_dims, in_channels, out_channels, 1, bias=style.norm == "none")
         self.norm = make_norm(style, out_channels)
         self.act = style.rectifier()
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, *spatial) → (B, out_channels, 1, …, 1)."""
-        pooled = self.conv(spatial_mean(maps))
+        """(B, in_channels, *spatial) → (B, out_channels, 1, …, 1), or *spatial where means are local."""
+        pooled = self.conv(local_mean(maps, self.window))
         if self.training and len(maps) == 1 and isinstance(self.norm, Norm[Norm.BATCH, maps.ndim - 2]):
             # one value a channel has no variance: a batch of one is normalised by what was seen so far
             norm = self.norm
@@ -89,16 +92,22 @@ class ImageLevel(nn.Module):
     A map of one voxel has no variance over space, nor over a batch of one: the norm between them goes over channels.
     """
 
-    def __init__(self, style: Style, in_channels: int, out_channels: int) -> None:
+    def __init__(self, style: Style, in_channels: int, out_channels: int, *, window: Axes | None = None) -> None:
         super().__init__()
+        self.window = window
         self.conv = make_conv(style.spatial_dims, in_channels, out_channels, 1)
         self.norm = nn.GroupNorm(1, out_channels)
         self.act = style.rectifier()
         self.project = make_conv(style.spatial_dims, out_channels, out_channels, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, in_channels, *spatial) → (B, out_channels, 1, …, 1)."""
-        return self.project(self.act(self.norm(self.conv(spatial_mean(maps)))))  # type: ignore[no-any-return]
+        """(B, in_channels, *spatial) → (B, out_channels, 1, …, 1), or *spatial where means are local."""
+        pooled = local_mean(maps, self.window)
+        batch, channels, *size = pooled.shape
+        # each voxel by itself, as a map of one voxel is: the norm must not mix them
+        each = pooled.flatten(2).transpose(1, 2).reshape(-1, channels, *(1,) * len(size))
+        found = self.project(self.act(self.norm(self.conv(each))))
+        return found.reshape(batch, -1, found.shape[1]).transpose(1, 2).reshape(batch, -1, *size)  # type: ignore[no-any-return]
 
 
 class SummedASPP(nn.Module):
@@ -137,9 +146,48 @@ class SummedASPP(nn.Module):
         return first  # type: ignore[no-any-return]
 
 
+def pools_locally(network: nn.Module) -> bool:
+    """Whether any image pooling in `network` takes its mean over a window."""
+    return any(isinstance(m, PooledBranch | ImageLevel) and m.window is not None for m in network.modules())
+
+
 def spatial_mean(maps: Tensor) -> Tensor:
     """(B, C, *spatial) → (B, C, 1, …, 1)."""
     return maps.mean(dim=list(range(2, maps.ndim)), keepdim=True)
+
+
+def local_mean(maps: Tensor, window: Axes | None) -> Tensor:
+    """The mean of the box of `window` voxels around each voxel, moved to lie inside `maps` (B, C, *spatial).
+
+    So a large map is pooled over what a network was trained to pool over, as DeepLab's evaluation does. Where the
+    window covers the map, and where it is None, the mean over all: (B, C, 1, …, 1).
+    """
+    size = maps.shape[2:]
+    if window is None or all(w >= n for w, n in zip(window, size)):
+        return spatial_mean(maps)
+    means = maps
+    for axis, (width, length) in enumerate(zip(window, size), start=2):
+        if width >= length:
+            means = means.mean(dim=axis, keepdim=True)
+            continue
+        # one axis after the other: a box is separable
+        rows = means.movedim(axis, -1)
+        inside = functional.avg_pool1d(rows.flatten(0, -2)[:, None], width, stride=1)[:, 0]
+        inside = inside.reshape(*rows.shape[:-1], -1).movedim(-1, axis)
+        start = torch.arange(length, device=maps.device) - width // 2
+        means = inside.index_select(axis, start.clamp(0, length - width))
+    return means.expand(-1, -1, *size)
+
+
+def pooling_window(config: NetworkConfig, stride: Axes) -> Axes | None:
+    """`config.pooling_window` in voxels of a map of this stride. Raises `ConfigError` for another number of axes."""
+    if config.pooling_window is None:
+        return None
+    if len(config.pooling_window) != len(stride):
+        raise ConfigError(
+            f"network.pooling_window is {config.pooling_window}, expected {len(stride)} numbers, one an axis"
+        )
+    return tuple(-(-w // s) for w, s in zip(config.pooling_window, stride))
 
 
 def check_rates(rates: Sequence[Rate]) -> None:

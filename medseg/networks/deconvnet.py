@@ -10,7 +10,7 @@ from monai.networks.layers.factories import Pool
 from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
-from medseg.networks._blocks import Style, check_input, conv_norm_act, initialise, make_classifier
+from medseg.networks._blocks import Style, check_input, conv_norm_act, initialise, least_shape, make_classifier
 from medseg.networks._encoder import strides_of
 from medseg.networks.vgg import STEPS, VGG16
 
@@ -32,8 +32,7 @@ class DeconvNet(nn.Module):
         widths = [style.wide(c) for c in VGG16.CHANNELS]
         self.in_channels = in_channels
         self.strides = strides_of(config, STEPS, spatial_dims)
-        total = tuple(prod(s[axis] for s in self.strides) for axis in range(spatial_dims))
-        self.min_shape = tuple(t + 1 if t > 1 else 1 for t in total)
+        self.min_shape = least_shape(tuple(prod(s[axis] for s in self.strides) for axis in range(spatial_dims)))
         self.down, self.pools = nn.ModuleList(), nn.ModuleList()
         self.up = nn.ModuleList()
         previous = in_channels

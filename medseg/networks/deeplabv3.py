@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.networks._blocks import CoarseHead, Style, check_input, conv_norm_act, initialise
-from medseg.networks.aspp import ASPP, rescale_rates
+from medseg.networks.aspp import ASPP, pooling_window, rescale_rates
 from medseg.networks.encoders import build_encoder
 
 DEFAULTS = {
@@ -27,9 +27,9 @@ class DeepLabV3(nn.Module):
     """Chen et al. 2017, arXiv:1706.05587: the backbone of a chosen output stride, ASPP with image pooling.
 
     Reads encoder, width, output_stride, strides, multi_grid, norm, leak, aspp_rates, aspp_channels, image_pooling,
-    separable, dropout, upsampling. With the defaults it is torchvision's `deeplabv3_resnet50`: there, as here and not
-    in the paper, a 3-wide convolution stands between ASPP and classifier; it is not dilated, so that it sees half as
-    far when a trained network is used at half its output stride.
+    pooling_window, separable, dropout, upsampling. With the defaults it is torchvision's `deeplabv3_resnet50`: there,
+    as here and not in the paper, a 3-wide convolution stands between ASPP and classifier; it is not dilated, so that it
+    sees half as far when a trained network is used at half its output stride.
     """
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
@@ -45,6 +45,7 @@ class DeepLabV3(nn.Module):
             width,
             config.aspp_rates,
             pooling=config.image_pooling,
+            pooling_window=pooling_window(config, self.encoder.strides[-1]),
             separable=config.separable,
             dropout=config.dropout,
         )

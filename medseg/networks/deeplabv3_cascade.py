@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from medseg.config import NetworkConfig
 from medseg.networks import encoders
-from medseg.networks._blocks import CoarseHead, check_input, initialise
+from medseg.networks._encoder import EncoderClassifier
 from medseg.networks.encoders import build_encoder
 
 MORE = 3
@@ -23,7 +23,7 @@ DEFAULTS = {
 }
 
 
-class DeepLabV3Cascade(nn.Module):
+class DeepLabV3Cascade(EncoderClassifier):
     """Chen et al. 2017, arXiv:1706.05587, section 3.2: going deeper with atrous convolution.
 
     Every copy of the last stage doubles the dilation, where strides would have led to an output stride of 256;
@@ -32,19 +32,8 @@ class DeepLabV3Cascade(nn.Module):
     """
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels, more=MORE)
-        self.min_shape = self.encoder.min_shape
-        self.dropout = nn.Dropout(config.dropout)
-        channels, strides = self.encoder.out_channels[-1], self.encoder.strides[-1]
-        self.classifier = CoarseHead(channels, out_channels, strides, config.upsampling)
-        initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
-        check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
-        return self.classifier(self.dropout(self.encoder(images)[-1]), images.shape[2:])  # type: ignore[no-any-return]
+        encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels, more=MORE)
+        super().__init__(config, encoder, in_channels=in_channels, out_channels=out_channels)
 
 
 def halvings(config: NetworkConfig) -> int:

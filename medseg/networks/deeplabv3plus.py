@@ -24,7 +24,7 @@ from medseg.networks._blocks import (
     shuffle_pixels,
 )
 from medseg.networks._encoder import Encoder
-from medseg.networks.aspp import ASPP, rescale_rates
+from medseg.networks.aspp import ASPP, pooling_window, rescale_rates
 from medseg.networks.encoders import build_encoder
 
 DEFAULTS = {"deeplabv3plus": {"aspp_rates": (2, 4, 6)}}
@@ -38,9 +38,9 @@ class DeepLabV3Plus(nn.Module):
     """Chen et al. 2018, arXiv:1802.02611, with a choice of how the decoder's maps reach the input's resolution.
 
     Reads encoder, channels (light), width, output_stride, strides, multi_grid, norm, leak, aspp_rates, aspp_channels,
-    image_pooling, separable, dropout, skip_channels, decoder_channels, upsampling. The settings' own defaults are this
-    network's: a light encoder and `subpixel`, which sees the image itself again; published were Xception or ResNet-101,
-    an output stride of 16, rates 6, 12, 18, separable convolutions and `interpolate`.
+    image_pooling, pooling_window, separable, dropout, skip_channels, decoder_channels, upsampling. The settings' own
+    defaults are this network's: a light encoder and `subpixel`, which sees the image itself again; published were
+    Xception or ResNet-101, an output stride of 16, rates 6, 12, 18, separable convolutions and `interpolate`.
     """
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
@@ -59,6 +59,7 @@ class DeepLabV3Plus(nn.Module):
             context,
             config.aspp_rates,
             pooling=config.image_pooling,
+            pooling_window=pooling_window(config, self.encoder.strides[-1]),
             separable=config.separable,
             dropout=config.dropout,
         )

@@ -14,7 +14,6 @@ from medseg.networks._blocks import (
     Rate,
     Style,
     check_input,
-    conv_norm_act,
     initialise,
     make_classifier,
     make_conv,
@@ -22,6 +21,7 @@ from medseg.networks._blocks import (
 from medseg.networks._encoder import Encoder
 from medseg.networks.aspp import rescale_all
 from medseg.networks.encoders import build_encoder
+from medseg.networks.vgg import make_top
 
 _PUBLISHED = {
     "encoder": "vgg16_frontend",
@@ -50,17 +50,11 @@ class DilatedFrontend(nn.Module):
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        style = Style.of(config, spatial_dims)
-        hidden = style.wide(config.hidden_channels)
+        hidden = Style.of(config, spatial_dims).wide(config.hidden_channels)
         self.in_channels = in_channels
         self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels)
         self.min_shape = self.encoder.min_shape
-        self.fully = nn.Sequential(
-            conv_norm_act(style, self.encoder.out_channels[-1], hidden, 7, dilation=self.encoder.dilation),
-            nn.Dropout(config.dropout),
-            conv_norm_act(style, hidden, hidden, 1),
-            nn.Dropout(config.dropout),
-        )
+        self.fully = make_top(config, self.encoder, spatial_dims=spatial_dims)
         self.context: nn.Module | None = None
         classes = hidden
         if config.name == "dilated_context":

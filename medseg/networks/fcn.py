@@ -12,7 +12,6 @@ from medseg.networks._blocks import (
     Axes,
     Style,
     check_input,
-    conv_norm_act,
     crop,
     initialise,
     make_classifier,
@@ -20,6 +19,7 @@ from medseg.networks._blocks import (
 )
 from medseg.networks._encoder import Encoder
 from medseg.networks.encoders import build_encoder
+from medseg.networks.vgg import make_top
 
 LEVELS = {"fcn32s": 1, "fcn16s": 2, "fcn8s": 3}
 _PUBLISHED = {
@@ -45,8 +45,7 @@ class FCN(nn.Module):
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        style = Style.of(config, spatial_dims)
-        hidden = style.wide(config.hidden_channels)
+        hidden = Style.of(config, spatial_dims).wide(config.hidden_channels)
         self.in_channels = in_channels
         self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels)
         self.min_shape = self.encoder.min_shape
@@ -58,12 +57,7 @@ class FCN(nn.Module):
                 f"{len(levels)}; raise network.output_stride or choose one of fcn32s, fcn16s, fcn8s with fewer"
             )
         self.levels = levels[:wanted]
-        self.fully = nn.Sequential(
-            conv_norm_act(style, self.encoder.out_channels[-1], hidden, 7, dilation=self.encoder.dilation),
-            nn.Dropout(config.dropout),
-            conv_norm_act(style, hidden, hidden, 1),
-            nn.Dropout(config.dropout),
-        )
+        self.fully = make_top(config, self.encoder, spatial_dims=spatial_dims)
         widths = [hidden, *(self.encoder.out_channels[level] for level in self.levels[1:])]
         self.scores = nn.ModuleList(make_classifier(spatial_dims, w, out_channels) for w in widths)
         strides = [self.encoder.strides[level] for level in self.levels]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import CoarseHead, check_input, initialise
-from medseg.networks._encoder import Encoder
+from medseg.networks._encoder import Encoder, EncoderClassifier
 from medseg.networks.encoders import build_encoder
 
 DEFAULTS = {
@@ -22,7 +21,7 @@ DEFAULTS = {
 }
 
 
-class HybridDilated(nn.Module):
+class HybridDilated(EncoderClassifier):
     """Wang et al. 2018, arXiv:1702.08502: against gridding, with their dense upsampling convolution as `subpixel`.
 
     The 3-wide convolutions of all stages that lost their stride take `dilations` in turn, whatever the stride was;
@@ -32,24 +31,13 @@ class HybridDilated(nn.Module):
     """
 
     def __init__(self, config: NetworkConfig, *, spatial_dims: int, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels, rates=config.dilations)
-        if max(self.encoder.dilation) == 1:
+        encoder = build_encoder(config, spatial_dims=spatial_dims, in_channels=in_channels, rates=config.dilations)
+        if max(encoder.dilation) == 1:
             raise ConfigError(
                 f"network.output_stride {config.output_stride} leaves `{config.name}` with no dilated stage to give "
                 f"network.dilations {list(config.dilations)} to; lower network.output_stride"
             )
-        self.min_shape = self.encoder.min_shape
-        self.dropout = nn.Dropout(config.dropout)
-        channels, strides = self.encoder.out_channels[-1], self.encoder.strides[-1]
-        self.classifier = CoarseHead(channels, out_channels, strides, config.upsampling)
-        initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, *spatial) → logits (B, out_channels, *spatial). Raises `DataError` if too small or C is wrong."""
-        check_input(images, in_channels=self.in_channels, min_shape=self.min_shape)
-        return self.classifier(self.dropout(self.encoder(images)[-1]), images.shape[2:])  # type: ignore[no-any-return]
+        super().__init__(config, encoder, in_channels=in_channels, out_channels=out_channels)
 
 
 def rescale(config: NetworkConfig, before: Encoder, after: Encoder) -> NetworkConfig:

@@ -9,12 +9,11 @@ from math import lcm, log, prod
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError, MedsegError
-from medseg.networks import build_network
+from medseg.networks import build_bare
 from medseg.networks._fields import INTERPOLATIONS, POOLINGS, Dependence, NoRule, depend, reach, window_rule
 from medseg.networks._sets import Vector, dense, element, volume
 from medseg.networks._trace import Constant, Graph, Node, Value, on_meta, record
@@ -226,16 +225,6 @@ def fit_width(
     near = [w for w, found in tried.items() if found <= _ABOVE * target] or list(tried)
     best = min(near, key=lambda w: (abs(log(tried[w] / target)), abs(w - 1)))
     return config.model_copy(update={"width": best})
-
-
-def build_bare(config: NetworkConfig, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """A network to look at: on the meta device, where building costs nothing, unless it must read its own numbers."""
-    try:
-        with torch.device("meta"):
-            return build_network(config, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
-    except (RuntimeError, NotImplementedError):
-        # some networks read numbers back while they are built
-        return build_network(config, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
 
 
 def _plain(value: Any) -> Any:

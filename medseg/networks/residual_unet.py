@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, Style, check_input, conv_norm_act, crop, initialise, make_classifier
+from medseg.networks._blocks import (
+    Axes,
+    Style,
+    check_input,
+    conv_norm_act,
+    crop,
+    initialise,
+    least_shape,
+    make_classifier,
+)
 from medseg.networks._encoder import Stage, strides_of
 from medseg.networks.resnet import BasicBlock, make_stage, natural_dilations
 
@@ -34,7 +43,7 @@ class ResidualUNet(nn.Module):
         strides = stage_strides(config, spatial_dims)
         ones = (1,) * spatial_dims
         self.in_channels = in_channels
-        self.min_shape = tuple(t + 1 if t > 1 else 1 for t in (prod(a) for a in zip(*strides, ones)))
+        self.min_shape = least_shape(tuple(prod(a) for a in zip(*strides, ones)))
         self.down, self.ups, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         previous = in_channels
         for number, (planes, stride) in enumerate(zip(channels, (ones, *strides))):

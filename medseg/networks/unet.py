@@ -10,7 +10,7 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
-from medseg.networks._blocks import Style, check_input, crop, norm_groups, pad_to
+from medseg.networks._blocks import Style, check_input, crop, least_shape, norm_groups, pad_to
 from medseg.networks.residual_unet import halvings, stage_strides
 
 __all__ = ["DEFAULTS", "WrappedUNet", "build", "halvings"]
@@ -33,7 +33,7 @@ class WrappedUNet(nn.Module):
         strides = stage_strides(config, spatial_dims)
         self.in_channels = in_channels
         self.multiples = tuple(prod(a) for a in zip(*strides))
-        self.min_shape = tuple(m + 1 if m > 1 else 1 for m in self.multiples)
+        self.min_shape = least_shape(self.multiples)
         channels = [style.wide(c) for c in config.channels]
         act: tuple[str, dict[str, Any]] = ("leakyrelu", {"negative_slope": config.leak, "inplace": True})
         norms: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""VGG-16 turned into an encoder of any dimension whose late poolings may lose their stride; heads are elsewhere."""
+"""VGG-16 turned convolutional in any dimension: the encoder, whose late poolings may lose their stride, and its top."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ class MaxPool(nn.Module):
         if max(self.margin):
             maps = functional.pad(maps, [m for m in reversed(self.margin) for _ in range(2)], value=float("-inf"))
         return self.pool(maps)  # type: ignore[no-any-return]
+
+
+def make_top(config: NetworkConfig, encoder: Encoder, *, spatial_dims: int) -> nn.Sequential:
+    """The two layers behind the encoder that were fully connected, 7 and 1 wide, each with dropout."""
+    style = Style.of(config, spatial_dims)
+    hidden = style.wide(config.hidden_channels)
+    return nn.Sequential(
+        conv_norm_act(style, encoder.out_channels[-1], hidden, 7, dilation=encoder.dilation),
+        nn.Dropout(config.dropout),
+        conv_norm_act(style, hidden, hidden, 1),
+        nn.Dropout(config.dropout),
+    )
 
 
 class VGG16(Encoder):

@@ -1,0 +1,327 @@
+"""What inference does unless told otherwise, chosen on the held-back cases when training ends; nothing is trained here.
+
+Every choice is a set of settings to lay over the model's own, with the table of what was measured beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from medseg.config import Config, DataConfig, WindowsConfig, make_config, overlay
+from medseg.errors import DataError
+from medseg.infer import SCALES, make_scorer
+from medseg.metrics import counts, dice
+from medseg.model import new_network
+from medseg.networks.aspp import pools_locally
+from medseg.postprocess import choose, clean
+from medseg.preprocess import IGNORE_INDEX, Prepared
+from medseg.progress import Progress, silent
+from medseg.restore import Regions, Strongest
+from medseg.statistics import summarise
+from medseg.windows import Ensemble, Scorer, stream, views
+
+log = logging.getLogger(__name__)
+
+# of two ways whose Dice differs by less, the faster is used
+MARGIN = 0.001
+# what is slower must raise Dice by more than this, and surely so
+LEAST_GAIN = 0.0005
+# fewer cases tell nothing
+LEAST_CASES = 5
+# share of the time that the first look at the cases, with the windows of training, may take of the whole
+FIRST_SHARE = 0.15
+
+Settings = Mapping[str, Any]
+Labels = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One way to infer: its `settings`, Dice (cases, labels) on the network's grid, and seconds for a case."""
+
+    name: str
+    settings: Settings
+    dice: np.ndarray[Any, np.dtype[np.float64]]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over cases, then over labels; labels that no case has are left out."""
+        with np.errstate(invalid="ignore"):
+            by_label = [float(np.nanmean(column)) for column in self.dice.T if np.isfinite(column).any()]
+        return float(np.mean(by_label)) if by_label else 0.0
+
+    def gain(self, other: Trial) -> tuple[float, tuple[float, float] | None]:
+        """How much Dice this way has more than the `other` by case: mean, and its 95 % interval."""
+        found = summarise(_by_case(self.dice) - _by_case(other.dice))
+        return found.mean or 0.0, found.ci95
+
+    def record(self) -> dict[str, Any]:
+        """For model.json."""
+        return {
+            "name": self.name,
+            "settings": self.settings,
+            "dice": round(self.mean, 5),
+            "seconds_a_case": round(self.seconds, 4),
+            "cases": len(self.dice),
+        }
+
+
+def calibrate(
+    config: Config,
+    network: torch.nn.Module,
+    cases: Sequence[Prepared],
+    *,
+    device: torch.device,
+    precision: str,
+    budget_s: float,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """The choices for a trained `network`, for model.json: `windows`, `tta`, `postprocess`, each with its table.
+
+    Takes about `budget_s` seconds, at least one look at `LEAST_CASES` cases; with fewer cases nothing is chosen, and
+    what there was no time to try is not chosen.
+    """
+    if len(cases) < LEAST_CASES:
+        log.info("%d cases held back: too few to choose windows, copies or post-processing by", len(cases))
+        return {}
+    bench = _Bench(config, network, cases, device, precision, budget_s, progress)
+    usual = bench.first()
+    windows = _choose_windows(bench, usual)
+    tta = _choose_copies(bench, windows[-1])
+    return {
+        "windows": _record(windows),
+        "tta": _record(tta),
+        "postprocess": _choose_postprocess(bench, windows[-1]),
+    }
+
+
+def quick_dice(
+    config: Config, network: torch.nn.Module, cases: Sequence[Prepared], device: torch.device, precision: str
+) -> dict[str, float]:
+    """Mean Dice of each label on the network's grid: a guide, not the report."""
+    scorer = make_scorer(network, config.data, device, precision)
+    found = np.array(
+        [case_dice(config.data, label_case(config.windows, config.data, c, scorer, device), c) for c in cases]
+    )
+    return {
+        name: float(np.nanmean(column)) if np.isfinite(column).any() else 0.0
+        for name, column in zip(config.data.foreground, found.T)
+    }
+
+
+def label_case(
+    windows: WindowsConfig, data: DataConfig, case: Prepared, scorer: Scorer, device: torch.device
+) -> Labels:
+    """Labels (*S) of a prepared case on the network's grid, in the values of a prepared label."""
+    decision: Strongest | Regions = Regions(data.out_values)
+    if not data.is_regions:
+        decision = Strongest(tuple(range(data.out_channels)))
+    labels = torch.zeros(case.grid.shape, dtype=decision.dtype)
+    ensemble = scorer if isinstance(scorer, Ensemble) else Ensemble((scorer,), views(windows))
+    for piece in stream(windows, case.image, ensemble, device=device):
+        labels[piece.box] = decision.decide(piece.scores, range(data.out_channels)).cpu()
+    return labels.numpy()
+
+
+def case_dice(data: DataConfig, prediction: Labels, case: Prepared) -> list[float]:
+    """Dice of each label of a case on the network's grid; NaN where neither has it."""
+    if case.label is None:
+        raise DataError(f"{case.id}: no label to judge by")
+    values = list(prepared_values(data).values())
+    measured = counts(prediction, case.label.numpy(), values, ignore_value=ignored(data))
+    return [dice(measured[value]) for value in values]
+
+
+def prepared_values(data: DataConfig) -> dict[str, Any]:
+    """What stands for each label in a prepared case: the output channel, for regions the values of the file."""
+    if data.is_regions:
+        return {name: data.labels[name] for name in data.foreground}
+    return {name: index for index, name in enumerate(data.foreground, start=1)}
+
+
+def ignored(data: DataConfig) -> int | None:
+    """The value of a prepared label that takes no part."""
+    if data.ignore_value is None:
+        return None
+    return data.ignore_value if data.is_regions else IGNORE_INDEX
+
+
+class _Bench:
+    """The cases to judge by, as many as the time allows, and the clock."""
+
+    def __init__(
+        self,
+        config: Config,
+        network: torch.nn.Module,
+        cases: Sequence[Prepared],
+        device: torch.device,
+        precision: str,
+        budget_s: float,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.cases = list(cases)
+        self.device = device
+        self._network = network
+        self._precision = precision
+        self._began = time.perf_counter()
+        self._budget_s = budget_s
+        self._progress = progress
+
+    def first(self) -> Trial:
+        """The way of training, on as many cases, spread evenly, as leave time for the others."""
+        start = time.perf_counter()
+        # the first case pays for caches too; the second tells the time
+        for case in self.cases[:2]:
+            begun = time.perf_counter()
+            label_case(self.config.windows, self.config.data, case, self._scorer({}), self.device)
+            each = time.perf_counter() - begun
+        affordable = int(FIRST_SHARE * self._budget_s / each)
+        wanted = max(LEAST_CASES, min(len(self.cases), affordable))
+        picked = np.unique(np.linspace(0, len(self.cases) - 1, wanted).round().astype(int))
+        self.cases = [self.cases[i] for i in picked]
+        log.debug("%.1f s to see what a case takes: %d cases to choose by", time.perf_counter() - start, len(picked))
+        trial = self.run("as in training", {})
+        if trial is None:
+            raise RuntimeError("the first trial is never left out")
+        return trial
+
+    def run(self, name: str, settings: Settings, *, expected: float = 0.0) -> Trial | None:
+        """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
+        left = self._budget_s - (time.perf_counter() - self._began)
+        if expected * len(self.cases) > left and expected:
+            log.info("no time left to try %s", name)
+            return None
+        config, scorer = self._changed(settings), self._scorer(settings)
+        found, seconds = [], 0.0
+        for number, case in enumerate(self.cases):
+            self._progress("calibrate", number, len(self.cases), name)
+            begun = time.perf_counter()
+            labels = label_case(config.windows, config.data, case, scorer, self.device)
+            seconds += time.perf_counter() - begun
+            found.append(case_dice(config.data, labels, case))
+        trial = Trial(name, settings, np.array(found), seconds / len(self.cases))
+        log.info("%s: Dice %.4f, %.3f s a case", name, trial.mean, trial.seconds)
+        return trial
+
+    def labels(self, settings: Settings) -> Iterator[tuple[Labels, Prepared]]:
+        """The labels of every case, in a way that has been tried."""
+        config, scorer = self._changed(settings), self._scorer(settings)
+        for number, case in enumerate(self.cases):
+            self._progress("calibrate", number, len(self.cases), "post-processing")
+            yield label_case(config.windows, config.data, case, scorer, self.device), case
+
+    def pools_locally(self, settings: Settings) -> bool:
+        """Whether these settings make the network pool over a window."""
+        return pools_locally(self._with_settings(settings))
+
+    def _changed(self, settings: Settings) -> Config:
+        return make_config(overlay(self.config.model_dump(mode="json"), settings), source="calibration")
+
+    def _with_settings(self, settings: Settings) -> torch.nn.Module:
+        if "network" not in settings:
+            return self._network
+        network = new_network(self._changed(settings))
+        network.load_state_dict(self._network.state_dict())
+        return network
+
+    def _scorer(self, settings: Settings) -> Scorer:
+        return make_scorer(self._with_settings(settings), self.config.data, self.device, self._precision)
+
+
+def _choose_windows(bench: _Bench, usual: Trial) -> list[Trial]:
+    """All trials, the chosen one last: the fastest whose Dice is within `MARGIN` of the best."""
+    trials = [usual]
+    for name, settings in _window_ways(bench):
+        trial = bench.run(name, settings, expected=usual.seconds)
+        if trial is not None:
+            trials.append(trial)
+    best = max(trial.mean for trial in trials)
+    chosen = min((t for t in trials if t.mean >= best - MARGIN), key=lambda t: t.seconds)
+    return [*(t for t in trials if t is not chosen), chosen]
+
+
+def _window_ways(bench: _Bench) -> Iterator[tuple[str, Settings]]:
+    """Ways other than the training's to cut the volumes at hand; none where each is a single window anyway."""
+    patch = bench.config.windows.patch_size
+    if all(s <= p for case in bench.cases for s, p in zip(case.grid.shape, patch)):
+        return
+    yield "overlap 0.25", {"windows": {"overlap": 0.25}}
+    local: dict[str, Any] = {"network": {"pooling_window": list(patch)}}
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("whole", {"windows": {"mode": "whole"}}),
+        ("large tiles", {"windows": {"mode": "halo", "tile_size": [2 * p for p in patch]}}),
+    ]
+    for name, settings in ways:
+        yield name, settings
+        if bench.pools_locally(local):
+            yield f"{name}, pooling over a patch", settings | local
+
+
+def _choose_copies(bench: _Bench, base: Trial) -> list[Trial]:
+    """All trials, the chosen one last: mirrored copies, then other sizes, each kept where it surely helped."""
+    trials, chosen = [base], base
+    axes = list(bench.config.augment.flip_axes)
+    ways: list[tuple[str, int, dict[str, Any]]] = [("scale", len(SCALES), {"scales": list(SCALES)})]
+    if axes:
+        ways.insert(0, ("flip", 2 ** len(axes), {"flip_axes": axes}))
+    for name, factor, changes in ways:
+        settings = overlay(chosen.settings, {"windows": changes})
+        trial = bench.run(name, settings, expected=factor * chosen.seconds)
+        if trial is None:
+            break
+        trials.append(trial)
+        mean, interval = trial.gain(chosen)
+        if mean > LEAST_GAIN and interval is not None and interval[0] > 0:
+            chosen = trial
+    return [*(t for t in trials if t is not chosen), chosen]
+
+
+def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
+    """What helped on the cases, tried together once more before it is used."""
+    data = bench.config.data
+    if data.is_regions:
+        return {"settings": {}, "measured": []}
+    values = prepared_values(data)
+    seen = [(labels, case) for labels, case in bench.labels(base.settings)]
+    found = choose(
+        ((labels, _reference(case), case.grid.spacing_mm) for labels, case in seen), values, ignore_value=ignored(data)
+    )
+    settings: dict[str, Any] = {"postprocess": dict(found.settings)} if found.settings else {}
+    if settings:
+        config = make_config(overlay(bench.config.model_dump(mode="json"), settings), source="calibration")
+        cleaned = [
+            case_dice(data, clean(config.postprocess, labels.copy(), values, spacing_mm=case.grid.spacing_mm), case)
+            for labels, case in seen
+        ]
+        together = Trial("post-processing", settings, np.array(cleaned), base.seconds)
+        log.info("%s: Dice %.4f in place of %.4f", together.settings, together.mean, base.mean)
+        if together.mean <= base.mean:
+            settings = {}
+    return {"settings": settings, "measured": [dict(row) for row in found.table]}
+
+
+def _reference(case: Prepared) -> Labels:
+    if case.label is None:
+        raise DataError(f"{case.id}: no label to judge by")
+    return case.label.numpy()
+
+
+def _record(trials: Sequence[Trial]) -> dict[str, Any]:
+    return {"settings": dict(trials[-1].settings), "measured": [t.record() for t in trials]}
+
+
+def _by_case(table: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Mean over the labels of each case; NaN for a case without any."""
+    defined = np.isfinite(table)
+    total = np.where(defined, table, 0).sum(axis=1)
+    number = defined.sum(axis=1)
+    return np.asarray(np.where(number > 0, total / np.maximum(number, 1), np.nan))
