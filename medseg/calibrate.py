@@ -6,6 +6,7 @@ Every choice is a set of settings to lay over the model's own, with the table of
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from medseg.infer import SCALES, make_scorer
 from medseg.metrics import counts, dice
 from medseg.model import new_network
 from medseg.networks.aspp import pools_locally
+from medseg.plan import sided_label
 from medseg.postprocess import choose, clean
 from medseg.preprocess import IGNORE_INDEX, Prepared
 from medseg.progress import Progress, silent
@@ -33,6 +35,10 @@ log = logging.getLogger(__name__)
 MARGIN = 0.001
 # what is slower must raise Dice by more than this, and surely so
 LEAST_GAIN = 0.0005
+# share by which two times must differ to mean anything
+NOISE = 0.1
+# whole volumes are trusted up to this many times the voxels of the largest one they were judged on
+LARGER = 1.5
 # fewer cases tell nothing
 LEAST_CASES = 5
 # share of the time that the first look at the cases, with the windows of training, may take of the whole
@@ -245,7 +251,10 @@ def _choose_windows(bench: _Bench, usual: Trial) -> list[Trial]:
         if trial is not None:
             trials.append(trial)
     best = max(trial.mean for trial in trials)
-    chosen = min((t for t in trials if t.mean >= best - MARGIN), key=lambda t: t.seconds)
+    good = [trial for trial in trials if trial.mean >= best - MARGIN]
+    fastest = min(trial.seconds for trial in good)
+    # the plainer comes first
+    chosen = next(trial for trial in good if trial.seconds <= (1 + NOISE) * fastest)
     return [*(t for t in trials if t is not chosen), chosen]
 
 
@@ -254,10 +263,11 @@ def _window_ways(bench: _Bench) -> Iterator[tuple[str, Settings]]:
     patch = bench.config.windows.patch_size
     if all(s <= p for case in bench.cases for s, p in zip(case.grid.shape, patch)):
         return
+    largest = max(math.prod(case.grid.shape) for case in bench.cases)
     yield "overlap 0.25", {"windows": {"overlap": 0.25}}
     local: dict[str, Any] = {"network": {"pooling_window": list(patch)}}
     ways: list[tuple[str, dict[str, Any]]] = [
-        ("whole", {"windows": {"mode": "whole"}}),
+        ("whole", {"windows": {"mode": "whole", "whole_voxels": round(LARGER * largest)}}),
         ("large tiles", {"windows": {"mode": "halo", "tile_size": [2 * p for p in patch]}}),
     ]
     for name, settings in ways:
@@ -269,7 +279,7 @@ def _window_ways(bench: _Bench) -> Iterator[tuple[str, Settings]]:
 def _choose_copies(bench: _Bench, base: Trial) -> list[Trial]:
     """All trials, the chosen one last: mirrored copies, then other sizes, each kept where it surely helped."""
     trials, chosen = [base], base
-    axes = list(bench.config.augment.flip_axes)
+    axes = [] if sided_label(bench.config.data) else list(bench.config.augment.flip_axes)
     ways: list[tuple[str, int, dict[str, Any]]] = [("scale", len(SCALES), {"scales": list(SCALES)})]
     if axes:
         ways.insert(0, ("flip", 2 ** len(axes), {"flip_axes": axes}))

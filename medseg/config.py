@@ -268,6 +268,8 @@ class WindowsConfig(Section):
     """Voxels of a window or tile at inference; null: those of a patch."""
     halo: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Voxels that a tile sees beyond each of its sides; null: half a patch."""
+    whole_voxels: PositiveInt | None = None
+    """Volumes of more voxels are not done whole but blended; null: any that memory holds are done whole."""
     overlap: float = Field(0.5, ge=0, lt=1)
     batch_size: PositiveInt | None = None
     """Windows in one go; null: as many as memory takes on a GPU, a few megabytes of scores on a CPU."""

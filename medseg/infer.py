@@ -25,6 +25,7 @@ from medseg.device import (
 )
 from medseg.errors import ConfigError, ModelError
 from medseg.model import Model, chosen_settings, read_model
+from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.restore import Piece, Restorer, decision_of, restore
@@ -226,7 +227,8 @@ def _windows(config: Config, options: InferOptions) -> WindowsConfig:
             raise ConfigError(f"--window: {len(options.window)} numbers found, expected {dims}, or auto or whole")
         changes |= {"mode": "blend", "tile_size": tuple(options.window)}
     if options.tta in ("flip", "scale"):
-        changes |= {"flip_axes": config.augment.flip_axes}
+        # mirrored, a left kidney is a right one: whatever the configuration says
+        changes |= {"flip_axes": () if sided_label(config.data) else config.augment.flip_axes}
     if options.tta == "scale":
         changes |= {"scales": SCALES}
     return config.windows.model_copy(update=changes)

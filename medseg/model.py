@@ -110,7 +110,12 @@ def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, 
         found = [chosen.get(name, {}).get("settings", {}) for chosen in inference]
         if found and all(settings == found[0] for settings in found):
             made.append(found[0])
-    return overlay({}, *made)
+    settings = overlay({}, *made)
+    if wrong := _unchangeable(settings):
+        raise ModelError(
+            f"{folders[0] / DESCRIPTION}: `inference` changes {wrong[0]}, which a model cannot; copy it again"
+        )
+    return settings
 
 
 def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
@@ -153,8 +158,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """
     if not changes:
         return config
-    given = [(section, key) for section, values in changes.items() for key in values]
-    wrong = [f"{s}.{k}" for s, k in given if s not in CHANGEABLE or (CHANGEABLE[s] and k not in CHANGEABLE[s])]
+    wrong = _unchangeable(changes)
     if wrong:
         may = ", ".join(f"{s}.{k}" for s, keys in CHANGEABLE.items() for k in keys or ("…",))
         raise ConfigError(f"--set {wrong[0]}: belongs to what a trained model has learnt; expected one of {may}")
@@ -167,6 +171,11 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     if "aspp_rates" in network:
         moved = moved.model_copy(update={"aspp_rates": made.network.aspp_rates})
     return made.model_copy(update={"network": moved})
+
+
+def _unchangeable(changes: Mapping[str, Any]) -> list[str]:
+    given = [(section, key) for section, values in changes.items() for key in values]
+    return [f"{s}.{k}" for s, k in given if s not in CHANGEABLE or (CHANGEABLE[s] and k not in CHANGEABLE[s])]
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from medseg.body import is_ct
 from medseg.cases import Case, Dataset
@@ -26,8 +25,7 @@ from medseg.config import (
     make_data_config,
 )
 from medseg.errors import DataError
-from medseg.networks import build_network, can_be_thinned, check_patch, default_config, fit_to_patch, halvings
-from medseg.networks.aspp import cap_rates
+from medseg.networks import build_bare, can_be_thinned, check_patch, default_config, fit_to_patch, halvings
 from medseg.networks.receptive import count, fit_width
 from medseg.progress import Progress, silent
 from medseg.readers import is_picture, read_geometry, read_images, read_label
@@ -144,6 +142,11 @@ def make_plan(
     return Plan(config, reasons)
 
 
+def sided_label(data: DataConfig) -> str | None:
+    """The first label whose name tells left from right, if any does."""
+    return next((n for n in data.foreground if SIDED.search(CAMEL.sub(" ", n))), None)
+
+
 def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -> DataConfig:
     reasons["data.spatial_dims"] = (
         f"{fingerprint.cases} cases with labels, all of {fingerprint.spatial_dims} dimensions"
@@ -258,12 +261,11 @@ def _network(
     if strides is not None:
         reasons["network.strides"] = "a coarse axis is halved only once the others have caught up with it"
     feature = tuple(max(1, p // base.output_stride) for p in windows.patch_size)
-    rates = cap_rates(base.aspp_rates, feature)
     reasons["network.aspp_rates"] = (
         f"rates 2 4 6 or 3 6 9, capped by the feature map of {_text(feature)} that a patch gives"
     )
     reasons["network.output_stride"] = "small structures survive a stride of 4; pictures have room for 16"
-    return base.model_copy(update={"strides": strides, "aspp_rates": rates})
+    return fit_to_patch(base.model_copy(update={"strides": strides}), windows.patch_size)
 
 
 def _other_network(
@@ -310,10 +312,8 @@ def _other_network(
     if published or device != "cpu" or {"width", "channels"} & set(given) or not can_be_thinned(made):
         return made
     dims, channels, out_channels = data.spatial_dims, len(data.channels), data.out_channels
-    with torch.device("meta"):
-        bare = build_network(made, spatial_dims=dims, in_channels=channels, out_channels=out_channels)
-    check_patch(bare, made, windows.patch_size)
-    network = build_network(usual, spatial_dims=dims, in_channels=channels, out_channels=out_channels)
+    check_patch(build_bare(made, dims, channels, out_channels), made, windows.patch_size)
+    network = build_bare(usual, dims, channels, out_channels)
     _, target = count(network, spatial_dims=dims, in_channels=channels, shape=windows.patch_size)
     reasons["network.width"] = (
         f"about as many multiply-adds as the usual network, {usual.name}, has for a patch ({target:.3g}): no GPU"
@@ -341,7 +341,7 @@ def _strides(steps_wanted: int, spacing_mm: Sequence[float] | None) -> tuple[tup
 
 
 def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
-    sided = [n for n in data.foreground if SIDED.search(CAMEL.sub(" ", n))]
+    sided = sided_label(data)
     axes: tuple[int, ...] = (0,)
     reasons["augment.flip_axes"] = "from left to right only: bodies are nearly symmetric that way and no other"
     if fingerprint.pictures:
@@ -355,7 +355,7 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
         reasons["augment.flip_axes"] = "the labels have no names: two of them may be the two sides of one organ"
     if sided:
         axes = ()
-        reasons["augment.flip_axes"] = f"label `{sided[0]}` tells sides apart: never mirrored"
+        reasons["augment.flip_axes"] = f"label `{sided}` tells sides apart: never mirrored"
     if fingerprint.spatial_dims == 2:
         return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)

@@ -294,6 +294,10 @@ class _Tiles(_Plan):
 
 
 def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
+    voxels = image[0].numel()
+    if config.mode == "whole" and voxels > (config.whole_voxels or voxels):
+        log.info("%d voxels are more than whole volumes were judged on (%s): blended", voxels, config.whole_voxels)
+        return _Blend(config, image)
     return _Blend(config, image) if config.mode == "blend" else _Tiles(config, image)
 
 

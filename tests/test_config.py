@@ -112,6 +112,7 @@ OTHER: dict[str, Any] = {
         "mode": "halo",
         "tile_size": [48, 64],
         "halo": [0, 8],
+        "whole_voxels": 1000,
         "overlap": 0.75,
         "batch_size": 1,
         "flip_axes": [1],

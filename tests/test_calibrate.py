@@ -1,0 +1,237 @@
+"""What is chosen when training ends: the fastest of equals, what surely helped, nothing where little is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+
+from medseg.calibrate import (
+    Trial,
+    _Bench,
+    _choose_copies,
+    _choose_windows,
+    calibrate,
+    case_dice,
+    label_case,
+    quick_dice,
+)
+from medseg.config import Config, DataConfig
+from medseg.errors import ModelError
+from medseg.grid import Grid
+from medseg.infer import InferOptions, load_model
+from medseg.model import chosen_settings, new_network, read_model, record_choices
+from medseg.preprocess import Prepared
+
+CPU = torch.device("cpu")
+
+
+class Threshold(torch.nn.Module):
+    """Says `shell` where the image is above 0 and `core` where it is above 2; knows nothing of windows."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *S) → logits (B, 3, *S)."""
+        return 20 * torch.cat([-images, images * (images < 2), images - 2 + 18 * (images > 2)], dim=1)
+
+
+def a_case(number: int, shape: tuple[int, ...] = (12, 10, 9)) -> Prepared:
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number))
+    image[:, :2] = 3.0
+    label = (image[0] > 0).to(torch.uint8) + (image[0] > 2).to(torch.uint8)
+    grid = Grid(shape, np.eye(4))
+    return Prepared(f"case{number}", image, label, grid, grid, torch.zeros(1, 9))
+
+
+def trial(name: str, dice: float, seconds: float, *, cases: int = 8, spread: float = 0.0, **settings: Any) -> Trial:
+    noise = spread * np.random.default_rng(len(name)).normal(size=(cases, 1))
+    return Trial(name, settings, np.full((cases, 1), dice) + noise, seconds)
+
+
+def bench(ways: Mapping[str, Trial | None], **augment: Any) -> Any:
+    """A bench whose trials have been made."""
+    config = tiny_config(augment=augment)
+    asked: list[str] = []
+
+    def run(name: str, settings: Mapping[str, Any], *, expected: float = 0.0) -> Trial | None:
+        asked.append(name)
+        found = ways.get(name)
+        return None if found is None else Trial(name, settings, found.dice, found.seconds)
+
+    return SimpleNamespace(config=config, cases=[a_case(0)], run=run, asked=asked, pools_locally=lambda settings: False)
+
+
+# ---- Dice on the network's grid
+
+
+def test_a_perfect_network_has_a_dice_of_one() -> None:
+    config, case = tiny_config(), a_case(0)
+    assert quick_dice(config, Threshold(), [case], CPU, "32") == {"shell": 1.0, "core": 1.0}
+
+
+def test_dice_of_a_case_by_hand() -> None:
+    data = DataConfig(labels={"a": 4, "b": 9, "ignore": 7})
+    label = torch.tensor([[1, 1, 0, 255]], dtype=torch.uint8)
+    grid = Grid((1, 4), np.eye(3))
+    case = Prepared("c", torch.zeros(1, 1, 4), label, grid, grid, torch.zeros(1, 9))
+    found = case_dice(data, np.array([[1, 0, 1, 1]], np.uint8), case)
+    # one of two found, one too many, one where nobody knows
+    assert found[0] == pytest.approx(0.5)
+    assert np.isnan(found[1])
+
+
+def test_labels_are_those_of_the_whole_volume_whatever_the_windows() -> None:
+    config, case = tiny_config(windows={"patch_size": [8, 8, 8], "mode": "whole"}), a_case(1)
+    for windows in (config.windows, config.windows.model_copy(update={"mode": "blend", "overlap": 0.3})):
+        found = label_case(windows, config.data, case, lambda w: Threshold()(w).softmax(1), CPU)
+        assert case.label is not None
+        assert np.array_equal(found, case.label.numpy())
+
+
+# ---- what is chosen
+
+
+def test_the_fastest_way_within_a_thousandth_of_the_best_is_used() -> None:
+    ways = {
+        "overlap 0.25": trial("o", 0.9, 0.5),
+        "whole": trial("w", 0.8985, 0.1),
+        "large tiles": trial("l", 0.8995, 0.2),
+    }
+    found = _choose_windows(bench(ways), trial("as in training", 0.9, 1.0))
+    assert found[-1].name == "large tiles"
+    assert {t.name for t in found} == {"as in training", *ways}
+
+
+def test_of_equally_fast_ways_the_plainer_is_used() -> None:
+    ways = {"overlap 0.25": trial("o", 0.9, 0.5), "whole": trial("w", 0.9, 0.105), "large tiles": trial("l", 0.9, 0.1)}
+    assert _choose_windows(bench(ways), trial("as in training", 0.9, 1.0))[-1].name == "whole"
+
+
+def test_a_way_that_is_better_raises_the_bar() -> None:
+    ways = {"overlap 0.25": trial("o", 0.95, 0.9)}
+    assert _choose_windows(bench(ways), trial("as in training", 0.9, 0.1))[-1].name == "overlap 0.25"
+
+
+def test_where_every_case_is_one_window_there_is_nothing_to_choose() -> None:
+    there = bench({})
+    there.cases = [a_case(0, (8, 7, 8))]
+    assert _choose_windows(there, trial("as in training", 0.9, 0.1))[-1].name == "as in training"
+    assert there.asked == []
+
+
+def test_whole_volumes_are_trusted_little_beyond_the_largest_one_seen() -> None:
+    found = _choose_windows(bench({"whole": trial("w", 0.9, 0.1)}), trial("as in training", 0.9, 1.0))
+    assert found[-1].settings["windows"] == {"mode": "whole", "whole_voxels": 12 * 10 * 9 * 3 // 2}
+
+
+def test_copies_are_used_where_they_surely_help() -> None:
+    base = trial("base", 0.8, 1.0, spread=0.05)
+    better = Trial("flip", {}, base.dice + 0.01, 2.0)
+    found = _choose_copies(bench({"flip": better, "scale": Trial("scale", {}, better.dice, 6.0)}, flip_axes=[0]), base)
+    assert found[-1].name == "flip"
+    assert found[-1].settings == {"windows": {"flip_axes": [0]}}
+
+
+@pytest.mark.parametrize(
+    "change", [0.0004, np.array([[0.03], [-0.02], [0.02], [-0.025], [0.03], [-0.02], [0.02], [-0.02]])]
+)
+def test_copies_whose_gain_is_small_or_noise_are_not_used(change: Any) -> None:
+    base = trial("base", 0.8, 1.0)
+    there = bench({"flip": Trial("flip", {}, base.dice + change, 2.0)}, flip_axes=[0])
+    assert _choose_copies(there, base)[-1] is base
+
+
+def test_labels_that_tell_sides_apart_are_never_mirrored() -> None:
+    there = bench({"scale": None}, flip_axes=[0])
+    there.config = tiny_config(data={"labels": {"kidney_left": 3, "kidney_right": 7}}, augment={"flip_axes": [0]})
+    _choose_copies(there, trial("base", 0.8, 1.0))
+    assert there.asked == ["scale"]
+
+
+def test_what_there_is_no_time_for_is_left_out() -> None:
+    config = tiny_config()
+    there = _Bench(config, Threshold(), [a_case(n) for n in range(6)], CPU, "32", 1e-6, lambda *_: None)
+    usual = there.first()
+    assert len(usual.dice) == 5
+    assert there.run("slow", {"windows": {"overlap": 0.75}}, expected=10.0) is None
+
+
+def test_a_few_cases_tell_nothing() -> None:
+    cases = [a_case(n) for n in range(4)]
+    assert calibrate(tiny_config(), Threshold(), cases, device=CPU, precision="32", budget_s=60) == {}
+
+
+def test_everything_that_was_measured_is_recorded() -> None:
+    config, cases = tiny_config(), [a_case(n) for n in range(5)]
+    found = calibrate(config, new_network(config), cases, device=CPU, precision="32", budget_s=60)
+    assert {"windows", "tta", "postprocess"} <= set(found)
+    names = [row["name"] for row in found["windows"]["measured"]]
+    assert sorted(names) == [
+        "as in training",
+        "large tiles",
+        "large tiles, pooling over a patch",
+        "overlap 0.25",
+        "whole",
+        "whole, pooling over a patch",
+    ]
+    assert all(0 <= row["dice"] <= 1 and row["seconds_a_case"] > 0 for row in found["windows"]["measured"])
+    assert {row["name"] for row in found["tta"]["measured"]} >= {"flip", "scale"}
+
+
+# ---- what inference makes of it
+
+
+def chosen(folder: Path, **choices: Any) -> Path:
+    tiny_model(folder)
+    record_choices(folder, {name: {"settings": settings, "measured": []} for name, settings in choices.items()})
+    return folder
+
+
+def config_of(*folders: Path, **options: Any) -> Config:
+    return load_model(*folders, options=InferOptions(device="cpu", **options)).config
+
+
+def test_inference_does_what_was_chosen_unless_told_otherwise(tmp_path: Path) -> None:
+    cleaned = {"postprocess": {"largest_component": ["core"]}}
+    run = chosen(tmp_path / "run", windows={"windows": {"mode": "whole"}}, postprocess=cleaned)
+    assert config_of(run).windows.mode == "whole"
+    assert config_of(run).postprocess.largest_component == ("core",)
+    assert config_of(run, overlap=0.25).windows.mode == "blend"
+    assert config_of(run, window=(9, 9, 9)).windows.tile_size == (9, 9, 9)
+    assert config_of(run, settings={"windows": {"overlap": 0.75}}).windows.mode == "blend"
+    assert config_of(run, settings={"postprocess": {"largest_component": []}}).postprocess.largest_component == ()
+
+
+def test_copies_are_used_on_request_alone(tmp_path: Path) -> None:
+    run = chosen(tmp_path / "run", windows={}, tta={"windows": {"scales": [1.0, 0.75]}})
+    assert config_of(run).windows.scales == (1.0,)
+    assert config_of(run, tta="auto").windows.scales == (1.0, 0.75)
+    assert config_of(run, tta="flip").windows.flip_axes == (0, 1, 2)
+    sided = tiny_model(tmp_path / "sided", tiny_config(data={"labels": {"left": 3, "right": 7}}))
+    assert config_of(sided, tta="flip").windows.flip_axes == ()
+    assert len(config_of(run, tta="scale").windows.scales) == 3
+
+
+def test_a_model_without_choices_works_as_it_was_trained(tmp_path: Path) -> None:
+    run = tiny_model(tmp_path)
+    assert config_of(run, tta="auto").windows == read_model(run).config.windows
+
+
+def test_an_ensemble_does_what_all_of_its_models_chose(tmp_path: Path) -> None:
+    one = chosen(tmp_path / "one", windows={"windows": {"mode": "whole"}}, postprocess={})
+    two = chosen(tmp_path / "two", windows={"windows": {"mode": "whole"}}, postprocess={})
+    three = chosen(tmp_path / "three", windows={"windows": {"overlap": 0.25}}, postprocess={})
+    assert config_of(one, two).windows.mode == "whole"
+    assert config_of(one, three).windows == read_model(one).config.windows
+    assert chosen_settings([one, three], ["windows"]) == {}
+
+
+def test_a_choice_that_the_model_cannot_have_is_refused(tmp_path: Path) -> None:
+    run = chosen(tmp_path / "run", windows={"data": {"labels": {"x": 1}}})
+    with pytest.raises(ModelError, match=r"data\.labels"):
+        load_model(run, options=InferOptions(device="cpu"))
