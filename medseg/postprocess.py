@@ -114,8 +114,9 @@ def clean(
     names. First only the largest part of a label is kept (of equal ones the first in scan order), then parts below the
     minimum size go, then enclosed background is filled. Parts hang together by faces, edges and corners (26, in 2D 8
     neighbours), so background leaks through faces only (6, in 2D 4). A hole that reaches the border of the image is
-    none, and a line (1D) has no holes. Of labels around each other the innermost takes the hole. Raises `ValueError`
-    where the spacing does not fit, `KeyError` for a label without a value.
+    none, and a line (1D) has no holes. Of labels around each other the innermost takes the hole. Holds a copy of the
+    map and, to fill holes, six bytes a voxel of the largest part's bounding box. Raises `ValueError` where the spacing
+    does not fit, `KeyError` for a label without a value.
     """
     wanted = {values[name]: name for name in (*config.largest_component, *config.min_size_mm3, *config.fill_holes)}
     if not wanted:
@@ -128,7 +129,7 @@ def clean(
         # a part exactly as large as the least stays, whatever the rounding
         gone = parts.sizes * voxel < config.min_size_mm3.get(name, 0) * (1 - ROUNDING)
         if name in config.largest_component:
-            gone |= ~parts.largest()
+            gone |= ~_largest(parts.sizes)
         if gone.any():
             result = labels.copy() if result is labels else result
             result.reshape(-1)[parts.voxels(gone)] = 0
@@ -218,10 +219,6 @@ class _Found:
         predicted = int(self.counted[stays].sum()) + filled * self.hole
         return dice(Counts(tp, predicted - tp, self.reference - tp))
 
-    def largest(self) -> Mask:
-        """The part that stays if only one does."""
-        return _largest(self.sizes)
-
     def at_least(self, mm3: float) -> Mask:
         """Which parts a minimum size leaves."""
         return np.asarray(self.sizes * self.voxel_mm3 >= mm3 * (1 - ROUNDING))
@@ -261,7 +258,7 @@ def _look(
 def _rows(name: str, found: Sequence[_Found]) -> list[dict[str, Any]]:
     """What each setting does to one label; of those that remove parts only the best is kept."""
     before = [one.dice() for one in found]
-    rows = [_row(name, "largest_component", None, before, [one.dice(one.largest()) for one in found])]
+    rows = [_row(name, "largest_component", None, before, [one.dice(_largest(one.sizes)) for one in found])]
     smallest = min(one.smallest_mm3 for one in found)
     if math.isfinite(smallest):
         for mm3 in sorted({_three_digits(share * smallest) for share in SIZE_SHARES}):
@@ -312,10 +309,6 @@ class _Parts:
     part: Integers
     sizes: Integers
 
-    def largest(self) -> Mask:
-        """The largest part (P,); of equal ones the first."""
-        return _largest(self.sizes)
-
     def voxels(self, chosen: Mask | None = None) -> Integers:
         """Places in scan order of the voxels of the `chosen` (P,) parts, or of all."""
         start, stop = self.start, self.stop
@@ -337,7 +330,7 @@ class _Parts:
 
 
 def _largest(sizes: Integers) -> Mask:
-    # of equal ones argmax gives the first
+    """Which of the parts (P,) is the largest; of equal ones the first."""
     return np.asarray(np.arange(len(sizes)) == (sizes.argmax() if len(sizes) else 0))
 
 
@@ -355,7 +348,7 @@ def _find_parts(labels: Labels, wanted: Collection[int]) -> dict[int, _Parts]:
         np.not_equal(chunk[:, 1:], chunk[:, :-1], out=change[:, 1:])
         start = np.flatnonzero(change)
         value = chunk.reshape(-1)[start]
-        chosen = (value >= least) & (value <= most) & (value != 0)
+        chosen = (value >= least) & (value <= most)
         stop = np.append(start[1:], chunk.size)[chosen]
         found.append((value[chosen].astype(np.intp), start[chosen] + first * width, stop + first * width))
     if not found:
@@ -372,9 +365,9 @@ def _find_parts(labels: Labels, wanted: Collection[int]) -> dict[int, _Parts]:
 
 def _connect(start: Integers, stop: Integers, shape: tuple[int, ...]) -> _Parts:
     """Runs (R,) as parts: two runs belong together where voxels of them share a face, an edge or a corner."""
-    # one more row and column at both ends of each axis, so that no neighbour is found around a border
-    padded = [n + 2 for n in shape]
-    place = np.ravel_multi_index([i + 1 for i in np.unravel_index(start, shape)], padded)
+    # an empty place behind each axis, so that no neighbour is found around a border
+    padded = tuple(n + 1 for n in shape)
+    place = np.ravel_multi_index(np.unravel_index(start, shape), padded)
     behind = place + (stop - start)
     here, there = [], []
     for shift in itertools.product((-1, 0, 1), repeat=len(shape) - 1):

@@ -141,11 +141,10 @@ def _refuse_whole_numbers(file: Path, there: Mapping[str, Tensor]) -> None:
 def _refuse_other_encoder(file: Path, rows: Sequence[Row]) -> None:
     """Layers of two depths have kernels of equal shape: what is left over in a stage tells that it is another one."""
     stray = [r.key_there for r in rows if r.outcome == "skipped" and len(r.shape_there) > 2 and _stage(r.key_there)]
-    filled = {_stage(r.key_here) for r in rows if r.outcome in ("loaded", "adapted") and len(r.shape_here) > 2}
+    filled = {_stage(r.key_here) for r in rows if r.outcome in ("loaded", "adapted") and len(r.shape_here) > 2} - {""}
     empty = [
         r.key_here for r in rows if r.outcome == "fresh" and len(r.shape_here) > 2 and _stage(r.key_here) in filled
     ]
-    empty = [key for key in empty if _stage(key)]
     if stray or empty:
         what = f"`{stray[0]}` has no place in this network" if stray else f"has nothing for `{empty[0]}`"
         raise ModelError(
