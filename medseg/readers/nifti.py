@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ FORM_TOLERANCE = 0.05
 # the most that a byte of a gzip file can stand for: deflate's longest copy, 258 bytes, takes at least two bits
 _GZIP_EXPANSION = 1032
 _BLOCK_BYTES = 1 << 20
+# the stubs of isal take the class for one of its exceptions
+_GZIP_ERROR = cast("type[Exception]", isal_zlib.error)
 # the low three bits of xyzt_units: metre, millimetre, micrometre
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}
 
@@ -56,12 +59,12 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[BufferedIOBase]:
     """The uncompressed bytes, by content and not by ending; damage becomes `DataError`."""
     try:
         with igzip.open(path, "rb") if _is_zipped(path) else path.open("rb") as file:
             yield file
-    except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:
+    except (EOFError, _GZIP_ERROR, igzip.BadGzipFile) as error:
         raise DataError(f"{path}: the gzip stream is damaged or cut off ({error}); copy the file again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -72,7 +75,7 @@ def _is_zipped(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _read_header(path: Path, file: BinaryIO) -> Any:
+def _read_header(path: Path, file: BufferedIOBase) -> Any:
     # nibabel's own loading repairs a spacing of 0 to 1 without a word: so the header is parsed unchecked
     import nibabel as nib
 
@@ -92,7 +95,7 @@ def _read_header(path: Path, file: BinaryIO) -> Any:
     raise DataError(f"{path}: not a NIfTI file; check where it comes from, or its ending")
 
 
-def _read_voxels(path: Path, file: BinaryIO, header: Any) -> npt.NDArray[Any]:
+def _read_voxels(path: Path, file: BufferedIOBase, header: Any) -> npt.NDArray[Any]:
     from nibabel.spatialimages import HeaderDataError
 
     try:
@@ -109,17 +112,17 @@ def _read_voxels(path: Path, file: BinaryIO, header: Any) -> npt.NDArray[Any]:
     return _read_exactly(path, file, size).view(dtype).reshape(shape, order="F")
 
 
-def _skip(file: BinaryIO, size: int) -> None:
+def _skip(file: BufferedIOBase, size: int) -> None:
     # in blocks: a damaged header may claim any offset
     while size > 0 and (part := file.read(min(size, _BLOCK_BYTES))):
         size -= len(part)
 
 
-def _read_exactly(path: Path, file: BinaryIO, size: int) -> npt.NDArray[np.uint8]:
+def _read_exactly(path: Path, file: BufferedIOBase, size: int) -> npt.NDArray[np.uint8]:
     # one array, filled in place; none where a damaged header claims more than a file of this length can hold
     most = path.stat().st_size * (_GZIP_EXPANSION if _is_zipped(path) else 1)
     stored = np.empty(size if size <= most else 0, np.uint8)
-    room = memoryview(stored)
+    room = stored.data
     found = 0
     # in blocks: gzip files fill a longer one by way of a copy of its own length
     while count := file.readinto(room[found : found + _BLOCK_BYTES]):

@@ -36,7 +36,7 @@ def _write(file: BinaryIO, header: Any, array: npt.NDArray[Any]) -> None:
     header.write_to(file)
     file.write(b"\0" * (int(header["vox_offset"]) - file.tell()))
     # planes at a time: no second copy of a large mask; the last axis is the slowest of the file
-    volume = array.reshape(array.shape + (1,) * (3 - array.ndim))
+    volume: npt.NDArray[Any] = array.reshape(array.shape + (1,) * (3 - array.ndim))
     for k in range(0, volume.shape[2], TILE[1]):
         file.write(_in_file_order(volume[:, :, k : k + TILE[1]]))
 
