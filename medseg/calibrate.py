@@ -25,6 +25,17 @@ from medseg.plan import sided_label
 from medseg.postprocess import choose, clean
 from medseg.preprocess import IGNORE_INDEX, Prepared
 from medseg.progress import Progress, silent
+from medseg.quality import (
+    DEGRADATIONS,
+    Degradation,
+    Evidence,
+    Profile,
+    Sample,
+    degrade,
+    fit_quality,
+    profile_of,
+    samples_of,
+)
 from medseg.restore import Regions, Strongest
 from medseg.statistics import summarise
 from medseg.windows import Ensemble, Scorer, stream, views
@@ -39,6 +50,12 @@ LEAST_GAIN = 0.0005
 NOISE = 0.1
 # whole volumes are trusted up to this many times the voxels of the largest one they were judged on
 LARGER = 1.5
+# share of the time that goes into the estimate of Dice
+QUALITY_SHARE = 0.4
+# training images that are looked at for what is usual
+PROFILED = 100
+# what the estimate of Dice learns from beside the cases as they are
+WORSE: tuple[tuple[Degradation, float], ...] = tuple((kind, s) for s in (0.2, 0.6) for kind in DEGRADATIONS)
 # fewer cases tell nothing
 LEAST_CASES = 5
 # share of the time that the first look at the cases, with the windows of training, may take of the whole
@@ -85,6 +102,7 @@ def calibrate(
     network: torch.nn.Module,
     cases: Sequence[Prepared],
     *,
+    training: Sequence[Prepared],
     device: torch.device,
     precision: str,
     budget_s: float,
@@ -92,13 +110,15 @@ def calibrate(
 ) -> dict[str, Any]:
     """The choices for a trained `network`, for model.json: `windows`, `tta`, `postprocess`, each with its table.
 
+    And `quality`, the way to an expected Dice, which knows what the images of `training` are like.
+
     Takes about `budget_s` seconds, at least one look at `LEAST_CASES` cases; with fewer cases nothing is chosen, and
     what there was no time to try is not chosen.
     """
     if len(cases) < LEAST_CASES:
         log.info("%d cases held back: too few to choose windows, copies or post-processing by", len(cases))
         return {}
-    bench = _Bench(config, network, cases, device, precision, budget_s, progress)
+    bench = _Bench(config, network, cases, device, precision, (1 - QUALITY_SHARE) * budget_s, progress)
     usual = bench.first()
     windows = _choose_windows(bench, usual)
     tta = _choose_copies(bench, windows[-1])
@@ -106,6 +126,7 @@ def calibrate(
         "windows": _record(windows),
         "tta": _record(tta),
         "postprocess": _choose_postprocess(bench, windows[-1]),
+        "quality": _learn_quality(bench, windows[-1], training, QUALITY_SHARE * budget_s),
     }
 
 
@@ -124,16 +145,25 @@ def quick_dice(
 
 
 def label_case(
-    windows: WindowsConfig, data: DataConfig, case: Prepared, scorer: Scorer, device: torch.device
+    windows: WindowsConfig,
+    data: DataConfig,
+    case: Prepared,
+    scorer: Scorer,
+    device: torch.device,
+    evidence: Evidence | None = None,
 ) -> Labels:
     """Labels (*S) of a prepared case on the network's grid, in the values of a prepared label."""
     decision: Strongest | Regions = Regions(data.out_values)
     if not data.is_regions:
         decision = Strongest(tuple(range(data.out_channels)))
     labels = torch.zeros(case.grid.shape, dtype=decision.dtype)
-    ensemble = scorer if isinstance(scorer, Ensemble) else Ensemble((scorer,), views(windows))
+    seen = views(windows)
+    ensemble = Ensemble((scorer,), seen, evidence.add_members if evidence and len(seen) > 1 else None)
     for piece in stream(windows, case.image, ensemble, device=device):
         labels[piece.box] = decision.decide(piece.scores, range(data.out_channels)).cpu()
+        if evidence is not None:
+            image = case.image[(slice(None), *piece.box)].to(device)
+            evidence.add(piece.scores.movedim(-1, 0), piece.start, case.grid.shape, image)
     return labels.numpy()
 
 
@@ -224,6 +254,30 @@ class _Bench:
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), "post-processing")
             yield label_case(config.windows, config.data, case, scorer, self.device), case
+
+    def samples(self, settings: Settings, profile: Profile, budget_s: float) -> list[Sample]:
+        """What the cases teach about the estimate of Dice: as they are, then ever worse till time is up."""
+        config, scorer = self._changed(settings), self._scorer(settings)
+        began = time.perf_counter()
+        found: list[Sample] = []
+        total = (1 + len(WORSE)) * len(self.cases)
+        for turn in range(1 + len(WORSE)):
+            for number, case in enumerate(self.cases):
+                # every case once as it is and once worse, however long it takes
+                if turn > 1 and time.perf_counter() - began > budget_s:
+                    return found
+                self._progress("calibrate", turn * len(self.cases) + number, total, "quality")
+                seen, version = case, "as it is"
+                if turn:
+                    # in one turn all kinds come, each on other cases
+                    kind, strength = WORSE[(turn + number) % len(WORSE)]
+                    version = f"{kind} {strength}"
+                    seen = degrade(case, kind, strength, np.random.default_rng([turn, number]))
+                evidence = Evidence(config.data)
+                labels = label_case(config.windows, config.data, seen, scorer, self.device, evidence)
+                dices = dict(zip(config.data.foreground, case_dice(config.data, labels, seen)))
+                found += samples_of(profile, seen, evidence, dices, case=case.id, version=version)
+        return found
 
     def pools_locally(self, settings: Settings) -> bool:
         """Whether these settings make the network pool over a window."""
@@ -317,6 +371,23 @@ def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
         if together.mean <= base.mean:
             settings = {}
     return {"settings": settings, "measured": [dict(row) for row in found.table]}
+
+
+def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], budget_s: float) -> dict[str, Any]:
+    """The estimate of Dice, from the cases as they are and worse; with mirrored copies too, where sides are alike."""
+    data = bench.config.data
+    picked = np.unique(np.linspace(0, len(training) - 1, PROFILED).round().astype(int))
+    profile = profile_of((training[i] for i in picked), data)
+    axes = [] if sided_label(data) else list(bench.config.augment.flip_axes)[:1]
+    plain = bench.samples(base.settings, profile, budget_s / (3 if axes else 1))
+    if not plain:
+        return {"settings": {}, "measured": []}
+    model = fit_quality(plain, profile)
+    if axes:
+        mirrored = bench.samples(overlay(base.settings, {"windows": {"flip_axes": axes}}), profile, 2 * budget_s / 3)
+        model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
+    measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
+    return {"settings": {}, "measured": measured, "model": model.model_dump(mode="json")}
 
 
 def _reference(case: Prepared) -> Labels:

@@ -245,8 +245,9 @@ class TrainConfig(Section):
     save_every_s: PositiveFloat = 120.0
     validation_share: Fraction = 0.05
     """Largest share of the time that validation while training may take."""
-    calibration_share: Fraction = 0.1
-    """Share of the time of training that is then spent on choosing windows, copies and post-processing."""
+    calibration_share: Fraction = 0.15
+    """Time after training, as a share of it, in which windows, copies and post-processing are chosen, and what Dice to
+    expect of a case is learnt."""
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainConfig:

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
+from pydantic import ValidationError
 
 from medseg.body import air_of
 from medseg.cases import Case
@@ -28,6 +29,7 @@ from medseg.model import Model, chosen_settings, read_model
 from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
+from medseg.quality import Evidence, QualityModel
 from medseg.restore import Piece, Restorer, decision_of, restore
 from medseg.windows import Ensemble, Scorer, predict, stream, stream_order, views
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # sizes of the image pyramid of `--tta scale`, of those that DeepLab evaluates with
 SCALES = (1.0, 0.75, 1.25)
+MANY_CHANNELS = 16
 
 
 def no_tick(share: float) -> None:
@@ -66,13 +69,14 @@ class InferOptions:
 class Segmented:
     """What became of a case: `labels` (I, J[, K]) uint8 or uint16 on the file's grid, and what is thought of them.
 
-    `quality`: for each label its expected Dice with an interval, empty where the model knows none; `warnings`: what a
-    reader of the mask should know, in words.
+    `quality`: for each label its `expected` Dice and the interval `low` to `high` of it, empty where the model knows
+    none; `warnings`: what a reader of the mask should know, in words; `look`: whether somebody should look at it.
     """
 
     labels: np.ndarray[Any, np.dtype[Any]]
     quality: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    look: bool = False
 
 
 class Segmenter:
@@ -87,6 +91,8 @@ class Segmenter:
         self.config = config.model_copy(update={"windows": _windows(config, self.options)})
         self.device = choose_device(self.options.device)
         self.precision = choose_precision(self.options.precision, self.device)
+        # of an ensemble, what the first of its models knows
+        self._quality = read_quality(self.models[0])
         self._scorers = tuple(
             make_scorer(m.network, self.config.data, self.device, self.precision) for m in self.models
         )
@@ -121,13 +127,14 @@ class Segmenter:
         that is done, 0–1; what it raises drops the case.
         """
         seconds = {} if seconds is None else seconds
-        decision = decision_of(self.config.data)
+        decision, evidence = decision_of(self.config.data), Evidence(self.config.data)
+        pieces = self._pieces(prepared, evidence, seconds, tick)
         if self.config.postprocess.crf:
-            labels = restore(self._refined(prepared, seconds, tick), prepared.grid, prepared.source, decision)
+            labels = restore(self._refined(pieces, prepared, seconds), prepared.grid, prepared.source, decision)
         else:
             order = stream_order(self.config.windows, prepared.grid.shape)
             restorer = Restorer(prepared.grid, prepared.source, decision, order=order)
-            for piece in self._pieces(prepared, seconds, tick):
+            for piece in pieces:
                 with timed(seconds, "restore"):
                     restorer.add(piece)
             labels = restorer.labels
@@ -138,7 +145,11 @@ class Segmenter:
                 {name: value for value, name in self.label_names.items()},
                 spacing_mm=prepared.source.spacing_mm,
             )
-        return Segmented(cleaned)
+        if self._quality is None:
+            return Segmented(cleaned)
+        with timed(seconds, "quality"):
+            found = self._quality.assess(prepared, evidence)
+        return Segmented(cleaned, {name: asdict(e) for name, e in found.estimates.items()}, found.warnings, found.look)
 
     def scores(self, image: torch.Tensor) -> torch.Tensor:
         """Probabilities (K, *S) of a prepared image (C, *S), all at once."""
@@ -146,23 +157,33 @@ class Segmenter:
             self.config.windows, image, Ensemble(self._scorers, views(self.config.windows)), device=self.device
         )
 
-    def _pieces(self, prepared: Prepared, seconds: dict[str, float], tick: Callable[[float], None]) -> Iterator[Piece]:
-        """Final scores of a case, piece by piece; `seconds` takes the time until each is there."""
-        ensemble = Ensemble(self._scorers, views(self.config.windows))
+    def _pieces(
+        self, prepared: Prepared, evidence: Evidence, seconds: dict[str, float], tick: Callable[[float], None]
+    ) -> Iterator[Piece]:
+        """Final scores of a case piece by piece; `seconds` takes the time, `evidence` what they say of themselves."""
+        windows, shape = self.config.windows, prepared.grid.shape
+        members = views(windows)
+        several = len(members) * len(self._scorers) > 1
+        watched = self._quality is not None and self._quality.with_members is not None and several
+        ensemble = Ensemble(self._scorers, members, evidence.add_members if watched else None)
         with timed(seconds, "network"):
-            air = air_of(self.config.windows, self.config.data, self.config.preprocess, prepared.image)
-        pieces = stream(self.config.windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
+            air = air_of(windows, self.config.data, self.config.preprocess, prepared.image)
+        pieces = stream(windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
         while True:
             with timed(seconds, "network"):
                 piece = next(pieces, None)
             if piece is None:
                 return
+            if self._quality is not None:
+                with timed(seconds, "quality"):
+                    seen = prepared.image[(slice(None), *piece.box)].to(self.device)
+                    evidence.add(piece.scores.movedim(-1, 0), piece.start, shape, seen)
             yield piece
 
-    def _refined(self, prepared: Prepared, seconds: dict[str, float], tick: Callable[[float], None]) -> torch.Tensor:
+    def _refined(self, pieces: Iterator[Piece], prepared: Prepared, seconds: dict[str, float]) -> torch.Tensor:
         """Scores (K, *S) after the random field, which needs all of them at once."""
         scores = torch.zeros((self.config.data.out_channels, *prepared.grid.shape), device=self.device)
-        for piece in self._pieces(prepared, seconds, tick):
+        for piece in pieces:
             scores[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0)
         with timed(seconds, "postprocess"):
             return refine(
@@ -172,6 +193,19 @@ class Segmenter:
                 spacing_mm=prepared.grid.spacing_mm,
                 regions=self.config.data.is_regions,
             ).cpu()
+
+
+def read_quality(model: Model) -> QualityModel | None:
+    """What calibration stored with a model for the estimate of Dice, if anything. Raises `ModelError`."""
+    stored = model.description.get("inference", {}).get("quality", {}).get("model")
+    if stored is None:
+        return None
+    try:
+        return QualityModel.model_validate(stored)
+    except ValidationError as error:
+        raise ModelError(
+            f"model.json: `inference.quality` is damaged ({error.error_count()} errors); copy it again"
+        ) from error
 
 
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
@@ -206,7 +240,9 @@ def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device
             logits: torch.Tensor = network(windows)
         if data.is_regions:
             return logits.float().sigmoid()
-        # channels lie together in memory, there the softmax is fastest
+        # over few channels the softmax is fastest plane by plane, over many where they lie together in memory
+        if logits.shape[1] < MANY_CHANNELS:
+            return logits.to(torch.float32, memory_format=torch.contiguous_format).softmax(dim=1)
         return logits.movedim(1, -1).float().softmax(dim=-1).movedim(-1, 1)
 
     return score

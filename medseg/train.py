@@ -25,8 +25,8 @@ from medseg.errors import ConfigError, DataError
 from medseg.fit import STATE, Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
-from medseg.model import WEIGHTS, new_network, record_choices, save_model
-from medseg.networks import check_patch, check_settings
+from medseg.model import WEIGHTS, record_choices, save_model
+from medseg.networks import build_bare, check_patch, check_settings
 from medseg.plan import Plan, make_plan, measure
 from medseg.preprocess import Prepared, prepare_cached
 from medseg.pretrained import Pretrained, load_pretrained, read_weights
@@ -131,6 +131,7 @@ def train(
                 config,
                 network,
                 held_back,
+                training=prepared,
                 device=device,
                 precision=fit.precision,
                 budget_s=config.train.calibration_share * fit.elapsed,
@@ -238,8 +239,8 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
 
 def _check_network(config: Config, weights: Path | None) -> None:
     """Whether the network can be built, takes a patch and the weights, without spending memory on it."""
-    with torch.device("meta"):
-        network = new_network(config)
+    data = config.data
+    network = build_bare(config.network, data.spatial_dims, len(data.channels), data.out_channels)
     check_patch(network, config.network, config.windows.patch_size)
     if weights is not None:
         load_pretrained(network, weights, spatial_dims=config.data.spatial_dims)

@@ -163,12 +163,12 @@ def test_what_there_is_no_time_for_is_left_out() -> None:
 
 def test_a_few_cases_tell_nothing() -> None:
     cases = [a_case(n) for n in range(4)]
-    assert calibrate(tiny_config(), Threshold(), cases, device=CPU, precision="32", budget_s=60) == {}
+    assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}
 
 
 def test_everything_that_was_measured_is_recorded() -> None:
     config, cases = tiny_config(), [a_case(n) for n in range(5)]
-    found = calibrate(config, new_network(config), cases, device=CPU, precision="32", budget_s=60)
+    found = calibrate(config, new_network(config), cases, training=cases, device=CPU, precision="32", budget_s=60)
     assert {"windows", "tta", "postprocess"} <= set(found)
     names = [row["name"] for row in found["windows"]["measured"]]
     assert sorted(names) == [
