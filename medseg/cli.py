@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import medseg
+from medseg.terminal import err, network_line, out, print_network, shown_progress
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-# without a terminal a line now and then says that work goes on
-SECONDS_BETWEEN_LINES = 20.0
-UNKNOWN_FIELD = "not known (whole patch at most)"
+# a mask of which less is expected wants a look; of more lines than these nobody reads any
+LOW_DICE, MOST_LINES = 0.7, 10
 
 app = typer.Typer(
     name="medseg",
@@ -37,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AnyDevice = Annotated[str, typer.Option(help="As for the other verbs; this one needs no GPU and works on the CPU.")]
@@ -64,6 +56,8 @@ class Tta(str, Enum):
 
     none = "none"
     flip = "flip"
+    scale = "scale"
+    auto = "auto"
 
 
 class Surface(str, Enum):
@@ -99,7 +93,7 @@ def demo(
 ) -> None:
     """Train on the sample data (hippocampus MR), segment held-back cases, write a Dice report."""
     _log(verbose)
-    with _progress() as progress:
+    with shown_progress() as progress:
         result = medseg.demo(output, time_budget=time_budget, device=device, progress=progress)
     _print_report(result.report)
     _finish(f"Report: {result.folder / 'report.html'}", _failed(result.results, result.report))
@@ -109,7 +103,7 @@ def demo(
 def check(dataset: DatasetArg, device: AnyDevice = "auto", verbose: Verbose = False) -> None:
     """Look at every file before any work: geometry, labels, ranges, pairs, duplicates."""
     _log(verbose)
-    with _progress() as progress:
+    with shown_progress() as progress:
         findings = medseg.check_dataset(dataset, progress=progress)
     for finding in findings.findings:
         style = {"error": "red", "warning": "yellow"}.get(finding.severity, "dim")
@@ -136,7 +130,7 @@ def plan(
 ) -> None:
     """Measure a data set and write the full configuration that `train` would use, with a reason beside each choice."""
     _log(verbose)
-    with _progress() as progress:
+    with shown_progress() as progress:
         made = medseg.plan(dataset, settings=_settings(settings), device=device, progress=progress)
     text = medseg.dump_yaml(made.config, made.reasons)
     if output is None:
@@ -189,7 +183,7 @@ def train(
         resume=resume,
         pretrained=pretrained,
     )
-    with _progress() as progress:
+    with shown_progress() as progress:
         run = medseg.train(dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
     if run.pretrained is not None:
@@ -200,7 +194,7 @@ def train(
     _finish(f"Model: {run.folder}", _failed(run.results, run.report))
 
 
-@app.command(epilog="Example: medseg infer scans/ -m runs/first -o masks/")
+@app.command(epilog="Example: medseg infer scans/ -m runs/first -o masks/ --tta flip")
 def infer(
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT...", help="Files or folders: NIfTI, NRRD, MHA, PNG, TIFF.")
@@ -209,14 +203,40 @@ def infer(
         list[Path], typer.Option("-m", "--model", metavar="RUN", help="Run folder; several -m: an ensemble.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for masks and run.json.")],
-    tta: Annotated[Tta, typer.Option(help="flip: average over mirrored copies (slower, a little better).")] = Tta.none,
+    window: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|whole|Z,Y,X",
+            help="How an image is cut for the network. auto: what was fastest at the best Dice when training ended; "
+            "whole: not at all; numbers: voxels of the network's grid (the spacing that the model works in), slowest "
+            "axis first; of pictures rows,columns.",
+        ),
+    ] = "auto",
+    tta: Annotated[
+        Tta,
+        typer.Option(
+            help="Average over copies of the image. flip: mirrored; scale: of other sizes as well; auto: those that "
+            "helped when training ended. Each copy costs as much as the image."
+        ),
+    ] = Tta.none,
     overlap: Annotated[
         float | None, typer.Option(help="Overlap of windows, 0 to below 1; left out: the model's own.")
     ] = None,
     shard: Annotated[
-        str, typer.Option(metavar="i/n", help="Do every n-th case only, beginning with the i-th.")
+        str,
+        typer.Option(
+            metavar="i/n",
+            help="Do every n-th case only, beginning with the i-th; all shards may run at once and into one folder.",
+        ),
     ] = "1/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1",
+            help="Deal the cases to several devices, in place of --device: numbers of GPUs, or names as in cuda:1,cpu.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -230,23 +250,40 @@ def infer(
     device: Device = "auto",
     verbose: Verbose = False,
 ) -> None:
-    """Segment images; masks come back on each image's own grid. Finished masks are skipped."""
+    """Segment images; masks come back on each image's own grid.
+
+    What is finished and was made of the same input by the same model with the same settings is skipped, so the same
+    command goes on after an interruption. A case that fails costs no other; run.json tells what became of each.
+    """
     _log(verbose)
     options = medseg.InferOptions(
         device=device,
+        devices=_devices(devices),
         precision=precision.value,
+        window=_window(window),
         tta=tta.value,
         overlap=overlap,
         shard=_shard(shard),
         overwrite=overwrite,
         settings=_settings(settings),
     )
-    with _progress() as progress:
+    with shown_progress() as progress:
         results = medseg.infer(inputs, model, output, options, progress=progress)
-    done = sum(r.status == "done" for r in results)
-    skipped = sum(r.status == "skipped" for r in results)
-    failed = _failed(results)
-    _finish(f"{output}: {done} masks written, {skipped} there already, {len(failed)} cases failed", failed)
+    counted = Counter(r.status for r in results)
+    _print_outlook(results)
+    line = f"{output}: {counted['done']} masks written, {counted['skipped']} there already"
+    if not counted["not_done"]:
+        _finish(f"{line}, {counted['failed']} cases failed", _failed(results))
+        return
+    for reason in _failed([r for r in results if r.status == "failed"]):
+        err.print(f"[red]failed:[/red] {escape(reason)}")
+    why = next(r.reason for r in results if r.status == "not_done")
+    done = f"{counted['done']} masks are written, {counted['skipped']} were there already"
+    err.print(
+        f"[red]error:[/red] {escape(str(why))}: {done}, {counted['not_done']} cases are not done; "
+        "free space and run the same command again"
+    )
+    raise typer.Exit(SOME_FAILED)
 
 
 @app.command(epilog="Example: medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first")
@@ -272,7 +309,7 @@ def evaluate(
 ) -> None:
     """Compare masks with references: Dice, distances, volumes, as CSV, JSON and one HTML page."""
     _log(verbose)
-    with _progress() as progress:
+    with shown_progress() as progress:
         report = medseg.evaluate(
             predictions,
             references,
@@ -317,7 +354,7 @@ def inspect(
         return
     if target is None:
         raise medseg.ConfigError("nothing to inspect: give a network's name, a YAML file or a run, or --list")
-    with _progress() as progress:
+    with shown_progress() as progress:
         found = medseg.inspect_network(
             target,
             spatial_dims=spatial_dims,
@@ -330,9 +367,9 @@ def inspect(
     if as_json:
         out.print(json.dumps(found.as_dict(), indent=1), markup=False)
     else:
-        _print_network(found.report)
+        print_network(found.report)
     if not as_json:
-        _finish(f"Picture: {png}" if png is not None else _network_line(found.report))
+        _finish(f"Picture: {png}" if png is not None else network_line(found.report))
     elif png is not None:
         err.print(f"Picture: {escape(str(png))}")
 
@@ -367,48 +404,32 @@ def _log(verbose: bool) -> None:
     logger.addHandler(handler)
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on a terminal, else a line now and then."""
-    if not err.is_terminal:
-        yield _Lines()
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: float, total: float, detail: str = "") -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, detail=detail)
-            bars.update(tasks[stage], completed=done, total=total, detail=escape(detail))
-
-        yield show
-
-
-class _Lines:
-    """Progress for a log: the first word of a stage after a while, then one line every twenty seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, stage: str, done: float, total: float, detail: str = "") -> None:
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            err.print(f"{stage}: {done:.0f} of {total:.0f}  {escape(detail)}")
-
-
 def _print_report(report: Any) -> None:
     out.print(report.text_table(), markup=False)
 
 
+def _print_outlook(results: Any) -> None:
+    """Which masks want a look and why, the most urgent first, in a few lines; run.json has all of it."""
+    lines = []
+    for result in results:
+        known = [(name, q) for name, q in result.quality.items() if q["expected"] is not None]
+        worst = min((q["expected"] for _, q in known), default=1.0)
+        words = [
+            f"expected Dice of {name} {q['expected']:.2f} ({q['low']:.2f}–{q['high']:.2f})"
+            for name, q in known
+            if q["expected"] < LOW_DICE or (result.look and q["expected"] == worst)
+        ]
+        # those on the expected Dice have been said, with the interval
+        words += [w for w in result.warnings if "expected Dice" not in w]
+        lines += [(not result.look, worst, f"{result.case}: {'; '.join(words)}")] if words else []
+    for *_, line in sorted(lines)[:MOST_LINES]:
+        err.print(f"[yellow]look at[/yellow] {escape(line)}")
+    if len(lines) > MOST_LINES:
+        err.print(f"[yellow]look at[/yellow] {len(lines) - MOST_LINES} more cases: run.json names them")
+
+
 def _failed(results: Any = (), report: Any = None) -> list[str]:
-    lines = [f"{r.case}: {r.reason}" for r in results if r.status == "failed"]
+    lines = [f"{r.case}: {r.reason}" for r in results if r.status in ("failed", "not_done")]
     if report is not None:
         lines += [f"{f.case}: {f.reason}" for f in report.failures]
     return lines
@@ -435,58 +456,25 @@ def _patch(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def _print_network(report: Any) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for name in ("kernel", "dilation", "effective", "stride", "output", "step", "field", "parameters", "multiply-adds"):
-        table.add_column(name, justify="right")
-    for layer in report.layers:
-        field = _by(layer.receptive_field) if layer.field_is_exact else "?"
-        if layer.sees_whole_image and layer.cumulative_stride is None:
-            field = "all"
-        step = "" if layer.cumulative_stride is None else _by(layer.cumulative_stride)
-        kernel = f"{_by(layer.kernel)}{' max' if layer.kind == 'max pooling' else ''}"
-        kernel += {"average pooling": " mean", "transposed convolution": " up", "depthwise convolution": " each"}.get(
-            layer.kind, ""
-        )
-        table.add_row(
-            layer.name,
-            kernel,
-            _by(layer.dilation),
-            _by(layer.effective_kernel),
-            _by(layer.stride),
-            _by(layer.output_size),
-            step,
-            field,
-            f"{layer.parameters:,}",
-            f"{layer.multiply_adds:,}",
-        )
-    # a table that is cut to 80 columns cannot be read: lines may run on
-    wide = Console(highlight=False, emoji=False, width=max(out.width, 132), soft_wrap=True)
-    wide.print(table)
-    for warning in report.warnings:
-        out.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    out.print(f"{report.name}, {report.spatial_dims}D, patch {_by(report.patch)}", markup=False)
-    out.print(f"parameters       {report.parameters:,}", markup=False)
-    out.print(f"multiply-adds    {report.multiply_adds:,}", markup=False)
-    out.print(f"output stride    {_by(report.output_strides)}", markup=False)
-    whole = ", and the mean of the whole image" if report.sees_whole_image and report.field_is_exact else ""
-    field = _by(report.receptive_field) if report.field_is_exact else f"{UNKNOWN_FIELD}, see the warnings"
-    out.print(f"field of view    {field}{whole}", markup=False)
-    coverage = (
-        f"{report.coverage:.4g} of the field's box reach the output voxel" if report.field_is_exact else "not known"
-    )
-    out.print(f"coverage         {coverage}", markup=False)
+def _window(text: str) -> Any:
+    """`auto`, `whole`, or voxels by axis as the library counts them: i, j, k, the fastest axis of a volume first."""
+    if text in ("auto", "whole"):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) not in (2, 3):
+        raise medseg.ConfigError(f"--window {text}: expected auto, whole or voxels Z,Y,X such as 64,128,128")
+    voxels = tuple(int(part) for part in parts)
+    # a picture is (rows, columns) inside as well
+    return voxels[::-1] if len(voxels) == 3 else voxels
 
 
-def _by(numbers: Any) -> str:
-    words = [f"{n:.4g}" if isinstance(n, float) else str(n) for n in numbers]
-    return words[0] if len(set(words)) == 1 else "×".join(words)
-
-
-def _network_line(report: Any) -> str:
-    field = _by(report.receptive_field) if report.field_is_exact else UNKNOWN_FIELD
-    return f"{report.name}: {report.parameters:,} parameters, field of view {field}"
+def _devices(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise medseg.ConfigError(f"--devices {text}: expected numbers of GPUs or names, such as 0,1 or cuda:1,cpu")
+    return names
 
 
 def _fold(text: str) -> Any:

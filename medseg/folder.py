@@ -1,46 +1,38 @@
-"""A folder of cases: what is done already, what failed, and the record of both; one case is done in infer."""
+"""A folder of cases: read, segmented and written side by side, each on its own; what became of them is in record."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from queue import Empty, SimpleQueue
 
 import torch
 
 from medseg.cases import Case, infer_inputs
-from medseg.device import describe, peak_memory_mb
-from medseg.errors import ConfigError, MedsegError
-from medseg.infer import InferOptions, Segmenter, load_model, timed
-from medseg.model import DECISIVE
-from medseg.progress import Progress, silent
+from medseg.errors import ConfigError, DataError, MedsegError
+from medseg.infer import InferOptions, Segmented, Segmenter, load_model, timed
+from medseg.preprocess import Prepared
+from medseg.process import PeakMemory, heeding_signals
+from medseg.progress import Pace, Progress, silent
 from medseg.readers import file_sha256
-from medseg.versions import versions
-from medseg.writers import label_ending, write_label, write_text
+from medseg.record import CaseResult, Record, open_record
+from medseg.writers import is_disk_full, label_ending, remove_stale_temporaries, write_label
+
+__all__ = ["CaseResult", "infer", "segment_cases"]
 
 log = logging.getLogger(__name__)
 
-# sections of the configuration that decide a mask
-DECIDING = {"data", "preprocess", "network", "windows", "postprocess"}
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What became of one case. `status`: done, skipped (its finished mask was there) or failed."""
-
-    case: str
-    status: Literal["done", "skipped", "failed"]
-    output: str | None = None
-    reason: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_mb: float | None = None
-    inputs: dict[str, str] = field(default_factory=dict)
-    output_sha256: str | None = None
-    warnings: tuple[str, ...] = ()
+# so many cases of a device are being read or wait for it, and so many wait for the writer or are being written: with
+# the one in the network no more than three volumes of a device are in memory, however many cases there are
+AHEAD, BEHIND = 1, 1
+# writing the record after every case would cost the square of their number
+SECONDS_BETWEEN_RECORDS = 2.0
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def infer(
@@ -54,67 +46,306 @@ def infer(
     """Segment files and folders into `out`/CASE.nii.gz (pictures: .png), and write `out`/run.json.
 
     A case that fails costs no other; masks that the same models and options made of the same input, and that are still
-    as they were written, are skipped. Raises `ConfigError` or `ModelError` before anything is done.
+    as they were written, are skipped. A full disk stops the run: the cases that it did not reach are `not_done`. Raises
+    `ConfigError` or `ModelError` before anything is done, `KeyboardInterrupt` after SIGINT or SIGTERM once the record
+    is written.
     """
-    folder = Path(out)
-    segmenter = load_model(*models, options=options)
-    cases = infer_inputs([Path(i) for i in inputs], channels=len(segmenter.config.data.channels))
-    part, parts = segmenter.options.shard
+    options = options or InferOptions()
+    part, parts = options.shard
     if not 1 <= part <= parts:
         raise ConfigError(f"--shard {part}/{parts}: expected i/n with i from 1 to n")
-    return segment_cases(segmenter, cases[part - 1 :: parts], folder, progress=progress)
+    devices = [_device(name) for name in options.devices] or [options.device]
+    # loaded for each device: a network is on one
+    first, *others = [load_model(*models, options=replace(options, device=d, devices=())) for d in devices]
+    cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels))
+    return segment_cases(first, cases[part - 1 :: parts], Path(out), beside=others, forget_peak=True, progress=progress)
 
 
 def segment_cases(
-    segmenter: Segmenter, cases: Sequence[Case], folder: Path, *, progress: Progress = silent
+    segmenter: Segmenter,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    beside: Sequence[Segmenter] = (),
+    forget_peak: bool = False,
+    progress: Progress = silent,
 ) -> tuple[CaseResult, ...]:
-    """`infer` for cases and a model that are at hand."""
+    """`infer` for cases and a model that are at hand; `beside`: the same model on further devices.
+
+    Results are in the order of `cases`, whatever device was free for them. `forget_peak`: begin the peak of the
+    process's memory anew with every case, so that each has its own; who measures the process from outside loses it.
+    """
+    segmenters = (segmenter, *beside)
+    formats = sorted({s.precision for s in segmenters})
+    if len(formats) > 1:
+        raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
     sources = {path.resolve() for case in cases for path in case.images}
     for case in cases:
         if _output(folder, case).resolve() in sources:
             raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in remove_stale_temporaries(folder):
+            log.info("removed %s, which a killed run has left", name)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be made ({error.strerror}); choose another -o") from error
-    earlier = _earlier_results(folder, segmenter)
-    results: dict[str, CaseResult] = {}
-    for n, case in enumerate(cases):
-        progress("infer", n, len(cases), case.id)
-        results[case.id] = _one(segmenter, case, folder, earlier.get(case.id))
-        _write_record(folder, segmenter, earlier | results)
-    progress("infer", len(cases), len(cases), "")
-    return tuple(results.values())
+    run = _Run(segmenters, tuple(cases), folder, open_record(folder, segmenters), forget_peak=forget_peak)
+    with heeding_signals(run.interrupt):
+        results = run.to_the_end(progress)
+    if run.interrupted:
+        undone = sum(r.status == "not_done" for r in results)
+        log.warning("stopped by a signal: %d of %d cases are not done; the same command goes on", undone, len(results))
+        raise KeyboardInterrupt
+    return results
 
 
-def _one(segmenter: Segmenter, case: Case, folder: Path, earlier: CaseResult | None) -> CaseResult:
-    output = _output(folder, case)
-    seconds: dict[str, float] = {}
-    try:
-        inputs = {str(p): file_sha256(p) for p in case.images}
-        if not segmenter.options.overwrite and earlier and _still_there(earlier, output, inputs):
-            return replace(earlier, status="skipped")
+@dataclass(frozen=True)
+class _Read:
+    """A case that waits for a device."""
+
+    case: Case
+    inputs: dict[str, str]
+    seconds: dict[str, float]
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A case that waits for the writer."""
+
+    case: Case
+    inputs: dict[str, str]
+    seconds: dict[str, float]
+    found: Segmented
+    peak_memory_mb: float | None
+
+
+class _Dropped(BaseException):
+    """Leaves a case that is in the network; no error, and not to be caught as one on its way up."""
+
+
+class _Run:
+    """The threads of a run and what they know of each other: for each device one that reads, computes, and writes.
+
+    Readers take the cases in their order; whichever device is free takes what has been read. What became of a case
+    comes back to the thread that started the run, which alone writes the record and tells the progress.
+    """
+
+    def __init__(
+        self,
+        segmenters: Sequence[Segmenter],
+        cases: Sequence[Case],
+        folder: Path,
+        record: Record,
+        *,
+        forget_peak: bool,
+    ) -> None:
+        self.interrupted = False
+        self._segmenters, self._cases, self._folder, self._record = segmenters, cases, folder, record
+        self._stopping = threading.Event()
+        self._full = False
+        self._broken: BaseException | None = None
+        self._waiting: SimpleQueue[Case] = SimpleQueue()
+        # None: a thread before has nothing left to do
+        self._ready: SimpleQueue[_Read | None] = SimpleQueue()
+        self._labelled: SimpleQueue[_Labelled | None] = SimpleQueue()
+        self._events: SimpleQueue[CaseResult | BaseException | None] = SimpleQueue()
+        self._ahead = threading.Semaphore(AHEAD * len(segmenters))
+        self._behind = threading.Semaphore(BEHIND * len(segmenters))
+        self._results: dict[str, CaseResult] = {}
+        self._recorded: dict[str, CaseResult] = {}
+        self._shares: dict[str, float] = {}
+        # cases that are in the network at the same time cannot be told apart
+        self._memory = PeakMemory(apart=forget_peak and len(segmenters) == 1)
+
+    def interrupt(self) -> None:
+        """Drop what is in the network and finish what is being written. A signal may call it at any moment."""
+        self.interrupted = True
+        self._stopping.set()
+
+    def to_the_end(self, progress: Progress) -> tuple[CaseResult, ...]:
+        """Do all cases, or those up to a stop, and write the record whatever happens."""
+        for case in self._cases:
+            self._waiting.put(case)
+        # a folder that cannot be written is told before any work
+        self._write_record()
+        threads = [threading.Thread(target=self._compute, args=(s,)) for s in self._segmenters]
+        threads += [threading.Thread(target=work) for work in (self._read, self._write) for _ in self._segmenters]
+        try:
+            for thread in threads:
+                thread.start()
+            self._watch(progress)
+        finally:
+            self._stopping.set()
+            for thread in threads:
+                thread.join()
+            while not self._events.empty():
+                self._take(self._events.get())
+            if not self._write_record():
+                # what is not on record will be done again
+                self._results = self._recorded
+        if self._broken is not None:
+            raise self._broken
+        return self._all()
+
+    # ---- in the thread that started the run
+
+    def _watch(self, progress: Progress) -> None:
+        pace = Pace(len(self._cases))
+        writers, written = len(self._segmenters), time.monotonic()
+        while writers:
+            with suppress(Empty):
+                event = self._events.get(timeout=SECONDS_BETWEEN_LOOKS)
+                writers -= event is None
+                self._take(event)
+            skipped = sum(r.status == "skipped" for r in self._results.values())
+            pace.measure(len(self._results) - skipped + sum(tuple(self._shares.values())), skipped=skipped)
+            progress("infer", pace.done, pace.total, pace.words())
+            if time.monotonic() - written >= SECONDS_BETWEEN_RECORDS:
+                self._write_record()
+                written = time.monotonic()
+
+    def _take(self, event: CaseResult | BaseException | None) -> None:
+        if isinstance(event, CaseResult):
+            self._shares.pop(event.case, None)
+            self._results[event.case] = event
+        elif event is not None:
+            self._broken = self._broken or event
+
+    def _all(self) -> tuple[CaseResult, ...]:
+        """Results in the order of the cases."""
+        why = f"{self._folder}: the disk is full" if self._full else "interrupted" if self.interrupted else None
+        return tuple(self._results.get(c.id, CaseResult(c.id, "not_done", reason=why)) for c in self._cases)
+
+    def _write_record(self) -> bool:
+        try:
+            self._record.write(self._all(), self._memory.told())
+        except DataError as error:
+            if not is_disk_full(error):
+                raise
+            log.info("%s is not up to date", self._record.path.name, exc_info=True)
+            self._full = True
+            self._stopping.set()
+            return False
+        self._recorded = dict(self._results)
+        return True
+
+    # ---- in threads of their own
+
+    def _read(self) -> None:
+        while True:
+            self._ahead.acquire()
+            try:
+                case = None if self._stopping.is_set() else self._waiting.get_nowait()
+            except Empty:
+                case = None
+            if case is None:
+                break
+            seconds: dict[str, float] = {}
+            with self._kept_apart(case, seconds):
+                if (read := self._read_one(case, seconds)) is not None:
+                    self._ready.put(read)
+                    # the permit goes along with the case
+                    continue
+            self._ahead.release()
+        self._ahead.release()
+        self._ready.put(None)
+
+    def _read_one(self, case: Case, seconds: dict[str, float]) -> _Read | None:
+        """None for a case that is done already."""
+        with timed(seconds, "hash"):
+            inputs = {str(p): file_sha256(p) for p in case.images}
+            if not self._segmenters[0].options.overwrite:
+                earlier = self._record.finished(case.id, _output(self._folder, case), inputs)
+                if earlier is not None:
+                    self._events.put(replace(earlier, status="skipped", inputs=inputs))
+                    return None
         with timed(seconds, "read"):
-            prepared = segmenter.prepare(case)
-        found = segmenter.segment_prepared(prepared, seconds)
-        with timed(seconds, "write"):
-            write_label(output, found.labels, like=case.images[0], names=segmenter.label_names)
-    except Exception as error:
-        log.debug("case %s failed", case.id, exc_info=True)
-        stale = (f"{output.name} is of an earlier run: do not use it",) if output.exists() else ()
-        return CaseResult(case.id, "failed", reason=_reason(case, error), seconds=seconds, warnings=stale)
-    return CaseResult(case.id, "done", output.name, None, seconds, peak_memory_mb(), inputs, file_sha256(output))
+            return _Read(case, inputs, seconds, self._segmenters[0].prepare(case))
+
+    def _compute(self, segmenter: Segmenter) -> None:
+        if segmenter.device.type == "cuda":
+            torch.cuda.set_device(segmenter.device)
+        for read in iter(self._ready.get, None):
+            self._ahead.release()
+            with self._kept_apart(read.case, read.seconds):
+                labelled = self._compute_one(segmenter, read)
+                self._behind.acquire()
+                self._labelled.put(labelled)
+                del labelled
+            # a volume must not be held while the next one is waited for
+            del read
+        self._labelled.put(None)
+
+    def _compute_one(self, segmenter: Segmenter, read: _Read) -> _Labelled:
+        def tick(share: float) -> None:
+            self._shares[read.case.id] = share
+            if self._stopping.is_set():
+                raise _Dropped
+
+        tick(0.0)
+        self._memory.begin()
+        found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick)
+        return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end())
+
+    def _write(self) -> None:
+        for labelled in iter(self._labelled.get, None):
+            with self._kept_apart(labelled.case, labelled.seconds):
+                self._write_one(labelled)
+            self._behind.release()
+            del labelled
+        self._events.put(None)
+
+    def _write_one(self, labelled: _Labelled) -> None:
+        if self._full:
+            raise _Dropped
+        case, found, output = labelled.case, labelled.found, _output(self._folder, labelled.case)
+        with timed(labelled.seconds, "write"):
+            write_label(output, found.labels, like=case.images[0], names=self._segmenters[0].label_names)
+        result = CaseResult(
+            case.id,
+            "done",
+            output.name,
+            seconds=labelled.seconds,
+            peak_memory_mb=labelled.peak_memory_mb,
+            inputs=labelled.inputs,
+            output_sha256=file_sha256(output),
+            quality=dict(found.quality),
+            warnings=tuple(found.warnings),
+            look=found.look,
+        )
+        self._events.put(result)
+
+    @contextmanager
+    def _kept_apart(self, case: Case, seconds: dict[str, float]) -> Iterator[None]:
+        """Whatever happens to a case stays with it, but for what must end the run."""
+        try:
+            yield
+        except _Dropped:
+            log.info("case %s is dropped", case.id)
+        except Exception as error:
+            log.debug("case %s failed", case.id, exc_info=True)
+            if is_disk_full(error):
+                self._full = True
+                self._stopping.set()
+                return
+            output = _output(self._folder, case)
+            stale = (f"{output.name} is of an earlier run: do not use it",) if output.exists() else ()
+            reason = _reason(case, error)
+            self._events.put(CaseResult(case.id, "failed", reason=reason, seconds=seconds, warnings=stale))
+        except BaseException as error:
+            log.debug("case %s ends the run", case.id, exc_info=True)
+            self._stopping.set()
+            self._events.put(error)
+
+
+def _device(name: str) -> str:
+    """`cuda:1` for 1."""
+    return f"cuda:{name}" if name.isdecimal() else name
 
 
 def _output(folder: Path, case: Case) -> Path:
     return folder / f"{case.id}{label_ending(case.images[0])}"
-
-
-def _still_there(earlier: CaseResult, output: Path, inputs: Mapping[str, str]) -> bool:
-    """Whether `output` holds the bytes that the same model made of the same input, not those of another run."""
-    if earlier.status == "failed" or earlier.inputs != inputs or not output.is_file():
-        return False
-    return file_sha256(output) == earlier.output_sha256
 
 
 def _reason(case: Case, error: Exception) -> str:
@@ -123,45 +354,3 @@ def _reason(case: Case, error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"{case.images[0]}: the device ran out of memory; try --device cpu or a smaller windows.batch_size"
     return f"{case.images[0]}: {type(error).__name__}: {error}"
-
-
-def _record_name(options: InferOptions) -> str:
-    part, parts = options.shard
-    return "run.json" if parts == 1 else f"run.{part}-of-{parts}.json"
-
-
-def _settings(segmenter: Segmenter) -> dict[str, Any]:
-    """What decides a mask, beside the input."""
-    return {
-        "models": [m.sha256 for m in segmenter.models],
-        "tta": segmenter.options.tta,
-        "overlap": segmenter.options.overlap,
-        "settings": dict(segmenter.options.settings),
-        "configuration": hashlib.sha256(segmenter.config.model_dump_json(include=DECIDING).encode()).hexdigest(),
-        "precision": segmenter.precision,
-    }
-
-
-def _write_record(folder: Path, segmenter: Segmenter, results: Mapping[str, CaseResult]) -> None:
-    record = {
-        "schema_version": 1,
-        "settings": _settings(segmenter),
-        "device": describe(segmenter.device),
-        "versions": versions(*DECISIVE),
-        "labels": {str(v): n for v, n in segmenter.label_names.items()},
-        "cases": [asdict(r) for r in results.values()],
-    }
-    write_text(folder / _record_name(segmenter.options), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def _earlier_results(folder: Path, segmenter: Segmenter) -> dict[str, CaseResult]:
-    """Cases that an earlier run with the same models and settings wrote into `folder`, all shards together."""
-    found: dict[str, CaseResult] = {}
-    for path in sorted(folder.glob("run*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["settings"] == _settings(segmenter):
-                found |= {c["case"]: CaseResult(**c) for c in record["cases"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is not a record of medseg (%s): its cases are done again", path.name, type(error).__name__)
-    return found

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid device progress versions",
+        "errors config grid device process progress versions",
         "cases datasets readers writers metrics",
         "preprocess networks restore",
         "patches augment losses body",
         "check plan model pretrained statistics",
         "windows postprocess evaluate",
         "infer inspect quality report export",
-        "folder calibrate",
+        "folder record calibrate",
         "fit train",
         "demo",
         "__init__",
-        "cli __main__ pipelines",
+        "cli terminal __main__ pipelines",
     )
 )
 FACE, TOP = 10, 11
@@ -76,10 +76,11 @@ def upward(module: str, tree: ast.AST, known: frozenset[str]) -> list[str]:
 
 
 def beside_the_face(module: str, tree: ast.AST) -> list[str]:
-    """Imports of `cli` and the pipelines from inside medseg."""
+    """Imports of `cli` and the pipelines from inside medseg, but for what a terminal is shown."""
     if floor(module) != TOP or module == "medseg.__main__":
         return []
-    return [f"{module}:{n} imports {name}: use the face" for n, name in imports(tree) if name.startswith("medseg.")]
+    inside = [(n, name) for n, name in imports(tree) if name.startswith("medseg.") and room(name) != "terminal"]
+    return [f"{module}:{n} imports {name}: use the face" for n, name in inside]
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:

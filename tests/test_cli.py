@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 import medseg
+from medseg import folder, terminal
 from medseg.cli import run
 
 VERBS = ("demo", "check", "plan", "train", "infer", "evaluate")
@@ -30,7 +35,10 @@ OPTIONS = {
         *("DATASET", "--output", "--config", "--set", "--fold", "--folds", "--time-budget", "--epochs", "--resume"),
         *("--precision", "--seed", "--deterministic", "--device", "--verbose"),
     ),
-    "infer": ("INPUT...", "--model", "--output", "--tta", "--overlap", "--shard", "--overwrite", "--device"),
+    "infer": (
+        *("INPUT...", "--model", "--output", "--tta", "none|flip|scale|auto", "--window", "auto|whole|Z,Y,X"),
+        *("--overlap", "--shard", "--overwrite", "--device", "--devices", "--precision", "--set"),
+    ),
     "evaluate": (
         *("PREDICTIONS", "REFERENCES", "--output", "--labels", "--nsd-tolerance-mm", "--surface", "--allow-missing"),
         *("--resample-prediction", "--jobs"),
@@ -502,6 +510,11 @@ def test_infer_shards_share_the_work(cli: Medseg, tiny_run, images: Path, tmp_pa
         (("--overlap", "2"), ("--overlap 2", "0 to below 1")),
         (("--overlap", "much"), ("--overlap", "a valid number")),
         (("--tta", "turn"), ("--tta", "flip")),
+        (("--window", "big"), ("--window big", "auto, whole or voxels")),
+        (("--window", "64"), ("--window 64", "Z,Y,X")),
+        (("--window", "0,8,8"), ("--window 0,8,8", "64,128,128")),
+        (("--devices", "cpu,,cpu"), ("--devices cpu,,cpu", "0,1")),
+        (("--devices", "99,cpu"), ("cuda:99", "CUDA devices found")),
         (("--set", "preprocess.orient=false"), ("--set preprocess.orient", "learnt", "network.output_stride")),
         (("--set", "network.output_stride=32"), ("output_stride 32 is not possible", "it can have 2, 4")),
         (("--set", "network.aspp_channels=8"), ("--set network.aspp_channels", "learnt")),
@@ -517,6 +530,159 @@ def test_infer_refuses(
     assert shown.code == 2
     assert [word for word in words if word not in shown.err] == []
     assert not (tmp_path / "out").exists()
+
+
+def _forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the permission to read a file away, from root too, who could read it all the same."""
+    path.chmod(0)
+    whole = Path.open
+
+    def guarded(self: Path, *arguments, **named):
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", guarded)
+
+
+def test_infer_of_forty_files_with_five_bad_ones(
+    cli: Medseg, tiny_run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = nib.load(images / "case0.nii.gz").slicer[:8, :9, :10]
+    scans = tmp_path / "forty"
+    scans.mkdir()
+    for n in range(40):
+        nib.save(small, scans / f"scan{n:02}.nii.gz")
+    bad = {name: scans / f"scan{name}.nii.gz" for name in ("03", "11", "17", "28", "39")}
+    bad["03"].write_bytes(bad["03"].read_bytes()[:300])
+    bad["11"].write_bytes(b"")
+    _resave(bad["17"], lambda a: np.where(a == a.max(), np.nan, a).astype(np.float32))
+    _resave(bad["28"], lambda a: np.stack([a, a], axis=-1))
+    _forbid(bad["39"], monkeypatch)
+    shown = cli("infer", scans, "-m", tiny_run.folder, "-o", tmp_path / "out")
+    assert shown.code == 1
+    assert "35 masks written, 0 there already, 5 cases failed" in shown.out
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 35
+    named = shown.err.splitlines()
+    why = {"03": "gzip", "11": "empty", "17": "NaN", "28": "axis 4", "39": "Permission denied"}
+    assert [line for line, name in zip(named, why) if f"failed: scan{name}: {bad[name]}: " not in line] == []
+    assert [line for line, words in zip(named, why.values()) if words not in line] == []
+    assert len(named) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [("auto", "auto"), ("whole", "whole"), ("16, 24,32", (32, 24, 16)), ("96,128", (96, 128))],
+)
+def test_infer_hands_its_options_on(
+    cli: Medseg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, window: object
+) -> None:
+    told = []
+    monkeypatch.setattr(medseg, "infer", lambda *arguments, **_: told.append(arguments) or ())
+    more = ("--tta", "scale", "--devices", "0,cuda:1", "--shard", "2/3", "--overlap", "0.25", "--overwrite")
+    assert cli("infer", "in", "-m", "a", "-m", "b", "-o", tmp_path, "--window", given, *more).code == 0
+    ((inputs, models, out, options),) = told
+    assert (inputs, models, out) == ([Path("in")], [Path("a"), Path("b")], tmp_path)
+    assert options == medseg.InferOptions(
+        window=window, tta="scale", devices=("0", "cuda:1"), shard=(2, 3), overlap=0.25, overwrite=True
+    )
+
+
+def test_infer_says_once_that_the_disk_is_full(
+    cli: Medseg, tiny_run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = folder.write_label
+
+    def full(path: Path, *arguments, **named):
+        if path.name == "case1.nii.gz":
+            raise medseg.DataError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, *arguments, **named)
+
+    monkeypatch.setattr(folder, "write_label", full)
+    call = ("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out")
+    shown = cli(*call)
+    assert (shown.code, shown.out) == (1, "")
+    assert shown.err == (
+        f"error: {tmp_path / 'out'}: the disk is full: 1 masks are written, 0 were there already, "
+        "3 cases are not done; free space and run the same command again\n"
+    )
+    assert _files(tmp_path / "out") == ["case0.nii.gz", "run.json"]
+    monkeypatch.undo()
+    assert "3 masks written, 1 there already, 0 cases failed" in cli(*call).out
+
+
+def test_infer_says_which_masks_want_a_look(cli: Medseg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(case: str, expected: float | None, *warnings: str) -> medseg.CaseResult:
+        quality = {"liver": {"expected": expected, "low": 0.4, "high": 0.78}}
+        return medseg.CaseResult(case, "done", f"{case}.nii.gz", quality=quality, warnings=warnings)
+
+    results = [
+        found("good", 0.9),
+        found("absent", None),
+        found("edge", 0.8, "liver touches the edge of the image"),
+        replace(found("strange", 0.75), look=True),
+        found("poor", 0.614, "liver: expected Dice 0.61", "noisier than any training image (3 times)"),
+    ]
+    monkeypatch.setattr(medseg, "infer", lambda *_, **__: tuple(results))
+    shown = cli("infer", "in", "-m", "a", "-o", tmp_path)
+    assert shown.code == 0
+    assert shown.err.splitlines() == [
+        "look at strange: expected Dice of liver 0.75 (0.40–0.78)",
+        "look at poor: expected Dice of liver 0.61 (0.40–0.78); noisier than any training image (3 times)",
+        "look at edge: liver touches the edge of the image",
+    ]
+    assert shown.out == f"{tmp_path}: 5 masks written, 0 there already, 0 cases failed\n"
+    results[:] = [replace(results[4], case=f"case{n}") for n in range(12)]
+    lines = cli("infer", "in", "-m", "a", "-o", tmp_path).err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "look at 2 more cases: run.json names them"
+
+
+SLOW = """
+import sys, time
+from medseg import cli
+from medseg.infer import Segmenter
+
+whole = Segmenter.segment_prepared
+
+def slow(self, prepared, seconds, *, tick):
+    for n in range(10):
+        tick(n / 10)
+        time.sleep(0.02)
+    return whole(self, prepared, seconds, tick=tick)
+
+Segmenter.segment_prepared = slow
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def test_infer_ends_cleanly_when_it_is_told_to_terminate(cli: Medseg, tiny_run, images: Path, tmp_path: Path) -> None:
+    for n in range(4, 12):
+        shutil.copy(images / f"case{n % 4}.nii.gz", images / f"case{n}.nii.gz")
+    call = ("infer", images, "-m", tiny_run.folder, "--device", "cpu", "-o")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, call), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "out" / "case1.nii.gz").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; what was finished is valid" in err
+    assert "Traceback" not in err
+    left = [p.name for p in (tmp_path / "out").iterdir()]
+    written = [name for name in left if name.endswith(".nii.gz") and not name.startswith(".")]
+    assert 2 <= len(written) < 12
+    assert sorted(left) == sorted([*written, "run.json"])
+    again = cli(*call, tmp_path / "out")
+    assert f"{12 - len(written)} masks written, {len(written)} there already, 0 cases failed" in again.out
+    cli(*call, tmp_path / "undisturbed")
+    for name in _files(tmp_path / "undisturbed"):
+        if name != "run.json":
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
 def test_infer_of_an_empty_folder(cli: Medseg, tiny_run, tmp_path: Path) -> None:
@@ -732,6 +898,40 @@ def test_evaluate_cannot_write_below_a_file(cli: Medseg, folders, tmp_path: Path
 def test_verbose_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(["check", str(tmp_path / "nowhere"), "-v"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_without_a_terminal_a_line_now_and_then_has_the_same_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with terminal.shown_progress() as progress:
+        progress("infer", 12, 40, "3.1 s a case, 1 min 27 s left")
+        progress("infer", 12.44, 40, "3.1 s a case, 1 min 25 s left")
+        progress("check", 3, 7)
+    assert capsys.readouterr().err.splitlines() == [
+        "infer: 12 of 40, 3.1 s a case, 1 min 27 s left",
+        "infer: 12.4 of 40, 3.1 s a case, 1 min 25 s left",
+        "check: 3 of 7",
+    ]
+
+
+def test_without_a_terminal_lines_are_rare(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.shown_progress() as progress:
+        for n in range(50):
+            progress("infer", n, 50)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_cases_pace_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "err", console)
+    with terminal.shown_progress() as progress:
+        progress("infer", 12.44, 40, "3.1 s a case, 1 min 25 s left")
+    shown = screen.getvalue()
+    assert [w for w in ("infer", "12.4 of 40", "3.1 s a case, 1 min 25 s left") if w not in shown] == []
+    # the library's own guess would contradict it
+    assert "-:--:--" not in shown
 
 
 @pytest.fixture

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +22,14 @@ import torch
 from geometry import oblique, save
 from tiny import blobs, tiny_config, tiny_model
 
+from medseg import folder as folder_module
+from medseg import record as record_module
 from medseg.cases import Case
-from medseg.errors import ConfigError
+from medseg.errors import ConfigError, DataError
 from medseg.folder import CaseResult, infer, segment_cases
-from medseg.infer import InferOptions, Segmenter, load_model
+from medseg.infer import InferOptions, Segmented, Segmenter, load_model
+from medseg.preprocess import Prepared
+from medseg.writers import write_label, write_text
 
 SHAPE = (7, 10, 13)
 AFFINE = oblique((1.0, 1.5, 2.5))
@@ -87,30 +97,278 @@ def test_an_unexpected_error_of_one_case_is_named_and_kept_apart(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some_images(tmp_path / "in", 2)
-    whole = Segmenter.scores
+    whole = Segmenter.segment_prepared
     calls = []
 
-    def first_breaks(self: Segmenter, image: torch.Tensor) -> torch.Tensor:
+    def first_breaks(*arguments: Any, **named: Any) -> Segmented:
         calls.append(1)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("no room")
-        return whole(self, image)
+        return whole(*arguments, **named)
 
-    monkeypatch.setattr(Segmenter, "scores", first_breaks)
+    monkeypatch.setattr(Segmenter, "segment_prepared", first_breaks)
     results = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
     assert statuses(results) == ["failed", "done"]
     assert "case0.nii.gz: the device ran out of memory" in str(results[0].reason)
 
 
-def test_an_interruption_is_not_swallowed(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some_images(tmp_path / "in", 1)
+@pytest.mark.parametrize("stage", ["prepare", "segment_prepared", "write_label"])
+def test_an_error_in_any_thread_is_the_failure_of_its_case(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    some_images(tmp_path / "in")
+    where = folder_module if stage == "write_label" else Segmenter
+    whole, calls = getattr(where, stage), []
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def second_breaks(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError("broken")
+        return whole(*arguments, **named)
 
-    monkeypatch.setattr(Segmenter, "scores", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(where, stage, second_breaks)
+    results = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert statuses(results) == ["done", "failed", "done"]
+    assert "case1.nii.gz: ZeroDivisionError: broken" in str(results[1].reason)
+    assert masks(tmp_path / "out").keys() == {"case0.nii.gz", "case2.nii.gz"}
+
+
+def test_what_is_no_error_of_a_case_ends_the_run_and_is_not_swallowed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 3)
+
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", leave)
+    with pytest.raises(SystemExit) as left:
         infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert left.value.code == 7
+    assert [c["status"] for c in record(tmp_path / "out")["cases"]] == ["not_done"] * 3
+
+
+# ---- side by side
+
+
+def masks(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file but the records, hidden ones included."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix != ".json"}
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_no_more_than_three_cases_are_under_way(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_images(tmp_path / "in", 6)
+    prepare, read, go_on = Segmenter.prepare, [], threading.Event()
+
+    def counted(self: Segmenter, case: Case) -> Prepared:
+        read.append(case.id)
+        return prepare(self, case)
+
+    def held(*arguments: Any, **named: Any) -> Path:
+        assert go_on.wait(20)
+        return write_label(*arguments, **named)
+
+    monkeypatch.setattr(Segmenter, "prepare", counted)
+    monkeypatch.setattr(folder_module, "write_label", held)
+    results: list[CaseResult] = []
+    run = threading.Thread(target=lambda: results.extend(infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)))
+    run.start()
+    wait_until(lambda: len(read) == 3)
+    # one is held in the writer, one has left the network, one has been read: a fourth must not come
+    time.sleep(0.3)
+    assert read == ["case0", "case1", "case2"]
+    go_on.set()
+    run.join()
+    assert [r.case for r in results] == [f"case{n}" for n in range(6)]
+
+
+def test_the_next_case_is_read_while_one_is_in_the_network(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 2)
+    prepare, whole, second_read = Segmenter.prepare, Segmenter.segment_prepared, threading.Event()
+
+    def told(self: Segmenter, case: Case) -> Prepared:
+        found = prepare(self, case)
+        if case.id == "case1":
+            second_read.set()
+        return found
+
+    def waiting(*arguments: Any, **named: Any) -> Segmented:
+        assert second_read.wait(20)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(Segmenter, "prepare", told)
+    monkeypatch.setattr(Segmenter, "segment_prepared", waiting)
+    assert statuses(infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)) == ["done", "done"]
+
+
+def test_two_devices_share_the_cases_and_change_no_mask(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 5)
+    infer([tmp_path / "in"], [model], tmp_path / "one", EXACT)
+    whole, both, users = Segmenter.segment_prepared, threading.Barrier(2), []
+
+    def together(self: Segmenter, prepared: Prepared, *arguments: Any, **named: Any) -> Segmented:
+        users.append(self)
+        if len(users) <= 2:
+            both.wait(20)
+        return whole(self, prepared, *arguments, **named)
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", together)
+    results = infer([tmp_path / "in"], [model], tmp_path / "two", replace(EXACT, devices=("cpu", "cpu")))
+    assert [(r.case, r.status) for r in results] == [(f"case{n}", "done") for n in range(5)]
+    assert len(set(map(id, users))) == 2
+    assert masks(tmp_path / "two") == masks(tmp_path / "one")
+    assert record(tmp_path / "two")["device"].count("cpu") == 2
+    assert record(tmp_path / "two")["peak_memory_of"] == "the process so far"
+
+
+def test_what_two_devices_have_done_one_skips(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 2)
+    run(tmp_path, model, options=replace(EXACT, devices=("cpu", "cpu")))
+    assert run(tmp_path, model) == ["skipped", "skipped"]
+
+
+def test_a_number_is_a_gpu(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    with pytest.raises(ConfigError, match="cuda:99"):
+        run(tmp_path, model, options=replace(EXACT, devices=("99", "cpu")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_that_would_compute_differently_are_refused(tmp_path: Path, model: Path) -> None:
+    (path,) = some_images(tmp_path / "in", 1)
+    one, other = (load_model(model, options=replace(EXACT, precision=p)) for p in ("32", "bf16"))
+    with pytest.raises(ConfigError, match="32 and bf16; choose one with --precision"):
+        segment_cases(one, [Case("a", (path,), None, "a")], tmp_path / "out", beside=[other])
+    assert not (tmp_path / "out").exists()
+
+
+# ---- stops
+
+
+def interrupted_by(number: int, at: str) -> Callable[..., Segmented]:
+    """`segment_prepared` that sends this process a signal in the case `at`, and leaves it by a tick only."""
+    whole = Segmenter.segment_prepared
+
+    def segment_prepared(self: Segmenter, prepared: Prepared, seconds: Any, *, tick: Callable[[float], None]) -> Any:
+        if prepared.id == at:
+            os.kill(os.getpid(), number)
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                tick(0.5)
+                time.sleep(0.01)
+        return whole(self, prepared, seconds, tick=tick)
+
+    return segment_prepared
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drops_the_case_in_the_network_and_keeps_what_is_finished(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    some_images(tmp_path / "in", 5)
+    infer([tmp_path / "in"], [model], tmp_path / "undisturbed", EXACT)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Segmenter, "segment_prepared", interrupted_by(number, "case2"))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert masks(tmp_path / "out").keys() == {"case0.nii.gz", "case1.nii.gz"}
+    told = record(tmp_path / "out")["cases"]
+    assert [c["status"] for c in told] == ["done", "done", "not_done", "not_done", "not_done"]
+    assert told[4]["reason"] == "interrupted"
+    assert "3 of 5 cases are not done" in caplog.text
+    monkeypatch.undo()
+    assert run(tmp_path, model) == ["skipped", "skipped", "done", "done", "done"]
+    assert masks(tmp_path / "out") == masks(tmp_path / "undisturbed")
+
+
+def test_a_stop_forgets_nothing_of_earlier_runs(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = some_images(tmp_path / "in", 3)
+    run(tmp_path, model)
+    save(images[0], blobs(SHAPE, seed=9), AFFINE)
+    monkeypatch.setattr(Segmenter, "segment_prepared", interrupted_by(signal.SIGTERM, "case0"))
+    monkeypatch.setattr(record_module.CaseResult, "is_whole", lambda *_: False)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model)
+    monkeypatch.undo()
+    assert run(tmp_path, model) == ["done", "skipped", "skipped"]
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_images(tmp_path / "in", 1)
+    whole = Segmenter.segment_prepared
+
+    def signalled(*arguments: Any, **named: Any) -> Segmented:
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", signalled)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(tmp_path, model) == ["done"]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_stops_the_run_and_says_what_is_done(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    some_images(tmp_path / "in", 5)
+
+    def full(path: Path, *arguments: Any, **named: Any) -> Path:
+        if path.name == "case2.nii.gz":
+            raise DataError("cannot write") from OSError(number, os.strerror(number))
+        return write_label(path, *arguments, **named)
+
+    monkeypatch.setattr(folder_module, "write_label", full)
+    results = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert statuses(results) == ["done", "done", "not_done", "not_done", "not_done"]
+    assert {r.reason for r in results[2:]} == {f"{tmp_path / 'out'}: the disk is full"}
+    assert [c["status"] for c in record(tmp_path / "out")["cases"]] == statuses(results)
+    monkeypatch.undo()
+    assert run(tmp_path, model) == ["skipped", "skipped", "done", "done", "done"]
+
+
+def test_masks_that_no_record_could_be_written_of_are_not_called_done(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 2)
+    written: list[Path] = []
+
+    def only_the_first(path: Path, text: str) -> Path:
+        if written:
+            raise DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        return write_text(path, text)
+
+    monkeypatch.setattr(record_module, "write_text", only_the_first)
+    assert run(tmp_path, model) == ["not_done", "not_done"]
+    monkeypatch.undo()
+    # there is no record of them
+    assert run(tmp_path, model) == ["done", "done"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    (tmp_path / "out" / "run.json").mkdir(parents=True)
+    monkeypatch.setattr(Segmenter, "prepare", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match=r"cannot write run\.json"):
+        run(tmp_path, model)
 
 
 # ---- resuming
@@ -126,7 +384,7 @@ def test_finished_cases_are_skipped_without_a_look_at_the_network(
     some_images(tmp_path / "in", 2)
     run(tmp_path, model)
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").glob("*.gz"))]
-    monkeypatch.setattr(Segmenter, "scores", lambda *_: pytest.fail("segmented again"))
+    monkeypatch.setattr(Segmenter, "segment_prepared", lambda *_, **__: pytest.fail("segmented again"))
     assert run(tmp_path, model) == ["skipped", "skipped"]
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").glob("*.gz"))] == before
 
@@ -174,7 +432,9 @@ def test_a_random_field_is_one_setting_away_and_makes_masks_of_its_own(tmp_path:
     assert "postprocess" in record(tmp_path / "out")["cases"][0]["seconds"]
 
 
-@pytest.mark.parametrize("change", [{"tta": "flip"}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}])
+@pytest.mark.parametrize(
+    "change", [{"tta": "flip"}, {"window": (8, 8, 8)}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}]
+)
 def test_other_options_do_everything_again(tmp_path: Path, model: Path, change: dict[str, Any]) -> None:
     some_images(tmp_path / "in", 1)
     run(tmp_path, model)
@@ -204,11 +464,63 @@ def test_a_mask_that_is_not_whole_or_not_in_its_place_is_made_again(tmp_path: Pa
     assert mask.read_bytes() == whole
 
 
-def test_a_mask_of_unknown_origin_is_made_again(tmp_path: Path, model: Path) -> None:
+def test_a_mask_without_a_record_is_made_again_byte_for_byte(tmp_path: Path, model: Path) -> None:
     some_images(tmp_path / "in", 1)
     run(tmp_path, model)
+    before = masks(tmp_path / "out")
     (tmp_path / "out" / "run.json").unlink()
     assert run(tmp_path, model) == ["done"]
+    assert masks(tmp_path / "out") == before
+
+
+def test_a_mask_on_another_grid_is_made_again_though_its_labels_are_right(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    run(tmp_path, model)
+    mask = tmp_path / "out" / "case0.nii.gz"
+    before = mask.read_bytes()
+    loaded = nib.load(mask)
+    labels = np.asarray(loaded.dataobj)
+    affine = loaded.affine.copy()
+    affine[0, 3] += 0.5
+    nib.save(nib.Nifti1Image(labels, affine), mask)
+    assert run(tmp_path, model) == ["done"]
+    assert mask.read_bytes() == before
+
+
+def test_inputs_that_were_moved_are_still_the_same(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    run(tmp_path, model)
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    (result,) = infer([tmp_path / "elsewhere"], [model], tmp_path / "out", EXACT)
+    assert result.status == "skipped"
+    assert list(result.inputs) == [str(tmp_path / "elsewhere" / "case0.nii.gz")]
+
+
+def test_a_record_of_another_version_is_named_and_its_cases_done_again(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    some_images(tmp_path / "in", 1)
+    run(tmp_path, model)
+    old = record(tmp_path / "out") | {"schema_version": 1}
+    (tmp_path / "out" / "run.json").write_text(json.dumps(old))
+    assert run(tmp_path, model) == ["done"]
+    assert "run.json is not a record of medseg" in caplog.text
+
+
+def test_what_a_killed_run_has_left_is_cleared_away(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    with monkeypatch.context() as patched:
+        # a killed process removes nothing; no process has this number
+        patched.setattr(os, "getpid", lambda: 2**22 + 1)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            write_text(tmp_path / "out" / "case0.nii.gz", "half")
+    assert len(masks(tmp_path / "out")) == 1
+    assert run(tmp_path, model) == ["done"]
+    assert masks(tmp_path / "out").keys() == {"case0.nii.gz"}
 
 
 def test_a_damaged_record_is_named_and_its_cases_done_again(
@@ -259,6 +571,22 @@ def test_shards_share_the_cases_and_know_each_other(tmp_path: Path, model: Path)
     assert run(tmp_path, model) == ["skipped"] * 3
 
 
+def test_two_shards_at_once_make_what_one_run_makes(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 5)
+    infer([tmp_path / "in"], [model], tmp_path / "whole", EXACT)
+    shards = [
+        threading.Thread(
+            target=infer, args=([tmp_path / "in"], [model], tmp_path / "out", replace(EXACT, shard=(n, 2)))
+        )
+        for n in (1, 2)
+    ]
+    for shard in shards:
+        shard.start()
+    for shard in shards:
+        shard.join()
+    assert masks(tmp_path / "out") == masks(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
 def test_an_impossible_shard_is_refused_before_anything_is_done(
     tmp_path: Path, model: Path, shard: tuple[int, int]
@@ -274,31 +602,128 @@ def test_the_record_says_what_was_done_with_what(tmp_path: Path, model: Path) ->
     run(tmp_path, model)
     found = record(tmp_path / "out")
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
-    assert found["schema_version"] == 1
-    told = {k: v for k, v in found["settings"].items() if k != "configuration"}
-    assert told == {"models": [weights], "tta": "none", "overlap": None, "precision": "32", "settings": {}}
+    assert found["schema_version"] == 2
+    digests = {"descriptions", "configuration"}
+    told = {k: v for k, v in found["settings"].items() if k not in digests}
+    assert told == {
+        "models": [weights],
+        "window": "auto",
+        "tta": "none",
+        "overlap": None,
+        "precision": "32",
+        "settings": {},
+    }
     assert len(found["settings"]["configuration"]) == 64
+    assert [len(d) for d in found["settings"]["descriptions"]] == [64]
     assert found["labels"] == {"3": "shell", "7": "core"}
     assert found["device"].startswith("cpu")
     assert {"python", "medseg", "torch", "monai", "numpy"} <= set(found["versions"])
     (case,) = found["cases"]
     assert case["inputs"] == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert set(case["seconds"]) == {"read", "network", "restore", "write"}
+    assert {"hash", "read", "network", "write"} <= set(case["seconds"])
     assert all(s >= 0 for s in case["seconds"].values())
-    assert case["peak_memory_mb"] > 10
+    assert 10 < case["peak_memory_mb"] <= found["peak_memory_mb"]
+    assert found["peak_memory_of"] in ("each case", "the process so far")
 
 
-def test_progress_is_told_case_by_case(tmp_path: Path, model: Path) -> None:
-    told = []
-    segmenter = load_model(model, options=EXACT)
+def test_what_is_thought_of_a_mask_is_on_record_and_kept_by_a_skip(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    whole = Segmenter.segment_prepared
+    quality = {"shell": {"expected": 0.61, "low": 0.4, "high": 0.78}}
+
+    def assessed(*arguments: Any, **named: Any) -> Segmented:
+        return replace(whole(*arguments, **named), quality=quality, warnings=("shell touches the edge",))
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", assessed)
+    run(tmp_path, model)
+    (case,) = record(tmp_path / "out")["cases"]
+    assert (case["quality"], case["warnings"]) == (quality, ["shell touches the edge"])
+    (result,) = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert (result.status, result.quality, result.warnings) == ("skipped", quality, ("shell touches the edge",))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_the_peak_of_a_case_is_its_own(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_images(tmp_path / "in", 2)
+    whole = Segmenter.segment_prepared
+    megabytes = 300
+
+    def greedy(self: Segmenter, prepared: Prepared, *arguments: Any, **named: Any) -> Segmented:
+        if prepared.id == "case0":
+            np.ones(megabytes * 2**20, np.uint8).sum()
+        return whole(self, prepared, *arguments, **named)
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", greedy)
+    run(tmp_path, model)
+    told = record(tmp_path / "out")
+    first, second = (c["peak_memory_mb"] for c in told["cases"])
+    # the other case may differ by what the allocator keeps, not by most of what the first one held
+    assert first - second > 0.8 * megabytes
+    assert told["peak_memory_mb"] >= first
+    assert told["peak_memory_of"] == "each case"
+
+
+@pytest.mark.parametrize(("seconds", "writes"), [(1000.0, {2}), (0.0, set(range(3, 1000)))])
+def test_the_record_is_written_by_the_clock_and_at_the_end(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, writes: set[int]
+) -> None:
+    some_images(tmp_path / "in", 4)
+    written: list[Path] = []
+
+    def counted(path: Path, text: str) -> Path:
+        written.append(path)
+        return write_text(path, text)
+
+    monkeypatch.setattr(folder_module, "SECONDS_BETWEEN_RECORDS", seconds)
+    monkeypatch.setattr(record_module, "write_text", counted)
+    run(tmp_path, model)
+    assert len(written) in writes
+    assert [c["status"] for c in record(tmp_path / "out")["cases"]] == ["done"] * 4
+
+
+def test_progress_rises_to_the_end_and_tells_the_time_left(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[float, float, str]] = []
+    whole, looked = Segmenter.segment_prepared, threading.Event()
+
+    def in_halves(self: Segmenter, prepared: Prepared, seconds: Any, *, tick: Callable[[float], None]) -> Segmented:
+        tick(0.5)
+        if prepared.id == "case1.nii.gz":
+            assert looked.wait(20)
+        return whole(self, prepared, seconds)
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        assert stage == "infer"
+        told.append((done, total, detail))
+        if done == 1.5:
+            looked.set()
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", in_halves)
     cases = [Case(p.name, (p,), None, p.name) for p in some_images(tmp_path / "in", 2)]
-    segment_cases(
-        segmenter,
-        cases,
-        tmp_path / "out",
-        progress=lambda stage, done, total, detail="": told.append((stage, done, total)),
-    )
-    assert told == [("infer", 0, 2), ("infer", 1, 2), ("infer", 2, 2)]
+    segment_cases(load_model(model, options=EXACT), cases, tmp_path / "out", progress=progress)
+    done = [d for d, _, _ in told]
+    assert done == sorted(done)
+    assert done[-1] == 2
+    assert {t for _, t, _ in told} == {2}
+    detail = next(detail for d, _, detail in told if d == 1.5)
+    assert detail.endswith(" left")
+    assert " s a case, " in detail
+
+
+def test_a_progress_that_breaks_ends_the_run_with_its_error(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 3)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        infer([tmp_path / "in"], [model], tmp_path / "out", EXACT, progress=broken)
+    assert [c["status"] for c in record(tmp_path / "out")["cases"]][-1] == "not_done"
+    assert threading.active_count() == threads
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, model: Path) -> None:

@@ -6,6 +6,8 @@ import errno
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,9 +16,18 @@ import pytest
 import SimpleITK
 from PIL import Image as Picture
 
+from medseg import writers
 from medseg.errors import DataError, GeometryError
 from medseg.readers import nifti, read_geometry, read_image, read_label
-from medseg.writers import atomic_path, label_ending, write_label
+from medseg.writers import (
+    STALE_AFTER_S,
+    atomic_path,
+    is_disk_full,
+    label_ending,
+    remove_stale_temporaries,
+    write_label,
+    write_text,
+)
 
 NAMES = {0: "background", 1: "liver", 2: "Tumör"}
 MASK = (np.arange(60).reshape(3, 4, 5) % 3).astype(np.uint8)
@@ -199,6 +210,105 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No space left"):
         write_half(tmp_path / "a.nii", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
+    name = "a" * 240 + ".nii.gz"
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_known_behind_the_error_that_tells_it(tmp_path: Path, number: int) -> None:
+    with pytest.raises(DataError) as raised:
+        write_half(tmp_path / "a.nii", OSError(number, os.strerror(number)))
+    assert is_disk_full(raised.value)
+
+
+def test_a_folder_without_permission_is_no_full_disk() -> None:
+    error = DataError("cannot write")
+    error.__cause__ = PermissionError(errno.EACCES, "denied")
+    assert not is_disk_full(error)
+
+
+# ---- what killed processes leave
+
+
+def left_by(folder: Path, *, machine: str | None = None, process: int | None = None, writer: str | None = None) -> Path:
+    """A temporary file of `a.nii.gz` as its writer leaves it when it is killed; left out: of this very process."""
+    with atomic_path(folder / "a.nii.gz") as temporary:
+        temporary.write_text("half")
+        before, (_, told_machine, told_process, told_writer), ending = parted(temporary.name)
+        process = int(told_process) if process is None else process
+        name = f"medseg-{machine or told_machine}-{process}-{writer or told_writer}"
+        left = temporary.with_name(f"{before}.{name}.{ending}")
+        left.write_text("half")
+    (folder / "a.nii.gz").unlink()
+    return left
+
+
+def parted(name: str) -> tuple[str, list[str], str]:
+    _, stem, writer, ending = name.split(".", 3)
+    return f".{stem}", writer.split("-"), ending
+
+
+def gone() -> int:
+    """The number of a process that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def grow_old(path: Path, seconds: float) -> None:
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+def test_what_a_process_that_is_gone_has_left_is_removed(tmp_path: Path) -> None:
+    left = left_by(tmp_path, process=gone())
+    assert remove_stale_temporaries(tmp_path) == [left.name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_living_process_is_writing_stays(tmp_path: Path) -> None:
+    left_by(tmp_path, process=os.getppid())
+    assert remove_stale_temporaries(tmp_path) == []
+
+
+def test_what_this_process_is_writing_stays(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a.nii.gz") as temporary:
+        temporary.write_text("half")
+        assert remove_stale_temporaries(tmp_path) == []
+        assert temporary.exists()
+
+
+def test_what_an_earlier_process_of_our_number_has_left_is_removed(tmp_path: Path) -> None:
+    left = left_by(tmp_path, writer="0" * 16)
+    assert remove_stale_temporaries(tmp_path) == [left.name]
+
+
+@pytest.mark.parametrize(("age_s", "stays"), [(STALE_AFTER_S - 60, True), (STALE_AFTER_S + 60, False)])
+def test_what_another_machine_has_left_goes_when_it_is_old(tmp_path: Path, age_s: float, stays: bool) -> None:
+    left = left_by(tmp_path, machine="0" * 8, process=gone())
+    grow_old(left, age_s)
+    remove_stale_temporaries(tmp_path)
+    assert left.exists() == stays
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", ".a.nii.gz", ".medseg-notes", "a.medseg-00000000-1-0000000000000000.gz"])
+def test_files_of_others_stay_however_old(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "mine")
+    grow_old(tmp_path / name, 10 * STALE_AFTER_S)
+    assert remove_stale_temporaries(tmp_path) == []
+    assert (tmp_path / name).exists()
+
+
+def test_machines_are_told_apart_by_more_than_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = writers._machine()
+    # containers of one name count their processes apart
+    monkeypatch.setattr(Path, "readlink", lambda _: Path("pid:[1]"))
+    assert writers._machine.__wrapped__() != mine
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import platform
+import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,13 @@ from medseg.errors import DataError, GeometryError
 from medseg.readers import Geometry, Image, is_picture, read_geometry, split_ending
 from medseg.writers import image2d, nifti
 
-__all__ = ["atomic_path", "label_ending", "write_label", "write_text"]
+__all__ = ["atomic_path", "is_disk_full", "label_ending", "remove_stale_temporaries", "write_label", "write_text"]
+
+# of a temporary file: machine, process, which of our imports in it, which file of those
+_TEMPORARY = re.compile(r"\..*\.medseg-([0-9a-f]{8})-([0-9]+)-([0-9a-f]{8})[0-9a-f]{8}(\..*)?", re.DOTALL)
+_THIS_IMPORT = uuid.uuid4().hex[:8]
+# no file is written for so long without a change; only where a process cannot be asked whether it lives
+STALE_AFTER_S = 3600.0
 
 
 def label_ending(source: Path) -> str:
@@ -55,10 +67,13 @@ def write_label(
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` (same ending, hidden) that becomes `path` when the block ends without an error.
 
-    Makes the folder. Raises `DataError` where it cannot be written or is full; then nothing is left behind.
+    The name tells machine and process, for `remove_stale_temporaries`. Makes the folder. Raises `DataError` where it
+    cannot be written or is full; then nothing is left behind.
     """
     stem, ending = split_ending(path.name)
-    temporary = path.with_name(f".{stem}.{uuid.uuid4().hex[:12]}{ending or path.suffix}")
+    writer = f"medseg-{_machine()}-{os.getpid()}-{_THIS_IMPORT}{uuid.uuid4().hex[:8]}"
+    # cut: with the writer, a long name would be longer than file systems allow
+    temporary = path.with_name(f".{stem[:40]}.{writer}{ending or path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -82,6 +97,71 @@ def write_text(path: Path, text: str) -> Path:
         # a file name may hold bytes that are no text; they are shown as their codes
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return path
+
+
+def remove_stale_temporaries(folder: Path) -> list[str]:
+    """Removes what killed processes left of `atomic_path` in `folder` (not below it), and gives the names.
+
+    A file goes if its process was one of this machine and is gone, or if nobody has written to it for an hour. What
+    another living process, here or elsewhere, is writing stays.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or not _is_stale(path, match):
+            continue
+        path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return removed
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, says that the disk or the quota on it is used up."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        found = found.__cause__
+    return False
+
+
+def _is_stale(path: Path, match: re.Match[str]) -> bool:
+    machine, process, writer = match[1], int(match[2]), match[3]
+    if machine == _machine():
+        if process == os.getpid():
+            # an earlier process may have had our number
+            return writer != _THIS_IMPORT
+        if not _lives(process):
+            return True
+    try:
+        return time.time() - path.stat().st_mtime > STALE_AFTER_S
+    except FileNotFoundError:
+        # its writer has just renamed it
+        return False
+
+
+def _lives(process: int) -> bool:
+    # elsewhere signal 0 is a real one
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@cache
+def _machine() -> str:
+    """Eight hexadecimal digits: the same only for processes that see each other's numbers."""
+    known = [platform.node()]
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    # containers may share a name, and each counts its processes from 1
+    known += [boot.read_text().strip()] if os.access(boot, os.R_OK) else []
+    known += [str(space.readlink())] if space.is_symlink() else []
+    return hashlib.sha256("/".join(known).encode()).hexdigest()[:8]
 
 
 def _stored(path: Path, array: npt.NDArray[Any], names: Mapping[int, str]) -> npt.NDArray[Any]:

@@ -1,0 +1,70 @@
+"""What the system tells a process and is told by it: signals that end a run, and the most memory that was held."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medseg.device import peak_memory_mb
+
+
+class PeakMemory:
+    """The most memory that the process has held: while one case was in the network, and in all."""
+
+    def __init__(self, *, apart: bool) -> None:
+        self._apart = apart
+        self._most = 0.0
+
+    def begin(self) -> None:
+        """A case goes into the network."""
+        self._most = max(self._most, peak_memory_mb() or 0.0)
+        self._apart = self._apart and _forget_peak_memory()
+
+    def end(self) -> float | None:
+        """What was held at most since then."""
+        held = peak_memory_mb()
+        self._most = max(self._most, held or 0.0)
+        return held
+
+    def told(self) -> dict[str, Any]:
+        """For the record: the figure of the whole process, and what those of the cases mean."""
+        most = max(self._most, peak_memory_mb() or 0.0)
+        return {"peak_memory_mb": most or None, "peak_memory_of": "each case" if self._apart else "the process so far"}
+
+
+def _forget_peak_memory() -> bool:
+    """Begin the peak anew; False where the system does not let that be done."""
+    try:
+        # proc(5): 5 resets the peak resident set size
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def heeding_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop`; a second one ends the process at once. In the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # whoever ignores a signal (nohup) has a reason; None: a handler that Python does not know
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    heeded = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def once(number: int, frame: Any) -> None:
+        for other in heeded:
+            signal.signal(other, signal.SIG_DFL)
+        stop()
+
+    try:
+        for number in heeded:
+            signal.signal(number, once)
+        yield
+    finally:
+        for number, handler in heeded.items():
+            signal.signal(number, handler)

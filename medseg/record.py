@@ -1,0 +1,160 @@
+"""run.json: what became of every case of a folder, with which model and settings; the cases are done in folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from medseg.device import describe
+from medseg.infer import InferOptions, Segmenter
+from medseg.model import DECISIVE
+from medseg.readers import file_sha256
+from medseg.versions import versions
+from medseg.writers import write_text
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
+# sections of the configuration that decide a mask
+DECIDING = {"data", "preprocess", "network", "windows", "postprocess"}
+STATUSES = ("done", "skipped", "failed", "not_done")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case.
+
+    `status`: done; skipped, its finished mask was there; failed; not_done, the run stopped before it or while it was
+    in the network. `reason`: why it failed, or what stopped the run. `seconds` by stage. `peak_memory_mb`: the most
+    that the process held while the case was in the network and its neighbours were read and written; where Linux does
+    not let that be measured, or several devices share the process, the most since it began (run.json says which under
+    `peak_memory_of`). `inputs`: SHA-256 by file. `quality`: the expected Dice of each label; `look`: whether
+    somebody should look at the mask.
+    """
+
+    case: str
+    status: Literal["done", "skipped", "failed", "not_done"]
+    output: str | None = None
+    reason: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_mb: float | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    output_sha256: str | None = None
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    look: bool = False
+
+    def is_whole(self, output: Path, inputs: Mapping[str, str]) -> bool:
+        """Whether the file `output` holds the bytes that this result tells of, made of the same input bytes.
+
+        A mask is on the grid of its input, and both are known to the byte: nothing of its grid can differ then. Where
+        the input lies does not matter. Raises `DataError` for an output that cannot be read.
+        """
+        if self.status not in ("done", "skipped") or list(self.inputs.values()) != list(inputs.values()):
+            return False
+        return output.is_file() and file_sha256(output) == self.output_sha256
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of a run: where it is, what it says beside the cases, and what earlier runs left.
+
+    `own`: cases of the same file, by name; `earlier`: what all records in the folder say of a case, shards included.
+    Both only of runs with the same models and settings.
+    """
+
+    path: Path
+    head: Mapping[str, Any]
+    own: Mapping[str, CaseResult]
+    earlier: Mapping[str, Sequence[CaseResult]]
+
+    def finished(self, case: str, output: Path, inputs: Mapping[str, str]) -> CaseResult | None:
+        """The earlier result of a case whose mask is still there, byte for byte, and made of the same input bytes."""
+        return next((r for r in self.earlier.get(case, ()) if r.is_whole(output, inputs)), None)
+
+    def write(self, results: Iterable[CaseResult], more: Mapping[str, Any]) -> None:
+        """Write the record, whole or not at all; `more` is told beside the cases.
+
+        A case that was not reached keeps what was known of its mask. Raises `DataError`.
+        """
+        found = dict(self.own)
+        for result in results:
+            known = found.get(result.case)
+            if result.status != "not_done" or known is None or known.status not in ("done", "skipped"):
+                found[result.case] = result
+        content = {**self.head, **more, "cases": [asdict(r) for r in found.values()]}
+        write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
+    """The record of a run of `segmenters`, one model on several devices, into `folder`. Nothing is written yet."""
+    first = segmenters[0]
+    settings = _settings(first)
+    path = folder / _name(first.options)
+    earlier: dict[str, list[CaseResult]] = {}
+    own: dict[str, CaseResult] = {}
+    for file in sorted(folder.glob("run*.json")):
+        try:
+            found = _read(file, settings)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is not a record of medseg (%s): its cases are done again", file.name, type(error).__name__)
+            continue
+        for result in found:
+            earlier.setdefault(result.case, []).append(result)
+        if file == path:
+            own = {r.case: r for r in found}
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "settings": settings,
+        "device": ", ".join(describe(s.device) for s in segmenters),
+        "versions": versions(*DECISIVE),
+        "labels": {str(v): n for v, n in first.label_names.items()},
+    }
+    return Record(path, head, own, earlier)
+
+
+def _name(options: InferOptions) -> str:
+    part, parts = options.shard
+    return "run.json" if parts == 1 else f"run.{part}-of-{parts}.json"
+
+
+def _settings(segmenter: Segmenter) -> dict[str, Any]:
+    """What decides a mask, beside the input, as JSON gives it back."""
+    options = segmenter.options
+    told = {
+        "models": [m.sha256 for m in segmenter.models],
+        # what training has found out about windows, copies and masks stands beside the weights
+        "descriptions": [_digest(json.dumps(dict(m.description), sort_keys=True)) for m in segmenter.models],
+        "window": options.window,
+        "tta": options.tta,
+        "overlap": options.overlap,
+        "settings": dict(options.settings),
+        "configuration": _digest(segmenter.config.model_dump_json(include=DECIDING)),
+        "precision": segmenter.precision,
+    }
+    return dict(json.loads(json.dumps(told)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> list[CaseResult]:
+    """Cases of a record with the same settings, none of one with others. Raises where it is no record."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {record['schema_version']}")
+    return [_case_result(c) for c in record["cases"]] if record["settings"] == settings else []
+
+
+def _case_result(told: Mapping[str, Any]) -> CaseResult:
+    result = CaseResult(**{**told, "warnings": tuple(told["warnings"])})
+    kinds = ((result.case, str), (result.inputs, dict), (result.seconds, dict), (result.quality, dict))
+    if result.status not in STATUSES or not all(isinstance(value, kind) for value, kind in kinds):
+        raise TypeError(f"{result.case}: no result of a case")
+    return result
