@@ -124,7 +124,7 @@ def calibrate(
     tta = _choose_copies(bench, windows[-1])
     return {
         "windows": _record(windows),
-        "tta": _record(tta),
+        "tta": _record(tta, only=("flip_axes", "scales")),
         "postprocess": _choose_postprocess(bench, windows[-1]),
         "quality": _learn_quality(bench, windows[-1], training, QUALITY_SHARE * budget_s),
     }
@@ -396,8 +396,12 @@ def _reference(case: Prepared) -> Labels:
     return case.label.numpy()
 
 
-def _record(trials: Sequence[Trial]) -> dict[str, Any]:
-    return {"settings": dict(trials[-1].settings), "measured": [t.record() for t in trials]}
+def _record(trials: Sequence[Trial], *, only: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of the last trial, of the windows' those in `only` if any are named, and the table of all."""
+    settings = dict(trials[-1].settings)
+    if only:
+        settings = {"windows": {k: v for k, v in settings.get("windows", {}).items() if k in only}}
+    return {"settings": settings, "measured": [t.record() for t in trials]}
 
 
 def _by_case(table: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -111,8 +111,10 @@ class Segmenter:
         if not paths:
             raise ConfigError("no file given, expected one, or one for each channel")
         prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name))
-        labels = torch.as_tensor(self.segment_prepared(prepared).labels)
-        return MetaTensor(labels, affine=torch.as_tensor(prepared.source.affine_4x4))
+        found = self.segment_prepared(prepared)
+        for warning in found.warnings:
+            log.warning("%s: %s", prepared.id, warning)
+        return MetaTensor(torch.as_tensor(found.labels), affine=torch.as_tensor(prepared.source.affine_4x4))
 
     def prepare(self, case: Case) -> Prepared:
         """Read a case and bring it to the network's grid; may run in another thread. Raises `DataError`."""
@@ -224,7 +226,7 @@ def _wanted_choices(options: InferOptions) -> list[str]:
     given = options.settings.get("windows", {})
     cut = {"mode", "overlap", "tile_size", "halo"} & set(given)
     names = ["windows"] if options.window == "auto" and options.overlap is None and not cut else []
-    names += ["tta"] if options.tta == "auto" and names else []
+    names += ["tta"] if options.tta == "auto" else []
     return names if "postprocess" in options.settings else [*names, "postprocess"]
 
 
@@ -267,7 +269,11 @@ def _windows(config: Config, options: InferOptions) -> WindowsConfig:
         changes |= {"flip_axes": () if sided_label(config.data) else config.augment.flip_axes}
     if options.tta == "scale":
         changes |= {"scales": SCALES}
-    return config.windows.model_copy(update=changes)
+    try:
+        return WindowsConfig.model_validate(config.windows.model_dump() | changes)
+    except ValidationError as error:
+        found = ", ".join(str(e["input"]) for e in error.errors())
+        raise ConfigError(f"--window: {found} found, expected whole numbers from 1") from error
 
 
 def _common_config(models: Sequence[Model]) -> Config:

@@ -168,7 +168,7 @@ def test_a_few_cases_tell_nothing() -> None:
 
 def test_everything_that_was_measured_is_recorded() -> None:
     config, cases = tiny_config(), [a_case(n) for n in range(5)]
-    found = calibrate(config, new_network(config), cases, training=cases, device=CPU, precision="32", budget_s=60)
+    found = calibrate(config, new_network(config), cases, training=cases, device=CPU, precision="32", budget_s=600)
     assert {"windows", "tta", "postprocess"} <= set(found)
     names = [row["name"] for row in found["windows"]["measured"]]
     assert sorted(names) == [
@@ -211,6 +211,7 @@ def test_copies_are_used_on_request_alone(tmp_path: Path) -> None:
     run = chosen(tmp_path / "run", windows={}, tta={"windows": {"scales": [1.0, 0.75]}})
     assert config_of(run).windows.scales == (1.0,)
     assert config_of(run, tta="auto").windows.scales == (1.0, 0.75)
+    assert config_of(run, tta="auto", overlap=0.25).windows.scales == (1.0, 0.75)
     assert config_of(run, tta="flip").windows.flip_axes == (0, 1, 2)
     sided = tiny_model(tmp_path / "sided", tiny_config(data={"labels": {"left": 3, "right": 7}}))
     assert config_of(sided, tta="flip").windows.flip_axes == ()

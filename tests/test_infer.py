@@ -163,6 +163,12 @@ def test_only_axes_that_were_flipped_in_training_are_flipped(tmp_path: Path) -> 
     assert not torch.allclose(segmenter.scores(image.flip(1)), segmenter.scores(image).flip(1), atol=1e-2)
 
 
+@pytest.mark.parametrize(("window", "words"), [((8, 8), "2 numbers found, expected 3"), ((8, 0, 8), "0 found")])
+def test_an_impossible_window_is_refused(model: Path, window: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_model(model, options=replace(EXACT, window=window))
+
+
 @pytest.mark.parametrize("overlap", [-0.1, 1.0, float("nan")])
 def test_an_impossible_overlap_is_refused(model: Path, overlap: float) -> None:
     with pytest.raises(ConfigError, match="--overlap"):
