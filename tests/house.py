@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid device process progress versions",
+        "errors config grid device optional process progress versions",
         "cases datasets readers writers metrics",
         "preprocess networks restore",
         "patches augment losses body",
         "check plan model pretrained statistics",
-        "windows postprocess evaluate",
+        "engines windows postprocess evaluate",
         "infer inspect quality report export",
         "folder record calibrate",
         "fit train",

@@ -166,7 +166,8 @@ def test_a_few_cases_tell_nothing() -> None:
     assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}
 
 
-def test_everything_that_was_measured_is_recorded() -> None:
+def test_everything_that_was_measured_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.calibrate.WORSE", (("noise", 0.5), ("blur", 0.5)))
     config, cases = tiny_config(), [a_case(n) for n in range(5)]
     found = calibrate(config, new_network(config), cases, training=cases, device=CPU, precision="32", budget_s=600)
     assert {"windows", "tta", "postprocess"} <= set(found)
@@ -181,6 +182,7 @@ def test_everything_that_was_measured_is_recorded() -> None:
     ]
     assert all(0 <= row["dice"] <= 1 and row["seconds_a_case"] > 0 for row in found["windows"]["measured"])
     assert {row["name"] for row in found["tta"]["measured"]} >= {"flip", "scale"}
+    assert set(found["quality"]["model"]) == {"profile", "plain", "with_members"}
 
 
 # ---- what inference makes of it

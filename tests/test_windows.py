@@ -305,7 +305,7 @@ def test_windows_of_air_are_background_without_a_look(caplog: pytest.LogCaptureF
     body = torch.zeros(10, 2, 2, dtype=torch.bool)
     body[5] = True
     config = WindowsConfig(patch_size=(8, 8, 8), overlap=0.0)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="medseg"):
         pieces = list(
             stream(config, torch.ones(1, 40, 8, 8), watch, device=CPU, air=Air(body, torch.tensor([1.0, 0.0])))
         )
