@@ -60,6 +60,14 @@ class Tta(str, Enum):
     auto = "auto"
 
 
+class Engine(str, Enum):
+    """What runs the network, of `--engine`."""
+
+    torch = "torch"
+    compile = "compile"
+    openvino = "openvino"
+
+
 class Surface(str, Enum):
     """Definitions of a surface for `--surface`."""
 
@@ -247,6 +255,13 @@ def infer(
         ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="auto: bf16 where the hardware has it.")] = Precision.auto,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="What runs the network: torch, compile (torch.compile), or openvino on a CPU (pip install "
+            "'medseg[openvino]'); given up with a warning where it differs from torch."
+        ),
+    ] = Engine.torch,
     device: Device = "auto",
     verbose: Verbose = False,
 ) -> None:
@@ -260,6 +275,7 @@ def infer(
         device=device,
         devices=_devices(devices),
         precision=precision.value,
+        engine=engine.value,
         window=_window(window),
         tta=tta.value,
         overlap=overlap,

@@ -21,9 +21,8 @@ from medseg.config import Config, DataConfig, WindowsConfig, overlay
 from medseg.device import (
     choose_device,
     choose_precision,
-    memory_format,
-    to_memory_format,
 )
+from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
 from medseg.model import Model, chosen_settings, read_model
 from medseg.plan import sided_label
@@ -48,15 +47,17 @@ def no_tick(share: float) -> None:
 class InferOptions:
     """How to infer. `overlap` None: the model's own; `shard` (i, n): every n-th case only, from the i-th of 1…n on.
 
-    `window`: `auto`, what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the
-    voxels of a tile by axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes as well; `auto`, those that
-    helped when training ended. `devices`: cases are dealt to these, in place of `device`. `settings` are laid over the
-    model's: sections network (`output_stride`, with the weights as they are), windows and postprocess.
+    `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
+    what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
+    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes as well; `auto`, those that helped when training
+    ended. `devices`: cases are dealt to these, in place of `device`. `settings` are laid over the model's: sections
+    network (`output_stride`, with the weights as they are), windows and postprocess.
     """
 
     device: str = "auto"
     devices: tuple[str, ...] = ()
     precision: str = "auto"
+    engine: Engine = "torch"
     window: Literal["auto", "whole"] | tuple[int, ...] = "auto"
     tta: Literal["none", "flip", "scale", "auto"] = "none"
     overlap: float | None = None
@@ -94,7 +95,8 @@ class Segmenter:
         # of an ensemble, what the first of its models knows
         self._quality = read_quality(self.models[0])
         self._scorers = tuple(
-            make_scorer(m.network, self.config.data, self.device, self.precision) for m in self.models
+            make_scorer(m.network, self.config.data, self.device, self.precision, self.options.engine)
+            for m in self.models
         )
 
     @property
@@ -230,16 +232,15 @@ def _wanted_choices(options: InferOptions) -> list[str]:
     return names if "postprocess" in options.settings else [*names, "postprocess"]
 
 
-def make_scorer(network: torch.nn.Module, data: DataConfig, device: torch.device, precision: str) -> Scorer:
+def make_scorer(
+    network: torch.nn.Module, data: DataConfig, device: torch.device, precision: str, engine: Engine = "torch"
+) -> Scorer:
     """Windows (B, C, *S) → probabilities (B, K, *S) float32."""
-    memory = memory_format(data.spatial_dims)
-    network = to_memory_format(network.to(device), data.spatial_dims).eval()
+    run = prepare_network(engine, network, data=data, device=device, precision=precision)
 
     @torch.inference_mode()
     def score(windows: torch.Tensor) -> torch.Tensor:
-        windows = windows.contiguous(memory_format=memory)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits: torch.Tensor = network(windows)
+        logits = run(windows)
         if data.is_regions:
             return logits.float().sigmoid()
         # over few channels the softmax is fastest plane by plane, over many where they lie together in memory

@@ -136,6 +136,7 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
         "settings": dict(options.settings),
         "configuration": _digest(segmenter.config.model_dump_json(include=DECIDING)),
         "precision": segmenter.precision,
+        "engine": options.engine,
     }
     return dict(json.loads(json.dumps(told)))
 

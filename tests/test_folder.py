@@ -611,6 +611,7 @@ def test_the_record_says_what_was_done_with_what(tmp_path: Path, model: Path) ->
         "tta": "none",
         "overlap": None,
         "precision": "32",
+        "engine": "torch",
         "settings": {},
     }
     assert len(found["settings"]["configuration"]) == 64

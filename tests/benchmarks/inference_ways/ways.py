@@ -89,7 +89,9 @@ def medseg_ways(patch: Sequence[int], variants: Mapping[str, str], *, command_li
         ways.append(_medseg(f"medseg {name}", f"Python, {text}", tuple(text.split()), "auto"))
     if command_line:
         ways.append(Way("medseg infer", "the command line with its defaults, a fresh process", here))
-        ways.append(Way("medseg infer equal", "the command line, windows and overlap as others", here, arguments=equal))
+        # typed, three axes begin with the slowest; from Python they are those of the network's grid
+        typed = tuple(",".join(reversed(v.split(","))) if v == size and len(patch) == 3 else v for v in equal)
+        ways.append(Way("medseg infer equal", "the command line, windows and overlap as others", here, arguments=typed))
     return ways
 
 
