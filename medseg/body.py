@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from medseg.config import DataConfig, IntensityConfig, PreprocessConfig, WindowsConfig
+from medseg.config import DataConfig, PreprocessConfig, WindowsConfig
+from medseg.errors import ConfigError
 
 CT_NAMES = ("ct", "cta", "cect", "ncct", "hu")
 # half way between air (−1000 HU) and water (0 HU)
@@ -45,12 +46,19 @@ def air_of(config: WindowsConfig, data: DataConfig, preprocess: PreprocessConfig
     """
     how = preprocess.intensity[0]
     wanted = config.skip_air == "on" or (config.skip_air == "auto" and is_ct(data.channels[0]))
-    if not wanted or data.spatial_dims != 3 or how.normalise != "fixed":
+    known = data.spatial_dims == 3 and how.normalise == "fixed"
+    if config.skip_air == "on" and not known:
+        raise ConfigError("windows.skip_air=on: air is known in 3D images of fixed normalisation only; use auto or off")
+    # clipped above what air is told from, soft tissue and air may have one value
+    if not wanted or not known or (how.clip is not None and how.clip[0] > AIR_HU):
+        return None
+    cells = body_cells(image[0], (AIR_HU - how.mean) / how.sd)
+    if not cells.any():
         return None
     scores = torch.zeros(data.out_channels)
     if not data.is_regions:
         scores[0] = 1
-    return Air(torch.as_tensor(body_cells(image[0], _normalised_air(how))), scores)
+    return Air(torch.as_tensor(cells), scores)
 
 
 def body_cells(image: torch.Tensor, threshold: float) -> np.ndarray:
@@ -65,11 +73,6 @@ def body_cells(image: torch.Tensor, threshold: float) -> np.ndarray:
         for number, plane in enumerate(planes):
             filled[number] |= ndimage.binary_fill_holes(plane)
     return np.asarray(ndimage.binary_dilation(body, np.ones((3,) * body.ndim, bool)))
-
-
-def _normalised_air(how: IntensityConfig) -> float:
-    lowest = AIR_HU if how.clip is None else max(AIR_HU, how.clip[0] + 1)
-    return (lowest - how.mean) / how.sd
 
 
 def _largest_in_cells(image: torch.Tensor) -> np.ndarray:

@@ -97,7 +97,15 @@ def batch_that_fits(device: torch.device, scores: torch.Tensor) -> int:
     taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device) + scores.nbytes
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    return max(1, min(MAX_GPU_BATCH, int(MEMORY_SHARE * free) // max(1, taken)))
+    fitting = max(1, min(MAX_GPU_BATCH, int(MEMORY_SHARE * free) // max(1, taken)))
+    # a power of two: a little more or less free memory must not change it
+    return int(2 ** (fitting.bit_length() - 1))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin the peak that `batch_that_fits` reads anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_format(spatial_dims: int) -> torch.memory_format:

@@ -158,7 +158,13 @@ class Restorer:
     @torch.inference_mode()
     def add(self, piece: Piece) -> None:
         """Decide all labels that `piece` and its earlier neighbours settle."""
-        scores, start = self._with_margin(piece)
+        try:
+            scores, start = self._with_margin(piece)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or piece.scores.device.type == "cpu":
+                raise
+            release_memory(piece.scores.device)
+            scores, start = self._with_margin(Piece(piece.start, piece.scores.cpu()))
         targets = [axis.settled(box.start, box.stop) for axis, box in zip(self._axes, piece.box)]
         self._decide_all(scores, start, targets)
 
@@ -197,18 +203,22 @@ class Restorer:
     def _with_margin(self, piece: Piece) -> tuple[torch.Tensor, tuple[int, ...]]:
         """The scores of a piece and of the voxels before it that interpolation reaches, and where they start."""
         scores, start = piece.scores, list(piece.start)
+        tails: dict[tuple[int, ...], torch.Tensor | None] = {}
         for place, axis in enumerate(self._order):
             margin = self._axes[axis].margin
             if not margin:
                 continue
             key = (axis, *(piece.start[inner] for inner in self._order[place + 1 :]))
-            before = self._tails.pop(key, None)
+            before = self._tails.get(key)
+            tails[key] = None
             if before is not None and piece.start[axis] > 0:
                 scores = torch.cat([before.to(scores.device), scores], dim=axis)
                 start[axis] -= before.shape[axis]
             if piece.box[axis].stop < self._axes[axis].size:
                 kept = min(margin, scores.shape[axis])
-                self._tails[key] = scores.narrow(axis, scores.shape[axis] - kept, kept).clone()
+                tails[key] = scores.narrow(axis, scores.shape[axis] - kept, kept).clone()
+        # only now: where memory runs out above, nothing has changed
+        self._tails = {k: t for k, t in (self._tails | tails).items() if t is not None}
         return scores, tuple(start)
 
 

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 from medseg.body import Air
 from medseg.config import WindowsConfig
-from medseg.device import batch_that_fits, is_out_of_memory, release_memory
+from medseg.device import batch_that_fits, forget_peak, is_out_of_memory, release_memory
+from medseg.errors import DataError
 from medseg.patches import cut
 from medseg.restore import Piece
 
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 Scorer = Callable[[torch.Tensor], torch.Tensor]
 # what the members of an ensemble said of one batch, each (B, K, *S), and their mean
 Observer = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
+
+Done = TypeVar("Done")
 
 # tiles begin where every stride of a network has a voxel, so that they see the grid that the whole volume would
 ALIGNMENT = 32
@@ -94,24 +98,15 @@ def stream(
     A volume smaller than a patch is padded with 0, as in training. What is held at a time grows with the section of the
     volume across its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the
     share that is done after each window; what it raises ends the work. Where memory runs out, the batch is halved, then
-    sums are kept on the CPU, and nothing is computed twice; a whole volume that does not fit is done in tiles.
+    sums are kept on the CPU, and nothing is computed twice; a tile or a whole volume that does not fit is divided into
+    parts that see a margin of each other. Raises `DataError` where the network gives NaN.
     """
-    runner = _Runner(scorer, device, config.batch_size)
     plan = _plan(config, image)
-    done = 0
-    while done < len(plan.windows):
-        try:
-            for window, scores in runner.run(plan, image, air):
-                yield plan.finish(window, scores)
-                done += 1
-                if tick is not None:
-                    tick(done / len(plan.windows))
-        except _TooLarge:
-            smaller = None if done else plan.smaller()
-            if smaller is None:
-                raise torch.OutOfMemoryError(f"one window of {plan.windows[done].size} voxels does not fit") from None
-            plan = smaller
-            log.warning("out of memory: tiles of %s voxels in place of larger ones", plan.windows[0].size)
+    runner = _Runner(scorer, device, config.batch_size, plan)
+    for done, (window, scores) in enumerate(runner.run(image, air), start=1):
+        yield runner.finish(window, scores)
+        if tick is not None:
+            tick(done / len(plan.windows))
     if runner.skipped:
         log.info("%d of %d windows lie outside the body: background", runner.skipped, len(plan.windows))
 
@@ -160,6 +155,15 @@ class _Window:
     index: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a window: what is read, what of its scores counts, and where that belongs among those of the window."""
+
+    window: _Window
+    core: tuple[slice, ...]
+    place: tuple[slice, ...]
+
+
 class _Plan:
     """Windows of a volume, in raster order of `order`, and what makes final pieces of their scores."""
 
@@ -167,7 +171,10 @@ class _Plan:
         self.shape = tuple(image.shape[1:])
         self.order = stream_order(config, self.shape)
         # a volume smaller than a patch lies in the middle of it
-        self.padded = tuple(max(s, p) for s, p in zip(self.shape, config.patch_size))
+        least = config.patch_size
+        if config.mode == "blend" and config.tile_size is not None:
+            least = config.tile_size
+        self.padded = tuple(max(s, p) for s, p in zip(self.shape, least))
         self.offset = tuple((p - s) // 2 for s, p in zip(self.shape, self.padded))
         self.windows: list[_Window] = []
 
@@ -187,9 +194,9 @@ class _Plan:
         """Free memory of the device; False where nothing is left to free."""
         return False
 
-    def smaller(self) -> _Plan | None:
-        """A plan with smaller windows, where that changes little."""
-        return None
+    def divided(self, window: _Window) -> list[_Part]:
+        """Two parts of a window that each see a margin of the other; none where it cannot be divided."""
+        return []
 
     def _in_order(self, counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Indices of windows by axis, `order`'s last axis fastest."""
@@ -234,19 +241,24 @@ class _Blend(_Plan):
             weight = weight[..., None] * self._weights[axis][index]
         if len(self.windows) > 1:
             block = block * weight[..., None].to(block.device, block.dtype)
+        settled_by, kept_by = [], {}
         for place in reversed(range(len(self.order))):
             axis = self.order[place]
             index, found = window.index[axis], self._starts[axis]
             key = (axis, *(window.index[inner] for inner in self.order[place + 1 :]))
-            carried = self._carried.pop(key, None)
+            carried = self._carried.get(key)
             if carried is not None and index > 0:
                 block.narrow(axis, 0, carried.shape[axis]).add_(carried.to(block.device))
+                settled_by.append(key)
             if index + 1 < len(found):
                 settled = found[index + 1] - found[index]
                 beyond = block.narrow(axis, settled, block.shape[axis] - settled)
-                kept = beyond.cpu() if self._spare else beyond
-                self._carried[key] = kept.clone(memory_format=torch.contiguous_format)
+                kept_by[key] = beyond.to("cpu" if self._spare else beyond.device, copy=True).contiguous()
                 block = block.narrow(axis, 0, settled)
+        # only now: where memory runs out above, nothing has changed
+        for key in settled_by:
+            self._carried.pop(key)
+        self._carried |= kept_by
         return self._inside(window.start, block)
 
     def spare(self) -> bool:
@@ -263,7 +275,6 @@ class _Tiles(_Plan):
 
     def __init__(self, config: WindowsConfig, image: torch.Tensor) -> None:
         super().__init__(config, image)
-        self._config, self._image = config, image
         tile, halo = self.padded, (0,) * len(self.padded)
         if config.mode == "halo":
             tile = tuple(
@@ -273,6 +284,8 @@ class _Tiles(_Plan):
             halo = config.halo or tuple(p // 2 for p in config.patch_size)
         # a margin that keeps the strides of the network where they would be in the whole volume
         self._halo = tuple(-(-h // ALIGNMENT) * ALIGNMENT for h in halo)
+        wanted = config.halo or tuple(p // 2 for p in config.patch_size)
+        self._margin = tuple(-(-h // ALIGNMENT) * ALIGNMENT for h in wanted)
         self._tile = tile
         for index in self._in_order([-(-s // t) for s, t in zip(self.padded, tile)]):
             first = [max(0, i * t - h) for i, t, h in zip(index, tile, self._halo)]
@@ -285,12 +298,23 @@ class _Tiles(_Plan):
         core = tuple(slice(f - a, e - a) for f, e, a in zip(first, stop, window.start))
         return self._inside(first, scores.movedim(0, -1)[core])
 
-    def smaller(self) -> _Plan | None:
-        longest = max(range(len(self._tile)), key=lambda a: self._tile[a])
-        half = [-(-t // 2) if a == longest else t for a, t in enumerate(self._tile)]
-        if half[longest] < ALIGNMENT:
-            return None
-        return _Tiles(self._config.model_copy(update={"mode": "halo", "tile_size": tuple(half)}), self._image)
+    def divided(self, window: _Window) -> list[_Part]:
+        axis = max(range(len(window.size)), key=lambda a: window.size[a])
+        size, margin = window.size[axis], self._margin[axis]
+        middle = -(-size // 2 // ALIGNMENT) * ALIGNMENT
+        if middle + margin >= size or middle - margin <= 0:
+            return []
+        parts = []
+        for first, stop in ((0, middle), (middle, size)):
+            seen = max(0, first - margin), min(size, stop + margin)
+            start = tuple(s + seen[0] if a == axis else s for a, s in enumerate(window.start))
+            shape = tuple(seen[1] - seen[0] if a == axis else n for a, n in enumerate(window.size))
+            place = tuple(slice(first, stop) if a == axis else slice(None) for a in range(len(shape)))
+            core = tuple(
+                slice(first - seen[0], stop - seen[0]) if a == axis else slice(None) for a in range(len(shape))
+            )
+            parts.append(_Part(_Window(start, shape, window.index), core, place))
+        return parts
 
 
 def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
@@ -302,21 +326,22 @@ def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
 
 
 class _Runner:
-    """Runs windows in batches of as many as fit; of what an out-of-memory error undoes, nothing had been finished."""
+    """Runs the windows of a plan in batches of as many as fit; what an out-of-memory error undoes was not finished."""
 
-    def __init__(self, scorer: Scorer, device: torch.device, batch: int | None) -> None:
+    def __init__(self, scorer: Scorer, device: torch.device, batch: int | None, plan: _Plan) -> None:
         self._scorer = scorer
         self._device = device
+        self._plan = plan
         self._measure = batch is None
         # the first window alone shows what one takes
         self._batch = batch or 1
+        self._divides = False
         self.skipped = 0
 
-    def run(self, plan: _Plan, image: torch.Tensor, air: Air | None) -> Iterator[tuple[_Window, torch.Tensor]]:
-        """Each window with its scores (K, *size), in order. Raises `_TooLarge` where not even one window fits."""
-        for group in self._groups(plan, air):
-            seen = [window for window, empty in group if not empty]
-            scores = self._scores([plan.read(image, window) for window in seen], plan)
+    def run(self, image: torch.Tensor, air: Air | None) -> Iterator[tuple[_Window, torch.Tensor]]:
+        """Each window with its scores (K, *size), in order."""
+        for group in self._groups(air):
+            scores = self._scores([window for window, empty in group if not empty], image)
             for window, empty in group:
                 if empty and air is not None:
                     self.skipped += 1
@@ -325,55 +350,88 @@ class _Runner:
                 else:
                     yield window, next(scores)
 
-    def _groups(self, plan: _Plan, air: Air | None) -> Iterator[list[tuple[_Window, bool]]]:
+    def finish(self, window: _Window, scores: torch.Tensor) -> Piece:
+        """The piece that a window settles; on the CPU where the device has no room for sums."""
+        piece = self._unless_full(lambda: self._plan.finish(window, scores))
+        if piece is not None:
+            return piece
+        release_memory(self._device)
+        self._plan.spare()
+        return self._plan.finish(window, scores.cpu())
+
+    def _groups(self, air: Air | None) -> Iterator[list[tuple[_Window, bool]]]:
         """Consecutive windows, whether each is air, with as many that are not as a batch holds; all of one size."""
         group: list[tuple[_Window, bool]] = []
-        for window in plan.windows:
-            empty = air is not None and air.fills(plan.place(window), window.size)
-            full = sum(not e for _, e in group) >= self._batch
-            if group and (full or window.size != group[0][0].size):
+        seen = 0
+        for window in self._plan.windows:
+            empty = air is not None and air.fills(self._plan.place(window), window.size)
+            if group and (seen >= self._batch or window.size != group[0][0].size):
                 yield group
-                group = []
+                group, seen = [], 0
             group.append((window, empty))
+            seen += not empty
         if group:
             yield group
 
-    def _scores(self, windows: Sequence[torch.Tensor], plan: _Plan) -> Iterator[torch.Tensor]:
+    def _scores(self, windows: Sequence[_Window], image: torch.Tensor) -> Iterator[torch.Tensor]:
         n = 0
         while n < len(windows):
             part = windows[n : n + self._batch]
-            scores = self._attempt(part)
-            if scores is None:
-                self._retreat(plan)
+            scores = self._attempt([self._plan.read(image, window) for window in part])
+            if scores is not None:
+                yield from scores
+                n += len(part)
                 continue
-            if self._measure:
-                self._measure = False
-                self._batch = batch_that_fits(self._device, scores)
-            yield from scores
-            n += len(part)
+            release_memory(self._device)
+            self._measure = False
+            if self._batch > 1:
+                self._batch //= 2
+                log.warning("out of memory: %d windows at a time from here on", self._batch)
+            elif not self._plan.spare():
+                yield self._in_parts(windows[n], image)
+                n += 1
+
+    def _in_parts(self, window: _Window, image: torch.Tensor) -> torch.Tensor:
+        """Scores (K, *size) of a window that does not fit, on the CPU. Raises `OutOfMemoryError` where no part fits."""
+        parts = self._plan.divided(window)
+        if not parts:
+            raise torch.OutOfMemoryError(f"one window of {window.size} voxels does not fit")
+        if not self._divides:
+            log.warning("out of memory: windows of %s voxels are done in parts from here on", window.size)
+            self._divides = True
+        found: torch.Tensor | None = None
+        for part in parts:
+            scores = next(self._scores([part.window], image))[(slice(None), *part.core)]
+            if found is None:
+                found = torch.zeros((len(scores), *window.size))
+            found[(slice(None), *part.place)] = scores.cpu()
+        if found is None:
+            raise RuntimeError("a divided window has parts")
+        return found
 
     def _attempt(self, windows: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Scores (B, K, *size), or None where memory ran out; then nothing of the attempt is held."""
+        if self._measure:
+            forget_peak(self._device)
+        scores = self._unless_full(lambda: self._scorer(torch.stack(list(windows)).to(self._device)))
+        if scores is None:
+            return None
+        # a sum is NaN or infinite if any score is
+        if not bool(torch.isfinite(scores.sum())):
+            raise DataError("the network gave scores that are no numbers; use --precision 32, or look at the image")
+        if self._measure:
+            self._measure = False
+            self._batch = batch_that_fits(self._device, scores)
+        return scores
+
+    def _unless_full(self, attempt: Callable[[], Done]) -> Done | None:
         try:
-            return self._scorer(torch.stack(list(windows)).to(self._device))
+            return attempt()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             log.debug("%s", error)
         return None
-
-    def _retreat(self, plan: _Plan) -> None:
-        release_memory(self._device)
-        self._measure = False
-        if self._batch > 1:
-            self._batch //= 2
-            log.warning("out of memory: %d windows at a time from here on", self._batch)
-        elif not plan.spare():
-            raise _TooLarge
-
-
-class _TooLarge(Exception):  # noqa: N818
-    """Not even one window fits into memory."""
 
 
 def _shares(first: Sequence[int], tile: int, size: int) -> list[torch.Tensor]:

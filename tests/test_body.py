@@ -9,6 +9,7 @@ import torch
 
 from medseg.body import CELL, Air, air_of, body_cells, is_ct
 from medseg.config import DataConfig, PreprocessConfig, WindowsConfig
+from medseg.errors import ConfigError
 
 HU = {"intensity": [{"normalise": "fixed", "mean": 50.0, "sd": 200.0, "clip": [-1000, 1000]}]}
 
@@ -53,14 +54,15 @@ def test_a_box_is_air_where_no_part_of_it_is_body() -> None:
     assert CELL == 4
 
 
-def test_air_far_above_the_clip_range_is_told_apart_by_the_lowest_value() -> None:
-    image = torso().clamp(-160, 240)
+def test_where_the_clip_range_hides_air_nothing_is_skipped() -> None:
     how = {"intensity": [{"normalise": "fixed", "mean": 0.0, "sd": 100.0, "clip": [-160, 240]}]}
     data = DataConfig(channels=("CT",), labels={"a": 1})
-    air = air_of(WindowsConfig(), data, PreprocessConfig.model_validate(how), (image / 100)[None])
-    assert air is not None
-    assert air.fills((0, 0, 0), (12, 48, 48))
-    assert not air.fills((16, 16, 0), (24, 24, 48))
+    image = (torso().clamp(-160, 240) / 100)[None]
+    assert air_of(WindowsConfig(), data, PreprocessConfig.model_validate(how), image) is None
+
+
+def test_an_image_of_lung_alone_is_looked_at() -> None:
+    assert found(normalised(torch.full((16, 16, 16), -870.0))) is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,9 @@ def test_only_ct_is_looked_at_unless_asked(windows: dict[str, Any], channel: str
 
 def test_images_normalised_by_themselves_have_no_known_air() -> None:
     data = DataConfig(channels=("CT",), labels={"a": 1})
-    assert air_of(WindowsConfig(skip_air="on"), data, PreprocessConfig(), normalised(torso())) is None
+    assert air_of(WindowsConfig(), data, PreprocessConfig(), normalised(torso())) is None
+    with pytest.raises(ConfigError, match="fixed normalisation only"):
+        air_of(WindowsConfig(skip_air="on"), data, PreprocessConfig(), normalised(torso()))
 
 
 @pytest.mark.parametrize(

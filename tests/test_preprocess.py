@@ -17,7 +17,7 @@ from medseg import preprocess
 from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
-from medseg.preprocess import IGNORE_INDEX, Prepared, prepare, prepare_cached
+from medseg.preprocess import IGNORE_INDEX, Prepared, percentiles, prepare, prepare_cached
 
 SHAPE = (7, 9, 11)
 AFFINE = oblique((1.0, 1.5, 2.5))
@@ -312,3 +312,12 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     file.write_bytes({"short": whole[:-100], "empty": b"", "noise": bytes(range(256)) * 8}[damage])
     assert equal(prepare_cached(case, PreprocessConfig(), DATA, tmp_path / "cache"), first)
     assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 400), (128, 32, 391), (50, 50, 50)])
+def test_percentiles_see_all_of_a_volume(shape: tuple[int, ...]) -> None:
+    # one half of the first axis is bright: a sample of single columns would miss it
+    array = np.zeros((1, *shape), np.int16)
+    array[:, shape[0] // 2 :] = 100
+    found = percentiles(array)[0].tolist()
+    assert (found[0], found[3], found[5], found[8]) == (0, 0, 100, 100)

@@ -6,12 +6,16 @@ import itertools
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from medseg.body import CELL, Air
 from medseg.config import WindowsConfig
+from medseg.errors import DataError
+from medseg.grid import Grid
 from medseg.patches import cut
+from medseg.restore import Restorer, Strongest, restore
 from medseg.windows import Ensemble, Scorer, View, edge_weights, predict, starts, stream, stream_order, views
 
 PATCH = (4, 6, 5)
@@ -372,7 +376,64 @@ def test_a_whole_volume_that_does_not_fit_is_done_in_tiles(caplog: pytest.LogCap
     config = WindowsConfig(patch_size=(8, 8), mode="whole", halo=(1, 1))
     found = predict(config, volume, limited(scorer, 150 * 40))
     assert torch.allclose(found, scorer(volume[None])[0], atol=1e-6)
-    assert "tiles of" in caplog.text
+    assert "done in parts" in caplog.text
+
+
+def test_a_tile_that_does_not_fit_is_divided_wherever_it_lies() -> None:
+    # the tile in the middle is larger than those at the border, which see a margin on one side only
+    volume, scorer = a_volume(220, 32), a_network(2)
+    config = WindowsConfig(patch_size=(8, 8), mode="halo", tile_size=(64, 32), halo=(1, 1))
+    found = predict(config, volume, limited(scorer, 100 * 32))
+    assert torch.allclose(found, scorer(volume[None])[0], atol=1e-6)
+
+
+def test_labels_of_a_divided_volume_are_those_of_the_whole() -> None:
+    volume, scorer = a_volume(200, 70), a_network(2)
+    config = WindowsConfig(patch_size=(8, 8), mode="whole", halo=(1, 1))
+    here = Grid((200, 70), np.eye(3))
+    there = here.with_spacing((0.7, 1.3))
+    decision = Strongest((0, 1, 2, 3))
+    restorer = Restorer(here, there, decision, order=stream_order(config, here.shape))
+    for piece in stream(config, volume, limited(scorer, 165 * 70), device=CPU):
+        restorer.add(piece)
+    assert torch.equal(restorer.labels, restore(scorer(volume[None])[0], here, there, decision))
+
+
+def test_sums_that_find_no_room_move_to_the_cpu_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, scorer = a_volume(9, 13, 11), a_network(3)
+    config = WindowsConfig(patch_size=PATCH, batch_size=2)
+    expected = predict(config, volume, scorer)
+    whole, calls = torch.Tensor.narrow, []
+
+    def full_once(self: torch.Tensor, *arguments: int) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 12:
+            raise torch.OutOfMemoryError("too much")
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "narrow", full_once)
+    found = predict(config, volume, scorer)
+    assert len(calls) > 12
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 20), (40, 70, 20)])
+def test_windows_smaller_than_a_patch_cover_volumes_smaller_than_it(shape: tuple[int, ...]) -> None:
+    scorer = a_network(3)
+    config = WindowsConfig(patch_size=(64, 64, 64), tile_size=(16, 16, 16))
+    volume = a_volume(*shape)
+    small = WindowsConfig(patch_size=(16, 16, 16))
+    assert torch.allclose(predict(config, volume, scorer), predict(small, volume, scorer), atol=1e-6)
+
+
+def test_scores_that_are_no_numbers_are_an_error() -> None:
+    def broken(windows: torch.Tensor) -> torch.Tensor:
+        scores = windows.clone()
+        scores[0, 0, 1, 1, 1] = torch.nan
+        return scores
+
+    with pytest.raises(DataError, match="no numbers"):
+        predict(WindowsConfig(patch_size=PATCH), a_volume(*PATCH), broken)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
