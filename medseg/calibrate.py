@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from medseg.config import Config, DataConfig, WindowsConfig, make_config, overlay
+from medseg.body import air_of
+from medseg.config import Config, DataConfig, make_config, overlay
+from medseg.device import is_out_of_memory
 from medseg.errors import DataError
 from medseg.infer import SCALES, make_scorer
 from medseg.metrics import counts, dice
@@ -135,9 +137,7 @@ def quick_dice(
 ) -> dict[str, float]:
     """Mean Dice of each label on the network's grid: a guide, not the report."""
     scorer = make_scorer(network, config.data, device, precision)
-    found = np.array(
-        [case_dice(config.data, label_case(config.windows, config.data, c, scorer, device), c) for c in cases]
-    )
+    found = np.array([case_dice(config.data, label_case(config, c, scorer, device), c) for c in cases])
     return {
         name: float(np.nanmean(column)) if np.isfinite(column).any() else 0.0
         for name, column in zip(config.data.foreground, found.T)
@@ -145,21 +145,18 @@ def quick_dice(
 
 
 def label_case(
-    windows: WindowsConfig,
-    data: DataConfig,
-    case: Prepared,
-    scorer: Scorer,
-    device: torch.device,
-    evidence: Evidence | None = None,
+    config: Config, case: Prepared, scorer: Scorer, device: torch.device, evidence: Evidence | None = None
 ) -> Labels:
     """Labels (*S) of a prepared case on the network's grid, in the values of a prepared label."""
+    windows, data = config.windows, config.data
     decision: Strongest | Regions = Regions(data.out_values)
     if not data.is_regions:
         decision = Strongest(tuple(range(data.out_channels)))
     labels = torch.zeros(case.grid.shape, dtype=decision.dtype)
     seen = views(windows)
     ensemble = Ensemble((scorer,), seen, evidence.add_members if evidence and len(seen) > 1 else None)
-    for piece in stream(windows, case.image, ensemble, device=device):
+    air = air_of(windows, data, config.preprocess, case.image)
+    for piece in stream(windows, case.image, ensemble, device=device, air=air):
         labels[piece.box] = decision.decide(piece.scores, range(data.out_channels)).cpu()
         if evidence is not None:
             image = case.image[(slice(None), *piece.box)].to(device)
@@ -218,7 +215,7 @@ class _Bench:
         # the first case pays for caches too; the second tells the time
         for case in self.cases[:2]:
             begun = time.perf_counter()
-            label_case(self.config.windows, self.config.data, case, self._scorer({}), self.device)
+            label_case(self.config, case, self._scorer({}), self.device)
             each = time.perf_counter() - begun
         affordable = int(FIRST_SHARE * self._budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))
@@ -241,7 +238,14 @@ class _Bench:
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), name)
             begun = time.perf_counter()
-            labels = label_case(config.windows, config.data, case, scorer, self.device)
+            try:
+                labels = label_case(config, case, scorer, self.device)
+            except (DataError, RuntimeError) as error:
+                # too small for the network, or too large for the memory: not this way. The way of training must work
+                if not settings or not (isinstance(error, DataError) or is_out_of_memory(error)):
+                    raise
+                log.info("%s cannot be done: %s", name, error)
+                return None
             seconds += time.perf_counter() - begun
             found.append(case_dice(config.data, labels, case))
         trial = Trial(name, settings, np.array(found), seconds / len(self.cases))
@@ -253,7 +257,7 @@ class _Bench:
         config, scorer = self._changed(settings), self._scorer(settings)
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), "post-processing")
-            yield label_case(config.windows, config.data, case, scorer, self.device), case
+            yield label_case(config, case, scorer, self.device), case
 
     def samples(self, settings: Settings, profile: Profile, budget_s: float) -> list[Sample]:
         """What the cases teach about the estimate of Dice: as they are, then ever worse till time is up."""
@@ -274,7 +278,7 @@ class _Bench:
                     version = f"{kind} {strength}"
                     seen = degrade(case, kind, strength, np.random.default_rng([turn, number]))
                 evidence = Evidence(config.data)
-                labels = label_case(config.windows, config.data, seen, scorer, self.device, evidence)
+                labels = label_case(config, seen, scorer, self.device, evidence)
                 dices = dict(zip(config.data.foreground, case_dice(config.data, labels, seen)))
                 found += samples_of(profile, seen, evidence, dices, case=case.id, version=version)
         return found
@@ -387,7 +391,7 @@ def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], bud
         mirrored = bench.samples(overlay(base.settings, {"windows": {"flip_axes": axes}}), profile, 2 * budget_s / 3)
         model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
     measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
-    return {"settings": {}, "measured": measured, "model": model.model_dump(mode="json")}
+    return {"settings": {}, "measured": measured, "flip_axes": axes, "model": model.model_dump(mode="json")}
 
 
 def _reference(case: Prepared) -> Labels:

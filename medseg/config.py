@@ -369,6 +369,8 @@ class Config(Section):
             ("windows.flip_axes", self.windows.flip_axes),
         ):
             bad = [a for a in axes if not 0 <= a < dims]
+            if len(set(axes)) < len(axes):
+                raise ValueError(f"{where}: {list(axes)} found, expected every axis once")
             if bad:
                 raise ValueError(f"{where}: {bad[0]} is no axis of {dims} dimensions (0..{dims - 1})")
         return self

@@ -24,7 +24,8 @@ from medseg.device import (
 )
 from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
-from medseg.model import Model, chosen_settings, read_model
+from medseg.model import Model, check_choices, chosen_settings, read_model
+from medseg.networks import check_patch
 from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
@@ -94,6 +95,8 @@ class Segmenter:
         self.precision = choose_precision(self.options.precision, self.device)
         # of an ensemble, what the first of its models knows
         self._quality = read_quality(self.models[0])
+        for model in self.models:
+            _check_windows(model, self.config.windows)
         self._scorers = tuple(
             make_scorer(m.network, self.config.data, self.device, self.precision, self.options.engine)
             for m in self.models
@@ -166,10 +169,7 @@ class Segmenter:
     ) -> Iterator[Piece]:
         """Final scores of a case piece by piece; `seconds` takes the time, `evidence` what they say of themselves."""
         windows, shape = self.config.windows, prepared.grid.shape
-        members = views(windows)
-        several = len(members) * len(self._scorers) > 1
-        watched = self._quality is not None and self._quality.with_members is not None and several
-        ensemble = Ensemble(self._scorers, members, evidence.add_members if watched else None)
+        ensemble = Ensemble(self._scorers, views(windows), evidence.add_members if self._knows_members() else None)
         with timed(seconds, "network"):
             air = air_of(windows, self.config.data, self.config.preprocess, prepared.image)
         pieces = stream(windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
@@ -183,6 +183,13 @@ class Segmenter:
                     seen = prepared.image[(slice(None), *piece.box)].to(self.device)
                     evidence.add(piece.scores.movedim(-1, 0), piece.start, shape, seen)
             yield piece
+
+    def _knows_members(self) -> bool:
+        """Whether the copies of this run are those whose agreement the estimate of Dice has learnt to read."""
+        windows = self.config.windows
+        learnt = self.models[0].description.get("inference", {}).get("quality", {}).get("flip_axes")
+        alike = len(self.models) == 1 and windows.scales == (1.0,) and list(windows.flip_axes) == learnt
+        return alike and bool(learnt)
 
     def _refined(self, pieces: Iterator[Piece], prepared: Prepared, seconds: dict[str, float]) -> torch.Tensor:
         """Scores (K, *S) after the random field, which needs all of them at once."""
@@ -219,8 +226,18 @@ def load_model(*folders: str | Path, options: InferOptions | None = None) -> Seg
     """
     options = options or InferOptions()
     paths = [Path(folder) for folder in folders]
-    settings = overlay(chosen_settings(paths, _wanted_choices(options)), options.settings)
+    chosen = chosen_settings(paths, _wanted_choices(options))
+    for path in paths:
+        check_choices(path, chosen)
+    settings = overlay(chosen, options.settings)
     return Segmenter([read_model(path, settings) for path in paths], options)
+
+
+def _check_windows(model: Model, windows: WindowsConfig) -> None:
+    """Raises `ConfigError` where a window, or a copy of it of another size, is too small for the network."""
+    tile = windows.tile_size or windows.patch_size
+    for scale in windows.scales:
+        check_patch(model.network, model.config.network, tuple(max(1, round(n * scale)) for n in tile))
 
 
 def _wanted_choices(options: InferOptions) -> list[str]:
@@ -258,6 +275,8 @@ def _windows(config: Config, options: InferOptions) -> WindowsConfig:
         if not 0 <= options.overlap < 1:
             raise ConfigError(f"--overlap {options.overlap}: expected a number from 0 to below 1")
         changes |= {"mode": "blend", "overlap": options.overlap}
+    if options.window == "whole" and options.overlap is not None:
+        raise ConfigError("--overlap: a whole volume has none; leave out --overlap, or --window whole")
     if options.window == "whole":
         changes |= {"mode": "whole"}
     elif options.window != "auto":

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from medseg.config import COLOURS, Config, DataConfig, make_config, overlay
+from medseg.config import COLOURS, Config, DataConfig, Section, make_config, overlay
 from medseg.errors import ConfigError, ModelError
 from medseg.networks import at_output_stride, build_network, check_settings
 from medseg.readers import file_sha256
@@ -104,18 +105,63 @@ def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, 
 
     Of an ensemble only the choices that are the same for all. Raises `ModelError`.
     """
-    inference = [_read_description(folder).get("inference", {}) for folder in folders]
     made: list[Any] = []
+    inference = [_read_choices(folder) for folder in folders]
     for name in names:
-        found = [chosen.get(name, {}).get("settings", {}) for chosen in inference]
-        if found and all(settings == found[0] for settings in found):
-            made.append(found[0])
-    settings = overlay({}, *made)
-    if wrong := _unchangeable(settings):
+        found = [choices[name].settings for choices in inference if name in choices]
+        if found and len(found) == len(folders):
+            made.append(_common(found))
+    return overlay({}, *made)
+
+
+def check_choices(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises `ModelError` where what calibration is said to have chosen does not fit the model in `folder`."""
+    try:
+        changed(read_model_config(folder), settings)
+    except ConfigError as error:
         raise ModelError(
-            f"{folders[0] / DESCRIPTION}: `inference` changes {wrong[0]}, which a model cannot; copy it again"
-        )
-    return settings
+            f"{folder / DESCRIPTION}: `inference` does not fit the model ({error}); copy it again"
+        ) from error
+
+
+class _Choice(Section):
+    """One choice of calibration as it stands in model.json; what it was measured by is not read."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+def _read_choices(folder: Path) -> dict[str, _Choice]:
+    try:
+        return TypeAdapter(dict[str, _Choice]).validate_python(_read_description(folder).get("inference", {}))
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ModelError(
+            f"{folder / DESCRIPTION}: `inference.{where}` is damaged; copy the run folder again"
+        ) from error
+
+
+def _common(found: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The settings that are the same for all; of limits and sizes, which never are, the smallest."""
+    smallest: dict[str, Callable[[Any], Any]] = {"whole_voxels": min, "min_size_mm3": _smallest_sizes}
+    settings: dict[str, Any] = {}
+    for section in found[0]:
+        values = [settings_of.get(section, {}) for settings_of in found]
+        for key in values[0]:
+            if not all(key in v for v in values):
+                return {}
+            each = [v[key] for v in values]
+            if key not in smallest and any(e != each[0] for e in each):
+                return {}
+            settings.setdefault(section, {})[key] = each[0] if all(e == each[0] for e in each) else smallest[key](each)
+        if any(set(v) != set(values[0]) for v in values):
+            return {}
+    return settings if all(set(f) == set(found[0]) for f in found) else {}
+
+
+def _smallest_sizes(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: min(sizes[name] for sizes in each) for name in each[0] if all(name in sizes for sizes in each)}
 
 
 def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
@@ -123,17 +169,7 @@ def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
 
     Raises `ModelError` naming what is missing or damaged, `ConfigError` for changes that it cannot have.
     """
-    description = _read_description(folder)
-    if description.get("schema_version") != SCHEMA_VERSION:
-        raise ModelError(
-            f"{folder / DESCRIPTION}: schema_version {description.get('schema_version')!r} found, expected "
-            f"{SCHEMA_VERSION}; use the version of medseg that wrote it ({description.get('versions')})"
-        )
-    try:
-        config = make_config(description["config"], source=str(folder / DESCRIPTION))
-        check_settings(config.network)
-    except (KeyError, ConfigError) as error:
-        raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
+    config, description = read_model_config(folder), _read_description(folder)
     config = changed(config, changes or {})
     try:
         network = new_network(config)
@@ -148,6 +184,22 @@ def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
             f"{str(description.get('weights_sha256'))[:12]}… expected); copy the whole run folder again"
         )
     return Model(network.eval(), config, digest, {k: v for k, v in description.items() if k != "config"})
+
+
+def read_model_config(folder: Path) -> Config:
+    """The configuration of the model in a run folder as it was trained. Raises `ModelError`."""
+    description = _read_description(folder)
+    if description.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{folder / DESCRIPTION}: schema_version {description.get('schema_version')!r} found, expected "
+            f"{SCHEMA_VERSION}; use the version of medseg that wrote it ({description.get('versions')})"
+        )
+    try:
+        config = make_config(description["config"], source=str(folder / DESCRIPTION))
+        check_settings(config.network)
+    except (KeyError, ConfigError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
+    return config
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:

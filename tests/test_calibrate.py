@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,8 @@ def test_dice_of_a_case_by_hand() -> None:
 def test_labels_are_those_of_the_whole_volume_whatever_the_windows() -> None:
     config, case = tiny_config(windows={"patch_size": [8, 8, 8], "mode": "whole"}), a_case(1)
     for windows in (config.windows, config.windows.model_copy(update={"mode": "blend", "overlap": 0.3})):
-        found = label_case(windows, config.data, case, lambda w: Threshold()(w).softmax(1), CPU)
+        way = config.model_copy(update={"windows": windows})
+        found = label_case(way, case, lambda w: Threshold()(w).softmax(1), CPU)
         assert case.label is not None
         assert np.array_equal(found, case.label.numpy())
 
@@ -232,6 +234,51 @@ def test_an_ensemble_does_what_all_of_its_models_chose(tmp_path: Path) -> None:
     assert config_of(one, two).windows.mode == "whole"
     assert config_of(one, three).windows == read_model(one).config.windows
     assert chosen_settings([one, three], ["windows"]) == {}
+
+
+def test_of_limits_that_differ_an_ensemble_takes_the_smallest(tmp_path: Path) -> None:
+    runs = [
+        chosen(
+            tmp_path / str(n),
+            windows={"windows": {"mode": "whole", "whole_voxels": n}},
+            postprocess={"postprocess": {"min_size_mm3": {"core": 10.0 * n, f"label{n}": 1.0}}},
+        )
+        for n in (3, 2)
+    ]
+    assert chosen_settings(runs, ["windows", "postprocess"]) == {
+        "windows": {"mode": "whole", "whole_voxels": 2},
+        "postprocess": {"min_size_mm3": {"core": 20.0}},
+    }
+
+
+@pytest.mark.parametrize(
+    "inference",
+    [None, [], {"windows": None}, {"windows": {"settings": None}}, {"windows": {"settings": {"windows": 3}}}],
+)
+def test_damaged_choices_are_a_model_error(tmp_path: Path, inference: Any) -> None:
+    run = tiny_model(tmp_path)
+    described = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(described | {"inference": inference}))
+    with pytest.raises(ModelError, match="inference"):
+        load_model(run, options=InferOptions(device="cpu"))
+
+
+def test_a_choice_that_is_no_setting_is_a_model_error(tmp_path: Path) -> None:
+    run = chosen(tmp_path / "run", windows={"windows": {"mode": "nonsense"}})
+    with pytest.raises(ModelError, match="does not fit"):
+        load_model(run, options=InferOptions(device="cpu"))
+
+
+def test_a_way_that_memory_does_not_hold_is_left_out() -> None:
+    class Small(Threshold):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if images[0].numel() > 8**3:
+                raise torch.OutOfMemoryError("too much")
+            return super().forward(images)
+
+    there = _Bench(tiny_config(), Small(), [a_case(0)], CPU, "32", 60, lambda *_: None)
+    assert there.run("as in training", {}) is not None
+    assert there.run("whole", {"windows": {"mode": "whole"}}) is None
 
 
 def test_a_choice_that_the_model_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -163,10 +163,17 @@ def test_only_axes_that_were_flipped_in_training_are_flipped(tmp_path: Path) -> 
     assert not torch.allclose(segmenter.scores(image.flip(1)), segmenter.scores(image).flip(1), atol=1e-2)
 
 
-@pytest.mark.parametrize(("window", "words"), [((8, 8), "2 numbers found, expected 3"), ((8, 0, 8), "0 found")])
+@pytest.mark.parametrize(
+    ("window", "words"), [((8, 8), "2 numbers found, expected 3"), ((8, 0, 8), "0 found"), ((8, 2, 8), "patch")]
+)
 def test_an_impossible_window_is_refused(model: Path, window: tuple[int, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_model(model, options=replace(EXACT, window=window))
+
+
+def test_a_whole_volume_with_an_overlap_is_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="leave out --overlap"):
+        load_model(model, options=replace(EXACT, window="whole", overlap=0.5))
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0, float("nan")])
