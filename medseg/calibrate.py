@@ -156,7 +156,7 @@ def label_case(
     seen = views(windows)
     ensemble = Ensemble((scorer,), seen, evidence.add_members if evidence and len(seen) > 1 else None)
     air = air_of(windows, data, config.preprocess, case.image)
-    for piece in stream(windows, case.image, ensemble, device=device, air=air):
+    for piece in stream(windows, case.image, ensemble, device=device, out_channels=data.out_channels, air=air):
         labels[piece.box] = decision.decide(piece.scores, range(data.out_channels)).cpu()
         if evidence is not None:
             image = case.image[(slice(None), *piece.box)].to(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import platform
 from pathlib import Path
 
@@ -12,6 +14,10 @@ from medseg.errors import ConfigError
 
 CPU_BATCH_BYTES, MAX_CPU_BATCH = 2**26, 4
 MAX_GPU_BATCH = 32
+# of features at a time: four times what a residual U-Net of a quarter of its width was seen to take (409); scores are
+# there as logits in bf16 and float32 and as probabilities
+BYTES_A_VOXEL, BYTES_A_SCORE = 1600, 12
+CPU_MEMORY_SHARE = 0.5
 # share of the free memory of a GPU that a batch may take
 MEMORY_SHARE = 0.7
 
@@ -100,6 +106,18 @@ def batch_that_fits(device: torch.device, scores: torch.Tensor) -> int:
     fitting = max(1, min(MAX_GPU_BATCH, int(MEMORY_SHARE * free) // max(1, taken)))
     # a power of two: a little more or less free memory must not change it
     return int(2 ** (fitting.bit_length() - 1))
+
+
+def most_voxels(device: torch.device, channels: int) -> float:
+    """Voxels that a network with `channels` outputs may see at a time. A GPU tells by itself when its memory is full.
+
+    On Linux a process that asks a CPU for too much is killed without a word, so what it takes is judged beforehand, and
+    by the machine's whole memory: another program's share of it must not change a result.
+    """
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return math.inf
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return CPU_MEMORY_SHARE * memory / (BYTES_A_VOXEL + BYTES_A_SCORE * channels)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -172,7 +172,10 @@ class Segmenter:
         ensemble = Ensemble(self._scorers, views(windows), evidence.add_members if self._knows_members() else None)
         with timed(seconds, "network"):
             air = air_of(windows, self.config.data, self.config.preprocess, prepared.image)
-        pieces = stream(windows, prepared.image, ensemble, device=self.device, air=air, tick=tick)
+        channels = self.config.data.out_channels
+        pieces = stream(
+            windows, prepared.image, ensemble, device=self.device, out_channels=channels, air=air, tick=tick
+        )
         while True:
             with timed(seconds, "network"):
                 piece = next(pieces, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from medseg.body import Air
 from medseg.config import WindowsConfig
-from medseg.device import batch_that_fits, forget_peak, is_out_of_memory, release_memory
+from medseg.device import batch_that_fits, forget_peak, is_out_of_memory, most_voxels, release_memory
 from medseg.errors import DataError
 from medseg.patches import cut
 from medseg.restore import Piece
@@ -90,6 +91,7 @@ def stream(
     scorer: Scorer,
     *,
     device: torch.device,
+    out_channels: int = 1,
     air: Air | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> Iterator[Piece]:
@@ -97,12 +99,14 @@ def stream(
 
     A volume smaller than a patch is padded with 0, as in training. What is held at a time grows with the section of the
     volume across its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the
-    share that is done after each window; what it raises ends the work. Where memory runs out, the batch is halved, then
-    sums are kept on the CPU, and nothing is computed twice; a tile or a whole volume that does not fit is divided into
-    parts that see a margin of each other. Raises `DataError` where the network gives NaN.
+    share that is done after each window; what it raises ends the work.
+
+    Where memory runs out, the batch is halved, then sums are kept on the CPU, and nothing is computed twice. A tile or a
+    whole volume that does not fit is divided into parts that see a margin of each other; a CPU tells it beforehand, by
+    what `out_channels` scores a voxel take. Raises `DataError` where the network gives NaN.
     """
     plan = _plan(config, image)
-    runner = _Runner(scorer, device, config.batch_size, plan)
+    runner = _Runner(scorer, device, config.batch_size, plan, most_voxels(device, out_channels))
     for done, (window, scores) in enumerate(runner.run(image, air), start=1):
         yield runner.finish(window, scores)
         if tick is not None:
@@ -328,8 +332,11 @@ def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
 class _Runner:
     """Runs the windows of a plan in batches of as many as fit; what an out-of-memory error undoes was not finished."""
 
-    def __init__(self, scorer: Scorer, device: torch.device, batch: int | None, plan: _Plan) -> None:
+    def __init__(
+        self, scorer: Scorer, device: torch.device, batch: int | None, plan: _Plan, most_voxels: float
+    ) -> None:
         self._scorer = scorer
+        self._most_voxels = most_voxels
         self._device = device
         self._plan = plan
         self._measure = batch is None
@@ -377,6 +384,10 @@ class _Runner:
         n = 0
         while n < len(windows):
             part = windows[n : n + self._batch]
+            if math.prod(part[0].size) > self._most_voxels and self._plan.divided(part[0]):
+                yield self._in_parts(part[0], image)
+                n += 1
+                continue
             scores = self._attempt([self._plan.read(image, window) for window in part])
             if scores is not None:
                 yield from scores
@@ -397,7 +408,7 @@ class _Runner:
         if not parts:
             raise torch.OutOfMemoryError(f"one window of {window.size} voxels does not fit")
         if not self._divides:
-            log.warning("out of memory: windows of %s voxels are done in parts from here on", window.size)
+            log.warning("too large for the memory: windows of %s voxels are done in parts", window.size)
             self._divides = True
         found: torch.Tensor | None = None
         for part in parts:

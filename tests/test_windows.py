@@ -376,7 +376,21 @@ def test_a_whole_volume_that_does_not_fit_is_done_in_tiles(caplog: pytest.LogCap
     config = WindowsConfig(patch_size=(8, 8), mode="whole", halo=(1, 1))
     found = predict(config, volume, limited(scorer, 150 * 40))
     assert torch.allclose(found, scorer(volume[None])[0], atol=1e-6)
-    assert "done in parts" in caplog.text
+    assert "are done in parts" in caplog.text
+
+
+def test_a_cpu_is_not_asked_for_more_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, scorer, seen = a_volume(200, 40), a_network(2), []
+
+    def watch(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows[0, 0].numel())
+        return scorer(windows)
+
+    monkeypatch.setattr("medseg.windows.most_voxels", lambda device, channels: 170 * 40)
+    config = WindowsConfig(patch_size=(8, 8), mode="whole", halo=(1, 1))
+    found = predict(config, volume, watch)
+    assert torch.allclose(found, scorer(volume[None])[0], atol=1e-6)
+    assert max(seen) <= 170 * 40
 
 
 def test_a_tile_that_does_not_fit_is_divided_wherever_it_lies() -> None:
