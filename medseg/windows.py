@@ -101,9 +101,9 @@ def stream(
     volume across its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the
     share that is done after each window; what it raises ends the work.
 
-    Where memory runs out, the batch is halved, then sums are kept on the CPU, and nothing is computed twice. A tile or a
-    whole volume that does not fit is divided into parts that see a margin of each other; a CPU tells it beforehand, by
-    what `out_channels` scores a voxel take. Raises `DataError` where the network gives NaN.
+    Where memory runs out, the batch is halved, then sums are kept on the CPU, and nothing is computed twice. A tile or
+    a whole volume that does not fit is divided into parts that see a margin of each other; a CPU tells it beforehand,
+    by what `out_channels` scores a voxel take. Raises `DataError` where the network gives NaN.
     """
     plan = _plan(config, image)
     runner = _Runner(scorer, device, config.batch_size, plan, most_voxels(device, out_channels))
