@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 Labels = dict[str, int | tuple[int, ...]]
 
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
+# so many names that several inputs share are told, and the number of the others
+MOST_CLASHES = 5
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,10 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
     """Cases in files and folders (not their subfolders, unless these hold DICOM files: a series counts as one file).
 
     Files CASE_0000, CASE_0001, … of one folder are channels of CASE where every file of it ends so and no number is
-    beyond `channels`. Raises `ConfigError` where nothing is found or two inputs would share a name.
+    beyond `channels`. What is given twice, in whatever spelling, is taken once, as it was spelled first. Raises
+    `ConfigError` where nothing is found or two inputs would share a name.
     """
-    by_folder: dict[Path, list[Path]] = {}
+    by_folder: dict[Path, dict[str, Path]] = {}
     for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path}: no such file or folder; check the path")
@@ -137,20 +140,16 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
         if not found:
             raise ConfigError(f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}")
         for file in found:
-            files = by_folder.setdefault(file.parent, [])
-            if file not in files:
-                files.append(file)
-    cases: dict[str, Case] = {}
+            # the file itself is not resolved: links of two names to one file are two cases, or two channels
+            by_folder.setdefault(file.parent.resolve(), {}).setdefault(file.name, file)
+    by_name: dict[str, dict[tuple[Path, ...], tuple[Path, ...]]] = {}
     for files in by_folder.values():
-        for name, images in _by_case(files, channels).items():
-            if name in cases:
-                raise ConfigError(
-                    f"{images[0]} and {cases[name].images[0]} would both become case {name}; rename one, or run apart"
-                )
-            cases[name] = Case(name, images, None, name)
-    if not cases:
+        for name, images in _by_case(list(files.values()), channels):
+            by_name.setdefault(name, {}).setdefault(tuple(image.resolve() for image in images), images)
+    if not by_name:
         raise ConfigError("no input given; give files or folders")
-    return list(cases.values())
+    _refuse_clashes({name: list(found.values()) for name, found in by_name.items()})
+    return [Case(name, next(iter(found.values())), None, name) for name, found in by_name.items()]
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -184,24 +183,36 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _by_case(files: Sequence[Path], channels: int) -> dict[str, tuple[Path, ...]]:
-    """The files of one folder by case name."""
+def _refuse_clashes(inputs: Mapping[str, Sequence[tuple[Path, ...]]]) -> None:
+    clashes = []
+    for name, found in inputs.items():
+        if len(found) == 2:
+            clashes.append(f"{found[0][0]} and {found[1][0]} would both become case {name}")
+        elif len(found) > 2:
+            clashes.append(f"{found[0][0]}, {found[1][0]} and {len(found) - 2} more would all become case {name}")
+    if len(clashes) == 1:
+        raise ConfigError(f"{clashes[0]}; rename all but one, or run apart")
+    if clashes:
+        rest = f"; and {len(clashes) - MOST_CLASHES} more names" if len(clashes) > MOST_CLASHES else ""
+        raise ConfigError(
+            f"{len(clashes)} names are shared by several inputs: {'; '.join(clashes[:MOST_CLASHES])}{rest}; "
+            "rename the files, or run the folders apart"
+        )
+
+
+def _by_case(files: Sequence[Path], channels: int) -> list[tuple[str, tuple[Path, ...]]]:
+    """Case names and files of one folder; a name is there twice where two files share it."""
     stems = {file: _stem(file) for file in files}
     matches = {file: CHANNEL_SUFFIX.fullmatch(stem) for file, stem in stems.items()}
     numbers = [(m[1], int(m[2])) for m in matches.values() if m is not None]
     unique = len(set(numbers)) == len(numbers) == len(files)
     if unique and all(number < channels for _, number in numbers):
         grouped: dict[str, list[Path]] = defaultdict(list)
-        for file, match in sorted(matches.items()):
+        for file, match in sorted(matches.items(), key=lambda item: item[0].name):
             if match is not None:
                 grouped[match[1]].append(file)
-        return {name: tuple(found) for name, found in grouped.items()}
-    cases: dict[str, tuple[Path, ...]] = {}
-    for file, stem in stems.items():
-        if stem in cases:
-            raise ConfigError(f"{cases[stem][0]} and {file} would both become case {stem}; rename one, or run apart")
-        cases[stem] = (file,)
-    return cases
+        return [(name, tuple(found)) for name, found in grouped.items()]
+    return [(stem, (file,)) for file, stem in stems.items()]
 
 
 def _stem(path: Path) -> str:

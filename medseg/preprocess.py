@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ log = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 # raised whenever a transform below gives other numbers than before: old cache files are then left alone
-VERSION = 5
+VERSION = 6
 
 # of the intensities in a file, measured on up to a hundred thousand voxels spread evenly
 PERCENTILES = (0.0, 0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5, 100.0)
 MEASURED_VOXELS = 100_000
+
+# 8.6 GB of float32 in a channel: no scan is so large at a spacing that a network sees, but one whose header errs is
+MOST_VOXELS = 2**31
 
 RAS = ("L", "R"), ("P", "A"), ("I", "S")
 
@@ -77,7 +80,13 @@ class Load(Transform):
             raise DataError(
                 f"{item['image'][0]}: voxels beyond 3e38 found, expected what float32 can hold; rescale them"
             )
-        result = {**item, "image": _meta_tensor(voxels, grid), "source": grid, "raw": percentiles(image.array)}
+        result = {
+            **item,
+            "image": _meta_tensor(voxels, grid),
+            "image_file": item["image"][0],
+            "source": grid,
+            "raw": percentiles(image.array),
+        }
         if "label" in item:
             label = read_label(item["label"], spatial_dims=dims)
             if not label.grid.matches(grid, tolerance=ROUNDING_TOLERANCE):
@@ -120,7 +129,10 @@ class ResampleToGridd(MapTransform):
         self.config = config
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """A case that is on the grid already stays there; the image becomes float32."""
+        """A case that is on the grid already stays there; the image becomes float32.
+
+        Raises `DataError` naming the file, before memory is taken, where it would grow beyond `MOST_VOXELS`.
+        """
         result = dict(item)
         here = grid_of(result["image"])
         there = target_grid(here, self.config)
@@ -128,12 +140,23 @@ class ResampleToGridd(MapTransform):
             # a copy of what may be the reader's own memory, since it is normalised in place
             result["image"] = _meta_tensor(result["image"].as_tensor().to(torch.float32, copy=True), here)
             return result
+        if math.prod(there.shape) > max(MOST_VOXELS, math.prod(here.shape)):
+            raise DataError(
+                f"{item['image_file']}: spacing {_times(here.spacing_mm)} mm found; at the {_times(there.spacing_mm)} "
+                f"mm that the network sees this is {_times(there.shape)} voxels, expected at most {MOST_VOXELS:,}; "
+                "correct the header"
+            )
         for key in self.key_iterator(result):
             values = result[key].as_tensor()
             if key == "label":
                 moved = resample_labels(values[0], here, there)[None]
             else:
                 moved = resample(values, here, there, kernel="cubic")
+                for before, after in zip(values, moved):
+                    low, high = before.aminmax()
+                    if low == high:
+                        # rounding of the weights would be normalised to noise
+                        after.fill_(float(low))
             result[key] = _meta_tensor(moved, there)
         return result
 
@@ -268,6 +291,10 @@ def grid_of(tensor: MetaTensor) -> Grid:
 
 def _meta_tensor(values: torch.Tensor, grid: Grid) -> MetaTensor:
     return MetaTensor(values, affine=torch.as_tensor(grid.affine_4x4))
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " × ".join(str(n) if isinstance(n, int) else f"{n:.4g}" for n in numbers)
 
 
 def percentiles(array: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:

@@ -337,6 +337,53 @@ def test_infer_takes_a_file_once_that_is_named_twice(tmp_path: Path) -> None:
     assert len(infer_inputs([tmp_path, tmp_path / "a.nii"], channels=1)) == 1
 
 
+def test_infer_takes_a_file_once_whatever_its_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "in/a.nii", "in/b.nii")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    cases = infer_inputs([Path("in"), tmp_path / "in" / "a.nii", Path("link")], channels=1)
+    assert [c.images for c in cases] == [(Path("in/a.nii"),), (Path("in/b.nii"),)]
+
+
+def test_infer_takes_a_file_and_a_link_of_its_name_as_one_case(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.nii", "y/b.nii")
+    (tmp_path / "y/a.nii").symlink_to(tmp_path / "x/a.nii")
+    cases = infer_inputs([tmp_path / "x", tmp_path / "y"], channels=1)
+    assert [(c.id, c.images) for c in cases] == [("a", (tmp_path / "x/a.nii",)), ("b", (tmp_path / "y/b.nii",))]
+
+
+def test_infer_groups_channels_that_are_spelled_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a_0000.nii", "a_0001.nii")
+    monkeypatch.chdir(tmp_path)
+    cases = infer_inputs([Path("a_0000.nii"), tmp_path / "a_0001.nii"], channels=2)
+    assert [(c.id, [p.name for p in c.images]) for c in cases] == [("a", ["a_0000.nii", "a_0001.nii"])]
+
+
+def test_infer_takes_links_of_two_names_to_one_file_as_two_channels(tmp_path: Path) -> None:
+    touch(tmp_path, "real/x.nii")
+    (tmp_path / "in").mkdir()
+    for name in ("a_0000.nii", "a_0001.nii"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "real/x.nii")
+    cases = infer_inputs([tmp_path / "in"], channels=2)
+    assert [p.name for p in cases[0].images] == ["a_0000.nii", "a_0001.nii"]
+
+
+def test_infer_names_the_first_five_names_that_clash_and_counts_the_others(tmp_path: Path) -> None:
+    names = "abcdefg"
+    touch(tmp_path, *(f"{folder}/{name}.nii" for folder in "xy" for name in names))
+    with pytest.raises(ConfigError, match="7 names are shared") as caught:
+        infer_inputs([tmp_path / "x", tmp_path / "y"], channels=1)
+    said = str(caught.value)
+    assert [f"become case {name}" in said for name in names] == [True] * 5 + [False] * 2
+    assert "and 2 more names" in said
+
+
+def test_infer_counts_the_inputs_of_one_name(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"p{n}/image.nii" for n in range(6)))
+    with pytest.raises(ConfigError, match=r"p1/image\.nii and 4 more would all become case image; rename"):
+        infer_inputs([tmp_path / f"p{n}" for n in range(6)], channels=1)
+
+
 def test_infer_refuses_what_holds_no_image(tmp_path: Path) -> None:
     touch(tmp_path, "readme.txt")
     with pytest.raises(ConfigError, match="no image found"):

@@ -95,6 +95,25 @@ def test_spacing_is_what_was_asked(tmp_path: Path) -> None:
     assert found.grid.spacing_mm == pytest.approx((0.5, 3.0, 2.5), abs=1e-5)
 
 
+def test_a_grid_that_no_memory_holds_is_refused_with_the_file_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "i.nii", np.zeros((4, 5, 6), np.float32), np.diag([500, 400, 600, 1]))
+    config = PreprocessConfig(spacing_mm=(1.0, 1.0, 0.5))
+    # 2,000 × 2,000 × 7,200 voxels are 13 times the most
+    expected = r"i\.nii: spacing 500 × 400 × 600 mm found; at the 1 × 1 × 0\.5 mm .* 2000 × 2000 × 7200 voxels"
+    with pytest.raises(DataError, match=expected):
+        prepare(Case("c", (path,), None, "c"), config, DATA, with_label=False)
+
+
+def test_a_file_beyond_the_most_voxels_may_shrink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "MOST_VOXELS", 10)
+    path = save(tmp_path / "i.nii", np.zeros((4, 4, 4), np.float32), np.eye(4))
+    case = Case("c", (path,), None, "c")
+    found = prepare(case, PreprocessConfig(spacing_mm=(1.0, 1.0, 2.0)), DATA, with_label=False)
+    assert tuple(found.image.shape) == (1, 4, 4, 2)
+    with pytest.raises(DataError, match="4 × 4 × 8 voxels, expected at most 10;"):
+        prepare(case, PreprocessConfig(spacing_mm=(1.0, 1.0, 0.5)), DATA, with_label=False)
+
+
 def test_nonzero_crop_keeps_every_voxel_that_is_not_zero_and_its_place(tmp_path: Path) -> None:
     image = np.zeros(SHAPE, np.float32)
     image[2, 3, 4], image[4, 3, 8] = 5, -6
@@ -321,3 +340,11 @@ def test_percentiles_see_all_of_a_volume(shape: tuple[int, ...]) -> None:
     array[:, shape[0] // 2 :] = 100
     found = percentiles(array)[0].tolist()
     assert (found[0], found[3], found[5], found[8]) == (0, 0, 100, 100)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_a_constant_channel_becomes_zero_also_on_another_grid(tmp_path: Path, dtype: type) -> None:
+    path = save(tmp_path / "i.nii", np.full(SHAPE, 7, dtype), AFFINE)
+    config = PreprocessConfig(spacing_mm=(0.7, 0.7, 1.3))
+    data = DataConfig(labels={"a": 1})
+    assert not prepare(Case("c", (path,), None, "c"), config, data, with_label=False).image.any()

@@ -201,6 +201,48 @@ def test_blur_is_told(profile: Profile) -> None:
     assert "blurred" in words(profile, degrade(a_case(100), "blur", 0.8, np.random.default_rng(0)))
 
 
+def test_blur_along_one_axis_names_its_direction_in_the_patient(profile: Profile) -> None:
+    prepared = a_case(100)
+    image = torch.as_tensor(gaussian_filter(prepared.image.numpy(), (0, 0, 0, 3.0)))
+    found = words(profile, replace(prepared, image=image))
+    assert "the finest detail along S-I is" in found
+    # the same voxels, the third axis of which runs from back to front
+    turned = prepared.grid.affine[:, [0, 2, 1, 3]]
+    grid = Grid(prepared.grid.shape, turned)
+    assert "the finest detail along A-P is" in words(profile, replace(prepared, image=image, grid=grid, source=grid))
+
+
+def test_blur_in_all_directions_names_none(profile: Profile) -> None:
+    prepared = a_case(100)
+    image = torch.as_tensor(gaussian_filter(prepared.image.numpy(), (0, 3.0, 3.0, 3.0)))
+    assert "the finest detail is" in words(profile, replace(prepared, image=image))
+
+
+def test_of_a_constant_image_only_that_is_told(profile: Profile) -> None:
+    prepared = a_case(100)
+    flat = replace(prepared, image=torch.zeros_like(prepared.image), raw=torch.full_like(prepared.raw, 7.0))
+    assert words(profile, flat).splitlines() == [
+        "the image is constant (7)",
+        "liver covers brighter or darker tissue than in training",
+    ]
+
+
+def test_the_percentile_that_is_unlike_training_is_named(profile: Profile) -> None:
+    prepared = a_case(100)
+    image = prepared.image.clone()
+    # far from the usual 25th percentile, less so from the 5th, and just where the 0.5th is
+    image[image < image.flatten().quantile(0.3)] = -1.7
+    found = words(profile, replace(prepared, image=image))
+    assert "spread unlike training: the 25th percentile is −1.7 once normalised, in training −0.59 to −0.54" in found
+
+
+def test_where_zero_lies_is_told_where_it_is_unlike_training(profile: Profile) -> None:
+    prepared = a_case(100)
+    # from 300 on, and a range of some hundred
+    found = words(profile, replace(prepared, raw=prepared.raw + 3000.0))
+    assert "the 0.5th percentile, as a share of the range from there to the 99.5th, is 2, in training " in found
+
+
 def test_a_label_that_is_too_small_is_told_with_both_volumes(profile: Profile) -> None:
     prepared = a_case(100)
     assert prepared.label is not None
@@ -367,6 +409,27 @@ def test_scores_that_are_unsure_need_a_look(profile: Profile) -> None:
     assessment = model.assess(prepared, evidence)
     assert assessment.look
     assert any(w.startswith("liver: expected Dice 0.") for w in assessment.warnings)
+
+
+def test_where_nothing_was_found_no_dice_is_told(profile: Profile) -> None:
+    model = fit_quality(samples(160), profile)
+    prepared = a_case(100)
+    assert prepared.label is not None
+    assessment = model.assess(prepared, evidence_of(prepared, torch.zeros_like(prepared.label)))
+    assert assessment.look
+    assert assessment.warnings == ("liver was not found; 100% of the training cases had it",)
+
+
+def test_a_low_mean_is_told_as_that_of_the_labels(profile: Profile) -> None:
+    model = fit_quality(samples(160), profile)
+    # no label is low by itself: its 0.95 or so is below this threshold only
+    strict = model.model_copy(update={"plain": model.plain.model_copy(update={"look_below": 0.99})})
+    prepared = a_case(100)
+    assessment = strict.assess(prepared, evidence_of(prepared))
+    assert assessment.look
+    assert len(assessment.warnings) == 1
+    assert assessment.warnings[0].startswith("mean expected Dice of the labels 0.9")
+    assert assessment.warnings[0].endswith("below 0.99 many masks are bad")
 
 
 def test_an_image_far_from_training_needs_a_look_whatever_the_scores_say(profile: Profile) -> None:

@@ -135,8 +135,11 @@ class QualityModel(Section):
         mean = float(np.mean(expected)) if expected else None
         look = expected_dice_needs_a_look(regression, mean, strange)
         low = [f"{n}: expected Dice {e.expected:.2f}" for n, e in estimates.items() if 0 < (e.expected or 0) < LOW_DICE]
-        if look and not low and mean is not None and mean < regression.look_below:
-            low.append(f"expected Dice {mean:.2f}, below {regression.look_below:.2f} many masks are bad")
+        # where nothing was found, that is all there is to say
+        if look and not low and mean and mean < regression.look_below:
+            missed = " (0 for what was not found)" if 0.0 in expected else ""
+            below = f"below {regression.look_below:.2f} many masks are bad"
+            low.append(f"mean expected Dice of the labels {mean:.2f}{missed}, {below}")
         return Assessment(estimates, mean, look, (*low, *strange.warnings))
 
 

@@ -214,13 +214,19 @@ def _image_words(
 ) -> list[str]:
     words = []
     known = profile.ranges
+    constant = set()
     for c, (name, raw, (lows, highs)) in enumerate(zip(data.channels, prepared.raw.double().numpy(), profile.raw)):
         ours = f"minimum {_say(raw[0])}, maximum {_say(raw[-1])}"
         theirs = f"minimum {_span(lows.low, lows.high)}, maximum {_span(highs.low, highs.high)}"
-        if raw[1] < CT_AIR and lows.low > CT_AIR:
+        if raw[0] == raw[-1]:
+            constant.add(str(c))
+            words.append(f"{name if len(data.channels) > 1 else 'the image'} is constant ({_say(raw[0])})")
+        elif raw[1] < CT_AIR and lows.low > CT_AIR:
             words.append(f"intensities look like CT ({ours}); the model was trained on {name} ({theirs})")
-        elif max((v for k, v in excess.items() if k.startswith(f"intensity.{c}.")), default=0) > 1:
-            words.append(f"intensities of {name} are spread unlike training ({ours}; training had {theirs})")
+        elif far := {k: v for k, v in excess.items() if k.startswith(f"intensity.{c}.") and v > 1}:
+            which = max(far, key=far.__getitem__)
+            decided = _spread_words(which.removeprefix(f"intensity.{c}."), found[which], known[which])
+            words.append(f"intensities of {name} are spread unlike training: {decided} ({ours}; training had {theirs})")
     for family, title, unit in (("spacing", "spacing", "mm"), ("extent", "field of view", "mm")):
         if image[family] > 1:
             axes = [name for name in found if _family(name) == family]
@@ -228,15 +234,29 @@ def _image_words(
             theirs = " × ".join(_span(math.exp(known[name].low), math.exp(known[name].high)) for name in axes)
             unit = unit if data.spatial_dims == 3 else "pixels"
             words.append(f"{title} {ours} {unit}; training had {theirs} {unit}")
-    words += _texture_words(profile, found, excess)
+    # nothing can be said of the noise and detail of a constant channel
+    textured = {
+        k: e for k, e in excess.items() if _family(k) in ("noise", "detail") and k.split(".")[1] not in constant
+    }
+    words += _texture_words(profile, prepared.grid, found, textured)
     axes_to = orientation(prepared.source)
     if axes_to not in profile.orientations:
         words.append(f"axes run to {axes_to} in the file; training had {', '.join(profile.orientations)}")
     return words
 
 
-def _texture_words(profile: Profile, found: Features, excess: Features) -> list[str]:
-    far = {name: found[name] for name, e in excess.items() if e > 1 and _family(name) in ("noise", "detail")}
+def _spread_words(which: str, value: float, known: Range) -> str:
+    """`which`: the percentile, or `zero`, whose `value` is furthest from what is known."""
+    if which == "zero":
+        what = "the 0.5th percentile, as a share of the range from there to the 99.5th,"
+        return f"{what} is {_say(value)}, in training {_span(known.low, known.high)}"
+    ours, low, high = (math.sinh(v) for v in (value, known.low, known.high))
+    return f"the {which}th percentile is {_say(ours)} once normalised, in training {_span(low, high)}"
+
+
+def _texture_words(profile: Profile, grid: Grid, found: Features, excess: Features) -> list[str]:
+    """`excess`: of noise and detail."""
+    far = {name: found[name] for name, e in excess.items() if e > 1}
     low = [name for name, value in far.items() if value < profile.ranges[name].low]
     for name, value in far.items():
         if _family(name) == "noise" and name not in low:
@@ -244,8 +264,17 @@ def _texture_words(profile: Profile, found: Features, excess: Features) -> list[
             return [f"noisier than any training image ({_say(times)} times)"]
     if low:
         times = max(math.exp(profile.ranges[name].low - far[name]) for name in low)
-        along = ", ".join(sorted({name.split(".")[2] for name in low if _family(name) == "detail"})) or "all"
-        return [f"blurred: the finest detail is {_say(times)} times weaker than in any training image (axis {along})"]
+        lost: dict[int, float] = {}
+        for name in low:
+            if _family(name) == "detail":
+                axis = int(name.split(".")[2])
+                lost[axis] = max(lost.get(axis, 0.0), profile.ranges[name].low - far[name])
+        # blur along one axis takes a little from the others too
+        axes = [axis for axis in sorted(lost) if lost[axis] >= max(lost.values()) / 2]
+        # a picture has no directions, and all of them need no names
+        named = grid.spatial_dims == 3 and len(axes) in (1, 2)
+        along = f" along {' and '.join(_direction(grid, a) for a in axes)}" if named else ""
+        return [f"blurred: the finest detail{along} is {_say(times)} times weaker than in any training image"]
     return ["finer in detail than any training image; are the voxels of the size they claim?"] if far else []
 
 
@@ -268,6 +297,10 @@ def _label_words(
     if strange["brightness"] > 1:
         words.append(f"{name} covers brighter or darker tissue than in training")
     return words
+
+
+def _direction(grid: Grid, axis: int) -> str:
+    return ("R-L", "A-P", "S-I")[int(np.abs(grid.affine[:3, axis]).argmax())]
 
 
 def _say(number: float) -> str:
