@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from collections import Counter
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -228,7 +231,8 @@ def infer(
         ),
     ] = Tta.none,
     overlap: Annotated[
-        float | None, typer.Option(help="Overlap of windows, 0 to below 1; left out: the model's own.")
+        float | None,
+        typer.Option(help="Share of a window that its neighbour covers too, 0 to below 1; left out: the model's own."),
     ] = None,
     shard: Annotated[
         str,
@@ -294,7 +298,7 @@ def infer(
     for reason in _failed([r for r in results if r.status == "failed"]):
         err.print(f"[red]failed:[/red] {escape(reason)}")
     why = next(r.reason for r in results if r.status == "not_done")
-    done = f"{counted['done']} masks are written, {counted['skipped']} were there already"
+    done = f"{counted['done']} masks are written and on record, {counted['skipped']} were there already"
     err.print(
         f"[red]error:[/red] {escape(str(why))}: {done}, {counted['not_done']} cases are not done; "
         "free space and run the same command again"
@@ -392,7 +396,14 @@ def inspect(
 
 def main() -> None:
     """Run the command line and exit with the code that the outcome deserves."""
-    sys.exit(run(sys.argv[1:]))
+    # to be told to end is an interruption from the first moment on; whoever ignores it (nohup) has a reason
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == usual:
+            signal.signal(number, _end)
+    code = run(sys.argv[1:])
+    out.settle()
+    err.settle()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -401,14 +412,29 @@ def run(arguments: list[str]) -> int:
         app(arguments, prog_name="medseg")
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else USAGE
-        if code == INTERRUPTED:
-            err.print("interrupted; what was finished is valid")
-        return code
+        return _interrupted() if code == INTERRUPTED else code
+    except KeyboardInterrupt:
+        return _interrupted()
     except medseg.MedsegError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         err.print(f"[red]error:[/red] {escape(str(error))}")
         return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE
     return OK
+
+
+def _end(_: int, frame: FrameType | None) -> None:
+    """A signal becomes a `KeyboardInterrupt`, but for imports: C++ aborts the process or reports an import twice."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # nothing that is worth waiting for is under way
+            os._exit(_interrupted())
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    err.print("interrupted; what was finished is valid")
+    return INTERRUPTED
 
 
 def _log(verbose: bool) -> None:
@@ -433,15 +459,20 @@ def _print_outlook(results: Any) -> None:
         words = [
             f"expected Dice of {name} {q['expected']:.2f} ({q['low']:.2f}–{q['high']:.2f})"
             for name, q in known
-            if q["expected"] < LOW_DICE or (result.look and q["expected"] == worst)
+            # what was not found has words of its own
+            if q["expected"] > 0 and (q["expected"] < LOW_DICE or (result.look and q["expected"] == worst))
         ]
         # those on the expected Dice have been said, with the interval
-        words += [w for w in result.warnings if "expected Dice" not in w]
+        words += [w for w in result.warnings if ": expected Dice" not in w]
         lines += [(not result.look, worst, f"{result.case}: {'; '.join(words)}")] if words else []
-    for *_, line in sorted(lines)[:MOST_LINES]:
-        err.print(f"[yellow]look at[/yellow] {escape(line)}")
-    if len(lines) > MOST_LINES:
-        err.print(f"[yellow]look at[/yellow] {len(lines) - MOST_LINES} more cases: run.json names them")
+    lines.sort()
+    for passable, _, line in lines[:MOST_LINES]:
+        err.print(f"[yellow]{'note on' if passable else 'look at'}[/yellow] {escape(line)}")
+    more = lines[MOST_LINES:]
+    looks = sum(not passable for passable, *_ in more)
+    for what, count in (("look at", looks), ("note on", len(more) - looks)):
+        if count:
+            err.print(f"[yellow]{what}[/yellow] {count} more cases: run.json names them")
 
 
 def _failed(results: Any = (), report: Any = None) -> list[str]:

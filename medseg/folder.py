@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 
 from medseg.cases import Case, infer_inputs
+from medseg.device import choose_device, is_out_of_memory
 from medseg.errors import ConfigError, DataError, MedsegError
 from medseg.infer import InferOptions, Segmented, Segmenter, load_model, timed
 from medseg.preprocess import Prepared
@@ -21,7 +25,7 @@ from medseg.process import PeakMemory, heeding_signals
 from medseg.progress import Pace, Progress, silent
 from medseg.readers import file_sha256
 from medseg.record import CaseResult, Record, open_record
-from medseg.writers import is_disk_full, label_ending, remove_stale_temporaries, write_label
+from medseg.writers import held_room, is_disk_full, label_ending, remove_stale_temporaries, write_label
 
 __all__ = ["CaseResult", "infer", "segment_cases"]
 
@@ -58,6 +62,8 @@ def infer(
     # loaded for each device: a network is on one
     first, *others = [load_model(*models, options=replace(options, device=d, devices=())) for d in devices]
     cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels))
+    if part > len(cases):
+        log.warning("shard %d/%d has none of the %d cases", part, parts, len(cases))
     return segment_cases(first, cases[part - 1 :: parts], Path(out), beside=others, forget_peak=True, progress=progress)
 
 
@@ -83,12 +89,18 @@ def segment_cases(
     for case in cases:
         if _output(folder, case).resolve() in sources:
             raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
+    if folder.resolve() in {path.parent.resolve() for case in cases for path in case.images if os.path.isfile(path)}:
+        raise ConfigError(f"{folder}: images to segment are there, among which masks would be lost; choose another -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in remove_stale_temporaries(folder):
-            log.info("removed %s, which a killed run has left", name)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be made ({error.strerror}); choose another -o") from error
+    try:
+        removed = remove_stale_temporaries(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
+    for name in removed:
+        log.info("removed %s, which a killed run has left", name)
     run = _Run(segmenters, tuple(cases), folder, open_record(folder, segmenters), forget_peak=forget_peak)
     with heeding_signals(run.interrupt):
         results = run.to_the_end(progress)
@@ -144,6 +156,8 @@ class _Run:
         self._segmenters, self._cases, self._folder, self._record = segmenters, cases, folder, record
         self._stopping = threading.Event()
         self._full = False
+        # whole masks that the last record has no room for
+        self._untold = 0
         self._broken: BaseException | None = None
         self._waiting: SimpleQueue[Case] = SimpleQueue()
         # None: a thread before has nothing left to do
@@ -169,24 +183,65 @@ class _Run:
             self._waiting.put(case)
         # a folder that cannot be written is told before any work
         self._write_record()
-        threads = [threading.Thread(target=self._compute, args=(s,)) for s in self._segmenters]
-        threads += [threading.Thread(target=work) for work in (self._read, self._write) for _ in self._segmenters]
         try:
-            for thread in threads:
-                thread.start()
-            self._watch(progress)
+            # given back before the last record is written
+            with held_room(self._folder, self._record.growth(len(self._cases))):
+                self._work(progress)
         finally:
-            self._stopping.set()
-            for thread in threads:
-                thread.join()
             while not self._events.empty():
                 self._take(self._events.get())
             if not self._write_record():
                 # what is not on record will be done again
+                self._untold = sum(r.status == "done" and r != self._recorded.get(c) for c, r in self._results.items())
                 self._results = self._recorded
         if self._broken is not None:
             raise self._broken
         return self._all()
+
+    def _work(self, progress: Progress) -> None:
+        threads: list[tuple[threading.Thread, SimpleQueue[Any]]] = []
+        for segmenter in self._segmenters:
+            threads += [
+                (self._thread(self._read, self._ready), self._ready),
+                (self._thread(partial(self._compute, segmenter), self._labelled), self._labelled),
+                (self._thread(self._write, self._events), self._events),
+            ]
+        try:
+            for thread, _ in threads:
+                thread.start()
+            self._watch(progress)
+        finally:
+            self._stopping.set()
+            # the system may have had no room for one: the others must not wait for it
+            for _, after in (pair for pair in threads if pair[0].ident is None):
+                self._open_gates()
+                after.put(None)
+            for thread in (t for t, _ in threads if t.ident is not None):
+                thread.join()
+
+    def _thread(self, work: Callable[[], None], after: SimpleQueue[Any]) -> threading.Thread:
+        """A thread that tells `after` that it has ended, and the run why, whatever happens in it."""
+
+        def whole() -> None:
+            try:
+                work()
+            except BaseException as error:
+                log.debug("a thread of the run broke", exc_info=True)
+                self._end_with(error)
+                self._open_gates()
+            finally:
+                after.put(None)
+
+        return threading.Thread(target=whole)
+
+    def _open_gates(self) -> None:
+        """Nobody gives the permits of a thread that broke back: who waits for them would wait for ever."""
+        self._ahead.release(len(self._cases) + len(self._segmenters))
+        self._behind.release(len(self._cases) + len(self._segmenters))
+
+    def _end_with(self, error: BaseException) -> None:
+        self._stopping.set()
+        self._events.put(error)
 
     # ---- in the thread that started the run
 
@@ -215,6 +270,8 @@ class _Run:
     def _all(self) -> tuple[CaseResult, ...]:
         """Results in the order of the cases."""
         why = f"{self._folder}: the disk is full" if self._full else "interrupted" if self.interrupted else None
+        if self._untold:
+            why = f"{why}; {self._untold} more masks there are whole, but {self._record.path.name} has no room for them"
         return tuple(self._results.get(c.id, CaseResult(c.id, "not_done", reason=why)) for c in self._cases)
 
     def _write_record(self) -> bool:
@@ -249,7 +306,6 @@ class _Run:
                     continue
             self._ahead.release()
         self._ahead.release()
-        self._ready.put(None)
 
     def _read_one(self, case: Case, seconds: dict[str, float]) -> _Read | None:
         """None for a case that is done already."""
@@ -275,7 +331,6 @@ class _Run:
                 del labelled
             # a volume must not be held while the next one is waited for
             del read
-        self._labelled.put(None)
 
     def _compute_one(self, segmenter: Segmenter, read: _Read) -> _Labelled:
         def tick(share: float) -> None:
@@ -294,7 +349,6 @@ class _Run:
                 self._write_one(labelled)
             self._behind.release()
             del labelled
-        self._events.put(None)
 
     def _write_one(self, labelled: _Labelled) -> None:
         if self._full:
@@ -330,18 +384,23 @@ class _Run:
                 self._stopping.set()
                 return
             output = _output(self._folder, case)
-            stale = (f"{output.name} is of an earlier run: do not use it",) if output.exists() else ()
+            # unlike that of a Path, this one does not raise for a name that is too long or a disk that is broken
+            stale = (f"{output.name} is of an earlier run: do not use it",) if os.path.exists(output) else ()
             reason = _reason(case, error)
             self._events.put(CaseResult(case.id, "failed", reason=reason, seconds=seconds, warnings=stale))
         except BaseException as error:
             log.debug("case %s ends the run", case.id, exc_info=True)
-            self._stopping.set()
-            self._events.put(error)
+            self._end_with(error)
 
 
 def _device(name: str) -> str:
-    """`cuda:1` for 1."""
-    return f"cuda:{name}" if name.isdecimal() else name
+    """`cuda:1` for 1. Raises `ConfigError`, with the option as it was given, where there is no such device."""
+    device = f"cuda:{name}" if name.isdecimal() else name
+    try:
+        choose_device(device)
+    except ConfigError as error:
+        raise ConfigError(f"--devices {name}: {str(error).removeprefix(f'--device {device}: ')}") from error
+    return device
 
 
 def _output(folder: Path, case: Case) -> Path:
@@ -349,8 +408,16 @@ def _output(folder: Path, case: Case) -> Path:
 
 
 def _reason(case: Case, error: Exception) -> str:
-    if isinstance(error, MedsegError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{case.images[0]}: the device ran out of memory; try --device cpu or a smaller windows.batch_size"
-    return f"{case.images[0]}: {type(error).__name__}: {error}"
+    """What a user can act on: libraries wrap an error in one of their own, which names their inner parts."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    for found in chain:
+        if isinstance(found, MedsegError):
+            return str(found)
+    for found in chain:
+        if isinstance(found, RuntimeError) and is_out_of_memory(found):
+            return f"{case.images[0]}: the device ran out of memory; try --device cpu or a smaller windows.batch_size"
+        if isinstance(found, MemoryError):
+            return f"{case.images[0]}: the memory of this machine does not hold it ({found or 'MemoryError'})"
+    return f"{case.images[0]}: {type(chain[-1]).__name__}: {chain[-1]}"

@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from medseg.device import describe
+from medseg.errors import ConfigError
 from medseg.infer import InferOptions, Segmenter
 from medseg.model import DECISIVE
 from medseg.readers import file_sha256
@@ -22,7 +26,16 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 # sections of the configuration that decide a mask
 DECIDING = {"data", "preprocess", "network", "windows", "postprocess"}
-STATUSES = ("done", "skipped", "failed", "not_done")
+# what a case takes more of once it is done: times, digest, quality and warnings; half of it is usual
+BYTES_OF_A_CASE = 3000
+
+
+class Expected(TypedDict):
+    """The expected Dice of a label and its interval; None: not found, and need not be there."""
+
+    expected: float | None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class CaseResult:
     peak_memory_mb: float | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     output_sha256: str | None = None
-    quality: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Expected] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     look: bool = False
 
@@ -58,6 +71,25 @@ class CaseResult:
         if self.status not in ("done", "skipped") or list(self.inputs.values()) != list(inputs.values()):
             return False
         return output.is_file() and file_sha256(output) == self.output_sha256
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What is read of a record that is there."""
+
+    settings: Mapping[str, Any]
+    cases: tuple[CaseResult, ...]
+
+
+class _ForeignError(Exception):
+    """The file is of somebody else."""
+
+
+class _VersionError(ValueError):
+    """The record is of another version."""
+
+
+_RECORD = TypeAdapter(_Told)
 
 
 @dataclass(frozen=True)
@@ -77,6 +109,10 @@ class Record:
         """The earlier result of a case whose mask is still there, byte for byte, and made of the same input bytes."""
         return next((r for r in self.earlier.get(case, ()) if r.is_whole(output, inputs)), None)
 
+    def growth(self, cases: int) -> int:
+        """Bytes that the next records may take, which are written beside the one that is there: whole or not at all."""
+        return (self.path.stat().st_size if self.path.is_file() else 0) + cases * BYTES_OF_A_CASE
+
     def write(self, results: Iterable[CaseResult], more: Mapping[str, Any]) -> None:
         """Write the record, whole or not at all; `more` is told beside the cases.
 
@@ -92,7 +128,10 @@ class Record:
 
 
 def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
-    """The record of a run of `segmenters`, one model on several devices, into `folder`. Nothing is written yet."""
+    """The record of a run of `segmenters`, one model on several devices, into `folder`. Nothing is written yet.
+
+    Raises `ConfigError` where a file of that name is there that is no record.
+    """
     first = segmenters[0]
     settings = _settings(first)
     path = folder / _name(first.options)
@@ -101,8 +140,13 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
     for file in sorted(folder.glob("run*.json")):
         try:
             found = _read(file, settings)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is not a record of medseg (%s): its cases are done again", file.name, type(error).__name__)
+        except _ForeignError as error:
+            # a file of somebody else is no record that could be written over
+            if file == path:
+                raise ConfigError(f"{file}: is not a record of medseg and would be lost; choose another -o") from error
+            continue
+        except (OSError, ValueError) as error:
+            log.warning("%s %s: its cases are done again", file.name, _why_not(error))
             continue
         for result in found:
             earlier.setdefault(result.case, []).append(result)
@@ -146,16 +190,24 @@ def _digest(text: str) -> str:
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> list[CaseResult]:
-    """Cases of a record with the same settings, none of one with others. Raises where it is no record."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"schema_version {record['schema_version']}")
-    return [_case_result(c) for c in record["cases"]] if record["settings"] == settings else []
+    """Cases of a record with the same settings, none of one with others.
+
+    Raises `_ForeignError` where it never was a record, `ValueError` where it is damaged or of another version.
+    """
+    text = path.read_text(encoding="utf-8")
+    told = json.loads(text)
+    if not isinstance(told, dict) or "schema_version" not in told:
+        raise _ForeignError
+    if told["schema_version"] != SCHEMA_VERSION:
+        raise _VersionError(f"is of another version of medseg (schema {told['schema_version']})")
+    record = _RECORD.validate_json(text)
+    return list(record.cases) if record.settings == settings else []
 
 
-def _case_result(told: Mapping[str, Any]) -> CaseResult:
-    result = CaseResult(**{**told, "warnings": tuple(told["warnings"])})
-    kinds = ((result.case, str), (result.inputs, dict), (result.seconds, dict), (result.quality, dict))
-    if result.status not in STATUSES or not all(isinstance(value, kind) for value, kind in kinds):
-        raise TypeError(f"{result.case}: no result of a case")
-    return result
+def _why_not(error: OSError | ValueError) -> str:
+    if isinstance(error, _VersionError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"is damaged ({'.'.join(str(part) for part in first['loc'])}: {first['msg']})"
+    return f"is not a record of medseg ({error.strerror if isinstance(error, OSError) else 'no JSON'})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +20,41 @@ from rich.text import Text
 SECONDS_BETWEEN_LINES = 20.0
 UNKNOWN_FIELD = "not known (whole patch at most)"
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+log = logging.getLogger(__name__)
+
+
+class Screen(Console):
+    """A console that falls silent where nothing more can be written (reader gone, disk full): the work goes on."""
+
+    def print(self, *objects: Any, **named: Any) -> None:
+        """As `Console.print`."""
+        self._unless_broken(lambda: super(Screen, self).print(*objects, **named))
+
+    def settle(self) -> None:
+        """Write what is still held, before the process ends and would fail over it."""
+        self._unless_broken(self.file.flush)
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more; the library would end the process."""
+        self._fall_silent()
+
+    def _unless_broken(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._fall_silent()
+            log.debug("nothing more is shown (%s)", error.strerror)
+
+    def _fall_silent(self) -> None:
+        self.quiet = True
+        # what the file still holds goes there when the process ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
+out = Screen(highlight=False, soft_wrap=True, emoji=False)
+err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 @contextmanager

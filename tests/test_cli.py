@@ -514,7 +514,7 @@ def test_infer_shards_share_the_work(cli: Medseg, tiny_run, images: Path, tmp_pa
         (("--window", "64"), ("--window 64", "Z,Y,X")),
         (("--window", "0,8,8"), ("--window 0,8,8", "64,128,128")),
         (("--devices", "cpu,,cpu"), ("--devices cpu,,cpu", "0,1")),
-        (("--devices", "99,cpu"), ("cuda:99", "CUDA devices found")),
+        (("--devices", "99,cpu"), ("--devices 99:", "CUDA devices found")),
         (("--set", "preprocess.orient=false"), ("--set preprocess.orient", "learnt", "network.output_stride")),
         (("--set", "network.output_stride=32"), ("output_stride 32 is not possible", "it can have 2, 4")),
         (("--set", "network.aspp_channels=8"), ("--set network.aspp_channels", "learnt")),
@@ -603,7 +603,7 @@ def test_infer_says_once_that_the_disk_is_full(
     shown = cli(*call)
     assert (shown.code, shown.out) == (1, "")
     assert shown.err == (
-        f"error: {tmp_path / 'out'}: the disk is full: 1 masks are written, 0 were there already, "
+        f"error: {tmp_path / 'out'}: the disk is full: 1 masks are written and on record, 0 were there already, "
         "3 cases are not done; free space and run the same command again\n"
     )
     assert _files(tmp_path / "out") == ["case0.nii.gz", "run.json"]
@@ -621,18 +621,22 @@ def test_infer_says_which_masks_want_a_look(cli: Medseg, tmp_path: Path, monkeyp
         found("absent", None),
         found("edge", 0.8, "liver touches the edge of the image"),
         replace(found("strange", 0.75), look=True),
-        found("poor", 0.614, "liver: expected Dice 0.61", "noisier than any training image (3 times)"),
+        found("fair", 0.65),
+        replace(
+            found("poor", 0.614, "liver: expected Dice 0.61", "noisier than any training image (3 times)"), look=True
+        ),
     ]
     monkeypatch.setattr(medseg, "infer", lambda *_, **__: tuple(results))
     shown = cli("infer", "in", "-m", "a", "-o", tmp_path)
     assert shown.code == 0
     assert shown.err.splitlines() == [
-        "look at strange: expected Dice of liver 0.75 (0.40–0.78)",
         "look at poor: expected Dice of liver 0.61 (0.40–0.78); noisier than any training image (3 times)",
-        "look at edge: liver touches the edge of the image",
+        "look at strange: expected Dice of liver 0.75 (0.40–0.78)",
+        "note on fair: expected Dice of liver 0.65 (0.40–0.78)",
+        "note on edge: liver touches the edge of the image",
     ]
-    assert shown.out == f"{tmp_path}: 5 masks written, 0 there already, 0 cases failed\n"
-    results[:] = [replace(results[4], case=f"case{n}") for n in range(12)]
+    assert shown.out == f"{tmp_path}: 6 masks written, 0 there already, 0 cases failed\n"
+    results[:] = [replace(results[5], case=f"case{n}") for n in range(12)]
     lines = cli("infer", "in", "-m", "a", "-o", tmp_path).err.splitlines()
     assert len(lines) == 11
     assert lines[-1] == "look at 2 more cases: run.json names them"
@@ -685,6 +689,65 @@ def test_infer_ends_cleanly_when_it_is_told_to_terminate(cli: Medseg, tiny_run, 
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
+LOADING = """
+import time
+from medseg import cli, folder
+
+def load(*_, **__):
+    print("on", flush=True)
+    time.sleep(60)
+
+folder.load_model = load
+cli.main()
+"""
+IMPORTING = """
+from medseg import cli
+
+print("on", flush=True)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", [LOADING, IMPORTING], ids=["loading", "importing"])
+def test_infer_that_is_told_to_end_before_its_work_is_interrupted_too(
+    tiny_run, images: Path, tmp_path: Path, number: int, program: str
+) -> None:
+    call = ("infer", images, "-m", tiny_run.folder, "--device", "cpu", "-o", tmp_path / "out")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, call)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on\n"
+    # to import torch takes longer than this
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    assert "interrupted; what was finished is valid" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_infer_whose_words_nobody_takes_keeps_its_outcome(tiny_run, images: Path, tmp_path: Path) -> None:
+    call = ("infer", images, "-m", tiny_run.folder, "--device", "cpu", "-o", tmp_path / "out")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "medseg", *map(str, call)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 4
+
+
 def test_infer_of_an_empty_folder(cli: Medseg, tiny_run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     shown = cli("infer", tmp_path / "empty", "-m", tiny_run.folder, "-o", tmp_path / "out")
@@ -704,7 +767,8 @@ def test_infer_of_two_inputs_of_one_name(cli: Medseg, tiny_run, images: Path, tm
     shown = cli("infer", images, twin, "-m", tiny_run.folder, "-o", tmp_path / "out")
     assert shown.code == 2
     assert [str(f / "case0.nii.gz") for f in (images, twin) if str(f / "case0.nii.gz") not in shown.err] == []
-    assert "would both become case case0; rename one" in shown.err
+    assert "4 names are shared by several inputs" in shown.err
+    assert "would both become case case0" in shown.err
     assert not (tmp_path / "out").exists()
 
 

@@ -148,6 +148,102 @@ def test_what_is_no_error_of_a_case_ends_the_run_and_is_not_swallowed(
     assert [c["status"] for c in record(tmp_path / "out")["cases"]] == ["not_done"] * 3
 
 
+def ended(work: Callable[[], object]) -> BaseException | None:
+    """What `work` raises; a run that waits for ever fails the test in place of holding it up."""
+    raised: list[BaseException] = []
+
+    def whole() -> None:
+        try:
+            work()
+        except ArithmeticError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=whole, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), "the run waits for ever"
+    return raised[0] if raised else None
+
+
+@pytest.mark.parametrize("stage", ["prepare", "segment_prepared", "write_label"])
+def test_an_error_while_an_error_is_told_ends_the_run(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    some_images(tmp_path / "in", 6)
+
+    def breaks(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    def cannot_tell(*_: object) -> str:
+        raise FloatingPointError
+
+    monkeypatch.setattr(folder_module if stage == "write_label" else Segmenter, stage, breaks)
+    monkeypatch.setattr(folder_module, "_reason", cannot_tell)
+    threads = threading.active_count()
+    assert isinstance(ended(lambda: run(tmp_path, model)), FloatingPointError)
+    assert threading.active_count() == threads
+    assert [c["status"] for c in record(tmp_path / "out")["cases"]] == ["not_done"] * 6
+
+
+@pytest.mark.parametrize("started", range(3))
+def test_a_thread_that_cannot_be_started_ends_the_run(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    some_images(tmp_path / "in", 6)
+    start, calls = threading.Thread.start, []
+
+    def few(thread: threading.Thread) -> None:
+        if thread.name != "outside":
+            calls.append(1)
+            if len(calls) == started + 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match="can't start"):
+            run(tmp_path, model)
+
+    work = threading.Thread(target=refused, name="outside", daemon=True)
+    monkeypatch.setattr(threading.Thread, "start", few)
+    work.start()
+    work.join(30)
+    assert not work.is_alive(), "the run waits for ever"
+    assert len(calls) == started + 1
+
+
+def test_a_name_that_no_file_can_have_is_the_failure_of_its_case(tmp_path: Path, model: Path) -> None:
+    (path,) = some_images(tmp_path / "in", 1)
+    # four letters more are too many
+    nib.save(nib.load(path), tmp_path / "in" / f"{'y' * 250}.nii")
+    results: list[CaseResult] = []
+    assert ended(lambda: results.extend(infer([tmp_path / "in"], [model], tmp_path / "out", EXACT))) is None
+    assert statuses(tuple(results)) == ["done", "failed"]
+    assert "File name too long" in str(results[1].reason)
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (DataError("a.nii: is bent"), "a.nii: is bent"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "the device ran out of memory"),
+        (MemoryError("Unable to allocate 9 GiB"), "the memory of this machine does not hold it (Unable to allocate 9"),
+        (ZeroDivisionError("by zero"), "case0.nii.gz: ZeroDivisionError: by zero"),
+    ],
+)
+def test_the_reason_is_what_lies_behind_the_error_of_a_library(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, words: str
+) -> None:
+    some_images(tmp_path / "in", 1)
+
+    def wrapped(*_: object, **__: object) -> None:
+        raise RuntimeError("applying transform <object at 0x7f>") from cause
+
+    monkeypatch.setattr(Segmenter, "prepare", wrapped)
+    (result,) = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert words in str(result.reason)
+    assert "0x7f" not in str(result.reason)
+
+
 # ---- side by side
 
 
@@ -240,7 +336,7 @@ def test_what_two_devices_have_done_one_skips(tmp_path: Path, model: Path) -> No
 
 def test_a_number_is_a_gpu(tmp_path: Path, model: Path) -> None:
     some_images(tmp_path / "in", 1)
-    with pytest.raises(ConfigError, match="cuda:99"):
+    with pytest.raises(ConfigError, match="--devices 99: "):
         run(tmp_path, model, options=replace(EXACT, devices=("99", "cpu")))
     assert not (tmp_path / "out").exists()
 
@@ -355,10 +451,32 @@ def test_masks_that_no_record_could_be_written_of_are_not_called_done(
         return write_text(path, text)
 
     monkeypatch.setattr(record_module, "write_text", only_the_first)
-    assert run(tmp_path, model) == ["not_done", "not_done"]
+    results = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert statuses(results) == ["not_done", "not_done"]
+    assert "2 more masks there are whole, but run.json has no room for them" in str(results[0].reason)
     monkeypatch.undo()
     # there is no record of them
     assert run(tmp_path, model) == ["done", "done"]
+
+
+def test_the_last_record_has_the_room_that_was_held_for_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 4)
+    room: list[int] = []
+
+    def full(path: Path, *arguments: Any, **named: Any) -> Path:
+        if path.name == "case2.nii.gz":
+            room.extend(p.stat().st_size for p in (tmp_path / "out").glob(".room*"))
+            raise DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_label(path, *arguments, **named)
+
+    monkeypatch.setattr(folder_module, "write_label", full)
+    assert run(tmp_path, model) == ["done", "done", "not_done", "not_done"]
+    assert len(room) == 1
+    assert (tmp_path / "out" / "run.json").stat().st_size <= room[0]
+    assert not list((tmp_path / "out").glob(".room*"))
+    assert record(tmp_path / "out")["cases"][3]["reason"] == f"{tmp_path / 'out'}: the disk is full"
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(
@@ -504,7 +622,7 @@ def test_a_record_of_another_version_is_named_and_its_cases_done_again(
     old = record(tmp_path / "out") | {"schema_version": 1}
     (tmp_path / "out" / "run.json").write_text(json.dumps(old))
     assert run(tmp_path, model) == ["done"]
-    assert "run.json is not a record of medseg" in caplog.text
+    assert "run.json is of another version of medseg (schema 1): its cases are done again" in caplog.text
 
 
 def test_what_a_killed_run_has_left_is_cleared_away(
@@ -532,6 +650,51 @@ def test_a_damaged_record_is_named_and_its_cases_done_again(
     with caplog.at_level(logging.WARNING):
         assert run(tmp_path, model) == ["done"]
     assert "run.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quality", {"shell": 5}),
+        ("quality", {"shell": {"expected": 0.5}}),
+        ("warnings", "abc"),
+        ("inputs", {"a": 5}),
+        ("seconds", {"read": "long"}),
+        ("look", "perhaps"),
+        ("status", "fine"),
+    ],
+)
+def test_a_record_with_a_damaged_case_is_named_and_its_cases_done_again(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, key: str, value: object
+) -> None:
+    some_images(tmp_path / "in", 1)
+    run(tmp_path, model)
+    told = record(tmp_path / "out")
+    told["cases"][0][key] = value
+    (tmp_path / "out" / "run.json").write_text(json.dumps(told))
+    assert run(tmp_path, model) == ["done"]
+    assert f"run.json is damaged (cases.0.{key}" in caplog.text
+
+
+@pytest.mark.parametrize("text", ['{"settings": {}, "cases": 5}', "[1, 2]"])
+def test_a_file_of_somebody_else_is_not_written_over(tmp_path: Path, model: Path, text: str) -> None:
+    some_images(tmp_path / "in", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: is not a record of medseg .* choose another -o"):
+        run(tmp_path, model)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["run.json"]
+    assert (tmp_path / "out" / "run.json").read_text() == text
+
+
+def test_masks_do_not_go_among_the_images(tmp_path: Path, model: Path) -> None:
+    (path,) = some_images(tmp_path / "in", 1)
+    # its mask would have another name, and be an image of the next run
+    nib.save(nib.load(path), tmp_path / "in" / "scan.nii")
+    path.unlink()
+    with pytest.raises(ConfigError, match="images to segment are there"):
+        infer([tmp_path / "in"], [model], tmp_path / "in", EXACT)
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
 
 
 def test_a_failed_case_is_tried_again(tmp_path: Path, model: Path) -> None:
@@ -585,6 +748,12 @@ def test_two_shards_at_once_make_what_one_run_makes(tmp_path: Path, model: Path)
     for shard in shards:
         shard.join()
     assert masks(tmp_path / "out") == masks(tmp_path / "whole")
+
+
+def test_a_shard_without_a_case_is_told(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    some_images(tmp_path / "in", 1)
+    assert run(tmp_path, model, options=replace(EXACT, shard=(2, 2))) == []
+    assert "shard 2/2 has none of the 1 cases" in caplog.text
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])

@@ -22,6 +22,7 @@ from medseg.readers import nifti, read_geometry, read_image, read_label
 from medseg.writers import (
     STALE_AFTER_S,
     atomic_path,
+    held_room,
     is_disk_full,
     label_ending,
     remove_stale_temporaries,
@@ -217,6 +218,23 @@ def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
     with atomic_path(tmp_path / name) as temporary:
         temporary.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_disk_that_can_only_be_read_is_named_though_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DataError, match=r"cannot write a\.nii \(Read-only file system\)"):
+        write_half(tmp_path / "a.nii", OSError(errno.EROFS, os.strerror(errno.EROFS)))
+
+
+def test_room_is_held_until_the_block_ends(tmp_path: Path) -> None:
+    with held_room(tmp_path, 1000):
+        assert [p.stat().st_size for p in tmp_path.iterdir()] == [1000]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -22,7 +23,17 @@ from medseg.errors import DataError, GeometryError
 from medseg.readers import Geometry, Image, is_picture, read_geometry, split_ending
 from medseg.writers import image2d, nifti
 
-__all__ = ["atomic_path", "is_disk_full", "label_ending", "remove_stale_temporaries", "write_label", "write_text"]
+__all__ = [
+    "atomic_path",
+    "held_room",
+    "is_disk_full",
+    "label_ending",
+    "remove_stale_temporaries",
+    "write_label",
+    "write_text",
+]
+
+log = logging.getLogger(__name__)
 
 # of a temporary file: machine, process, which of our imports in it, which file of those
 _TEMPORARY = re.compile(r"\..*\.medseg-([0-9a-f]{8})-([0-9]+)-([0-9a-f]{8})[0-9a-f]{8}(\..*)?", re.DOTALL)
@@ -70,10 +81,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The name tells machine and process, for `remove_stale_temporaries`. Makes the folder. Raises `DataError` where it
     cannot be written or is full; then nothing is left behind.
     """
-    stem, ending = split_ending(path.name)
-    writer = f"medseg-{_machine()}-{os.getpid()}-{_THIS_IMPORT}{uuid.uuid4().hex[:8]}"
-    # cut: with the writer, a long name would be longer than file systems allow
-    temporary = path.with_name(f".{stem[:40]}.{writer}{ending or path.suffix}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -87,8 +95,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         # a name is left over only if something went wrong above
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        _removed(temporary)
+
+
+@contextmanager
+def held_room(folder: Path, size: int) -> Iterator[None]:
+    """Keeps `size` bytes of the disk from others until the block ends, for what must be written after it.
+
+    A disk that has no such room is left as it is: the block is done all the same.
+    """
+    temporary = _temporary(folder / "room")
+    try:
+        try:
+            # zeros would take no room on disks that compress
+            temporary.write_bytes(os.urandom(size))
+        except OSError as error:
+            log.info("%s: no room for %d bytes (%s)", folder, size, error.strerror)
+            _removed(temporary)
+        yield
+    finally:
+        _removed(temporary)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -110,8 +136,8 @@ def remove_stale_temporaries(folder: Path) -> list[str]:
         match = _TEMPORARY.fullmatch(path.name)
         if match is None or not _is_stale(path, match):
             continue
-        path.unlink(missing_ok=True)
-        removed.append(path.name)
+        if _removed(path):
+            removed.append(path.name)
     return removed
 
 
@@ -123,6 +149,24 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         found = found.__cause__
     return False
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside `path` that tells its writer."""
+    stem, ending = split_ending(path.name)
+    writer = f"medseg-{_machine()}-{os.getpid()}-{_THIS_IMPORT}{uuid.uuid4().hex[:8]}"
+    # cut: with the writer, a long name would be longer than file systems allow
+    return path.with_name(f".{stem[:40]}.{writer}{ending or path.suffix}")
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file that nobody needs; one that cannot be removed (disk that can only be read) stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.debug("%s stays (%s)", path, error.strerror)
+        return False
+    return True
 
 
 def _is_stale(path: Path, match: re.Match[str]) -> bool:
