@@ -24,7 +24,7 @@ from medseg.metrics import counts, dice
 from medseg.model import new_network
 from medseg.networks.aspp import pools_locally
 from medseg.plan import sided_label
-from medseg.postprocess import choose, clean
+from medseg.postprocess import LEAST_CASES, choose, clean
 from medseg.preprocess import IGNORE_INDEX, Prepared
 from medseg.progress import Progress, silent
 from medseg.quality import (
@@ -58,8 +58,6 @@ QUALITY_SHARE = 0.4
 PROFILED = 100
 # what the estimate of Dice learns from beside the cases as they are
 WORSE: tuple[tuple[Degradation, float], ...] = tuple((kind, s) for s in (0.2, 0.6) for kind in DEGRADATIONS)
-# fewer cases tell nothing
-LEAST_CASES = 5
 # share of the time that the first look at the cases, with the windows of training, may take of the whole
 FIRST_SHARE = 0.15
 
@@ -159,17 +157,14 @@ def label_case(
     for piece in stream(windows, case.image, ensemble, device=device, out_channels=data.out_channels, air=air):
         labels[piece.box] = decision.decide(piece.scores, range(data.out_channels)).cpu()
         if evidence is not None:
-            image = case.image[(slice(None), *piece.box)].to(device)
-            evidence.add(piece.scores.movedim(-1, 0), piece.start, case.grid.shape, image)
+            evidence.add_piece(piece, case.image)
     return labels.numpy()
 
 
 def case_dice(data: DataConfig, prediction: Labels, case: Prepared) -> list[float]:
     """Dice of each label of a case on the network's grid; NaN where neither has it."""
-    if case.label is None:
-        raise DataError(f"{case.id}: no label to judge by")
     values = list(prepared_values(data).values())
-    measured = counts(prediction, case.label.numpy(), values, ignore_value=ignored(data))
+    measured = counts(prediction, _reference(case), values, ignore_value=ignored(data))
     return [dice(measured[value]) for value in values]
 
 
@@ -212,10 +207,11 @@ class _Bench:
     def first(self) -> Trial:
         """The way of training, on as many cases, spread evenly, as leave time for the others."""
         start = time.perf_counter()
+        scorer = self._scorer({})
         # the first case pays for caches too; the second tells the time
         for case in self.cases[:2]:
             begun = time.perf_counter()
-            label_case(self.config, case, self._scorer({}), self.device)
+            label_case(self.config, case, scorer, self.device)
             each = time.perf_counter() - begun
         affordable = int(FIRST_SHARE * self._budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))

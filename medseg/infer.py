@@ -31,7 +31,7 @@ from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
 from medseg.restore import Piece, Restorer, decision_of, restore
-from medseg.windows import Ensemble, Scorer, predict, stream, stream_order, views
+from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Segmenter:
         self, prepared: Prepared, evidence: Evidence, seconds: dict[str, float], tick: Callable[[float], None]
     ) -> Iterator[Piece]:
         """Final scores of a case piece by piece; `seconds` takes the time, `evidence` what they say of themselves."""
-        windows, shape = self.config.windows, prepared.grid.shape
+        windows = self.config.windows
         ensemble = Ensemble(self._scorers, views(windows), evidence.add_members if self._knows_members() else None)
         with timed(seconds, "network"):
             air = air_of(windows, self.config.data, self.config.preprocess, prepared.image)
@@ -183,8 +183,7 @@ class Segmenter:
                 return
             if self._quality is not None:
                 with timed(seconds, "quality"):
-                    seen = prepared.image[(slice(None), *piece.box)].to(self.device)
-                    evidence.add(piece.scores.movedim(-1, 0), piece.start, shape, seen)
+                    evidence.add_piece(piece, prepared.image)
             yield piece
 
     def _knows_members(self) -> bool:
@@ -196,9 +195,7 @@ class Segmenter:
 
     def _refined(self, pieces: Iterator[Piece], prepared: Prepared, seconds: dict[str, float]) -> torch.Tensor:
         """Scores (K, *S) after the random field, which needs all of them at once."""
-        scores = torch.zeros((self.config.data.out_channels, *prepared.grid.shape), device=self.device)
-        for piece in pieces:
-            scores[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0)
+        scores = assemble(pieces, prepared.grid.shape, self.device)
         with timed(seconds, "postprocess"):
             return refine(
                 self.config.postprocess,

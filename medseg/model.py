@@ -117,7 +117,7 @@ def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, 
 def check_choices(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises `ModelError` where what calibration is said to have chosen does not fit the model in `folder`."""
     try:
-        changed(read_model_config(folder), settings)
+        changed(_trained_config(folder, _read_description(folder)), settings)
     except ConfigError as error:
         raise ModelError(
             f"{folder / DESCRIPTION}: `inference` does not fit the model ({error}); copy it again"
@@ -169,8 +169,8 @@ def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
 
     Raises `ModelError` naming what is missing or damaged, `ConfigError` for changes that it cannot have.
     """
-    config, description = read_model_config(folder), _read_description(folder)
-    config = changed(config, changes or {})
+    description = _read_description(folder)
+    config = changed(_trained_config(folder, description), changes or {})
     try:
         network = new_network(config)
     except ConfigError as error:
@@ -184,22 +184,6 @@ def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
             f"{str(description.get('weights_sha256'))[:12]}… expected); copy the whole run folder again"
         )
     return Model(network.eval(), config, digest, {k: v for k, v in description.items() if k != "config"})
-
-
-def read_model_config(folder: Path) -> Config:
-    """The configuration of the model in a run folder as it was trained. Raises `ModelError`."""
-    description = _read_description(folder)
-    if description.get("schema_version") != SCHEMA_VERSION:
-        raise ModelError(
-            f"{folder / DESCRIPTION}: schema_version {description.get('schema_version')!r} found, expected "
-            f"{SCHEMA_VERSION}; use the version of medseg that wrote it ({description.get('versions')})"
-        )
-    try:
-        config = make_config(description["config"], source=str(folder / DESCRIPTION))
-        check_settings(config.network)
-    except (KeyError, ConfigError) as error:
-        raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
-    return config
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -223,6 +207,20 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     if "aspp_rates" in network:
         moved = moved.model_copy(update={"aspp_rates": made.network.aspp_rates})
     return made.model_copy(update={"network": moved})
+
+
+def _trained_config(folder: Path, description: Mapping[str, Any]) -> Config:
+    if description.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{folder / DESCRIPTION}: schema_version {description.get('schema_version')!r} found, expected "
+            f"{SCHEMA_VERSION}; use the version of medseg that wrote it ({description.get('versions')})"
+        )
+    try:
+        config = make_config(description["config"], source=str(folder / DESCRIPTION))
+        check_settings(config.network)
+    except (KeyError, ConfigError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: no usable configuration: {error}") from error
+    return config
 
 
 def _unchangeable(changes: Mapping[str, Any]) -> list[str]:

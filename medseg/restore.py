@@ -59,15 +59,20 @@ class Decision(Protocol):
 
 
 @dataclass(frozen=True)
-class Strongest:
-    """The label with the highest score; of equal ones the first."""
+class _Valued:
+    """The value that each channel writes."""
 
     values: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         """uint8, or uint16 where a value is above 255."""
-        return _dtype(self.values)
+        return torch.uint8 if max(self.values, default=0) <= 255 else torch.uint16
+
+
+@dataclass(frozen=True)
+class Strongest(_Valued):
+    """The label with the highest score; of equal ones the first."""
 
     def candidates(self, scores: torch.Tensor) -> Sequence[int]:
         """Exact: interpolation never exceeds the largest score around, so a label below what others surely have is out.
@@ -102,15 +107,8 @@ class Strongest:
 
 
 @dataclass(frozen=True)
-class Regions:
+class Regions(_Valued):
     """Each region where its score is above one half; later ones overwrite earlier ones."""
-
-    values: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """uint8, or uint16 where a value is above 255."""
-        return _dtype(self.values)
 
     def candidates(self, scores: torch.Tensor) -> Sequence[int]:
         """Regions that are above one half somewhere."""
@@ -276,7 +274,3 @@ def _source(entry: tuple[int, AxisMap]) -> int:
 def _blocks(targets: Sequence[range], edge: int) -> Iterator[tuple[slice, ...]]:
     cut = [[slice(a, min(a + edge, t.stop)) for a in range(t.start, t.stop, edge)] for t in targets]
     return itertools.product(*cut)
-
-
-def _dtype(values: Sequence[int]) -> torch.dtype:
-    return torch.uint8 if max(values, default=0) <= 255 else torch.uint16

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -126,11 +127,16 @@ def predict(
     config: WindowsConfig, image: torch.Tensor, scorer: Scorer, *, device: torch.device | None = None
 ) -> torch.Tensor:
     """`stream` in one tensor: mean probabilities (K, *S) float32 of `image` (C, *S), on the image's device."""
+    return assemble(stream(config, image, scorer, device=device or image.device), image.shape[1:], image.device)
+
+
+def assemble(pieces: Iterable[Piece], shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """All scores (K, *shape) of the `pieces` of a volume, on `device`."""
     total: torch.Tensor | None = None
-    for piece in stream(config, image, scorer, device=device or image.device):
+    for piece in pieces:
         if total is None:
-            total = torch.zeros((piece.scores.shape[-1], *image.shape[1:]), device=image.device)
-        total[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0).to(total.device)
+            total = torch.zeros((piece.scores.shape[-1], *shape), device=device)
+        total[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0).to(device)
     if total is None:
         raise ValueError("no window in an empty volume")
     return total
@@ -168,7 +174,7 @@ class _Part:
     place: tuple[slice, ...]
 
 
-class _Plan:
+class _Plan(ABC):
     """Windows of a volume, in raster order of `order`, and what makes final pieces of their scores."""
 
     def __init__(self, config: WindowsConfig, image: torch.Tensor) -> None:
@@ -190,9 +196,9 @@ class _Plan:
         """The first voxel of a window in the image, negative in the padding before it."""
         return [a - o for a, o in zip(window.start, self.offset)]
 
+    @abstractmethod
     def finish(self, window: _Window, scores: torch.Tensor) -> Piece:
         """The piece that the scores (K, *size) of `window` settle."""
-        raise NotImplementedError
 
     def spare(self) -> bool:
         """Free memory of the device; False where nothing is left to free."""
@@ -279,21 +285,20 @@ class _Tiles(_Plan):
 
     def __init__(self, config: WindowsConfig, image: torch.Tensor) -> None:
         super().__init__(config, image)
+        # a margin that keeps the strides of the network where they would be in the whole volume
+        wanted = config.halo or tuple(p // 2 for p in config.patch_size)
+        self._margin = tuple(-(-h // ALIGNMENT) * ALIGNMENT for h in wanted)
         tile, halo = self.padded, (0,) * len(self.padded)
         if config.mode == "halo":
             tile = tuple(
                 min(s, max(ALIGNMENT, t // ALIGNMENT * ALIGNMENT))
                 for s, t in zip(self.padded, config.tile_size or config.patch_size)
             )
-            halo = config.halo or tuple(p // 2 for p in config.patch_size)
-        # a margin that keeps the strides of the network where they would be in the whole volume
-        self._halo = tuple(-(-h // ALIGNMENT) * ALIGNMENT for h in halo)
-        wanted = config.halo or tuple(p // 2 for p in config.patch_size)
-        self._margin = tuple(-(-h // ALIGNMENT) * ALIGNMENT for h in wanted)
+            halo = self._margin
         self._tile = tile
         for index in self._in_order([-(-s // t) for s, t in zip(self.padded, tile)]):
-            first = [max(0, i * t - h) for i, t, h in zip(index, tile, self._halo)]
-            last = [min(s, (i + 1) * t + h) for i, t, h, s in zip(index, tile, self._halo, self.padded)]
+            first = [max(0, i * t - h) for i, t, h in zip(index, tile, halo)]
+            last = [min(s, (i + 1) * t + h) for i, t, h, s in zip(index, tile, halo, self.padded)]
             self.windows.append(_Window(tuple(first), tuple(b - a for a, b in zip(first, last)), index))
 
     def finish(self, window: _Window, scores: torch.Tensor) -> Piece:

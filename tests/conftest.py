@@ -71,6 +71,23 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_settings: tuple[str,
     return TinyRun(dataset, root / "run")
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights, for images of another spacing. Shared: read only."""
+    from tiny import tiny_config, tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model"), tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]}))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model` with other weights."""
+    from tiny import tiny_config, tiny_model
+
+    config = tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]})
+    return tiny_model(tmp_path_factory.mktemp("other"), config, seed=1)
+
+
 def _make_dataset(
     root: Path, *, cases: int = 4, spatial_dims: int = 3, form: str = "plain", seed: int = 0, name: str = "tiny"
 ) -> Path:

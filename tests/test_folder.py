@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from geometry import oblique, save
-from tiny import blobs, tiny_config, tiny_model
+from tiny import AFFINE, EXACT, SHAPE, blobs, some_images
 
 from medseg import folder as folder_module
 from medseg import record as record_module
@@ -30,26 +30,6 @@ from medseg.folder import CaseResult, infer, segment_cases
 from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
 from medseg.writers import write_label, write_text
-
-SHAPE = (7, 10, 13)
-AFFINE = oblique((1.0, 1.5, 2.5))
-EXACT = InferOptions(device="cpu", precision="32")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]}))
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]})
-    return tiny_model(tmp_path_factory.mktemp("other"), config, seed=1)
-
-
-def some_images(folder: Path, count: int = 3) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    return [save(folder / f"case{n}.nii.gz", blobs(SHAPE, seed=n), AFFINE) for n in range(count)]
 
 
 def statuses(results: tuple[CaseResult, ...]) -> list[str]:

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from geometry import oblique, orientations, reorient, save
 from PIL import Image as Picture
-from tiny import blobs, tiny_config, tiny_model
+from tiny import AFFINE, EXACT, SHAPE, blobs, some_images, tiny_config, tiny_model
 
 from medseg.cases import Case
 from medseg.errors import ConfigError, DataError, ModelError
-from medseg.folder import CaseResult, infer
-from medseg.infer import InferOptions, load_model
+from medseg.folder import infer
+from medseg.infer import load_model
 from medseg.preprocess import prepare
-
-SHAPE = (7, 10, 13)
-AFFINE = oblique((1.0, 1.5, 2.5))
-EXACT = InferOptions(device="cpu", precision="32")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]}))
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]})
-    return tiny_model(tmp_path_factory.mktemp("other"), config, seed=1)
-
-
-def some_images(folder: Path, count: int = 3) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    return [save(folder / f"case{n}.nii.gz", blobs(SHAPE, seed=n), AFFINE) for n in range(count)]
-
-
-def statuses(results: tuple[CaseResult, ...]) -> list[str]:
-    return [r.status for r in results]
-
-
-def record(folder: Path, name: str = "run.json") -> dict[str, Any]:
-    return dict(json.loads((folder / name).read_text()))
-
 
 # ---- one case
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from geometry import oblique, save
 from scipy.ndimage import gaussian_filter
 
 from medseg.config import Config, make_config, overlay
+from medseg.infer import InferOptions
 from medseg.model import new_network, save_model
 
 
@@ -49,3 +51,14 @@ def blobs(shape: Sequence[int], *, seed: int = 0) -> npt.NDArray[np.float32]:
     """Smooth noise."""
     noise = np.random.default_rng(seed).normal(size=tuple(shape))
     return np.asarray(1000 * gaussian_filter(noise, 1.0), dtype=np.float32)
+
+
+SHAPE = (7, 10, 13)
+AFFINE = oblique((1.0, 1.5, 2.5))
+EXACT = InferOptions(device="cpu", precision="32")
+
+
+def some_images(folder: Path, count: int = 3) -> list[Path]:
+    """NIfTI files of `SHAPE` voxels in `folder`, case0 and on."""
+    folder.mkdir(exist_ok=True)
+    return [save(folder / f"case{n}.nii.gz", blobs(SHAPE, seed=n), AFFINE) for n in range(count)]

@@ -12,6 +12,7 @@ import torch
 from medseg.config import DataConfig
 from medseg.grid import Grid
 from medseg.preprocess import IGNORE_INDEX, Prepared
+from medseg.restore import Piece
 
 Floats = npt.NDArray[np.float64]
 Features = dict[str, float]
@@ -54,6 +55,11 @@ class Evidence:
             label, confidence = winner[at] - 1, best[at]
         self._confident += _tally(label, len(self.voxels), confidence)
         self.count(label, at, scores.shape[1:], start, shape, image)
+
+    def add_piece(self, piece: Piece, image: torch.Tensor) -> None:
+        """`add` a piece of the scores of a normalised `image` (C, *S), wherever each of them lies."""
+        seen = image[(slice(None), *piece.box)].to(piece.scores.device)
+        self.add(piece.scores.movedim(-1, 0), piece.start, tuple(image.shape[1:]), seen)
 
     def count(
         self,

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
+from machine import machine
 from torch.nn import functional
 
 from medseg.config import DataConfig, PostprocessConfig, PreprocessConfig
@@ -122,15 +121,6 @@ def held_mb() -> float:
     Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in status if line.startswith("VmRSS"))) / 1024
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the figures were measured on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor()
-    return {"processor": processor, "cores": os.cpu_count(), "system": platform.system()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import copy
 import json
 import logging
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor
 
 from medseg.datasets import read_dataset
 from medseg.device import choose_precision
@@ -173,14 +173,6 @@ class _Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage())
-
-
-def processor() -> str:
-    """What the kernel calls the processor, or the machine's type where it does not say."""
-    information = Path("/proc/cpuinfo")
-    lines: Sequence[str] = information.read_text().splitlines() if information.is_file() else ()
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
-import io
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +30,7 @@ import numpy as np
 import SimpleITK
 import torch
 from isal import igzip
+from machine import processor
 from scipy import ndimage
 from torch.nn import functional
 
@@ -188,14 +187,6 @@ def least_seconds(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[s
             task()
             seconds[name].append(time.perf_counter() - start)
     return {name: round(min(all_), 4) for name, all_ in seconds.items()}
-
-
-def processor() -> str:
-    """What the kernel calls the processor, or the machine's type where it does not say."""
-    information = Path("/proc/cpuinfo")
-    lines = io.StringIO(information.read_text() if information.is_file() else "")
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 if __name__ == "__main__":

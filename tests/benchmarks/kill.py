@@ -25,6 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 from medseg.readers import ENDINGS, split_ending
 from medseg.versions import versions
 
@@ -50,7 +52,7 @@ def main() -> int:
         command += ["--device", arguments.device, "-o"]
         result = measure(command, Path(work), arguments)
     result |= {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": machine(),
         "system": platform.platform(),
         "versions": versions("medseg", "torch", "monai", "numpy"),
         "date": date.today().isoformat(),

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +25,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from machine import machine
 from PIL import Image
 from scipy import stats
 
@@ -260,14 +259,6 @@ def agreement(expected: Sequence[float], true: Sequence[float]) -> dict[str, flo
 def rounded(value: float) -> float:
     """Four digits are more than the numbers of cases bear."""
     return round(float(value), 4)
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the figures were measured on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+
+from machine import machine
 
 
 def main() -> None:
@@ -55,15 +55,6 @@ def train(arguments: argparse.Namespace, run: Path) -> Path:
     command += ["--time-budget", f"{arguments.minutes}m", "--device", arguments.device]
     subprocess.run(command, check=True)
     return run
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the figures were measured on."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor()
-    return {"processor": processor, "cores": os.cpu_count(), "system": platform.system()}
 
 
 if __name__ == "__main__":
