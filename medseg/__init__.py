@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from medseg.config import Config, dump_yaml, make_config, read_config, read_labels, settings_from
     from medseg.demo import demo
     from medseg.errors import ConfigError, DataError, GeometryError, MedsegError, ModelError, TrainingError
+    from medseg.evaluate import EvaluateOptions
     from medseg.folder import CaseResult, infer
     from medseg.infer import InferOptions, Segmenter, load_model
     from medseg.inspect import Inspection, inspect_network
@@ -31,6 +32,7 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "DataError": "errors",
+    "EvaluateOptions": "evaluate",
     "Finding": "check",
     "Findings": "check",
     "GeometryError": "errors",
@@ -80,6 +82,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "EvaluateOptions",
     "Finding",
     "Findings",
     "GeometryError",

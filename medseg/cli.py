@@ -333,12 +333,14 @@ def evaluate(
         report = medseg.evaluate(
             predictions,
             references,
-            labels=medseg.read_labels(labels) if labels else None,
+            medseg.EvaluateOptions(
+                labels=medseg.read_labels(labels) if labels else None,
+                surface=surface.value,
+                nsd_tolerance_mm=nsd_tolerance_mm,
+                resample_prediction=resample_prediction,
+                allow_missing=allow_missing,
+            ),
             images=images,
-            nsd_tolerance_mm=nsd_tolerance_mm,
-            surface=surface.value,
-            allow_missing=allow_missing,
-            resample_prediction=resample_prediction,
             jobs=jobs,
             progress=progress,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg.errors import DataError
+from medseg.evaluate import EvaluateOptions
 from medseg.folder import CaseResult, infer
 from medseg.infer import InferOptions
 from medseg.progress import Progress, silent
@@ -46,7 +47,7 @@ def demo(
     options = InferOptions(device=device, overwrite=True)
     results = infer([SAMPLE / "imagesTs"], [run_folder], folder / "masks", options, progress=progress)
     labels = {name: run.config.data.labels[name] for name in run.config.data.foreground}
-    report = evaluate(folder / "masks", SAMPLE / "labelsTs", labels=labels, images=SAMPLE / "imagesTs")
+    report = evaluate(folder / "masks", SAMPLE / "labelsTs", EvaluateOptions(labels=labels), images=SAMPLE / "imagesTs")
     report.save(folder)
     return Demo(folder, run, results, report)
 

@@ -22,6 +22,7 @@ from medseg.config import Config, NetworkConfig, dump_yaml, make_config, overlay
 from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe
 from medseg.errors import ConfigError, DataError
+from medseg.evaluate import EvaluateOptions
 from medseg.fit import STATE, Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
@@ -305,8 +306,7 @@ def _validate(
     data = segmenter.config.data
     report = report_pairs(
         [(c.id, masks.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None],
-        labels={n: data.labels[n] for n in data.foreground},
-        ignore_value=data.ignore_value,
+        EvaluateOptions({n: data.labels[n] for n in data.foreground}, data.ignore_value),
         groups={c.id: c.group for c in cases},
     )
     report.save(out / "report")

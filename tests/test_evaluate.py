@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from medseg.errors import DataError
-from medseg.evaluate import COLUMNS, evaluate_folders
+from medseg.evaluate import COLUMNS, EvaluateOptions, evaluate_folders
 
 OBLIQUE = np.array([[0, -1.6, 0.3, 10], [2.0, 0, 0, -20], [0, 0.4, 2.9, 5], [0, 0, 0, 1]])
 
@@ -96,7 +96,7 @@ def test_names_regions_background_and_ignore_come_from_the_labels(folders):
     prediction = np.array([[[1, 2, 2, 1, 0]]], np.uint8)
     reference = np.array([[[2, 2, 0, 9, 1]]], np.uint8)
     labels = {"background": 0, "whole": (1, 2), "core": 2, "ignore": 9}
-    found = rows(evaluate_folders(*folders({"a": prediction}, {"a": reference}), labels=labels))
+    found = rows(evaluate_folders(*folders({"a": prediction}, {"a": reference}), EvaluateOptions(labels=labels)))
     assert {key: (r["label"], r["tp"], r["fp"], r["fn"]) for key, r in found.items()} == {
         ("a", "whole"): ("1+2", 2, 1, 1),
         ("a", "core"): (2, 1, 1, 1),
@@ -105,7 +105,7 @@ def test_names_regions_background_and_ignore_come_from_the_labels(folders):
 
 def test_the_ignored_value_is_no_label_of_its_own(folders):
     found = evaluate_folders(
-        *folders({"a": SOLID}, {"a": SOLID + block((6, 6, 6), (8, 8, 8), value=9)}), ignore_value=9
+        *folders({"a": SOLID}, {"a": SOLID + block((6, 6, 6), (8, 8, 8), value=9)}), EvaluateOptions(ignore_value=9)
     )
     assert list(found.labels) == ["1"]
 
@@ -122,7 +122,7 @@ def test_missing_predictions_are_refused_by_name(folders):
 
 
 def test_missing_predictions_can_be_reported_apart(folders):
-    found = evaluate_folders(*folders({"a": SOLID}, {"a": SOLID, "b": SOLID}), allow_missing=True)
+    found = evaluate_folders(*folders({"a": SOLID}, {"a": SOLID, "b": SOLID}), EvaluateOptions(allow_missing=True))
     row = rows(found)["b", "1"]
     assert row["status"] == "missing_prediction"
     assert math.isnan(row["dice"])
@@ -184,14 +184,14 @@ def test_a_prediction_on_a_flipped_and_cropped_grid_can_be_resampled(folders):
     flip = np.diag([-1.0, 1, 1, 1])
     flip[0, 3] = SOLID.shape[0] - 1
     nib.save(nib.Nifti1Image(SOLID[::-1, :, :-1], OBLIQUE @ flip), predictions / "a.nii.gz")
-    found = rows(evaluate_folders(predictions, references, resample_prediction=True))["a", "1"]
+    found = rows(evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True)))["a", "1"]
     assert (found["dice"], found["fp"], found["fn"]) == (1, 0, 0)
 
 
 def test_outside_a_resampled_prediction_is_background(folders):
     predictions, references = folders({}, {"a": np.ones_like(SOLID)})
     nib.save(nib.Nifti1Image(np.ones((4, 9, 10), np.uint8), OBLIQUE), predictions / "a.nii.gz")
-    found = rows(evaluate_folders(predictions, references, resample_prediction=True))["a", "1"]
+    found = rows(evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True)))["a", "1"]
     assert (found["tp"], found["fn"]) == (360, 360)
 
 

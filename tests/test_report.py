@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from medseg.errors import DataError
-from medseg.evaluate import COLUMNS, Pair, make_settings
+from medseg.evaluate import COLUMNS, EvaluateOptions, Pair
 from medseg.grid import Grid
 from medseg.report import Report, evaluate, report_pairs
 from medseg.report.figures import MAX_DOTS, contour_pictures, strip, upright
@@ -38,7 +38,9 @@ def report(tmp_path):
             for folder, array in zip(("pred", "ref", "images"), (*arrays, image)):
                 if array is not None:
                     nib.save(nib.Nifti1Image(array, np.diag([1, 2, 3, 1.0])), tmp_path / folder / f"{case}.nii.gz")
-        return evaluate(str(tmp_path / "pred"), tmp_path / "ref", images=tmp_path / "images", **options)
+        return evaluate(
+            str(tmp_path / "pred"), tmp_path / "ref", EvaluateOptions(**options), images=tmp_path / "images"
+        )
 
     return make
 
@@ -242,4 +244,4 @@ def test_a_pair_without_prediction_has_no_pictures(report, tmp_path):
 
 def test_settings_refuse_an_unknown_surface():
     with pytest.raises(DataError, match="surfel or voxel"):
-        make_settings(surface="sphere")
+        EvaluateOptions(surface="sphere")

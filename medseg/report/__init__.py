@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from medseg.evaluate import Evaluation, Failure, Pair, evaluate_folders, evaluate_pairs, make_settings
-from medseg.metrics import Surface, Value
+from medseg.evaluate import EvaluateOptions, Evaluation, Failure, Pair, evaluate_folders, evaluate_pairs
 from medseg.progress import Progress, silent
 from medseg.report.html import fixed, render
 from medseg.writers import atomic_path
@@ -76,20 +75,14 @@ class Report:
 def evaluate(
     predictions: Path | str,
     references: Path | str,
+    options: EvaluateOptions | None = None,
     *,
-    labels: Mapping[str, Value] | None = None,
-    allow_missing: bool = False,
-    resample_prediction: bool = False,
-    ignore_value: int | None = None,
-    surface: Surface = "surfel",
-    nsd_tolerance_mm: float = 1.0,
-    jobs: int = 1,
     images: Path | str | None = None,
+    jobs: int = 1,
     progress: Progress = silent,
 ) -> Report:
     """Compare a folder of predictions (or one file) with one of references, case by case and label by label.
 
-    `labels` maps a name to its value, or to all values of a region; None takes the values found in the references.
     `images` is a folder of the images themselves, for the pictures. Raises `DataError` where predictions are missing
     (unless `allow_missing`) or no case can be evaluated.
     """
@@ -97,14 +90,9 @@ def evaluate(
         evaluate_folders(
             Path(predictions),
             Path(references),
-            labels=labels,
-            allow_missing=allow_missing,
-            resample_prediction=resample_prediction,
-            ignore_value=ignore_value,
-            surface=surface,
-            nsd_tolerance_mm=nsd_tolerance_mm,
-            jobs=jobs,
+            options,
             images=None if images is None else Path(images),
+            jobs=jobs,
             progress=progress,
         )
     )
@@ -112,17 +100,15 @@ def evaluate(
 
 def report_pairs(
     pairs: Iterable[tuple[str, Path | None, Path, Path | None]],
+    options: EvaluateOptions | None = None,
     *,
-    labels: Mapping[str, Value] | None = None,
-    ignore_value: int | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> Report:
     """The report of listed files: (case, prediction or None where it is missing, reference, image or None).
 
     `groups` maps a case to its patient: intervals then resample patients. Raises `DataError` if no case is left.
     """
-    settings = make_settings(labels, ignore_value=ignore_value)
-    return Report(evaluate_pairs([Pair(*pair) for pair in pairs], settings, groups=groups))
+    return Report(evaluate_pairs([Pair(*pair) for pair in pairs], options or EvaluateOptions(), groups=groups))
 
 
 def _text_row(name: str, dice: Mapping[str, Any]) -> tuple[str, str, str, str, str, str, str]:

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from medseg.errors import DataError
-from medseg.evaluate import GRID_TOLERANCE_VOXELS, Evaluation, Pair, read_pair
+from medseg.evaluate import Evaluation
+from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_pair
 from medseg.grid import Grid
 from medseg.metrics import Labels, Value, judged
 from medseg.readers import is_picture, read_image
@@ -86,11 +87,11 @@ def contour_pictures(pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
     """
     if pair.prediction is None:
         return ()
-    settings = evaluation.settings
+    options = evaluation.options
     prediction, reference, grid = read_pair(
-        pair.prediction, pair.reference, resample_prediction=settings.resample_prediction
+        pair.prediction, pair.reference, resample_prediction=options.resample_prediction
     )
-    maps = judged(prediction, reference, list(evaluation.labels.values()), ignore_value=settings.ignore_value)
+    maps = judged(prediction, reference, list(evaluation.labels.values()), ignore_value=options.ignore_value)
     layers = [*maps, *_image_layer(pair, grid)]
     scenes = (
         _scenes_2d(layers, grid, is_picture(pair.reference)) if grid.spatial_dims == 2 else _scenes_3d(layers, grid)

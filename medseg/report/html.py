@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from medseg.errors import DataError
-from medseg.evaluate import METRICS, Evaluation
+from medseg.evaluate import Evaluation
+from medseg.evaluate.summary import METRICS
 from medseg.readers import is_picture
 from medseg.report.figures import MAX_DOTS, Dot, Picture, contour_pictures, place, strip
 
