@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from medseg.statistics import summarise
+from medseg.statistics import summarise, summarise_all
 
 
 def test_mean_spread_and_quartiles_by_hand():
@@ -79,3 +80,50 @@ def test_groups_of_equal_sums_fall_back_to_a_finite_interval():
 def test_as_many_groups_as_values():
     with pytest.raises(ValueError, match="3 values with 2 groups"):
         summarise([1, 2, 3], groups=["a", "b"])
+
+
+def test_the_mean_of_equal_values_is_that_value():
+    # six times 0.7 sum up to 4.2 and a little
+    found = summarise([0.7] * 6)
+    assert (found.mean, found.sd) == (0.7, 0)
+
+
+def test_infinite_values_alone_have_no_mean_and_no_interval():
+    found = summarise([math.inf] * 5)
+    assert (found.mean, found.ci95, found.median, found.n, found.n_finite) == (None, None, math.inf, 5, 0)
+
+
+def test_nan_alone_is_nothing():
+    assert summarise([math.nan] * 4) == summarise([])
+
+
+def test_an_interval_is_of_the_finite_values():
+    assert summarise([1, 2, 4, 8, math.inf]).ci95 == summarise([1, 2, 4, 8]).ci95
+
+
+def test_two_patients_have_no_interval_however_many_scans():
+    assert summarise([0.5, 0.6, 0.7, 0.8], groups=["a", "a", "b", "b"]).ci95 is None
+
+
+@pytest.mark.parametrize("n", [12, 40, 1500])
+def test_the_interval_is_that_of_scipy(n):
+    # 1500 are drawn in blocks; with fewer than 12, draws of every unit once are frequent: scipy rounds these apart
+    values = np.random.default_rng(n).gamma(2, 1, n)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="BCa", batch=100, random_state=np.random.default_rng(11)
+    ).confidence_interval
+    assert summarise(values, seed=11).ci95 == pytest.approx((expected.low, expected.high))
+
+
+def test_many_lists_at_once_are_summarised_as_one_by_one():
+    rng = np.random.default_rng(2)
+    lists = [rng.uniform(size=12) for _ in range(3)] + [
+        np.full(12, 0.5),
+        np.r_[rng.uniform(size=10), math.nan, math.inf],
+    ]
+    groups = list("aabbccddeeff")
+    # sums over several columns at a time are rounded otherwise
+    for found, values in zip(summarise_all(lists, groups=groups), lists):
+        alone = summarise(values, groups=groups)
+        assert found.ci95 == pytest.approx(alone.ci95)
+        assert (found.mean, found.sd, found.n, found.n_finite) == (alone.mean, alone.sd, alone.n, alone.n_finite)
