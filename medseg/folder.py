@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from medseg.progress import Pace, Progress, silent
 from medseg.readers import file_sha256
 from medseg.record import CaseResult, Record, open_record
 from medseg.writers import held_room, is_disk_full, label_ending, remove_stale_temporaries, write_label
+from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
 
 __all__ = ["CaseResult", "infer", "segment_cases"]
 
@@ -48,6 +49,9 @@ def infer(
     progress: Progress = silent,
 ) -> tuple[CaseResult, ...]:
     """Segment files and folders into `out`/CASE.nii.gz (pictures: .png), and write `out`/run.json.
+
+    With `save_probabilities` those of a case go into `out`/probabilities/CASE.nii.gz, of pictures too; a case is only
+    skipped where they are as they were written.
 
     A case that fails costs no other; masks that the same models and options made of the same input, and that are still
     as they were written, are skipped. A full disk stops the run: the cases that it did not reach are `not_done`. Raises
@@ -86,17 +90,24 @@ def segment_cases(
     if len(formats) > 1:
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
     sources = {path.resolve() for case in cases for path in case.images}
+    probabilities = probabilities_path(folder, "").parent
     for case in cases:
         if _output(folder, case).resolve() in sources:
             raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
+        if segmenter.options.save_probabilities and probabilities.resolve() in {
+            p.parent.resolve() for p in case.images
+        }:
+            raise ConfigError(f"{probabilities}: images to segment are there; choose another -o, or move them")
     if folder.resolve() in {path.parent.resolve() for case in cases for path in case.images if os.path.isfile(path)}:
         raise ConfigError(f"{folder}: images to segment are there, among which masks would be lost; choose another -o")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made ({error.strerror}); choose another -o") from error
+    for made in (folder, probabilities) if segmenter.options.save_probabilities else (folder,):
+        try:
+            made.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{made}: cannot be made ({error.strerror}); choose another -o") from error
     try:
         removed = remove_stale_temporaries(folder)
+        removed += remove_stale_temporaries(probabilities) if probabilities.is_dir() else []
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
@@ -130,6 +141,7 @@ class _Labelled:
     seconds: dict[str, float]
     found: Segmented
     peak_memory_mb: float | None
+    probabilities: ProbabilityStore | None
 
 
 class _Dropped(BaseException):
@@ -153,6 +165,7 @@ class _Run:
         forget_peak: bool,
     ) -> None:
         self.interrupted = False
+        self._saves_probabilities = segmenters[0].options.save_probabilities
         self._segmenters, self._cases, self._folder, self._record = segmenters, cases, folder, record
         self._stopping = threading.Event()
         self._full = False
@@ -312,7 +325,8 @@ class _Run:
         with timed(seconds, "hash"):
             inputs = {str(p): file_sha256(p) for p in case.images}
             if not self._segmenters[0].options.overwrite:
-                earlier = self._record.finished(case.id, _output(self._folder, case), inputs)
+                probabilities = probabilities_path(self._folder, case.id) if self._saves_probabilities else None
+                earlier = self._record.finished(case.id, _output(self._folder, case), inputs, probabilities)
                 if earlier is not None:
                     self._events.put(replace(earlier, status="skipped", inputs=inputs))
                     return None
@@ -340,12 +354,20 @@ class _Run:
 
         tick(0.0)
         self._memory.begin()
-        found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick)
-        return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end())
+        if not self._saves_probabilities:
+            found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick)
+            return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end(), None)
+        folder = probabilities_path(self._folder, read.case.id).parent
+        with ExitStack() as kept:
+            store = kept.enter_context(ProbabilityStore(folder, read.prepared.source.shape, segmenter.channels))
+            found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick, keep=store)
+            # the writer closes it
+            kept.pop_all()
+        return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end(), store)
 
     def _write(self) -> None:
         for labelled in iter(self._labelled.get, None):
-            with self._kept_apart(labelled.case, labelled.seconds):
+            with self._kept_apart(labelled.case, labelled.seconds), labelled.probabilities or nullcontext():
                 self._write_one(labelled)
             self._behind.release()
             del labelled
@@ -354,7 +376,13 @@ class _Run:
         if self._full:
             raise _Dropped
         case, found, output = labelled.case, labelled.found, _output(self._folder, labelled.case)
+        path, probabilities = probabilities_path(self._folder, case.id), None
+        stale: tuple[str, ...] = ()
+        if labelled.probabilities is None and path.exists():
+            stale = (f"{path.parent.name}/{path.name} is of an earlier mask: do not use it",)
         with timed(labelled.seconds, "write"):
+            if labelled.probabilities is not None:
+                probabilities = file_sha256(write_probabilities(path, labelled.probabilities, case.images[0]))
             write_label(output, found.labels, like=case.images[0], names=self._segmenters[0].label_names)
         result = CaseResult(
             case.id,
@@ -364,8 +392,9 @@ class _Run:
             peak_memory_mb=labelled.peak_memory_mb,
             inputs=labelled.inputs,
             output_sha256=file_sha256(output),
+            probabilities_sha256=probabilities,
             quality=dict(found.quality),
-            warnings=tuple(found.warnings),
+            warnings=(*found.warnings, *stale),
             look=found.look,
         )
         self._events.put(result)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from medseg.body import air_of
 from medseg.cases import Case
-from medseg.config import Config, DataConfig, WindowsConfig, overlay
+from medseg.config import BACKGROUND, Config, DataConfig, WindowsConfig, overlay
 from medseg.device import (
     choose_device,
     choose_precision,
@@ -30,7 +30,8 @@ from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
-from medseg.restore import Piece, Restorer, decision_of, restore
+from medseg.readers.probabilities import Channels
+from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,9 @@ class InferOptions:
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
     axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those that helped when training
-    ended. `devices`: cases are dealt to these, in place of `device`. `settings` are laid over the model's: sections
-    network (`output_stride`, with the weights as they are), windows and postprocess.
+    ended. `devices`: cases are dealt to these, in place of `device`. `save_probabilities`: for folders of cases, write
+    them beside the masks. `settings` are laid over the model's: sections network (`output_stride`, with the weights as
+    they are), windows and postprocess.
     """
 
     device: str = "auto"
@@ -64,6 +66,7 @@ class InferOptions:
     overlap: float | None = None
     shard: tuple[int, int] = (1, 1)
     overwrite: bool = False
+    save_probabilities: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -125,22 +128,34 @@ class Segmenter:
         """Read a case and bring it to the network's grid; may run in another thread. Raises `DataError`."""
         return prepare(case, self.config.preprocess, self.config.data, with_label=False)
 
+    @property
+    def channels(self) -> Channels:
+        """What the channels of the scores stand for."""
+        return channels_of(self.config.data)
+
     def segment_prepared(
-        self, prepared: Prepared, seconds: dict[str, float] | None = None, *, tick: Callable[[float], None] = no_tick
+        self,
+        prepared: Prepared,
+        seconds: dict[str, float] | None = None,
+        *,
+        tick: Callable[[float], None] = no_tick,
+        keep: Keeper | None = None,
     ) -> Segmented:
         """Label map of a prepared case on the grid of its file.
 
         `seconds` takes the time by stage. `tick` is called between two batches of windows with the share of the case
-        that is done, 0–1; what it raises drops the case.
+        that is done, 0–1; what it raises drops the case. `keep` gets the probabilities, as they are before components
+        are cleaned; after a random field, where there is one.
         """
         seconds = {} if seconds is None else seconds
         decision, evidence = decision_of(self.config.data), Evidence(self.config.data)
         pieces = self._pieces(prepared, evidence, seconds, tick)
         if self.config.postprocess.crf:
-            labels = restore(self._refined(pieces, prepared, seconds), prepared.grid, prepared.source, decision)
+            refined = self._refined(pieces, prepared, seconds)
+            labels = restore(refined, prepared.grid, prepared.source, decision, keep=keep)
         else:
             order = stream_order(self.config.windows, prepared.grid.shape)
-            restorer = Restorer(prepared.grid, prepared.source, decision, order=order)
+            restorer = Restorer(prepared.grid, prepared.source, decision, order=order, keep=keep)
             for piece in pieces:
                 with timed(seconds, "restore"):
                     restorer.add(piece)
@@ -204,6 +219,14 @@ class Segmenter:
                 spacing_mm=prepared.grid.spacing_mm,
                 regions=self.config.data.is_regions,
             ).cpu()
+
+
+def channels_of(data: DataConfig) -> Channels:
+    """What the channels of a network for `data` stand for in its label files."""
+    if data.is_regions:
+        values = [data.labels[name] for name in data.foreground]
+        return Channels(data.foreground, tuple(v if isinstance(v, tuple) else (v,) for v in values), regions=True)
+    return Channels((BACKGROUND, *data.foreground), data.out_values)
 
 
 def read_quality(model: Model) -> QualityModel | None:

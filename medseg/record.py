@@ -46,8 +46,8 @@ class CaseResult:
     in the network. `reason`: why it failed, or what stopped the run. `seconds` by stage. `peak_memory_mb`: the most
     that the process held while the case was in the network and its neighbours were read and written; where Linux does
     not let that be measured, or several devices share the process, the most since it began (run.json says which under
-    `peak_memory_of`). `inputs`: SHA-256 by file. `quality`: the expected Dice of each label; `look`: whether
-    somebody should look at the mask.
+    `peak_memory_of`). `inputs`: SHA-256 by file. `probabilities_sha256`: None where they were not asked for.
+    `quality`: the expected Dice of each label; `look`: whether somebody should look at the mask.
     """
 
     case: str
@@ -58,6 +58,7 @@ class CaseResult:
     peak_memory_mb: float | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     output_sha256: str | None = None
+    probabilities_sha256: str | None = None
     quality: Mapping[str, Expected] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     look: bool = False
@@ -71,6 +72,11 @@ class CaseResult:
         if self.status not in ("done", "skipped") or list(self.inputs.values()) != list(inputs.values()):
             return False
         return output.is_file() and file_sha256(output) == self.output_sha256
+
+    def has_probabilities(self, path: Path) -> bool:
+        """Whether `path` holds the bytes of the probabilities that were written with the mask."""
+        known = self.probabilities_sha256
+        return known is not None and path.is_file() and file_sha256(path) == known
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,15 @@ class Record:
     own: Mapping[str, CaseResult]
     earlier: Mapping[str, Sequence[CaseResult]]
 
-    def finished(self, case: str, output: Path, inputs: Mapping[str, str]) -> CaseResult | None:
-        """The earlier result of a case whose mask is still there, byte for byte, and made of the same input bytes."""
-        return next((r for r in self.earlier.get(case, ()) if r.is_whole(output, inputs)), None)
+    def finished(
+        self, case: str, output: Path, inputs: Mapping[str, str], probabilities: Path | None = None
+    ) -> CaseResult | None:
+        """The earlier result of a case whose mask is still there, byte for byte, and made of the same input bytes.
+
+        `probabilities`: a file of them that has to be there too.
+        """
+        known = [r for r in self.earlier.get(case, ()) if r.is_whole(output, inputs)]
+        return next((r for r in known if probabilities is None or r.has_probabilities(probabilities)), None)
 
     def growth(self, cases: int) -> int:
         """Bytes that the next records may take, which are written beside the one that is there: whole or not at all."""

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from medseg.config import DataConfig
 from medseg.device import is_out_of_memory, release_memory
 from medseg.errors import GeometryError
 from medseg.grid import Array, AxisMap, Grid, apply_weights, axis_maps, axis_weights
+from medseg.readers.probabilities import STEPS
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,16 @@ class Decision(Protocol):
 
     def decide(self, scores: torch.Tensor, channels: Sequence[int]) -> torch.Tensor:
         """Labels (…) of `scores` (…, k), those of the `channels` alone."""
+
+    def settle(self, steps: torch.Tensor, channels: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
+        """`steps` (…, k) int32 of the `channels` that, rounded as they are, still say `labels` (…)."""
+
+
+class Keeper(Protocol):
+    """Keeps the scores on the file's grid, for whom labels are not enough."""
+
+    def add(self, channel: int, box: tuple[slice, ...], steps: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
+        """Keep a box of a channel, in steps of 1/65535; a box may come again."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,16 @@ class Strongest(_Valued):
         lookup = torch.tensor(values, dtype=torch.int32, device=scores.device)
         return lookup[scores.argmax(dim=-1)].to(self.dtype)
 
+    def settle(self, steps: torch.Tensor, channels: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
+        """Where rounding made scores equal and another is the first of them, that of the label gets a step more."""
+        place = torch.zeros(max(self.values) + 1, dtype=torch.int64, device=steps.device)
+        place[[self.values[c] for c in channels]] = torch.arange(len(channels), device=steps.device)
+        wanted = place[labels.to(torch.int64).to(steps.device)]
+        first = steps.argmax(dim=-1)
+        other = first != wanted
+        steps[other, wanted[other]] = steps[other].amax(dim=-1) + (first < wanted)[other].to(steps.dtype)
+        return steps
+
 
 @dataclass(frozen=True)
 class Regions(_Valued):
@@ -126,6 +147,10 @@ class Regions(_Valued):
             labels[scores[..., number] > 0.5] = self.values[channel]
         return labels.to(self.dtype)
 
+    def settle(self, steps: torch.Tensor, channels: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
+        """As they are: one half is rounded down, so what is above it stays above."""
+        return steps
+
 
 def decision_of(data: DataConfig) -> Strongest | Regions:
     """How the scores of a network for `data` become values in a file."""
@@ -136,13 +161,15 @@ class Restorer:
     """Labels on `to_grid` from pieces of scores on `from_grid`, which come in any order of axes, each axis ascending.
 
     `order`: the axes of `from_grid` from the slowest to the fastest in which the pieces come; the pieces are those of
-    a partition of every axis. Voxels of `to_grid` outside `from_grid` (it was cropped) are 0. Raises `GeometryError` if
-    the grids are oblique to each other.
+    a partition of every axis. Voxels of `to_grid` outside `from_grid` (it was cropped) are 0. `keep` gets the scores
+    inside it too. Raises `GeometryError` if the grids are oblique to each other.
     """
 
-    def __init__(self, from_grid: Grid, to_grid: Grid, decision: Decision, *, order: Sequence[int]) -> None:
+    def __init__(
+        self, from_grid: Grid, to_grid: Grid, decision: Decision, *, order: Sequence[int], keep: Keeper | None = None
+    ) -> None:
         maps = axis_maps(from_grid, to_grid)
-        self._decision = decision
+        self._decision, self._keep = decision, keep
         self._order = tuple(order)
         self._axes = [
             _Axis.of(m, from_grid.shape[m.source], to_grid.shape[t]) for t, m in sorted(enumerate(maps), key=_source)
@@ -151,7 +178,8 @@ class Restorer:
         self._edge = BLOCK
         self.labels = torch.zeros(to_grid.shape, dtype=decision.dtype)
         # the same memory with its axes in the order of from_grid
-        self._turned = self.labels.permute([t for t, _ in sorted(enumerate(maps), key=_source)])
+        self._targets = [t for t, _ in sorted(enumerate(maps), key=_source)]
+        self._turned = self.labels.permute(self._targets)
 
     @torch.inference_mode()
     def add(self, piece: Piece) -> None:
@@ -175,7 +203,10 @@ class Restorer:
         # an earlier block may have shown that those of this size do not fit
         if edge == self._edge:
             try:
-                self._turned[block] = self._labels(scores, start, block).cpu()
+                labels = self._labels(scores, start, block)
+                self._turned[block] = labels.cpu()
+                if self._keep is not None:
+                    self._keep_scores(self._keep, scores, start, block)
                 return
             except RuntimeError as error:
                 if not is_out_of_memory(error) or edge <= SMALLEST_BLOCK:
@@ -186,17 +217,42 @@ class Restorer:
         self._decide_all(scores, start, [range(b.start, b.stop) for b in block])
 
     def _labels(self, scores: torch.Tensor, start: Sequence[int], block: tuple[slice, ...]) -> torch.Tensor:
-        sources = [axis.needed(b) for axis, b in zip(self._axes, block)]
-        around = scores[tuple(slice(s.start - a, s.stop - a) for s, a in zip(sources, start))]
+        around, sources = self._around(scores, start, block)
         channels = self._decision.candidates(around)
         constant = self._decision.constant(channels)
         if constant is not None:
             return torch.tensor(constant, dtype=self._decision.dtype)
+        return self._decision.decide(self._interpolated(around, channels, block, sources), channels)
+
+    def _keep_scores(self, keep: Keeper, scores: torch.Tensor, start: Sequence[int], block: tuple[slice, ...]) -> None:
+        around, sources = self._around(scores, start, block)
+        highest = around.flatten(0, -2).amax(dim=0).tolist()
+        # the others are 0 in steps; the first is background, which is not 0 unless it is told
+        channels = [k for k, score in enumerate(highest) if k == 0 or score * STEPS > 0.5]
+        exact = self._interpolated(around, channels, block, sources)
+        steps = (exact.float() * STEPS - 0.5).ceil().clamp(0, STEPS).to(torch.int32)
+        steps = self._decision.settle(steps, channels, self._turned[block]).cpu()
+        box = tuple(block[self._targets.index(t)] for t in range(len(block)))
+        turned = steps.permute(-1, *(self._targets.index(t) for t in range(len(block)))).numpy().astype(np.uint16)
+        for channel, values in zip(channels, turned):
+            keep.add(channel, box, values)
+
+    def _around(
+        self, scores: torch.Tensor, start: Sequence[int], block: tuple[slice, ...]
+    ) -> tuple[torch.Tensor, list[slice]]:
+        """The scores that the voxels of `block` read, and where these are."""
+        sources = [axis.needed(b) for axis, b in zip(self._axes, block)]
+        return scores[tuple(slice(s.start - a, s.stop - a) for s, a in zip(sources, start))], sources
+
+    def _interpolated(
+        self, around: torch.Tensor, channels: Sequence[int], block: tuple[slice, ...], sources: Sequence[slice]
+    ) -> torch.Tensor:
+        """Scores (*block, k) of the `channels`."""
         if len(channels) < around.shape[-1]:
             around = around[..., list(channels)]
         for number, (axis, b, s) in enumerate(zip(self._axes, block, sources)):
             around = apply_weights(around, axis.weights[b, s], number)
-        return self._decision.decide(around, channels)
+        return around
 
     def _with_margin(self, piece: Piece) -> tuple[torch.Tensor, tuple[int, ...]]:
         """The scores of a piece and of the voxels before it that interpolation reaches, and where they start."""
@@ -220,12 +276,14 @@ class Restorer:
         return scores, tuple(start)
 
 
-def restore(scores: torch.Tensor, from_grid: Grid, to_grid: Grid, decision: Decision) -> torch.Tensor:
+def restore(
+    scores: torch.Tensor, from_grid: Grid, to_grid: Grid, decision: Decision, *, keep: Keeper | None = None
+) -> torch.Tensor:
     """Labels on `to_grid` from `scores` (K, *from_grid.shape). Raises `GeometryError` as `Restorer` does."""
     if tuple(scores.shape[1:]) != from_grid.shape:
         raise GeometryError(f"scores of shape {tuple(scores.shape[1:])} on a grid of {from_grid.shape}")
     dims = from_grid.spatial_dims
-    restorer = Restorer(from_grid, to_grid, decision, order=range(dims))
+    restorer = Restorer(from_grid, to_grid, decision, order=range(dims), keep=keep)
     restorer.add(Piece((0,) * dims, scores.float().movedim(0, -1)))
     return restorer.labels
 

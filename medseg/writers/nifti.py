@@ -1,9 +1,9 @@
-"""Label maps as NIfTI with the placing of another file; names and renaming are the package's."""
+"""Label maps and probabilities as NIfTI with the placing of another file; names and renaming are the package's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,22 +23,37 @@ MAX_NIFTI1_AXIS = 32767
 
 def write(path: Path, array: npt.NDArray[Any], geometry: Geometry, names: Mapping[int, str]) -> None:
     """Writes `array`, uint8 or uint16, to `path`, zipped where the ending says so. Same input, same bytes."""
-    header = _header(array, geometry, names)
+    labels = {"labels": {str(value): names[value] for value in sorted(names)}}
+    header = _header(array.dtype, geometry, json.dumps(labels, ensure_ascii=False))
+    # planes at a time: no second copy of a large mask; the last axis is the slowest of the file
+    volume: npt.NDArray[Any] = array.reshape(array.shape + (1,) * (3 - array.ndim))
+    _write(path, header, (volume[:, :, k : k + TILE[1]] for k in range(0, volume.shape[2], TILE[1])))
+
+
+def write_channels(
+    path: Path, planes: Iterable[npt.NDArray[Any]], geometry: Geometry, comment: str, channels: int, slope: float
+) -> None:
+    """Writes uint16 `planes` (*S), all of a channel and then of the next, as a file (I, J, K, channels) scaled by
+    `slope`, with `comment` in its header. Zipped where the ending says so; same input, same bytes."""
+    header = _header(np.dtype(np.uint16), geometry, comment, channels=channels)
+    header["scl_slope"], header["scl_inter"] = slope, 0
+    _write(path, header, (p.reshape(p.shape + (1,) * (3 - p.ndim), order="F") for p in planes))
+
+
+def _write(path: Path, header: Any, planes: Iterable[npt.NDArray[Any]]) -> None:
     with path.open("wb") as raw:
         if path.name.endswith(".gz"):
             with igzip.IGzipFile(filename="", mode="wb", compresslevel=IGZIP_LEVEL, fileobj=raw, mtime=0) as file:
-                _write(file, header, array)
+                _write_to(file, header, planes)
         else:
-            _write(raw, header, array)
+            _write_to(raw, header, planes)
 
 
-def _write(file: BinaryIO, header: Any, array: npt.NDArray[Any]) -> None:
+def _write_to(file: BinaryIO, header: Any, planes: Iterable[npt.NDArray[Any]]) -> None:
     header.write_to(file)
     file.write(b"\0" * (int(header["vox_offset"]) - file.tell()))
-    # planes at a time: no second copy of a large mask; the last axis is the slowest of the file
-    volume: npt.NDArray[Any] = array.reshape(array.shape + (1,) * (3 - array.ndim))
-    for k in range(0, volume.shape[2], TILE[1]):
-        file.write(_in_file_order(volume[:, :, k : k + TILE[1]]))
+    for some in planes:
+        file.write(_in_file_order(some))
 
 
 def _in_file_order(planes: npt.NDArray[Any]) -> bytes:
@@ -52,28 +67,27 @@ def _in_file_order(planes: npt.NDArray[Any]) -> bytes:
     return turned.tobytes()
 
 
-def _header(array: npt.NDArray[Any], geometry: Geometry, names: Mapping[int, str]) -> Any:
+def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str, *, channels: int | None = None) -> Any:
     import nibabel as nib
 
     kept = geometry.header
-    shape = kept.shape if kept is not None else array.shape
+    space = kept.shape if kept is not None else geometry.grid.shape
+    shape = space if channels is None else (*space, *(1,) * (3 - len(space)), channels)
     kind = nib.Nifti2Header if max(shape) > MAX_NIFTI1_AXIS else nib.Nifti1Header
     header = kind(endianness="<")
-    header.set_data_dtype(array.dtype.newbyteorder("<"))
+    header.set_data_dtype(dtype.newbyteorder("<"))
     header.set_data_shape(shape)
     if kept is not None:
         for name, value in kept.fields.items():
             header[name] = value
         # a channel or time axis of the input is not in the mask
-        header["pixdim"][len(shape) + 1 :] = 1
+        header["pixdim"][len(space) + 1 :] = 1
     else:
         _place(header, geometry)
     header["scl_slope"], header["scl_inter"] = np.nan, np.nan
     header["cal_max"] = 0
     header["descrip"] = b"medseg"
-    labels = {"labels": {str(value): names[value] for value in sorted(names)}}
-    text = json.dumps(labels, ensure_ascii=False)
-    header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT_CODE, text.encode()))
+    header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT_CODE, comment.encode()))
     header["vox_offset"] = header.single_vox_offset + header.extensions.get_sizeondisk()
     return header
 
