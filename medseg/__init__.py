@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medseg.cases import fold_split
     from medseg.check import Finding, Findings, check_dataset
+    from medseg.compare import Comparison, compare
     from medseg.config import Config, dump_yaml, make_config, read_config, read_labels, settings_from
     from medseg.demo import demo
     from medseg.errors import ConfigError, DataError, GeometryError, MedsegError, ModelError, TrainingError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CaseResult": "folder",
+    "Comparison": "compare",
     "Config": "config",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -53,6 +55,7 @@ _HOME = {
     "build_network": "networks",
     "check_dataset": "check",
     "check_settings": "networks",
+    "compare": "compare",
     "default_config": "networks",
     "demo": "demo",
     "dump_yaml": "config",
@@ -79,6 +82,7 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [
     "CaseResult",
+    "Comparison",
     "Config",
     "ConfigError",
     "DataError",
@@ -104,6 +108,7 @@ __all__ = [
     "build_network",
     "check_dataset",
     "check_settings",
+    "compare",
     "default_config",
     "demo",
     "dump_yaml",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -242,6 +243,13 @@ def infer(
         ),
     ] = "1/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    save_probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--save-probabilities",
+            help="Also write OUT/probabilities/CASE.nii.gz: (I, J, K, channels), 16 bits a voxel, background first.",
+        ),
+    ] = False,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -285,6 +293,7 @@ def infer(
         overlap=overlap,
         shard=_shard(shard),
         overwrite=overwrite,
+        save_probabilities=save_probabilities,
         settings=_settings(settings),
     )
     with shown_progress() as progress:
@@ -314,39 +323,120 @@ def evaluate(
     labels: Annotated[
         Path | None, typer.Option(metavar="FILE|RUN", help="Names of the labels: run folder, dataset.json or YAML.")
     ] = None,
+    ignore_label: Annotated[
+        int | None, typer.Option(metavar="VALUE", help="Leave out voxels where the reference has this value.", min=0)
+    ] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Images to draw the contours on.")] = None,
-    nsd_tolerance_mm: Annotated[float, typer.Option(help="Tolerance of the surface Dice in mm.", min=0)] = 1.0,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Subgroups: a column `case`, others such as site or age. Columns of few texts are taken as they are, "
+            "ages by decade, other numbers by quartile.",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the metadata that names patients: they, not scans, are the unit of the statistics. Left "
+            "out: one called group, patient, subject, patient_id or subject_id.",
+        ),
+    ] = None,
+    nsd_tolerance_mm: Annotated[
+        str,
+        typer.Option(
+            metavar="T|NAME=T,...",
+            help="Tolerance of the surface Dice in mm; by label, as in 1,liver=2 (1 for all but the liver).",
+        ),
+    ] = "1",
     surface: Annotated[Surface, typer.Option(help="How surfaces are measured.")] = Surface.surfel,
+    extra: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="More measures: boundary-iou, cldice (of vessels and other lines)."),
+    ] = None,
+    lesions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Judge lesions one by one (lesions.csv). default: any overlap finds one; panoptic: IoU above 0.5; "
+            "brats2023, brats2023_men, brats2023_met: as the challenge.",
+        ),
+    ] = None,
+    probabilities: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Calibration from what infer --save-probabilities wrote, or nnU-Net's .npz."),
+    ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Report missing predictions instead of refusing.")
     ] = False,
     resample_prediction: Annotated[
-        bool, typer.Option("--resample-prediction", help="Bring predictions to the reference's grid.")
+        bool,
+        typer.Option(
+            "--resample-prediction",
+            help="Bring predictions to the grid of the reference (nearest neighbour); the report names them.",
+        ),
     ] = False,
-    jobs: Annotated[int, typer.Option(help="Cases at a time.", min=1)] = 1,
+    nnunet_summary: Annotated[
+        bool, typer.Option("--nnunet-summary", help="Write nnunet_summary.json too, in the form of nnU-Net v2.")
+    ] = False,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Write report.pdf too.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Cases at a time. Left out: one per core, 16 at most, fewer where memory is short.", min=1),
+    ] = None,
     device: AnyDevice = "auto",
     verbose: Verbose = False,
 ) -> None:
-    """Compare masks with references: Dice, distances, volumes, as CSV, JSON and one HTML page."""
+    """Compare masks with references: Dice, distances, volumes, as CSV, JSON and one HTML page.
+
+    A mask belongs to the reference of the same name, whatever their endings: a.nii.gz to a.nrrd. Hidden files, files
+    that are no images and folders are passed over; a name that comes twice, a file that cannot be read or a mask on
+    another grid costs only its case. Predictions without a reference are left out and named.
+    """
     _log(verbose)
+    options = medseg.EvaluateOptions(
+        labels=medseg.read_labels(labels) if labels else None,
+        ignore_value=ignore_label,
+        surface=surface.value,
+        nsd_tolerance_mm=_tolerances(nsd_tolerance_mm),
+        resample_prediction=resample_prediction,
+        allow_missing=allow_missing,
+        extra=tuple(name.strip().replace("-", "_") for name in extra.split(",")) if extra is not None else (),
+        lesions=lesions,
+        probabilities=probabilities,
+        group=group,
+        jobs=jobs,
+    )
     with shown_progress() as progress:
-        report = medseg.evaluate(
-            predictions,
-            references,
-            medseg.EvaluateOptions(
-                labels=medseg.read_labels(labels) if labels else None,
-                surface=surface.value,
-                nsd_tolerance_mm=nsd_tolerance_mm,
-                resample_prediction=resample_prediction,
-                allow_missing=allow_missing,
-            ),
-            images=images,
-            jobs=jobs,
-            progress=progress,
-        )
-        report.save(output)
+        report = medseg.evaluate(predictions, references, options, images=images, metadata=metadata, progress=progress)
+        report.save(output, nnunet_summary=nnunet_summary, pdf=pdf)
     _print_report(report)
     _finish(f"Report: {output / 'report.html'}", _failed((), report))
+
+
+@app.command(epilog="Example: medseg compare ours=runs/a/report theirs=runs/b/report -o comparison/")
+def compare(
+    reports: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REPORT...",
+            help="Two or more report folders, or summaries of nnU-Net; NAME=FOLDER names the method.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
+    device: AnyDevice = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Compare methods on the same cases: paired tests, differences with intervals, a ranking, one HTML page."""
+    _log(verbose)
+    with shown_progress() as progress:
+        comparison = medseg.compare(reports, progress=progress)
+        comparison.save(output)
+    out.print(comparison.text_table(), markup=False)
+    for finding in comparison.findings:
+        out.print(finding, markup=False)
+    _finish(f"Comparison: {output / 'compare.html'}")
 
 
 @app.command(epilog="Example: medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png")
@@ -515,6 +605,25 @@ def _window(text: str) -> Any:
     voxels = tuple(int(part) for part in parts)
     # a picture is (rows, columns) inside as well
     return voxels[::-1] if len(voxels) == 3 else voxels
+
+
+def _tolerances(text: str) -> Any:
+    """One number, or numbers by label name in which `*` stands for the labels that are not named."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        name = name.strip() or "*"
+        try:
+            tolerance = float(number)
+        except ValueError:
+            tolerance = math.nan
+        # NaN is below nothing
+        if not 0 <= tolerance < math.inf or name in found:
+            raise medseg.ConfigError(
+                f"--nsd-tolerance-mm {text}: expected mm of 0 or more, such as 1 or 1,liver=2 (each label once)"
+            )
+        found[name] = tolerance
+    return found["*"] if list(found) == ["*"] else found
 
 
 def _devices(text: str | None) -> tuple[str, ...]:

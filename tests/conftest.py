@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image as Picture
+
+if TYPE_CHECKING:
+    from browser import Visiting
+    from playwright.sync_api import Browser
 
 MakeDataset = Callable[..., Path]
 
@@ -86,6 +91,33 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = tiny_config(preprocess={"spacing_mm": [1.25, 1.5, 2.0]})
     return tiny_model(tmp_path_factory.mktemp("other"), config, seed=1)
+
+
+# one browser per file of tests: while Playwright runs, its thread counts as inside an event loop, and a test elsewhere
+# could not start one
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A browser. Skips where there is none; fails there in continuous integration, which must not skip in silence."""
+    from browser import EXECUTABLES, find_chromium, launch
+
+    executable = find_chromium()
+    if executable is None:
+        reason = f"no Chromium on the path ({', '.join(EXECUTABLES)}); install Debian's package `chromium`"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with launch(executable) as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Visiting]:
+    """Opens a file: `visit(path, width=1280, dark=False)`. Every page is closed after the test."""
+    from browser import Visits
+
+    visits = Visits(chromium)
+    yield visits.open
+    visits.close()
 
 
 def _make_dataset(

@@ -16,7 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "check plan model pretrained statistics",
         "engines windows postprocess evaluate",
         "infer inspect quality report export",
-        "folder record calibrate",
+        "folder record calibrate compare",
         "fit train",
         "demo",
         "__init__",

@@ -41,7 +41,8 @@ OPTIONS = {
     ),
     "evaluate": (
         *("PREDICTIONS", "REFERENCES", "--output", "--labels", "--nsd-tolerance-mm", "--surface", "--allow-missing"),
-        *("--resample-prediction", "--jobs"),
+        *("--resample-prediction", "--jobs", "--metadata", "--group", "--ignore-label", "--extra", "--lesions"),
+        *("--probabilities", "--nnunet-summary", "--pdf"),
     ),
 }
 
@@ -885,7 +886,9 @@ def folders(tiny_run, tmp_path: Path) -> tuple[Path, Path]:
 def test_evaluate_writes_a_report(cli: Medseg, tiny_run, folders, tmp_path: Path) -> None:
     shown = cli("evaluate", *folders, "-o", tmp_path / "report", "--labels", tiny_run.folder)
     assert shown.code == 0
-    assert _files(tmp_path / "report") == ["metrics.csv", "report.html", "summary.json"]
+    assert _files(tmp_path / "report") == [
+        *("labels.ctbl", "labels.label", "metrics.csv", "report.html", "summary.json"),
+    ]
     assert shown.out.splitlines()[1].split()[:2] == ["label_1", "1.000"]
     assert shown.out.splitlines()[-1] == f"Report: {tmp_path / 'report' / 'report.html'}"
 
@@ -929,7 +932,15 @@ def test_evaluate_names_a_file_it_cannot_read(cli: Medseg, folders, tmp_path: Pa
     ("arguments", "words"),
     [
         (("--surface", "smooth"), ("--surface", "surfel")),
-        (("--nsd-tolerance-mm", "-1"), ("--nsd-tolerance-mm", "greater than or equal to 0")),
+        (("--nsd-tolerance-mm", "-1"), ("--nsd-tolerance-mm -1: expected mm of 0 or more",)),
+        (("--nsd-tolerance-mm", "nan"), ("--nsd-tolerance-mm nan: expected mm of 0 or more",)),
+        (("--nsd-tolerance-mm", "1,1=2,3"), ("1,1=2,3: expected mm of 0 or more", "each label once")),
+        (("--nsd-tolerance-mm", "1,liver=2"), ("unknown labels liver", "values such as 1")),
+        (("--extra", "hausdorff"), ("hausdorff are unknown", "boundary_iou, cldice")),
+        (("--lesions", "brats"), ("'brats' is unknown", "brats2023")),
+        (("--group", "patient"), ("'patient'", "without metadata")),
+        (("--metadata", "nowhere.csv"), ("nowhere.csv: cannot be read",)),
+        (("--probabilities", "nowhere"), ("nowhere: does not exist",)),
         (("--labels", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
         (("--jobs", "0"), ("--jobs", "greater than or equal to 1")),
     ],
@@ -940,6 +951,48 @@ def test_evaluate_refuses(
     shown = cli("evaluate", *folders, "-o", tmp_path / "report", *arguments)
     assert shown.code == 2
     assert [word for word in words if word not in shown.err] == []
+    assert not (tmp_path / "report").exists()
+
+
+def test_evaluate_writes_all_that_can_be_asked_for(cli: Medseg, folders, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("case;site;patient\ncase0;x;1\ncase1;x;1\ncase2;y;2\ncase3;y;3\n")
+    asked = ("--nnunet-summary", "--pdf", "--lesions", "brats2023", "--extra", "boundary-iou", "--metadata", table)
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report", *asked, "--nsd-tolerance-mm", "1,2=3", "--jobs", 2)
+    assert shown.code == 0
+    assert _files(tmp_path / "report") == [
+        *("labels.ctbl", "labels.label", "lesions.csv", "metrics.csv", "nnunet_summary.json", "report.html"),
+        *("report.pdf", "summary.json"),
+    ]
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert [(group["value"], group["n_cases"]) for group in summary["subgroups"]] == [("x", 2), ("y", 2)]
+    assert summary["n_groups"] == 3
+    assert summary["lesions"]["rule"]["name"] == "brats2023"
+    assert "within 1 mm (2: 3 mm) of" in summary["definitions"]["nsd"]
+    assert summary["labels"]["1"]["boundary_iou"]["mean"] == 1
+    assert "names patients" in shown.err
+
+
+def test_evaluate_leaves_out_an_ignored_value(cli: Medseg, folders, tmp_path: Path) -> None:
+    assert cli("evaluate", *folders, "-o", tmp_path / "report", "--ignore-label", 2).code == 0
+    assert list(json.loads((tmp_path / "report" / "summary.json").read_text())["labels"]) == ["1"]
+
+
+def test_evaluate_refuses_one_folder_given_twice(cli: Medseg, folders, tmp_path: Path) -> None:
+    shown = cli("evaluate", folders[1], folders[1], "-o", tmp_path / "report")
+    assert shown.code == 2
+    assert "given as predictions and as references" in shown.err
+
+
+def test_an_interrupted_evaluate_leaves_no_report(
+    cli: Medseg, folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    # the page is the last that is made
+    monkeypatch.setattr("medseg.report.render", interrupt)
+    assert cli("evaluate", *folders, "-o", tmp_path / "report").code == 130
     assert not (tmp_path / "report").exists()
 
 

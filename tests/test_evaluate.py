@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medseg.errors import DataError
-from medseg.evaluate import COLUMNS, EvaluateOptions, evaluate_folders
+from medseg.evaluate import COLUMNS, EvaluateOptions, Pair, evaluate_folders, evaluate_pairs, measuring
 
 OBLIQUE = np.array([[0, -1.6, 0.3, 10], [2.0, 0, 0, -20], [0, 0.4, 2.9, 5], [0, 0, 0, 1]])
 
@@ -141,15 +142,106 @@ def test_predictions_without_a_reference_are_a_warning(folders):
 
 def test_other_files_among_the_predictions_do_not_matter(folders):
     predictions, references = folders({"a": SOLID}, {"a": SOLID})
-    (predictions / "run.json").write_text("{}")
-    assert evaluate_folders(predictions, references).warnings == ()
+    before = evaluate_folders(predictions, references).warnings
+    # of medseg, nnU-Net, macOS and an export that was broken off
+    names = ("run.json", "dataset.json", "plans.json", "summary.json", "a.npz", "a.pkl", ".DS_Store", "._a.nii.gz")
+    for name in (*names, ".a.nii"):
+        (predictions / name).write_text("{}")
+    (predictions / "probabilities").mkdir()
+    nib.save(nib.Nifti1Image(SOLID, OBLIQUE), predictions / "probabilities" / "b.nii.gz")
+    found = evaluate_folders(predictions, references)
+    assert (list(found.pairs), found.warnings, found.failures) == (["a"], before, ())
 
 
-def test_one_case_in_two_files_is_refused(folders):
+@pytest.mark.parametrize("double", ["pred", "ref"])
+def test_one_case_in_two_files_costs_that_case_only(folders, tmp_path, double):
+    predictions, references = folders({"a": SOLID, "b": SOLID}, {"a": SOLID, "b": SOLID})
+    nib.save(nib.Nifti1Image(SOLID, OBLIQUE), tmp_path / double / "a.nii")
+    found = evaluate_folders(predictions, references)
+    assert set(rows(found)) == {("b", "1")}
+    assert found.failures[0].case == "a"
+    assert "one case in 2 files (a.nii, a.nii.gz); keep one" in found.failures[0].reason
+    assert found.summary["n_failed"] == 1
+
+
+def test_endings_need_not_agree_nor_be_small(folders):
     predictions, references = folders({"a": SOLID}, {"a": SOLID})
-    nib.save(nib.Nifti1Image(SOLID, OBLIQUE), predictions / "a.nii")
-    with pytest.raises(DataError, match=r"one case in 2 files \(a\.nii, a\.nii\.gz\)"):
+    (predictions / "a.nii.gz").rename(predictions / "a.NII.GZ")
+    nib.save(nib.Nifti1Image(SOLID, OBLIQUE), references / "a.nii")
+    (references / "a.nii.gz").unlink()
+    assert rows(evaluate_folders(predictions, references))["a", "1"]["dice"] == 1
+
+
+def test_accents_may_be_spelled_in_two_ways(folders):
+    # one letter, or a letter and its accent as macOS writes it
+    predictions, references = folders({"e\u0301": SOLID}, {"\u00e9": SOLID})
+    assert rows(evaluate_folders(predictions, references))["\u00e9", "1"]["dice"] == 1
+
+
+def test_names_that_are_no_text_are_shown_by_their_codes(folders):
+    predictions, references = folders({"a": HALF, "b": SOLID}, {"a": SOLID, "b": SOLID})
+    for folder in (predictions, references):
+        (folder / "a.nii.gz").rename(folder / b"caf\xe9.nii.gz".decode("utf-8", "surrogateescape"))
+    (references / "b.nii.gz").write_bytes(b"broken")
+    found = evaluate_folders(predictions, references)
+    assert set(rows(found)) == {(r"caf\udce9", "1")}
+    assert json.dumps(found.summary, ensure_ascii=False).encode()
+
+
+def test_one_folder_given_twice_is_refused(folders, tmp_path):
+    predictions, _ = folders({"a": SOLID}, {"a": SOLID})
+    (tmp_path / "link").symlink_to(predictions)
+    for other in (predictions, tmp_path / "pred" / ".." / "pred", tmp_path / "link"):
+        with pytest.raises(DataError, match="given as predictions and as references"):
+            evaluate_folders(predictions, other)
+
+
+def test_a_prediction_that_is_its_reference_is_named(folders):
+    predictions, references = folders({"b": HALF}, {"a": SOLID, "b": SOLID})
+    (predictions / "a.nii.gz").symlink_to(references / "a.nii.gz")
+    assert (
+        "in 1 cases prediction and reference are one and the same file: a"
+        in evaluate_folders(predictions, references).warnings
+    )
+
+
+def test_predictions_that_equal_every_reference_are_noticed(folders):
+    predictions, references = folders({"a": SOLID, "b": SOLID}, {"a": SOLID, "b": SOLID})
+    said = "every prediction equals its reference"
+    assert any(said in warning for warning in evaluate_folders(predictions, references).warnings)
+    nib.save(nib.Nifti1Image(HALF, OBLIQUE), predictions / "b.nii.gz")
+    assert not any(said in warning for warning in evaluate_folders(predictions, references).warnings)
+
+
+@pytest.mark.parametrize("nested", ["pred", "ref"])
+def test_folders_in_a_folder_without_label_maps_are_named(folders, tmp_path, nested):
+    predictions, references = folders({"a": SOLID}, {"a": SOLID})
+    (tmp_path / nested / "fold_0").mkdir()
+    (tmp_path / nested / "a.nii.gz").rename(tmp_path / nested / "fold_0" / "a.nii.gz")
+    with pytest.raises(
+        DataError, match=rf"{nested}: no label maps found, .*folders in it \(fold_0\): give one of these"
+    ):
         evaluate_folders(predictions, references)
+
+
+def test_names_that_nowhere_agree_are_shown(folders):
+    with pytest.raises(
+        DataError, match=r"missing predictions for 1 .*: a; no names agree \(1 predictions .*: a_mask\)"
+    ):
+        evaluate_folders(*folders({"a_mask": SOLID}, {"a": SOLID}))
+
+
+def test_an_interruption_ends_the_work_and_waits_for_no_other_case(folders):
+    arrays = {f"case{n:02}": SOLID for n in range(40)}
+    done = []
+
+    def interrupt(stage, count, total, detail=""):
+        done.append(count)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folders(*folders(arrays, arrays), EvaluateOptions(jobs=2), progress=interrupt)
+    assert done == [1]
 
 
 def test_one_file_against_one_file(folders, tmp_path):
@@ -164,6 +256,8 @@ def test_one_file_against_one_file(folders, tmp_path):
         (SOLID[:-1], OBLIQUE, r"shape \(7, 9, 10\) found, expected \(8, 9, 10\)"),
         (SOLID, OBLIQUE + np.eye(4, k=3) * 5, r"origin \(15, .*expected \(10,"),
         (SOLID, OBLIQUE @ np.diag([1, 1, 2, 1]), "spacing"),
+        # backwards along the second axis about its middle: every voxel lies where another one was
+        (SOLID, OBLIQUE @ np.array([[1, 0, 0, 0], [0, -1, 0, 8], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "origin"),
         (SOLID, OBLIQUE[:, [1, 0, 2, 3]] * [2 / math.hypot(1.6, 0.4), math.hypot(1.6, 0.4) / 2, 1, 1], "directions"),
     ],
 )
@@ -179,13 +273,16 @@ def test_another_grid_is_a_failure_of_that_case_only(folders, array, affine, sai
 
 
 def test_a_prediction_on_a_flipped_and_cropped_grid_can_be_resampled(folders):
-    predictions, references = folders({}, {"a": SOLID})
+    predictions, references = folders({"b": SOLID}, {"a": SOLID, "b": SOLID})
     # the same voxels in space: the last slice left out, the first axis backwards
     flip = np.diag([-1.0, 1, 1, 1])
     flip[0, 3] = SOLID.shape[0] - 1
     nib.save(nib.Nifti1Image(SOLID[::-1, :, :-1], OBLIQUE @ flip), predictions / "a.nii.gz")
-    found = rows(evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True)))["a", "1"]
-    assert (found["dice"], found["fp"], found["fn"]) == (1, 0, 0)
+    found = evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True))
+    row = rows(found)["a", "1"]
+    assert (row["dice"], row["fp"], row["fn"]) == (1, 0, 0)
+    assert found.summary["resampled_predictions"] == ["a"]
+    assert any(w.startswith("1 predictions were on another grid") and w.endswith(": a") for w in found.warnings)
 
 
 def test_outside_a_resampled_prediction_is_background(folders):
@@ -232,7 +329,7 @@ def test_an_empty_folder_is_an_error(folders):
 def test_more_jobs_give_the_same_table(folders):
     arrays = {f"case{n}": np.roll(SOLID, n, axis=1) for n in range(4)}
     predictions, references = folders(arrays, dict.fromkeys(arrays, SOLID))
-    one, three = (evaluate_folders(predictions, references, jobs=jobs) for jobs in (1, 3))
+    one, three = (evaluate_folders(predictions, references, EvaluateOptions(jobs=jobs)) for jobs in (1, 3))
     assert one.table.equals(three.table)
 
 
@@ -267,3 +364,66 @@ def test_images_are_found_with_and_without_channel_number(folders, tmp_path):
         "b": "b_0000.nii.gz",
         "c": None,
     }
+
+
+def test_an_image_is_found_twice(folders, tmp_path):
+    predictions, references = folders({"a": HALF}, {"a": SOLID})
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.nii.gz", "a.nii"):
+        nib.save(nib.Nifti1Image(SOLID, OBLIQUE), images / name)
+    found = evaluate_folders(predictions, references, images=images)
+    assert found.pairs["a"].image is None
+    assert "1 images are there in two files and were not shown: a" in found.warnings
+
+
+def test_an_image_in_the_place_of_a_label_map_costs_its_case(folders):
+    image = np.arange(8 * 9 * 20, dtype=np.int16).reshape(8, 9, 20)
+    found = evaluate_folders(*folders({"a": HALF, "b": image}, {"a": SOLID, "b": np.zeros_like(image)}))
+    assert [failure.case for failure in found.failures] == ["b"]
+    assert "1439 values found, 0 in" in found.failures[0].reason
+    assert "looks like an image" in found.failures[0].reason
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "jobs"), [(4, 2**30, 3), (2, 2**30, 2), (4, 2 * 20 * 720 * 2, 2), (4, 1, 1), (64, 2**40, 3)]
+)
+def test_as_many_cases_at_a_time_as_cores_and_memory_allow(folders, monkeypatch, cores, memory, jobs):
+    # three cases of 720 voxels, one of them damaged
+    predictions, references = folders(dict.fromkeys("abc", HALF), dict.fromkeys("abc", SOLID))
+    (references / "b.nii.gz").write_bytes(b"x" * 10_000)
+    asked = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("os.sysconf", lambda name: memory if name == "SC_PHYS_PAGES" else 1)
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, max_workers):
+            asked.append(max_workers)
+            super().__init__(max_workers)
+
+    monkeypatch.setattr(measuring, "ThreadPoolExecutor", Pool)
+    assert evaluate_folders(predictions, references).failures
+    # cases as small as these are not worth a thread
+    assert asked == []
+    monkeypatch.setattr(measuring, "FEW_VOXELS", 0)
+    evaluate_folders(predictions, references)
+    assert asked == ([] if jobs == 1 else [jobs])
+
+
+def test_a_reference_that_is_gone_costs_its_case(folders):
+    predictions, references = folders({"a": HALF, "b": HALF}, {"a": SOLID})
+    pairs = [Pair(case, predictions / f"{case}.nii.gz", references / f"{case}.nii.gz") for case in "ab"]
+    found = evaluate_pairs(pairs, EvaluateOptions())
+    assert [failure.case for failure in found.failures] == ["b"]
+    assert "no such file" in found.failures[0].reason
+
+
+def test_a_folder_that_cannot_be_read_is_named(folders, monkeypatch):
+    predictions, references = folders({"a": SOLID}, {"a": SOLID})
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(references), "iterdir", refuse)
+    with pytest.raises(DataError, match=r"ref: cannot be read \(Permission denied\)"):
+        evaluate_folders(predictions, references)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
-from medseg.errors import DataError
+from medseg.config import COLOURS
 from medseg.evaluate import COLUMNS, EvaluateOptions, Pair
-from medseg.grid import Grid
-from medseg.report import Report, evaluate, report_pairs
-from medseg.report.figures import MAX_DOTS, contour_pictures, strip, upright
-from medseg.report.html import breakable, fixed, signed
+from medseg.evaluate.summary import SCHEMA_VERSION
+from medseg.report import Report, evaluate, html, report_pairs, scene
+from medseg.report.figures import contour_pictures
+from medseg.report.html import PAGE_ROWS, label_marks, reach, render, without_folders
 
 SOLID = np.zeros((8, 9, 10), np.uint8)
 SOLID[1:5, 1:5, 1:5] = 1
@@ -31,15 +32,22 @@ NASTY = "a<script>alert(1)<!--&\"quoted' ü"
 def report(tmp_path):
     """Writes {case: (prediction, reference)} and gives their report."""
 
-    def make(cases, image=None, **options) -> Report:
+    def make(cases, image=None, metadata=None, **options) -> Report:
         for name in ("pred", "ref", "images"):
             (tmp_path / name).mkdir()
         for case, arrays in cases.items():
             for folder, array in zip(("pred", "ref", "images"), (*arrays, image)):
                 if array is not None:
                     nib.save(nib.Nifti1Image(array, np.diag([1, 2, 3, 1.0])), tmp_path / folder / f"{case}.nii.gz")
+        about = None if metadata is None else tmp_path / "about.csv"
+        if about is not None:
+            about.write_text(metadata)
         return evaluate(
-            str(tmp_path / "pred"), tmp_path / "ref", EvaluateOptions(**options), images=tmp_path / "images"
+            str(tmp_path / "pred"),
+            tmp_path / "ref",
+            EvaluateOptions(**options),
+            images=tmp_path / "images",
+            metadata=about,
         )
 
     return make
@@ -62,6 +70,9 @@ class Page(HTMLParser):
     def named(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
 
+    def has_class(self, name):
+        return [attributes for _, attributes in self.elements if name in (attributes.get("class") or "").split()]
+
 
 def page(report, tmp_path):
     return (report.save(tmp_path / "out") / "report.html").read_text(encoding="utf-8")
@@ -83,34 +94,66 @@ def test_json_holds_no_nan_and_no_infinity(report, tmp_path):
         raise AssertionError(token)
 
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
-    assert summary["schema_version"] == 1
+    assert summary["schema_version"] == SCHEMA_VERSION
     assert summary["labels"]["1"]["dice"]["n_both_empty"] == 1
 
 
-def test_saving_leaves_three_whole_files_and_replaces_old_ones(report, tmp_path):
+def test_saving_leaves_whole_files_and_replaces_old_ones(report, tmp_path):
     made = report({"a": (SOLID, SOLID)})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.csv").write_text("old")
     folder = made.save(str(tmp_path / "out"))
-    assert sorted(p.name for p in folder.iterdir()) == ["metrics.csv", "report.html", "summary.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *("labels.ctbl", "labels.label", "metrics.csv", "report.html", "summary.json")
+    ]
     assert (folder / "metrics.csv").read_text().startswith("case,label,")
 
 
 def test_names_cannot_become_markup(report, tmp_path):
     html = page(report({NASTY: (SOLID, SOLID)}, labels={"<b>liver</b>": 1}), tmp_path)
     parsed = Page(html)
-    assert len(parsed.named("script")) == 1
     assert not parsed.named("b")
     assert NASTY in parsed.words
     assert "<b>liver</b>" in parsed.words
+    assert "<script>alert" not in html
+
+
+def test_names_keep_their_direction_to_themselves(report, tmp_path):
+    parsed = Page(page(report({"a\u202e": (SOLID, SOLID), "b": (NOTHING, SOLID)}), tmp_path))
+    isolated = [n for n, word in enumerate(parsed.words) if "\u202e" in word and not word.startswith(("{", "\n"))]
+    assert isolated
+    assert len(parsed.named("bdi")) >= len(isolated)
 
 
 def test_nothing_is_loaded_from_elsewhere(report, tmp_path):
     html = page(report({"a": (SOLID, SOLID)}, image=SOLID), tmp_path)
     links = [a[key] for _, a in Page(html).elements for key in ("src", "href") if key in a]
-    assert links
-    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert any(link.startswith("data:image/jpeg;base64,") for link in links)
+    assert all(link.startswith(("data:", "#")) for link in links)
     assert not re.search(r"https?://|@import|url\(", html)
+
+
+def test_links_on_the_page_lead_somewhere(report, tmp_path):
+    parsed = Page(page(report(dict.fromkeys("abc", (SOLID, SOLID))), tmp_path))
+    ids = [a["id"] for _, a in parsed.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for a in parsed.named("a")} <= set(ids)
+
+
+def test_headings_leave_out_no_level(report, tmp_path):
+    parsed = Page(page(report(dict.fromkeys("abc", (SOLID, SOLID))), tmp_path))
+    levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_every_table_says_what_it_holds_and_every_chart_too(report, tmp_path):
+    parsed = Page(page(report(dict.fromkeys("abc", (SOLID, SOLID))), tmp_path))
+    assert len(parsed.named("caption")) == len(parsed.named("table"))
+    charts = parsed.named("svg")
+    outer = [c for c in charts if "class" in c]
+    assert outer
+    assert all(c["role"] == "img" and c["aria-label"] for c in outer)
 
 
 def test_three_planes_of_a_volume_are_pictured(report, tmp_path):
@@ -120,15 +163,6 @@ def test_three_planes_of_a_volume_are_pictured(report, tmp_path):
         "coronal",
         "sagittal",
     ]
-
-
-def test_the_pictured_slice_is_the_one_with_the_most_wrong_voxels(report):
-    # wrong are all 16 voxels of k = 3; in i and j the four slices 1..4 are equally wrong, and the first is taken
-    prediction = SOLID.copy()
-    prediction[:, :, 3] = 0
-    made = report({"a": (prediction, SOLID)}).evaluation
-    captions = [p.caption for p in contour_pictures(made.pairs["a"], made)]
-    assert captions == ["axial, slice 4 of 10", "coronal, slice 2 of 9", "sagittal, slice 2 of 8"]
 
 
 def test_an_image_on_another_grid_is_left_out_of_the_picture(report, caplog):
@@ -142,23 +176,6 @@ def test_an_unreadable_image_does_not_cost_the_pictures(report, tmp_path, caplog
     (tmp_path / "images" / "a.nii.gz").write_bytes(b"not an image")
     assert len(contour_pictures(made.pairs["a"], made)) == 3
     assert "a.nii.gz" in caplog.text
-
-
-def test_pictures_lie_right_way_up():
-    # voxel axes run to the left, to the front and down; the one marked voxel is far right, front and top
-    grid = Grid((4, 5, 6), np.diag([-1.0, 2.0, -3.0, 1.0]))
-    marked = np.zeros(grid.shape, np.uint8)
-    marked[0, 4, 0] = 1
-    (turned,), spacing = upright([marked], grid)
-    assert spacing == (1, 2, 3)
-    assert np.argwhere(turned).tolist() == [[3, 4, 5]]
-
-
-def test_an_image_under_the_outlines_changes_the_picture(report):
-    made = report({"a": (SOLID, SOLID)}, image=np.arange(SOLID.size, dtype=np.uint16).reshape(SOLID.shape)).evaluation
-    with_image = contour_pictures(made.pairs["a"], made)
-    without = contour_pictures(replace(made.pairs["a"], image=None), made)
-    assert all(a.data_uri != b.data_uri for a, b in zip(with_image, without))
 
 
 def test_of_many_labels_the_worst_are_named_per_case(report, tmp_path):
@@ -176,12 +193,14 @@ def test_two_dimensional_cases_have_one_picture(tmp_path):
     assert len(Page(page(evaluate(tmp_path / "pred", tmp_path / "ref"), tmp_path)).named("img")) == 1
 
 
-def test_failed_and_missing_cases_are_named_on_the_page(report, tmp_path):
+def test_failed_and_missing_cases_are_named_without_folders(report, tmp_path):
     made = report({"good": (SOLID, SOLID), "broken": (SOLID[:-1], SOLID), "absent": (None, SOLID)}, allow_missing=True)
-    words = " ".join(Page(page(made, tmp_path)).words)
-    assert "1 case could not be evaluated" in words
+    html = page(made, tmp_path)
+    words = "".join(Page(html).words)
+    assert "2 of 3 cases in none of these numbers" in words
     assert "broken.nii.gz: shape (7, 9, 10) found" in words
-    assert "1 case without a prediction" in words
+    assert "Without a prediction: absent" in words
+    assert str(tmp_path) not in html
     assert made.failures[0].case == "broken"
 
 
@@ -217,31 +236,125 @@ def test_listed_pairs_and_groups(report, tmp_path):
     assert grouped.summary["labels"]["1"]["dice"]["ci95"] is None
 
 
-def test_a_strip_plot_of_very_many_cases_keeps_its_ends():
-    values = list(np.linspace(0.5, 1, 5 * MAX_DOTS))
-    dots = strip(values, [f"{v}" for v in values], low=0.5)
-    assert (len(dots), dots[0].x, dots[-1].x) == (MAX_DOTS, 0, 1)
-
-
-def test_long_names_break_after_underscores_and_stay_escaped():
-    assert breakable("left_<b>lung") == "left_<wbr>&lt;b&gt;lung"
-
-
 def test_labels_in_no_case_are_named_below_the_table(report, tmp_path):
     words = "".join(Page(page(report({"a": (SOLID, SOLID)}, labels={"liver": 1, "spleen": 2}), tmp_path)).words)
     assert "In neither the reference nor the prediction of any case: spleen." in words
 
 
-def test_numbers_for_the_eye():
-    shown = (fixed(0.12345), fixed(None), fixed(math.nan), fixed("inf"), fixed(math.inf), signed(1.0), signed(-0.256))
-    assert shown == ("0.123", "–", "–", "∞", "∞", "+1.00", "−0.26")
+def rows_of(html):
+    """The data of the case table."""
+    return json.loads(re.search(r'id="rows">(.*?)</script>', html)[1])
 
 
-def test_a_pair_without_prediction_has_no_pictures(report, tmp_path):
+def test_the_first_rows_stand_in_the_page_and_all_in_its_data(report, tmp_path):
+    reference = np.arange(1, 121, dtype=np.uint8).reshape(2, 3, 20)
+    html = page(report({"a": (reference, reference)}), tmp_path)
+    static = re.search(r'<table id="cases">.*?</table>', html, re.S)[0]
+    assert static.count("<tr>") == 1 + PAGE_ROWS
+    assert len(rows_of(html)["case"]) == 120
+
+
+def test_the_data_of_the_table_is_worst_first_with_infinity_and_nothing_said(report, tmp_path):
+    html = page(report({"a": (SOLID, SOLID), "b": (NOTHING, SOLID), "c": (NOTHING, NOTHING)}), tmp_path)
+    data = rows_of(html)
+    assert [data["cases"][n] for n in data["case"]] == ["b", "a", "c"]
+    assert [data["statuses"][n][0] for n in data["status"]] == ["missed", "ok", "both_empty"]
+    numbers = dict(zip((column["name"] for column in data["columns"]), data["numbers"]))
+    assert numbers["Dice"] == [0, 1, None]
+    assert numbers["HD95 (mm)"] == ["inf", 0, None]
+
+
+def test_cases_with_pictures_are_linked_from_the_table(report, tmp_path):
+    html = page(report({"a": (SOLID, SOLID), "b": (NOTHING, SOLID)}), tmp_path)
+    assert rows_of(html)["links"] == ["case-1", "case-2"]
+    assert '<article class="card case" id="case-1"' in html
+
+
+def test_measures_can_be_switched_and_infinite_ones_have_a_place(report, tmp_path):
+    html = page(report({"a": (SOLID, SOLID), "b": (NOTHING, SOLID)}), tmp_path)
+    parsed = Page(html)
+    assert [a["id"] for a in parsed.named("input") if a.get("name") == "measure"] == [
+        *("measure-dice", "measure-nsd", "measure-hd95_mm", "measure-assd_mm")
+    ]
+    assert "∞: the label is missed or spurious" in html
+
+
+def test_three_cases_have_charts_over_volume_and_two_have_none(report, tmp_path):
+    three = dict.fromkeys("abc", (SOLID, SOLID))
+    assert "Bland–Altman" in "".join(Page(page(report(three), tmp_path)).words)
+
+
+def test_two_cases_have_no_charts_over_volume(report, tmp_path):
+    assert 'id="volumes"' not in page(report(dict.fromkeys("ab", (SOLID, SOLID))), tmp_path)
+
+
+def test_small_subgroups_carry_a_warning(report, tmp_path):
+    made = report(dict.fromkeys("abcd", (SOLID, SOLID)), metadata="case,site\na,x\nb,x\nc,<y>\nd,<y>\n")
+    parsed = Page(page(made, tmp_path))
+    assert "By " in "".join(parsed.words)
+    assert "<y>" in parsed.words
+    assert parsed.words.count("fewer than 10") == 2
+
+
+def test_lesions_are_told_where_they_were_asked_for(report, tmp_path):
+    words = "".join(Page(page(report({"a": (SOLID, SOLID)}, lesions="default"), tmp_path)).words)
+    assert "Panoptic quality" in words
+
+
+def test_calibration_is_drawn_where_the_summary_has_it(report):
     made = report({"a": (SOLID, SOLID)}).evaluation
-    assert contour_pictures(Pair("x", None, tmp_path / "ref" / "a.nii.gz"), made) == ()
+    bins = [{"low": 0.5, "high": 1.0, "n": 4, "confidence": 0.8, "correct": 0.75}]
+    calibration = {"n_cases": 1, "ece": 0.05, "bins": bins, "labels": {"1": {"ece": 0.05, "bins": bins}}}
+    html = render(replace(made, summary={**made.summary, "calibration": calibration}))
+    assert html.count('class="even"') == 2
+    assert "ECE 0.050" in html
 
 
-def test_settings_refuse_an_unknown_surface():
-    with pytest.raises(DataError, match="surfel or voxel"):
-        EvaluateOptions(surface="sphere")
+@pytest.mark.parametrize(
+    ("cases", "labels", "said"),
+    [
+        ({"a": (SOLID, SOLID)}, None, "1 case compared with its reference, 1 label"),
+        ({"a": (NOTHING, SOLID), "b": (NOTHING, SOLID)}, None, "2of 2 in the references"),
+        ({"a": (SOLID, SOLID)}, {"spleen": 7}, "No label occurs in any reference or prediction"),
+    ],
+    ids=["one case", "all missed", "no label present"],
+)
+def test_states_with_little_to_show(report, tmp_path, cases, labels, said):
+    assert said in "".join(Page(page(report(cases, labels=labels), tmp_path)).words)
+
+
+def test_reach_says_how_far_a_mean_is_known_and_what_more_would_take():
+    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": {"0.02": 60}}
+    summary = {"n_cases": 20, "n_groups": None, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
+    assert reach(summary)[:2] == [
+        "With 20 cases the mean Dice is known to about ±0.050.",
+        "For ±0.02 about 60 cases would be needed (liver).",
+    ]
+
+
+def test_reach_counts_patients_where_they_are_known():
+    dice = {"n": 20, "ci95": None, "cases_needed": None}
+    summary = {"n_cases": 20, "n_groups": 2, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
+    assert reach(summary) == ["2 patients: too few for an interval. How other cases would fare is open."]
+
+
+def test_labels_that_share_a_colour_carry_their_values(report):
+    reference = np.arange(1, 9, dtype=np.uint8).reshape(2, 2, 2)
+    made = report({"a": (reference, reference)}).evaluation
+    assert len(made.labels) > len(COLOURS)
+    assert label_marks(made) == {str(n): str(n) for n in range(1, 9)}
+
+
+def test_few_labels_need_no_values(report):
+    assert label_marks(report({"a": (SOLID, SOLID)}).evaluation) == {"1": ""}
+
+
+def test_reasons_name_files_without_their_folders():
+    pair = Pair("a", Path("/home/someone/pred/a.nii.gz"), Path("/home/someone/ref/a.nii.gz"))
+    assert without_folders("/home/someone/pred/a.nii.gz: is odd", pair) == "a.nii.gz: is odd"
+
+
+def test_the_parts_of_a_page_leave_room_below_15_megabytes():
+    # a row of the table takes 100 bytes at most: eight numbers of up to ten characters and three indices
+    rows = 100 * html.MAX_TABLE_ROWS
+    assert html.MAX_PICTURE_BYTES + scene.MAX_BYTES + len(scene.niivue_script()) + rows < 14_500_000

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from medseg import metrics
 from medseg.config import COLOURS
 from medseg.errors import DataError
+from medseg.evaluate.cautions import cautions
+from medseg.evaluate.lesions import lesion_row, lesion_table, no_lesions
+from medseg.evaluate.measuring import CaseResult, measure_each
+from medseg.evaluate.metadata import Metadata, read_metadata
 from medseg.evaluate.options import EvaluateOptions
-from medseg.evaluate.pairs import Pair, find_pairs, named, read_pair
-from medseg.evaluate.summary import METRICS, Failure, summarise_table
-from medseg.metrics import PairMetrics, Value
+from medseg.evaluate.pairs import Failure, Found, Pair, find_pairs, named
+from medseg.evaluate.summary import METRICS, Judged, summarise_table
+from medseg.metrics import Value
+from medseg.metrics.calibration import Reliability
 from medseg.progress import Progress, silent
-from medseg.readers import read_label
 
 __all__ = ["COLUMNS", "EvaluateOptions", "Evaluation", "Failure", "Pair", "evaluate_folders", "evaluate_pairs"]
 
@@ -31,7 +33,11 @@ COLUMNS = ("case", "label", "name", "status", "tp", "fp", "fn", *METRICS)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out: one row of `table` per case and label; `summary` holds nothing but what strict JSON can."""
+    """What came out: one row of `table` per case and label; `summary` holds nothing but what strict JSON can.
+
+    `lesions`: one row per case and label, where lesions were asked for. `metadata`: subgroups by case (index).
+    `voxels`: those judged, by case.
+    """
 
     table: pd.DataFrame
     summary: dict[str, Any]
@@ -41,6 +47,9 @@ class Evaluation:
     labels: Mapping[str, Value]
     colours: Mapping[str, str]
     options: EvaluateOptions
+    lesions: pd.DataFrame | None = None
+    metadata: pd.DataFrame | None = None
+    voxels: Mapping[str, int] = field(default_factory=dict)
 
 
 def evaluate_folders(
@@ -49,23 +58,30 @@ def evaluate_folders(
     options: EvaluateOptions | None = None,
     *,
     images: Path | None = None,
-    jobs: int = 1,
+    metadata: Path | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure every prediction against the reference of the same case name, label by label.
 
-    Both may also be one file each. A case that cannot be read or lies on another grid is a failure and costs no other
-    case. Raises `DataError` where predictions are missing (unless `allow_missing`) or no case is left.
+    Both may also be one file each; what belongs together is said at `find_pairs`. `metadata` is a CSV file with a
+    column `case`, see `read_metadata`. A case that cannot be read or lies on another grid is a failure and costs no
+    other case. Raises `DataError` where predictions are missing (unless `allow_missing`) or no case is left.
     """
     options = options or EvaluateOptions()
-    pairs, warnings = find_pairs(predictions, references, images)
-    missing = [pair.case for pair in pairs if pair.prediction is None]
+    if options.group is not None and metadata is None:
+        raise DataError(f"column {options.group!r} for patients given without metadata; give the CSV file that has it")
+    probabilities = None if options.probabilities is None else Path(options.probabilities)
+    found = find_pairs(predictions, references, images=images, probabilities=probabilities)
+    missing = [pair.case for pair in found.pairs if pair.prediction is None]
     if missing and not options.allow_missing:
         raise DataError(
-            f"{predictions}: missing predictions for {len(missing)} of {len(pairs)} references: {named(missing)}; "
-            "predict these cases, or pass --allow-missing to report them apart"
+            f"{predictions}: missing predictions for {len(missing)} of {len(found.pairs)} references: "
+            f"{named(missing)}; {_hint(found, missing)}predict these cases, or pass --allow-missing to report them "
+            "apart"
         )
-    return evaluate_pairs(pairs, options, jobs=jobs, warnings=warnings, progress=progress)
+    cases = sorted([pair.case for pair in found.pairs] + [failure.case for failure in found.failures])
+    about = None if metadata is None else read_metadata(metadata, cases, group=options.group)
+    return _evaluate(found, options, about, progress)
 
 
 def evaluate_pairs(
@@ -73,7 +89,6 @@ def evaluate_pairs(
     options: EvaluateOptions,
     *,
     groups: Mapping[str, str] | None = None,
-    jobs: int = 1,
     warnings: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Evaluation:
@@ -82,106 +97,58 @@ def evaluate_pairs(
     `groups` maps a case to its patient: intervals then resample patients. `warnings` go into the report before those
     found here.
     """
-    results, failures = [], []
-    for done, result in enumerate(_each(pairs, options, jobs), start=1):
+    # where every case is a patient of its own, there are no patients to speak of
+    known = groups if groups is not None and len(set(groups.values())) < len(groups) else None
+    about = Metadata(pd.DataFrame(), known, ())
+    return _evaluate(Found(tuple(pairs), (), tuple(warnings)), options, about, progress)
+
+
+def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, progress: Progress) -> Evaluation:
+    results, failures = [], list(found.failures)
+    for done, result in enumerate(measure_each(found.pairs, options), start=1):
         if isinstance(result, Failure):
             failures.append(result)
         else:
             results.append(result)
-        progress("evaluate", done, len(pairs))
+        progress("evaluate", done, len(found.pairs))
     if all(result.missing for result in results):
         reasons = [f.reason for f in failures[:10]] or ["missing predictions for all of them"]
-        raise DataError(f"none of {len(pairs)} cases could be evaluated: {'; '.join(reasons)}")
+        n = len(found.pairs) + len(found.failures)
+        raise DataError(f"none of {n} cases could be evaluated: {'; '.join(reasons)}")
     labels = options.labels or _names_found(results)
-    notes = [*warnings, *_unknown_values(results, labels)]
+    calibration, uncalibrated = _calibration(results, options)
+    judged = Judged(
+        table=_table(results, labels, options),
+        labels=labels,
+        options=options,
+        failures=failures,
+        groups=None if about is None else about.patients,
+        metadata=None if about is None or about.table.empty else about.table,
+        lesions=_lesions(results, labels, options),
+        calibration=calibration,
+        resampled=[result.case for result in results if result.resampled],
+    )
+    notes = [*found.warnings, *(about.warnings if about else ()), *_unknown(results, judged), *uncalibrated]
     for note in notes:
         logger.warning(note)
-    table = _table(results, labels)
+    # these are for the reader of the numbers: a terminal that shows them on every run soon is read no more
+    notes += cautions(judged)
     return Evaluation(
-        table=table,
-        summary=summarise_table(table, labels, failures, notes, options, groups),
+        table=judged.table,
+        summary=summarise_table(judged, notes),
         failures=tuple(failures),
         warnings=tuple(notes),
-        pairs={pair.case: pair for pair in pairs},
+        pairs={pair.case: pair for pair in found.pairs},
         labels=labels,
         colours={name: COLOURS[n % len(COLOURS)] for n, name in enumerate(labels)},
         options=options,
+        lesions=judged.lesions,
+        metadata=judged.metadata,
+        voxels={result.case: result.voxels for result in results},
     )
 
 
-@dataclass(frozen=True)
-class _CaseResult:
-    case: str
-    spacing_mm: tuple[float, ...]
-    missing: bool
-    rows: Mapping[Value, PairMetrics]
-    reference_values: frozenset[int]
-    prediction_values: frozenset[int]
-
-    def row(self, value: Value) -> PairMetrics:
-        if value in self.rows:
-            return self.rows[value]
-        if self.missing:
-            return metrics.missing_prediction(0, spacing_mm=self.spacing_mm)
-        return metrics.both_empty(spacing_mm=self.spacing_mm)
-
-
-def _each(pairs: Sequence[Pair], options: EvaluateOptions, jobs: int) -> Iterator[_CaseResult | Failure]:
-    def measure(pair: Pair) -> _CaseResult | Failure:
-        return _measure_or_fail(pair, options)
-
-    if jobs <= 1:
-        yield from map(measure, pairs)
-        return
-    # threads suffice: inflating, look-ups and trees run outside Python's lock, and no array is copied between processes
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        yield from pool.map(measure, pairs)
-
-
-def _measure_or_fail(pair: Pair, options: EvaluateOptions) -> _CaseResult | Failure:
-    try:
-        return _measure(pair, options)
-    except DataError as error:
-        return Failure(pair.case, str(error))
-    except Exception as error:
-        # whatever is wrong with one case must not cost the others
-        logger.debug("%s failed", pair.case, exc_info=True)
-        return Failure(pair.case, f"{pair.prediction or pair.reference}: {type(error).__name__}: {error}")
-
-
-def _measure(pair: Pair, options: EvaluateOptions) -> _CaseResult:
-    if pair.prediction is None:
-        return _measure_missing(pair, options)
-    prediction, reference, grid = read_pair(
-        pair.prediction, pair.reference, resample_prediction=options.resample_prediction
-    )
-    in_prediction = metrics.present_values(prediction) - {options.ignore_value}
-    in_reference = metrics.present_values(reference) - {options.ignore_value}
-    rows = metrics.measure(
-        prediction,
-        reference,
-        sorted(in_prediction | in_reference) if options.labels is None else list(options.labels.values()),
-        spacing_mm=grid.spacing_mm,
-        ignore_value=options.ignore_value,
-        surface=options.surface,
-        nsd_tolerance_mm=options.nsd_tolerance_mm,
-    )
-    return _CaseResult(pair.case, grid.spacing_mm, False, rows, in_reference, in_prediction)
-
-
-def _measure_missing(pair: Pair, options: EvaluateOptions) -> _CaseResult:
-    reference = read_label(pair.reference)
-    present = metrics.present_values(reference.array) - {options.ignore_value}
-    values = sorted(present) if options.labels is None else list(options.labels.values())
-    spacing = reference.grid.spacing_mm
-    rows = {
-        value: metrics.missing_prediction(c.reference, spacing_mm=spacing)
-        for value, c in metrics.counts(reference.array, reference.array, values).items()
-    }
-    return _CaseResult(pair.case, spacing, True, rows, present, frozenset())
-
-
-def _names_found(results: Iterable[_CaseResult]) -> dict[str, Value]:
+def _names_found(results: Iterable[CaseResult]) -> dict[str, Value]:
     values = sorted(frozenset[int]().union(*(r.reference_values for r in results)))
     if not values:
         raise DataError(
@@ -190,28 +157,83 @@ def _names_found(results: Iterable[_CaseResult]) -> dict[str, Value]:
     return {str(value): value for value in values}
 
 
-def _unknown_values(results: Iterable[_CaseResult], labels: Mapping[str, Value]) -> list[str]:
-    known = {v for value in labels.values() for v in (value if isinstance(value, tuple) else (value,))}
+def _unknown(results: Iterable[CaseResult], judged: Judged) -> list[str]:
+    """Values that are no label, and tolerances of labels that there are none of."""
+    known = {v for value in judged.labels.values() for v in (value if isinstance(value, tuple) else (value,))}
     cases: dict[int, list[str]] = {}
     for result in results:
         for value in (result.reference_values | result.prediction_values) - known:
             cases.setdefault(value, []).append(result.case)
-    return [
+    warnings = [
         f"value {value} is no label and was not judged; it occurs in {len(names)} cases: {named(names)}"
         for value, names in sorted(cases.items())
     ]
+    unused = [name for name in judged.options.own_tolerances_mm if name not in judged.labels]
+    if unused:
+        warnings.append(f"NSD tolerance for {named(unused)} given, but no reference has such a value")
+    return warnings
 
 
-def _table(results: Iterable[_CaseResult], labels: Mapping[str, Value]) -> pd.DataFrame:
-    rows = [
+def _hint(found: Found, missing: Sequence[str]) -> str:
+    alone = [warning for warning in found.warnings if "without a reference" in warning]
+    if len(missing) < len(found.pairs) or not alone:
+        return ""
+    return f"no names agree ({alone[0]}): rename the files; or "
+
+
+def _table(results: Iterable[CaseResult], labels: Mapping[str, Value], options: EvaluateOptions) -> pd.DataFrame:
+    rows = _rows(results, labels, lambda result, value: dataclasses.asdict(result.row(value)))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *options.extra])
+    return table.astype({"tp": "Int64", "fp": "Int64", "fn": "Int64"})
+
+
+def _lesions(
+    results: Iterable[CaseResult], labels: Mapping[str, Value], options: EvaluateOptions
+) -> pd.DataFrame | None:
+    rule = options.lesion_rule
+    if rule is None:
+        return None
+
+    def found(result: CaseResult, value: Value) -> dict[str, Any]:
+        return lesion_row(result.lesions.get(value) or no_lesions(value, len(result.spacing_mm), rule))
+
+    return lesion_table(_rows((result for result in results if not result.missing), labels, found))
+
+
+def _rows(
+    results: Iterable[CaseResult],
+    labels: Mapping[str, Value],
+    measured: Callable[[CaseResult, Value], Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    return [
         {
             "case": result.case,
             "label": "+".join(map(str, value)) if isinstance(value, tuple) else value,
             "name": name,
-            **dataclasses.asdict(result.row(value)),
+            **measured(result, value),
         }
         for result in results
         for name, value in labels.items()
     ]
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.astype({"tp": "Int64", "fp": "Int64", "fn": "Int64"})
+
+
+def _calibration(results: Sequence[CaseResult], options: EvaluateOptions) -> tuple[Reliability | None, list[str]]:
+    """The probabilities of all cases together, and what is missing of them."""
+    if options.probabilities is None:
+        return None, []
+    judged = [result for result in results if not result.missing]
+    whole: Reliability | None = None
+    warnings = [f"probabilities of {r.case} were left out: {r.uncalibrated}" for r in judged if r.uncalibrated]
+    for result in judged:
+        if result.calibration is None:
+            continue
+        if whole is not None and list(whole.labels) != list(result.calibration.labels):
+            warnings.append(
+                f"probabilities of {result.case} were left out: other labels than those of the cases before"
+            )
+            continue
+        whole = result.calibration if whole is None else whole + result.calibration
+    absent = [r.case for r in judged if r.calibration is None and not r.uncalibrated]
+    if absent:
+        warnings.append(f"{len(absent)} cases have no probabilities: {named(absent)}")
+    return whole, warnings

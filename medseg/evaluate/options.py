@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from medseg import metrics
 from medseg.config import BACKGROUND, IGNORE
 from medseg.errors import DataError
 from medseg.metrics import Surface, Value
+from medseg.metrics.lesions import LESION_RULES, LesionRule
+
+OTHERS = "*"
+"""Among tolerances: every label that is not named."""
+USUAL_TOLERANCE_MM = 1.0
 
 
 @dataclass(frozen=True)
@@ -17,29 +24,101 @@ class EvaluateOptions:
 
     `labels` maps a name to its value, or to all values of a region; None takes the values found in the references. A
     name `background` is left out; one named `ignore` gives `ignore_value`: voxels where the reference has that value
-    belong to neither map. `resample_prediction` brings a prediction on another grid to that of the reference (nearest
+    belong to neither map. `nsd_tolerance_mm`: one number, or one by label name, where `*` stands for all others (1 mm
+    unless given). `resample_prediction` brings a prediction on another grid to that of the reference (nearest
     neighbour) instead of refusing it; `allow_missing` reports references without a prediction apart instead of refusing
-    them all. Raises `DataError` for choices that cannot be.
+    them all.
+
+    Measured only where asked: `extra` (`boundary_iou`, `cldice`), `lesions` (a rule of `medseg.metrics.lesions` or its
+    name), and calibration from the folder `probabilities`. `group` is the column of the metadata that names patients.
+    `jobs`: cases at a time; None: as many as there are cores, 16 at most, no more than half
+    of the memory holds, and one where cases are small. Raises
+    `DataError` for choices that cannot be.
     """
 
     labels: Mapping[str, Value] | None = None
     ignore_value: int | None = None
     surface: Surface = "surfel"
-    nsd_tolerance_mm: float = 1.0
+    nsd_tolerance_mm: float | Mapping[str, float] = USUAL_TOLERANCE_MM
     resample_prediction: bool = False
     allow_missing: bool = False
+    extra: tuple[str, ...] = ()
+    lesions: LesionRule | str | None = None
+    probabilities: Path | str | None = None
+    group: str | None = None
+    jobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.surface not in metrics.SURFACES:
             raise DataError(f"surface {self.surface!r} is unknown, expected {' or '.join(metrics.SURFACES)}")
-        if not self.nsd_tolerance_mm >= 0:
-            raise DataError(f"NSD tolerance of {self.nsd_tolerance_mm} mm found, expected 0 or more")
+        if self.jobs is not None and self.jobs < 1:
+            raise DataError(f"{self.jobs} jobs found, expected 1 or more")
+        object.__setattr__(self, "extra", _extra(self.extra))
+        object.__setattr__(self, "lesions", _rule(self.lesions))
+        if self.labels is not None:
+            self._take_labels(self.labels)
+        self._check_tolerances()
+
+    @property
+    def lesion_rule(self) -> LesionRule | None:
+        """The rule by which lesions are matched, or None where they are not asked for."""
+        return _rule(self.lesions)
+
+    @property
+    def usual_tolerance_mm(self) -> float:
+        """The tolerance of every label that has none of its own."""
+        chosen = self.nsd_tolerance_mm
+        return chosen.get(OTHERS, USUAL_TOLERANCE_MM) if isinstance(chosen, Mapping) else chosen
+
+    @property
+    def own_tolerances_mm(self) -> dict[str, float]:
+        """The tolerances of the labels that have one of their own, by name."""
+        chosen = self.nsd_tolerance_mm
+        return {n: t for n, t in chosen.items() if n != OTHERS} if isinstance(chosen, Mapping) else {}
+
+    def tolerances_mm(self, values: Iterable[Value]) -> dict[Value, float]:
+        """The tolerance of each of `values`; labels without names are called as their values."""
+        own = self.own_tolerances_mm
         if self.labels is None:
-            return
-        if self.ignore_value is None and IGNORE in self.labels:
-            value = self.labels[IGNORE]
+            return {value: own.get(str(value), self.usual_tolerance_mm) for value in values}
+        by_value = {self.labels[name]: tolerance for name, tolerance in own.items()}
+        return {value: by_value.get(value, self.usual_tolerance_mm) for value in values}
+
+    def _take_labels(self, labels: Mapping[str, Value]) -> None:
+        if self.ignore_value is None and IGNORE in labels:
+            value = labels[IGNORE]
             object.__setattr__(self, "ignore_value", value[0] if isinstance(value, tuple) else value)
-        judged = {n: v for n, v in self.labels.items() if n not in (BACKGROUND, IGNORE) and v != 0}
+        judged = {n: v for n, v in labels.items() if n not in (BACKGROUND, IGNORE) and v not in (0, self.ignore_value)}
         if not judged:
             raise DataError("labels name nothing but background; give at least one name with its value")
         object.__setattr__(self, "labels", judged)
+
+    def _check_tolerances(self) -> None:
+        for tolerance in (self.usual_tolerance_mm, *self.own_tolerances_mm.values()):
+            if not 0 <= tolerance < math.inf:
+                raise DataError(f"NSD tolerance of {tolerance} mm found, expected 0 or more")
+        own = self.own_tolerances_mm
+        if self.labels is None:
+            unknown = [name for name in own if not name.isdecimal()]
+            known = "values such as 1, as long as no labels give them names"
+        else:
+            unknown = [name for name in own if name not in self.labels]
+            known = ", ".join(self.labels)
+        if unknown:
+            raise DataError(f"NSD tolerance for unknown labels {', '.join(unknown)} found, expected some of: {known}")
+
+
+def _extra(names: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(names)
+    unknown = [name for name in found if name not in metrics.EXTRA]
+    if unknown:
+        raise DataError(f"extra measures {', '.join(unknown)} are unknown, expected {', '.join(metrics.EXTRA)}")
+    return tuple(name for name in metrics.EXTRA if name in found)
+
+
+def _rule(chosen: LesionRule | str | None) -> LesionRule | None:
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in LESION_RULES:
+        raise DataError(f"lesion rule {chosen!r} is unknown, expected one of {', '.join(LESION_RULES)}")
+    return LESION_RULES[chosen]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid
 from medseg.metrics import Labels
 from medseg.readers import ENDINGS, is_image_file, read_label, split_ending
+from medseg.readers.probabilities import ENDINGS as PROBABILITIES
 
 # share of a voxel that two grids may be apart at a corner: headers hold 32-bit numbers and rounded quaternions
 GRID_TOLERANCE_VOXELS = ROUNDING_TOLERANCE
@@ -27,48 +29,115 @@ class Pair:
     prediction: Path | None
     reference: Path
     image: Path | None = None
+    probabilities: Path | None = None
 
 
-def find_pairs(predictions: Path, references: Path, images: Path | None = None) -> tuple[list[Pair], list[str]]:
-    """Every reference with its prediction and image, sorted by case, and warnings. Raises `DataError`."""
-    for path in (predictions, references, *([] if images is None else [images])):
-        if not path.exists():
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be evaluated, and why."""
+
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pairs to judge, sorted by case, the cases that cannot be judged, and what looks odd."""
+
+    pairs: tuple[Pair, ...]
+    failures: tuple[Failure, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Both label maps of a pair on the grid of the reference; `resampled` tells that the prediction was on another."""
+
+    prediction: Labels
+    reference: Labels
+    grid: Grid
+    resampled: bool
+
+
+def find_pairs(
+    predictions: Path, references: Path, *, images: Path | None = None, probabilities: Path | None = None
+) -> Found:
+    """Every reference with the prediction, the image and the probabilities of its case.
+
+    A case is named by its files without their ending: `a.nii.gz` belongs to `a.NRRD`, whatever the spelling of endings
+    and of accents; an image may also be called `a_0000.nii.gz`. Hidden files, files with other endings and folders in
+    the folder are passed over. Two files given belong together whatever their names. A case in two files is a failure
+    of that case. Raises `DataError` for folders that are not there, hold no label maps, or are one and the same.
+    """
+    for path in (predictions, references, images, probabilities):
+        if path is not None and not path.exists():
             raise DataError(f"{path}: does not exist, expected a folder of label maps or one file")
-    if predictions.is_file() and references.is_file():
-        return [Pair(split_ending(references.name)[0], predictions, references, _only_file(images))], []
-    found = _files_by_case(references)
-    if not found:
-        raise DataError(f"{references}: no label maps found, expected files ending in {', '.join(ENDINGS)}")
-    predicted = _files_by_case(predictions)
-    pictured = {} if images is None else _files_by_case(images)
-    pairs = [
-        Pair(
-            case,
-            _single(predicted.get(case, ())),
-            _single(files) or files[0],
-            _single(pictured.get(case) or pictured.get(f"{case}_0000") or ()),
+    if predictions.samefile(references):
+        raise DataError(
+            f"{predictions}: given as predictions and as references; every measure would be perfect. Give two folders"
         )
-        for case, files in sorted(found.items())
-    ]
-    alone = sorted(set(predicted) - set(found))
-    warnings = [f"{len(alone)} predictions without a reference were left out: {named(alone)}"] if alone else []
-    return pairs, warnings
+    if predictions.is_file() and references.is_file():
+        case = case_name(references.name)
+        chances = None if probabilities is None or probabilities.is_dir() else probabilities
+        return Found((Pair(case, predictions, references, _only_file(images), chances),))
+    expected, predicted = _label_maps(references), _label_maps(predictions)
+    pictured = {} if images is None else _files_by_case(images, ENDINGS)
+    chances_of = {} if probabilities is None else _files_by_case(probabilities, PROBABILITIES)
+    pairs, failures = [], []
+    for case, files in sorted(expected.items()):
+        double = next((f for f in (files, predicted.get(case, [])) if len(f) > 1), None)
+        if double is not None:
+            names = named([printable(f.name) for f in double])
+            reason = f"{printable(str(double[0]))}: one case in {len(double)} files ({names}); keep one"
+            failures.append(Failure(case, reason))
+            continue
+        prediction = _single(predicted.get(case, []))
+        image = _single(pictured.get(case) or pictured.get(f"{case}_0000") or [])
+        pairs.append(Pair(case, prediction, files[0], image, _single(chances_of.get(case, []))))
+    if probabilities is not None and not any(pair.probabilities for pair in pairs):
+        raise DataError(
+            f"{probabilities}: no probabilities of any case found, expected files named as the references and ending "
+            f"in {', '.join(PROBABILITIES)}"
+        )
+    warnings = _oddities(pairs, expected, predicted)
+    blurred = [case for case, files in sorted(pictured.items()) if len(files) > 1]
+    if blurred:
+        warnings.append(f"{len(blurred)} images are there in two files and were not shown: {named(blurred)}")
+    return Found(tuple(pairs), tuple(failures), tuple(warnings))
 
 
-def read_pair(prediction: Path, reference: Path, *, resample_prediction: bool = False) -> tuple[Labels, Labels, Grid]:
+def read_maps(prediction: Path, reference: Path, *, resample_prediction: bool = False) -> Maps:
     """Both label maps on the reference's grid.
 
     Raises `GeometryError` if the grids differ, unless the prediction may be resampled (nearest neighbour, 0 outside).
     """
     found, expected = read_label(prediction), read_label(reference)
     if found.grid.matches(expected.grid, tolerance=GRID_TOLERANCE_VOXELS):
-        return found.array, expected.array, expected.grid
+        return Maps(found.array, expected.array, expected.grid, resampled=False)
     if resample_prediction and found.grid.spatial_dims == expected.grid.spatial_dims:
-        return _nearest(found.array, found.grid, expected.grid), expected.array, expected.grid
+        moved = _nearest(found.array, found.grid, expected.grid)
+        return Maps(moved, expected.array, expected.grid, resampled=True)
     raise GeometryError(
         f"{prediction}: {_difference(found.grid, expected.grid)}; save the prediction on the reference's grid, or pass "
         "--resample-prediction"
     )
+
+
+def read_pair(prediction: Path, reference: Path, *, resample_prediction: bool = False) -> tuple[Labels, Labels, Grid]:
+    """As `read_maps`, without the word whether the prediction was on another grid."""
+    maps = read_maps(prediction, reference, resample_prediction=resample_prediction)
+    return maps.prediction, maps.reference, maps.grid
+
+
+def case_name(name: str) -> str:
+    """The case of a file: its name without a known ending, in one spelling of accents, as text that can be written."""
+    stem = name.removesuffix(".npz") if name.endswith(".npz") else split_ending(name)[0]
+    return printable(unicodedata.normalize("NFC", stem))
+
+
+def printable(text: str) -> str:
+    """`text` with bytes of file names that are no UTF-8 shown as their codes."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def named(names: Sequence[str]) -> str:
@@ -77,18 +146,43 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
-def _files_by_case(folder: Path) -> dict[str, list[Path]]:
+def _label_maps(folder: Path) -> dict[str, list[Path]]:
+    files = _files_by_case(folder, ENDINGS)
+    if files:
+        return files
+    reason = f"{folder}: no label maps found, expected files ending in {', '.join(ENDINGS)}"
+    inside = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if inside:
+        reason += f"; there are folders in it ({named([printable(name) for name in inside])}): give one of these"
+    raise DataError(reason)
+
+
+def _files_by_case(folder: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
-    for path in [folder] if folder.is_file() else sorted(folder.iterdir()):
-        if path.is_file() and is_image_file(path):
-            files.setdefault(split_ending(path.name)[0], []).append(path)
+    try:
+        inside = [folder] if folder.is_file() else sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+    for path in inside:
+        known = is_image_file(path) or (path.suffix == ".npz" and not path.name.startswith("."))
+        if known and path.name.lower().endswith(tuple(endings)) and path.is_file():
+            files.setdefault(case_name(path.name), []).append(path)
     return files
 
 
+def _oddities(
+    pairs: Sequence[Pair], expected: Mapping[str, Sequence[Path]], predicted: Mapping[str, Sequence[Path]]
+) -> list[str]:
+    alone = sorted(set(predicted) - set(expected))
+    same = [p.case for p in pairs if p.prediction is not None and p.prediction.samefile(p.reference)]
+    warnings = [f"{len(alone)} predictions without a reference were left out: {named(alone)}"] if alone else []
+    if same:
+        warnings.append(f"in {len(same)} cases prediction and reference are one and the same file: {named(same)}")
+    return warnings
+
+
 def _single(files: Sequence[Path]) -> Path | None:
-    if len(files) > 1:
-        raise DataError(f"{files[0]}: one case in {len(files)} files ({named([f.name for f in files])}); keep one")
-    return files[0] if files else None
+    return files[0] if len(files) == 1 else None
 
 
 def _only_file(images: Path | None) -> Path | None:

@@ -1,128 +1,205 @@
-"""What summary.json says: an evaluation's table in numbers with their uncertainty, and what each number means."""
+"""What summary.json says: an evaluation's table in numbers with their uncertainty; what they mean is said elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 import pandas as pd
 
+from medseg.evaluate.calibration import summarise_calibration
+from medseg.evaluate.definitions import definitions
+from medseg.evaluate.lesions import summarise_lesions
 from medseg.evaluate.options import EvaluateOptions
+from medseg.evaluate.pairs import Failure
 from medseg.metrics import Value
-from medseg.statistics import Summary, summarise
+from medseg.metrics.calibration import Reliability
+from medseg.statistics import bland_altman, cases_needed, summarise
 from medseg.versions import versions
 
-SCHEMA_VERSION = 1
+__all__ = ["METRICS", "OVERLAPS", "SCHEMA_VERSION", "SMALL", "WORST_CASES", "Failure", "Judged", "summarise_table"]
+
+SCHEMA_VERSION = 2
 OVERLAPS = ("dice", "iou", "precision", "recall", "nsd")
 METRICS = (
     *("dice", "iou", "precision", "recall", "hd_mm", "hd95_mm", "assd_mm", "nsd"),
     *("reference_ml", "prediction_ml", "volume_difference_ml"),
+    *("specificity", "masd_mm", "relative_volume_difference"),
 )
+"""Measures of every evaluation, those of the first version of the table first; extra ones follow."""
+SUBGROUP_METRICS = ("dice", "nsd", "hd95_mm")
 WORST_CASES = 10
+SMALL = 10
+"""Fewer cases, or patients where they are known, say little about others."""
+HALF_WIDTHS = (0.01, 0.02, 0.05)
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
-    """A case that could not be evaluated, and why."""
+class Judged:
+    """All that was measured: `table` by case and label, and what was measured only where asked.
 
-    case: str
-    reason: str
+    `groups` maps a case to its patient; `metadata`: subgroups by case (index); `resampled`: cases whose prediction was
+    on another grid.
+    """
+
+    table: pd.DataFrame
+    labels: Mapping[str, Value]
+    options: EvaluateOptions
+    failures: Sequence[Failure] = ()
+    groups: Mapping[str, str] | None = None
+    metadata: pd.DataFrame | None = None
+    lesions: pd.DataFrame | None = None
+    calibration: Reliability | None = None
+    resampled: Sequence[str] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The measures in the table."""
+        return (*METRICS, *self.options.extra)
+
+    @property
+    def found(self) -> pd.DataFrame:
+        """The rows of cases that have a prediction."""
+        return self.table[self.table["status"] != "missing_prediction"]
+
+    def patient(self, case: str) -> str:
+        """The patient of a case; where none is known, the case itself."""
+        return (self.groups or {}).get(case, case)
+
+    def summary(self, rows: pd.DataFrame, metric: str) -> dict[str, Any]:
+        """Strict JSON of one column of `rows`; patients are the units where they are known."""
+        units = None if self.groups is None else [self.patient(case) for case in rows["case"]]
+        fields = dataclasses.asdict(summarise(rows[metric].to_numpy(dtype=float), groups=units))
+        return {name: list(value) if isinstance(value, tuple) else _strict(value) for name, value in fields.items()}
+
+    def n_patients(self, cases: Sequence[str]) -> int | None:
+        """How many patients `cases` are of; None where patients are not known."""
+        return None if self.groups is None else len({self.patient(case) for case in cases})
 
 
-def summarise_table(
-    table: pd.DataFrame,
-    labels: Mapping[str, Value],
-    failures: Sequence[Failure],
-    warnings: Sequence[str],
-    options: EvaluateOptions,
-    groups: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    """All that strict JSON can hold of an evaluation. `groups` maps a case to its patient."""
-    missing = table["status"] == "missing_prediction"
-    judged = table[~missing]
-    by_case = judged.groupby("case", sort=True)[list(OVERLAPS)].mean()
-    absent = list(dict.fromkeys(table.loc[missing, "case"]))
+def summarise_table(judged: Judged, warnings: Sequence[str]) -> dict[str, Any]:
+    """All that strict JSON can hold of an evaluation."""
+    missing = judged.table["status"] == "missing_prediction"
+    absent = list(dict.fromkeys(judged.table.loc[missing, "case"]))
+    by_case = _by_case(judged, judged.found)
+    rule = judged.options.lesion_rule
+    subgroups = _subgroups(judged)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "n_cases": len(by_case),
-        "n_failed": len(failures),
+        "n_groups": judged.n_patients(list(by_case["case"])),
+        "n_failed": len(judged.failures),
         "n_missing_prediction": len(absent),
-        "foreground": {metric: _summary(by_case.reset_index(), metric, groups) for metric in OVERLAPS},
+        "foreground": _foreground(judged, by_case),
         "labels": {
             name: {
                 "value": list(value) if isinstance(value, tuple) else value,
-                **_label(judged, name, len(absent), groups),
+                **_label(judged, name, len(absent)),
             }
-            for name, value in labels.items()
+            for name, value in judged.labels.items()
         },
-        "worst_cases": _worst(judged, by_case["dice"]),
+        "volumes": {name: _volumes(judged, name) for name in judged.labels},
+        "subgroups": subgroups,
+        "lesions": None
+        if rule is None or judged.lesions is None
+        else summarise_lesions(judged.lesions, list(judged.labels), rule, judged.summary),
+        "calibration": summarise_calibration(judged.calibration, judged.labels),
+        "worst_cases": _worst(judged.found, by_case),
         "missing_predictions": absent,
-        "failures": [dataclasses.asdict(failure) for failure in failures],
+        "resampled_predictions": list(judged.resampled),
+        "failures": [dataclasses.asdict(failure) for failure in judged.failures],
         "warnings": list(warnings),
-        "definitions": _definitions(options),
+        "groups": None
+        if judged.groups is None
+        else {case: judged.patient(case) for case in dict.fromkeys(judged.table["case"])},
+        "definitions": definitions(judged.options, groups=judged.groups is not None, subgroups=bool(subgroups)),
         "versions": versions("medseg", "numpy", "scipy", "pandas"),
     }
 
 
-def _label(
-    judged: pd.DataFrame, name: str, n_missing_prediction: int, groups: Mapping[str, str] | None
-) -> dict[str, Any]:
-    rows = judged[judged["name"] == name]
-    events = {f"n_{s}": int((rows["status"] == s).sum()) for s in ("missed", "spurious", "both_empty")}
-    events["n_missing_prediction"] = n_missing_prediction
-    return {metric: {**_summary(rows, metric, groups), **events} for metric in METRICS}
+def _by_case(judged: Judged, rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.groupby("case", sort=True)[[*OVERLAPS, *judged.options.extra]].mean().reset_index()
 
 
-def _summary(rows: pd.DataFrame, metric: str, groups: Mapping[str, str] | None) -> dict[str, Any]:
-    units = None if groups is None else [groups.get(case, case) for case in rows["case"]]
-    return _plain(summarise(rows[metric].to_numpy(dtype=float), groups=units))
+def _foreground(judged: Judged, by_case: pd.DataFrame) -> dict[str, Any]:
+    return {metric: judged.summary(by_case, metric) for metric in (*OVERLAPS, *judged.options.extra)}
 
 
-def _worst(judged: pd.DataFrame, dice_by_case: pd.Series[float]) -> list[dict[str, Any]]:
+def _label(judged: Judged, name: str, n_missing_prediction: int) -> dict[str, Any]:
+    rows = judged.found[judged.found["name"] == name]
+    events = {**_events(rows), "n_missing_prediction": n_missing_prediction}
+    found = {metric: {**judged.summary(rows, metric), **events} for metric in judged.metrics}
+    found["dice"]["cases_needed"] = _cases_needed(found["dice"])
+    return found
+
+
+def _events(rows: pd.DataFrame) -> dict[str, int]:
+    return {f"n_{s}": int((rows["status"] == s).sum()) for s in ("missed", "spurious", "both_empty")}
+
+
+def _cases_needed(dice: Mapping[str, Any]) -> dict[str, int] | None:
+    if dice["n_finite"] < 3:
+        return None
+    return {f"{half_width:g}": cases_needed(dice["sd"], half_width) for half_width in HALF_WIDTHS}
+
+
+def _volumes(judged: Judged, name: str) -> dict[str, Any] | None:
+    rows = judged.found[(judged.found["name"] == name) & (judged.found["status"] != "both_empty")]
+    found = bland_altman(rows["prediction_ml"].to_numpy(dtype=float), rows["reference_ml"].to_numpy(dtype=float))
+    if found is None:
+        return None
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(found).items()}
+
+
+def _subgroups(judged: Judged) -> list[dict[str, Any]]:
+    if judged.metadata is None:
+        return []
+    absent = judged.table[judged.table["status"] == "missing_prediction"]
+    found = []
+    for column in judged.metadata.columns:
+        values = judged.metadata[column]
+        for value in values.cat.categories:
+            cases = set(values.index[values == value])
+            rows = judged.found[judged.found["case"].isin(cases)]
+            if rows.empty:
+                continue
+            n_absent = absent.loc[absent["case"].isin(cases), "case"].nunique()
+            found.append({"column": str(column), "value": str(value), **_subgroup(judged, rows, n_absent)})
+    return found
+
+
+def _subgroup(judged: Judged, rows: pd.DataFrame, n_missing_prediction: int) -> dict[str, Any]:
+    by_case = _by_case(judged, rows)
+    n_patients = judged.n_patients(list(by_case["case"]))
+    labels = {}
+    for name in judged.labels:
+        own = rows[rows["name"] == name]
+        events = {**_events(own), "n_missing_prediction": n_missing_prediction}
+        labels[name] = {metric: {**judged.summary(own, metric), **events} for metric in SUBGROUP_METRICS}
+    return {
+        "n_cases": len(by_case),
+        "n_groups": n_patients,
+        "small": (len(by_case) if n_patients is None else n_patients) < SMALL,
+        "foreground": _foreground(judged, by_case),
+        "labels": labels,
+    }
+
+
+def _worst(found: pd.DataFrame, by_case: pd.DataFrame) -> list[dict[str, Any]]:
     worst = []
-    for case, mean in dice_by_case.dropna().sort_values(kind="stable").head(WORST_CASES).items():
-        rows = judged[(judged["case"] == case) & judged["dice"].notna()]
-        lowest = rows.sort_values("dice", kind="stable").iloc[0]
-        worst.append({"case": str(case), "dice": float(mean), "lowest_label": str(lowest["name"])})
+    lowest = by_case.dropna(subset=["dice"]).sort_values("dice", kind="stable").head(WORST_CASES)
+    for case, mean in zip(lowest["case"], lowest["dice"]):
+        rows = found[(found["case"] == case) & found["dice"].notna()]
+        label = rows.sort_values("dice", kind="stable").iloc[0]["name"]
+        worst.append({"case": str(case), "dice": float(mean), "lowest_label": str(label)})
     return worst
 
 
-def _plain(summary: Summary) -> dict[str, Any]:
-    def number(value: Any) -> Any:
-        return "inf" if value == float("inf") else value
-
-    fields = dataclasses.asdict(summary)
-    return {name: list(value) if isinstance(value, tuple) else number(value) for name, value in fields.items()}
-
-
-def _definitions(options: EvaluateOptions) -> dict[str, str]:
-    surfaces = {
-        "surfel": "marching-cubes surface elements weighted by their area, as in DeepMind's surface-distance",
-        "voxel": "voxels of the label that have a neighbour outside across a face, as in MONAI",
-    }
-    texts = {
-        "dice": "2TP / (2TP + FP + FN). Not defined where both are empty; 0 where only one of the two has the label.",
-        "iou": "TP / (TP + FP + FN), with the same edge cases.",
-        "precision": "TP / (TP + FP); not defined where nothing was predicted.",
-        "recall": "TP / (TP + FN); not defined where the reference is empty.",
-        "surface": f"{options.surface}: {surfaces[options.surface]}; distances follow the voxel spacing.",
-        "hd_mm": "Largest distance between the two surfaces. Infinite where only one of the two has the label.",
-        "hd95_mm": "The larger of the two directed 95th percentiles of the distances between the surfaces.",
-        "assd_mm": "Mean distance over both surfaces, weighted by the size of their elements.",
-        "nsd": f"Share of both surfaces that lies within {options.nsd_tolerance_mm:g} mm of the other one.",
-        "volumes": "Millilitres, from the voxel spacing; not given for two-dimensional images. Difference: prediction "
-        "− reference. In pictures without a physical size a pixel counts as 1 mm.",
-        "status": "ok: both have the label. missed: only the reference has it. spurious: only the prediction has it. "
-        "both_empty: neither has it; left out of means and counted. missing_prediction: no prediction was found; left "
-        "out of all summaries and counted.",
-        "mean": "Mean and standard deviation are those of the finite values, with their number where some are infinite "
-        "(n_finite). Median and quartiles include infinite values, written as inf.",
-        "ci95": "95% bootstrap interval of the mean over cases (BCa, else percentile); not given below three cases.",
-        "foreground": "Mean over the labels of each case, then summarised over cases.",
-    }
-    if options.ignore_value is not None:
-        texts["ignore"] = f"Voxels where the reference is {options.ignore_value} belong to neither map."
-    return texts
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from medseg.evaluate import EvaluateOptions, Evaluation, Failure, Pair, evaluate_folders, evaluate_pairs
+from medseg.evaluate import (
+    EvaluateOptions,
+    Evaluation,
+    Failure,
+    Pair,
+    evaluate_folders,
+    evaluate_pairs,
+    label_tables,
+    nnunet,
+)
 from medseg.progress import Progress, silent
 from medseg.report.html import fixed, render
 from medseg.writers import atomic_path
@@ -44,13 +54,43 @@ class Report:
         """What was left out or looks odd, in sentences."""
         return self.evaluation.warnings
 
-    def save(self, folder: Path | str) -> Path:
-        """Write metrics.csv, summary.json and report.html into `folder`, each whole or not at all; returns it."""
+    def save(self, folder: Path | str, *, nnunet_summary: bool = False, pdf: bool = False) -> Path:
+        """Write the report into `folder` and give it back: all files are made before the first gets its name.
+
+        metrics.csv, summary.json, report.html, labels.ctbl (3D Slicer), labels.label (ITK-SNAP); lesions.csv where
+        lesions were asked for; nnunet_summary.json and report.pdf on demand. Such a file of an earlier report goes.
+        Raises `DataError` where the folder cannot be written.
+        """
         target = Path(folder)
-        _write(target / "metrics.csv", self.table.to_csv(index=False, lineterminator="\n"))
-        _write(target / "summary.json", json.dumps(self.summary, indent=2, allow_nan=False) + "\n")
-        _write(target / "report.html", render(self.evaluation))
+        texts = self._texts()
+        if nnunet_summary:
+            found = self.evaluation
+            numbers = nnunet.nnunet_summary(found.table, found.labels, found.pairs, found.voxels)
+            texts["nnunet_summary.json"] = json.dumps(numbers, indent=4) + "\n"
+        with ExitStack() as files:
+            parts = {name: files.enter_context(atomic_path(target / name)) for name in texts}
+            for name, part in parts.items():
+                # a file name may hold bytes that are no text; they are shown as their codes
+                part.write_text(texts[name], encoding="utf-8", errors="backslashreplace", newline="\n")
+            if pdf:
+                # what draws it takes half a second to import
+                from medseg.report.pdf import write_pdf
+
+                write_pdf(self.evaluation, files.enter_context(atomic_path(target / "report.pdf")))
+        for name in {"lesions.csv", "nnunet_summary.json", *([] if pdf else ["report.pdf"])} - set(texts):
+            (target / name).unlink(missing_ok=True)
         return target
+
+    def _texts(self) -> dict[str, str]:
+        found = self.evaluation
+        texts = {
+            "metrics.csv": _csv(found.table),
+            "summary.json": json.dumps(found.summary, indent=2, allow_nan=False) + "\n",
+            "report.html": render(found),
+            "labels.ctbl": label_tables.slicer_table(found.labels, found.colours),
+            "labels.label": label_tables.snap_table(found.labels, found.colours),
+        }
+        return texts if found.lesions is None else {**texts, "lesions.csv": _csv(found.lesions)}
 
     def text_rows(self) -> list[tuple[str, ...]]:
         """Dice by label as rows of text, the first being the header."""
@@ -78,13 +118,14 @@ def evaluate(
     options: EvaluateOptions | None = None,
     *,
     images: Path | str | None = None,
-    jobs: int = 1,
+    metadata: Path | str | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Compare a folder of predictions (or one file) with one of references, case by case and label by label.
 
-    `images` is a folder of the images themselves, for the pictures. Raises `DataError` where predictions are missing
-    (unless `allow_missing`) or no case can be evaluated.
+    `images` is a folder of the images themselves, for the pictures; `metadata` a CSV file with a column `case` and one
+    per subgroup, such as site or sex; one called patient, subject or group makes patients the unit of the statistics.
+    Raises `DataError` where predictions are missing (unless `allow_missing`) or no case can be evaluated.
     """
     return Report(
         evaluate_folders(
@@ -92,7 +133,7 @@ def evaluate(
             Path(references),
             options,
             images=None if images is None else Path(images),
-            jobs=jobs,
+            metadata=None if metadata is None else Path(metadata),
             progress=progress,
         )
     )
@@ -117,7 +158,6 @@ def _text_row(name: str, dice: Mapping[str, Any]) -> tuple[str, str, str, str, s
     return (name, fixed(dice["mean"]), interval, fixed(dice["median"]), *counts)
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as part:
-        # a file name may hold bytes that are no text; they are shown as their codes
-        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+def _csv(table: pd.DataFrame) -> str:
+    # inf is literal and NaN an empty cell: pandas' own
+    return str(table.to_csv(index=False, lineterminator="\n"))

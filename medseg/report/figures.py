@@ -1,42 +1,48 @@
-"""Contour pictures of a case, as PNG in a data URI, and the geometry of strip plots; no HTML."""
+"""Contour pictures of a case, as JPEG in a data URI; no HTML."""
 
 from __future__ import annotations
 
 import base64
 import io
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
+from scipy import ndimage
 
-from medseg.errors import DataError
+from medseg.config import COLOURS
 from medseg.evaluate import Evaluation
-from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_pair
-from medseg.grid import Grid
-from medseg.metrics import Labels, Value, judged
-from medseg.readers import is_picture, read_image
-
-logger = logging.getLogger(__name__)
+from medseg.evaluate.pairs import Pair
+from medseg.metrics import Labels, Value
+from medseg.readers import is_picture
+from medseg.report.layers import Layers, read_layers, window
 
 Plane = npt.NDArray[Any]
 
-PICTURE_PIXELS = 480
+PICTURE_PIXELS = 560
 _DPI = 100
+_QUALITY = 88
 # room around what is outlined, so that errors are seen in their surroundings
 _ROOM = 1.35
-_WINDOW_PERCENTILES = (1, 99)
-_WINDOW_ROOM = 0.5
-_LINE_WIDTH = 1.9
 _BACKDROP = "#15181c"
-_CASING: list[AbstractPathEffect] = [withStroke(linewidth=3.6, foreground="#000000b0")]
-MAX_DOTS = 300
+# opaque: the ends of lines lie over each other, and would show as dots
+_CASING = "#0d0f12"
+_TEXT_CASING: list[AbstractPathEffect] = [withStroke(linewidth=2.6, foreground="#000000c8")]
+# how much of the label's colour lies over what is wrong, and, where there is no image, over what agrees
+_WRONG, _AGREED = 0.6, 0.22
+# a number needs this much room around it inside its outline
+_NUMBER_PIXELS = 10
+_SCALE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -49,35 +55,38 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Dot:
-    """One case in a strip plot; x and y in 0–1."""
-
-    x: float
-    y: float
-    title: str
-
-
-@dataclass(frozen=True)
 class _View:
-    """A way to cut a volume that stands in RAS order: along `axis`, with the letters at the left and top edges."""
+    """A way to cut a volume in RAS order: along `axis`, with the letters at the left, right, top and bottom edges."""
 
     name: str
     axis: int
-    left: str
-    top: str
+    letters: str
 
 
-_VIEWS = (_View("axial", 2, "R", "A"), _View("coronal", 1, "R", "S"), _View("sagittal", 0, "A", "S"))
+_VIEWS = (_View("axial", 2, "RLAP"), _View("coronal", 1, "RLSI"), _View("sagittal", 0, "APSI"))
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """What one picture shows: planes [row, column] and the size of a pixel (height, width) in mm."""
+    """What one picture shows: planes [row, column], the size of a pixel (height, width) in `unit`, and what is said."""
 
     prediction: Plane
     reference: Plane
     image: Plane | None
-    pixel_mm: tuple[float, float]
+    pixel: tuple[float, float]
+    unit: str
+    caption: str
+    letters: str
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How labels are drawn: their values and colours, numbers where colours repeat, and the grey window."""
+
+    labels: Mapping[str, Value]
+    colours: Mapping[str, str]
+    numbers: bool
+    window: tuple[float, float]
 
 
 def contour_pictures(pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
@@ -87,97 +96,53 @@ def contour_pictures(pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
     """
     if pair.prediction is None:
         return ()
-    options = evaluation.options
-    prediction, reference, grid = read_pair(
-        pair.prediction, pair.reference, resample_prediction=options.resample_prediction
-    )
-    maps = judged(prediction, reference, list(evaluation.labels.values()), ignore_value=options.ignore_value)
-    layers = [*maps, *_image_layer(pair, grid)]
-    scenes = (
-        _scenes_2d(layers, grid, is_picture(pair.reference)) if grid.spatial_dims == 2 else _scenes_3d(layers, grid)
-    )
-    window = _window(layers[2], (layers[0] != 0) | (layers[1] != 0)) if len(layers) > 2 else (0.0, 1.0)
+    layers = read_layers(pair, evaluation)
+    labels = evaluation.labels
+    grey = (0.0, 1.0) if layers.image is None else window(layers.image, layers.outlined)
+    style = _Style(labels, evaluation.colours, len(labels) > len(COLOURS), grey)
+    scenes = _planes(layers, is_picture(pair.reference)) if layers.grid.spatial_dims == 2 else _cuts(layers)
     return tuple(
         Picture(
-            _draw(scene, evaluation.labels, evaluation.colours, window, letters),
-            caption,
-            ", ".join(part for part in (f"Reference and prediction of case {pair.case}", caption) if part),
+            _draw(scene, style),
+            scene.caption,
+            ", ".join(
+                part for part in (f"Outlines of reference and prediction, case {pair.case}", scene.caption) if part
+            ),
         )
-        for scene, caption, letters in scenes
+        for scene in scenes
     )
 
 
-def strip(values: Sequence[float], titles: Sequence[str], *, low: float, high: float = 1.0) -> list[Dot]:
-    """Dots of a strip plot; of more than `MAX_DOTS`, evenly many are taken by rank, with both ends."""
-    order = np.argsort(np.asarray(values, dtype=np.float64), kind="stable")
-    if len(order) > MAX_DOTS:
-        order = order[np.linspace(0, len(order) - 1, MAX_DOTS).round().astype(int)]
-    # multiples of the golden ratio spread neighbours apart, the same way every time
-    return [
-        Dot(place(values[n], low=low, high=high), (rank * 0.6180339887) % 1, titles[n]) for rank, n in enumerate(order)
-    ]
+def _planes(layers: Layers, picture: bool) -> list[_Scene]:
+    across, up = layers.grid.spacing_mm
+
+    def turned(layer: Plane) -> Plane:
+        # a picture lies as its file; else x to the right and y up, as maps are drawn
+        return layer if picture else layer[:, ::-1].T
+
+    pixel, unit = ((across, up), "px") if picture else ((up, across), "mm")
+    image = None if layers.image is None else turned(layers.image)
+    return [_Scene(turned(layers.prediction), turned(layers.reference), image, pixel, unit, "", "")]
 
 
-def place(value: float, *, low: float, high: float = 1.0) -> float:
-    """Where `value` lies between `low` and `high`, as 0–1."""
-    return float(np.clip((value - low) / (high - low), 0, 1))
-
-
-def upright(layers: Sequence[Plane], grid: Grid) -> tuple[list[Plane], tuple[float, ...]]:
-    """Layers with their axes turned and flipped to the nearest of x, y(, z) in RAS, and the spacing in that order."""
-    n = grid.spatial_dims
-    share = np.abs(grid.affine[:n, :n]) / np.asarray(grid.spacing_mm)
-    order: list[int] = []
-    for axis in range(n):
-        left = [voxel_axis for voxel_axis in range(n) if voxel_axis not in order]
-        order.append(max(left, key=lambda voxel_axis: float(share[axis, voxel_axis])))
-    flips = tuple(slice(None, None, -1 if grid.affine[axis, order[axis]] < 0 else 1) for axis in range(n))
-    return [layer.transpose(order)[flips] for layer in layers], tuple(grid.spacing_mm[a] for a in order)
-
-
-def _members(value: Value) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _image_layer(pair: Pair, grid: Grid) -> list[npt.NDArray[Any]]:
-    if pair.image is None:
-        return []
-    try:
-        image = read_image(pair.image, channels=1 if is_picture(pair.image) else None, finite=False)
-    except DataError as error:
-        logger.warning("left out of the pictures: %s", error)
-        return []
-    if not image.grid.matches(grid, tolerance=GRID_TOLERANCE_VOXELS):
-        logger.warning("%s: lies on another grid than the reference and is left out of the pictures", pair.image)
-        return []
-    return [np.nan_to_num(image.array[0].astype(np.float32))]
-
-
-def _scenes_2d(layers: Sequence[Plane], grid: Grid, picture: bool) -> list[tuple[_Scene, str, tuple[str, str] | None]]:
-    if picture:
-        return [(_scene(layers, (grid.spacing_mm[0], grid.spacing_mm[1])), "", None)]
-    # x to the right and y up, as maps are drawn
-    turned, spacing = upright(layers, grid)
-    planes = [layer[:, ::-1].T for layer in turned]
-    return [(_scene(planes, (spacing[1], spacing[0])), "", None)]
-
-
-def _scenes_3d(layers: Sequence[Plane], grid: Grid) -> list[tuple[_Scene, str, tuple[str, str] | None]]:
-    turned, spacing = upright(layers, grid)
-    scenes: list[tuple[_Scene, str, tuple[str, str] | None]] = []
+def _cuts(layers: Layers) -> list[_Scene]:
+    scenes = []
+    spacing = layers.grid.spacing_mm
     for view in _VIEWS:
         across, up = (a for a in range(3) if a != view.axis)
-        if min(turned[0].shape[across], turned[0].shape[up]) < 2:
+        if min(layers.grid.shape[across], layers.grid.shape[up]) < 2:
             continue
-        index = _worst_slice(turned[0], turned[1], view.axis)
-        planes = [np.moveaxis(layer, view.axis, 0)[index][::-1, ::-1].T for layer in turned]
-        caption = f"{view.name}, slice {index + 1} of {turned[0].shape[view.axis]}"
-        scenes.append((_scene(planes, (spacing[up], spacing[across])), caption, (view.left, view.top)))
+        index = _worst_slice(layers.prediction, layers.reference, view.axis)
+        planes = [
+            None if layer is None else np.moveaxis(layer, view.axis, 0)[index][::-1, ::-1].T
+            for layer in (layers.prediction, layers.reference, layers.image)
+        ]
+        if planes[0] is not None and planes[1] is not None:
+            caption = f"{view.name}, slice {index + 1} of {layers.grid.shape[view.axis]}"
+            scenes.append(
+                _Scene(planes[0], planes[1], planes[2], (spacing[up], spacing[across]), "mm", caption, view.letters)
+            )
     return scenes
-
-
-def _scene(planes: Sequence[Plane], pixel_mm: tuple[float, float]) -> _Scene:
-    return _Scene(planes[0], planes[1], planes[2] if len(planes) > 2 else None, pixel_mm)
 
 
 def _worst_slice(prediction: Labels, reference: Labels, axis: int) -> int:
@@ -186,81 +151,166 @@ def _worst_slice(prediction: Labels, reference: Labels, axis: int) -> int:
     return int(np.argmax(wrong if wrong.any() else (reference != 0).sum(axis=others)))
 
 
-def _window(image: Plane, outlined: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Black and white: the range of what is outlined and half as much on both sides, or that of the whole image."""
-    inside = image[outlined]
-    low, high = np.percentile(inside if inside.size else image, _WINDOW_PERCENTILES)
-    room = _WINDOW_ROOM * (high - low) if inside.size else 0.0
-    low, high = max(low - room, float(image.min())), min(high + room, float(image.max()))
-    return float(low), float(max(high, low + 1e-6))
-
-
-def _draw(
-    scene: _Scene,
-    labels: Mapping[str, Value],
-    colours: Mapping[str, str],
-    window: tuple[float, float],
-    letters: tuple[str, str] | None,
-) -> str:
+def _draw(scene: _Scene, style: _Style) -> str:
     side = PICTURE_PIXELS / _DPI
-    figure = Figure(figsize=(side, side), dpi=_DPI, facecolor=_BACKDROP)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    (rows, columns), (height, width) = scene.reference.shape, scene.pixel_mm
-    if scene.image is not None:
-        extent = (0, columns * width, rows * height, 0)
-        axes.imshow(scene.image, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="bilinear")
-    references = {name: np.isin(scene.reference, _members(value)) for name, value in labels.items()}
-    predictions = {name: np.isin(scene.prediction, _members(value)) for name, value in labels.items()}
+    figure = Figure(figsize=(side, side), dpi=_DPI, frameon=False)
+    window = _window(scene)
+    present = set(np.unique(scene.reference)) | set(np.unique(scene.prediction))
+    regions = {
+        name: [np.isin(plane, _members(value)) for plane in (scene.reference, scene.prediction)]
+        for name, value in style.labels.items()
+        if present.intersection(_members(value))
+    }
     # large ones below: a region must not hide what it is made of
-    order = sorted(labels, key=lambda name: -int(references[name].sum() + predictions[name].sum()))
-    for name in order:
-        _outline(axes, references[name], scene, "#ffffff", fill=colours[name], faint=scene.image is not None)
-    for name in order:
-        _outline(axes, predictions[name], scene, colours[name])
-    _frame(axes, scene)
-    for letter, at in zip(letters or (), ((0.03, 0.5), (0.5, 0.96))):
-        axes.text(
-            *at, letter, transform=axes.transAxes, color="white", fontsize=11, ha="center", va="center"
-        ).set_path_effects(_CASING)
-    return _png(figure)
+    order = sorted(regions, key=lambda name: -sum(int(plane.sum()) for plane in regions[name]))
+    # dark rims first, then the references, then the predictions: thinner, so that white shows beside the colour where
+    # both run together
+    for which, colour, width in ((0, _CASING, 4.8), (1, _CASING, 3.3), (0, "#ffffff", 3.2), (1, "", 1.7)):
+        for name in order:
+            _outline(figure, regions[name][which], scene, window, colour or style.colours[name], width)
+    if style.numbers:
+        for name in order:
+            _number(figure, regions[name], scene, window, "+".join(map(str, _members(style.labels[name]))))
+    for letter, at in zip(scene.letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.965), (0.5, 0.035))):
+        _write(figure, letter, at, size=14)
+    _scale(figure, window.side, scene.unit)
+    return _jpeg(figure, _ground(scene, style, window))
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The square of a plane that is shown: its upper left corner (down, across) and its side, in the plane's unit."""
+
+    start: tuple[float, float]
+    side: float
+
+    def place(self, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """(…, 2) points (down, across) as (across, up) of the picture, 0–1 inside."""
+        shares = (points - self.start) / self.side
+        return np.stack([shares[..., 1], 1 - shares[..., 0]], axis=-1)
+
+    def voxels(self, axis: int, size: float) -> npt.NDArray[np.float64]:
+        """Where the middle of each of the picture's pixels lies along `axis`, counted in voxels from the edge."""
+        middles = (np.arange(PICTURE_PIXELS) + 0.5) / PICTURE_PIXELS
+        return np.asarray((self.start[axis] + middles * self.side) / size)
+
+
+def _window(scene: _Scene) -> _Window:
+    """The square around everything outlined, with room, or around the whole plane where nothing is."""
+    found = np.argwhere((scene.reference != 0) | (scene.prediction != 0))
+    shape, size = np.asarray(scene.reference.shape), np.asarray(scene.pixel)
+    low, high = (found.min(axis=0), found.max(axis=0) + 1) if len(found) else (np.zeros(2), shape)
+    side = float(((high - low) * size).max()) * _ROOM + 4 * float(size.max())
+    side = min(side, float((shape * size).max()))
+    down, across = (low + high) / 2 * size - side / 2
+    return _Window((float(down), float(across)), side)
+
+
+def _ground(scene: _Scene, style: _Style, window: _Window) -> npt.NDArray[np.uint8]:
+    """RGB of what lies under the outlines: the image, and a tint wherever the maps differ.
+
+    The tint is that of the label predicted, or of the reference's where nothing is; without an image what agrees is
+    tinted too, faintly.
+    """
+    at = [window.voxels(axis, scene.pixel[axis]) for axis in (0, 1)]
+    known = np.logical_and.outer(*((v >= 0) & (v < n) for v, n in zip(at, scene.reference.shape)))
+    nearest = np.ix_(*(np.clip(v.astype(int), 0, n - 1) for v, n in zip(at, scene.reference.shape)))
+    ground = np.empty((*known.shape, 3), np.uint8)
+    ground[:] = [round(255 * part) for part in to_rgb(_BACKDROP)]
+    if scene.image is not None:
+        low, high = style.window
+        shade = np.clip((_interpolated(scene.image, at) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+        np.copyto(ground, shade[..., None], where=known[..., None])
+    shown = np.where(scene.prediction != 0, scene.prediction, scene.reference)[nearest]
+    wrong = (scene.prediction != scene.reference)[nearest]
+    palette = _palette(style, int(shown.max()))
+    agreed = (shown != 0) & ~wrong if scene.image is None else np.zeros_like(wrong)
+    for where, share in ((wrong & known, _WRONG), (agreed & known, _AGREED)):
+        ground[where] = (1 - share) * ground[where] + share * palette[shown[where]]
+    return ground
+
+
+def _palette(style: _Style, top: int) -> npt.NDArray[np.float32]:
+    """RGB, 0–255, of each value up to `top`."""
+    colours = np.zeros((top + 1, 3), np.float32)
+    # of several regions that hold a value the smallest one gives the colour
+    for name in sorted(style.labels, key=lambda name: -len(_members(style.labels[name]))):
+        for value in _members(style.labels[name]):
+            if value <= top:
+                colours[value] = 255 * np.asarray(to_rgb(style.colours[name]))
+    return colours
+
+
+def _interpolated(image: Plane, at: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+    """`image` at the grid of positions `at` (in voxels from the edge), linear along both axes; edges are continued."""
+    plane = image
+    for axis in (0, 1):
+        last = plane.shape[axis] - 1
+        positions = np.clip(at[axis] - 0.5, 0, last)
+        low = positions.astype(int)
+        share = (positions - low).astype(np.float32)[(slice(None), None) if axis == 0 else (None, slice(None))]
+        first, second = (plane.take(n, axis=axis) for n in (low, np.minimum(low + 1, last)))
+        plane = np.nan_to_num(first.astype(np.float32)) * (1 - share) + np.nan_to_num(second.astype(np.float32)) * share
+    return plane
 
 
 def _outline(
-    axes: Axes,
-    mask: npt.NDArray[np.bool_],
-    scene: _Scene,
-    colour: str,
-    *,
-    fill: str = "",
-    faint: bool = True,
+    figure: Figure, inside: npt.NDArray[np.bool_], scene: _Scene, window: _Window, colour: str, width: float
 ) -> None:
-    if not mask.any():
+    if not inside.any():
         return
-    padded = np.pad(mask, 1).astype(np.float32)
-    y, x = ((np.arange(-1, s + 1) + 0.5) * mm for s, mm in zip(mask.shape, scene.pixel_mm))
-    if fill:
-        axes.contourf(x, y, padded, levels=[0.5, 1.5], colors=[fill], alpha=0.16 if faint else 0.4)
-    lines = axes.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=_LINE_WIDTH)
-    lines.set_path_effects(_CASING)
+    lines = list(window.place(edges(inside) * scene.pixel))
+    figure.add_artist(
+        LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting", transform=figure.transFigure)
+    )
 
 
-def _frame(axes: Axes, scene: _Scene) -> None:
-    """A square around everything outlined, with room, or around the whole plane where nothing is."""
-    found = np.argwhere((scene.reference != 0) | (scene.prediction != 0))
-    if len(found):
-        low, high = found.min(axis=0), found.max(axis=0) + 1
-    else:
-        low, high = np.zeros(2), np.asarray(scene.reference.shape)
-    size = np.asarray(scene.pixel_mm)
-    centre = (low + high) / 2 * size
-    whole = float((np.asarray(scene.reference.shape) * size).max())
-    half = min(float(((high - low) * size).max()) * _ROOM + 4 * float(size.max()), whole) / 2
-    axes.set_xlim(centre[1] - half, centre[1] + half)
-    axes.set_ylim(centre[0] + half, centre[0] - half)
+def edges(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """The sides of pixels between inside and outside: (n, 2 ends, 2) as (row, column), corners being whole numbers."""
+    padded = np.pad(inside, 1)
+    level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
+    sides = [np.stack([at, at + np.array(step)], axis=1) for at, step in ((level, (0, 1)), (upright, (1, 0)))]
+    return np.concatenate(sides).astype(np.float64)
 
 
-def _png(figure: Figure) -> str:
+def _number(figure: Figure, planes: Sequence[npt.NDArray[np.bool_]], scene: _Scene, window: _Window, text: str) -> None:
+    """The label's value where the prediction (or else the reference) is widest."""
+    plane = planes[1] if planes[1].any() else planes[0]
+    depth = ndimage.distance_transform_edt(np.pad(plane, 1), sampling=scene.pixel)[1:-1, 1:-1]
+    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
+    if depth[row, column] / window.side * PICTURE_PIXELS < _NUMBER_PIXELS:
+        return
+    across, up = window.place(np.array([row + 0.5, column + 0.5]) * scene.pixel)
+    _write(figure, text, (float(across), float(up)), size=10.5)
+
+
+def _scale(figure: Figure, whole: float, unit: str) -> None:
+    """A bar of a round length at the lower right."""
+    power = 10.0 ** math.floor(math.log10(whole * _SCALE_SHARE))
+    length = next(f * power for f in (5, 2, 1) if f * power <= whole * _SCALE_SHARE)
+    share = length / whole
+    for stroke, thick in ((_CASING, 4.0), ("white", 2.2)):
+        figure.add_artist(Line2D([0.955 - share, 0.955], [0.035, 0.035], color=stroke, linewidth=thick))
+    _write(figure, f"{length:g} {unit}", (0.955 - share / 2, 0.07), size=12)
+
+
+def _write(figure: Figure, text: str, at: tuple[float, float], *, size: float) -> None:
+    figure.text(*at, text, color="white", fontsize=size, ha="center", va="center", path_effects=_TEXT_CASING)
+
+
+def _members(value: Value) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _jpeg(figure: Figure, ground: npt.NDArray[np.uint8]) -> str:
+    # drawn straight onto the ground: as an image of the figure it would be resampled, which takes longer than all else
+    canvas = FigureCanvasAgg(figure)
+    renderer = canvas.get_renderer()
+    pixels = np.asarray(canvas.buffer_rgba())
+    pixels[..., :3], pixels[..., 3] = ground, 255
+    figure.draw(renderer)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    # colour at full resolution: thin coloured lines would fade; a third of the size of a PNG, and quicker
+    imsave(buffer, pixels[..., :3], format="jpg", pil_kwargs={"quality": _QUALITY, "subsampling": 0})
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

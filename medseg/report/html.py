@@ -8,65 +8,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from medseg.config import COLOURS
 from medseg.errors import DataError
-from medseg.evaluate import Evaluation
-from medseg.evaluate.summary import METRICS
+from medseg.evaluate import Evaluation, Pair
 from medseg.readers import is_picture
-from medseg.report.figures import MAX_DOTS, Dot, Picture, contour_pictures, place, strip
+from medseg.report.charts import reliability
+from medseg.report.figures import PICTURE_PIXELS, Picture, contour_pictures
+from medseg.report.page import STATUS_NAMES, environment, fixed
+from medseg.report.panels import METRIC_NAMES, MIN_BOX, make_panels, make_volume_plots
+from medseg.report.scene import prepare_viewer
+
+__all__ = ["STATUS_NAMES", "fixed", "render"]
 
 logger = logging.getLogger(__name__)
 
-# pages above this take long to open from a mail; pictures of the least bad cases are left out first
-MAX_PICTURE_BYTES = 11_000_000
-MAX_TABLE_ROWS = 4000
+# pages above 15 MB take long to open from a mail; pictures of the least bad cases are left out first
+MAX_PICTURE_BYTES = 4_000_000
+# 45 bytes each; the lowest stay
+MAX_TABLE_ROWS = 40_000
+PAGE_ROWS = 100
 MAX_CASE_LABELS = 10
-METRIC_NAMES = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "precision": "Precision",
-    "recall": "Recall",
-    "hd_mm": "HD (mm)",
-    "hd95_mm": "HD95 (mm)",
-    "assd_mm": "ASSD (mm)",
-    "nsd": "NSD",
-    "reference_ml": "Reference (ml)",
-    "prediction_ml": "Prediction (ml)",
-    "volume_difference_ml": "Difference (ml)",
-}
+# the first charts stand open, the others behind a line that opens them
+OPEN_PLOTS = 12
 TERM_NAMES = {
     **{name: text.removesuffix(" (mm)") for name, text in METRIC_NAMES.items()},
     "surface": "Surface",
     "volumes": "Volumes",
+    "agreement": "Agreement",
     "status": "Status",
     "mean": "Mean, median",
     "ci95": "95% interval",
+    "cases_needed": "Cases needed",
     "foreground": "Over labels",
+    "groups": "Patients",
+    "subgroups": "Subgroups",
+    "lesions": "Lesions",
+    "calibration": "Calibration",
     "ignore": "Ignored voxels",
 }
-STATUS_NAMES = {
-    "ok": "ok",
-    "both_empty": "both empty",
-    "missed": "missed",
-    "spurious": "spurious",
-    "missing_prediction": "no prediction",
-}
 _CASE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_mm", "nsd", "reference_ml", "volume_difference_ml")
-
-
-@dataclass(frozen=True)
-class LabelView:
-    """One line of the overview: a label, its numbers, and its cases as a strip plot with a box (all in 0–1)."""
-
-    name: str
-    value: str
-    colour: str
-    measures: Mapping[str, Any]
-    dots: Sequence[Dot]
-    box: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -83,87 +66,176 @@ class CaseView:
 
 def render(evaluation: Evaluation) -> str:
     """The whole page as text. Case names and reasons are escaped; nothing is loaded from elsewhere."""
-    environment = Environment(
-        loader=PackageLoader("medseg.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(breakable=breakable, fixed=fixed, signed=signed, status=STATUS_NAMES.__getitem__)
-    table, shown = evaluation.table, _shown_rows(evaluation.table)
+    summary, table = evaluation.summary, evaluation.table
+    shown = table.sort_values("dice", kind="stable", na_position="last").head(MAX_TABLE_ROWS)
+    row_of = dict(zip(shown.index, range(len(shown))))
     cases = _case_views(evaluation)
+    links = {case.name: f"case-{n}" for n, case in enumerate(cases, start=1)}
     # a picture has pixels but no millimetres
     unit = "px" if all(is_picture(pair.reference) for pair in evaluation.pairs.values()) else "mm"
-    low = _axis_start(table["dice"])
-    return environment.get_template("report.html.jinja").render(
-        summary=evaluation.summary,
-        colours=evaluation.colours,
-        labels=[_label_view(evaluation, name, low) for name in evaluation.labels],
-        ticks=[(low + (1 - low) * n / 4, n / 4) for n in range(5)],
-        thinned=table["case"].nunique() > MAX_DOTS,
-        cases=cases,
-        volumes=any(picture.caption for case in cases for picture in case.pictures),
-        rows=shown.to_dict("records"),
-        n_rows=len(table),
-        case_columns=[c for c in _CASE_COLUMNS if table[c].notna().any()],
-        metrics=[m for m in METRICS if table[m].notna().any()],
-        n_missed=int((table["status"] == "missed").sum()),
-        n_spurious=int((table["status"] == "spurious").sum()),
-        absent=[name for name, measures in evaluation.summary["labels"].items() if not measures["dice"]["n"]],
-        names=TERM_NAMES,
-        metric_names={name: text.replace("(mm)", f"({unit})") for name, text in METRIC_NAMES.items()},
-        unit=unit,
-        with_images=any(pair.image is not None for pair in evaluation.pairs.values()),
+    metric_names = {name: text.replace("(mm)", f"({unit})") for name, text in METRIC_NAMES.items()}
+    columns = [c for c in _CASE_COLUMNS if table[c].notna().any()]
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            summary=summary,
+            n_patients=summary["n_groups"],
+            picture_pixels=PICTURE_PIXELS,
+            labels=evaluation.labels,
+            colours=evaluation.colours,
+            marks=label_marks(evaluation),
+            panels=make_panels(evaluation, row_of, metric_names),
+            plots=make_volume_plots(evaluation, row_of),
+            open_plots=OPEN_PLOTS,
+            min_box=MIN_BOX,
+            reach=reach(summary),
+            left_out=_left_out(evaluation),
+            subgroups=_subgroups(summary["subgroups"]),
+            lesions=summary["lesions"],
+            calibration=_calibration(summary["calibration"]),
+            viewer=prepare_viewer(evaluation),
+            cases=cases,
+            volumes=any(picture.caption for case in cases for picture in case.pictures),
+            with_images=any(pair.image is not None for pair in evaluation.pairs.values()),
+            rows=shown.head(PAGE_ROWS).to_dict("records"),
+            n_shown=len(shown),
+            n_rows=len(table),
+            links=links,
+            data=_embedded_rows(shown, evaluation, columns, metric_names, links),
+            case_columns=columns,
+            metrics=[m for m in METRIC_NAMES if m in table and table[m].notna().any()],
+            n_expected=int(table["status"].isin(("ok", "missed")).sum()),
+            n_missed=int((table["status"] == "missed").sum()),
+            n_spurious=int((table["status"] == "spurious").sum()),
+            absent=[name for name, measures in summary["labels"].items() if not measures["dice"]["n"]],
+            names=TERM_NAMES,
+            metric_names=metric_names,
+            unit=unit,
+        )
     )
 
 
-def breakable(text: str) -> Markup:
-    """Escaped text in which a line may end after each underscore."""
-    return Markup("_<wbr>").join(text.split("_"))
+def label_marks(evaluation: Evaluation) -> dict[str, str]:
+    """What tells labels apart beside the colour: their values, where there are more labels than colours; else ''."""
+    repeated = len(evaluation.labels) > len(COLOURS)
+    return {name: value_text(value) if repeated else "" for name, value in evaluation.labels.items()}
 
 
-def fixed(value: Any, digits: int = 3) -> str:
-    """A number for the eye: fixed digits, ∞ for infinite, – where there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if value == "inf" or math.isinf(value):
-        return "∞"
-    return f"{value:.{digits}f}"
+def value_text(value: int | tuple[int, ...]) -> str:
+    """A label's value, or those of a region: `3`, `1+2`."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def signed(value: Any, digits: int = 2) -> str:
-    """As `fixed`, with a sign."""
-    text = fixed(value, digits)
-    return text.replace("-", "−") if text.startswith("-") or text in ("–", "∞") else f"+{text}"
+def _left_out(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Failed cases with the reason in words."""
+    return [(f.case, without_folders(f.reason, evaluation.pairs.get(f.case))) for f in evaluation.failures]
 
 
-def _axis_start(dice: pd.Series[float]) -> float:
-    lowest = dice.min()
-    return 0.0 if math.isnan(lowest) else min(0.8, math.floor(lowest * 5) / 5)
+def without_folders(reason: str, pair: Pair | None) -> str:
+    """`reason` with file names for paths: the folders of a machine tell a reader nothing, and may tell too much."""
+    for path in [] if pair is None else (pair.prediction, pair.reference, pair.image):
+        reason = reason if path is None else reason.replace(str(path), path.name)
+    return reason
 
 
-def _shown_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, worst first; what is not defined goes to the end."""
-    return table.sort_values("dice", kind="stable", na_position="last").head(MAX_TABLE_ROWS)
+def reach(summary: Mapping[str, Any]) -> list[str]:
+    """Sentences on what cases of this number cannot tell."""
+    n, units, dice = summary["n_cases"], summary["n_groups"], summary["foreground"]["dice"]
+    independent, noun = (n, "case") if units is None else (units, "patient")
+    plural = "" if independent == 1 else "s"
+    if not dice["n"]:
+        return []
+    if dice["ci95"] is None:
+        return [f"{independent} {noun}{plural}: too few for an interval. How other cases would fare is open."]
+    half = (dice["ci95"][1] - dice["ci95"][0]) / 2
+    said = [f"With {independent} {noun}{plural} the mean Dice is known to about ±{_rounded(half)}."]
+    needed = {
+        name: measures["dice"]["cases_needed"]["0.02"]
+        for name, measures in summary["labels"].items()
+        if measures["dice"]["cases_needed"]
+    }
+    if needed:
+        name, most = max(needed.items(), key=lambda pair: pair[1])
+        which = f"{name}, which spreads most" if len(needed) > 1 else name
+        if most > n:
+            said.append(f"For ±0.02 about {most} cases would be needed ({which}).")
+        else:
+            said.append(f"For ±0.02 about {most} cases suffice ({which}).")
+    return [*said, "Cases of another origin (scanner, site, patients) may fare otherwise."]
 
 
-def _label_view(evaluation: Evaluation, name: str, low: float) -> LabelView:
-    rows = evaluation.table[(evaluation.table["name"] == name) & evaluation.table["dice"].notna()]
-    measures = evaluation.summary["labels"][name]
-    dice = measures["dice"]
-    box = None if dice["n"] < 5 else tuple(place(dice[key], low=low) for key in ("q1", "median", "q3"))
-    values = rows["dice"].tolist()
-    titles = [f"{case}: {value:.3f}" for case, value in zip(rows["case"], values)]
-    value = evaluation.labels[name]
-    return LabelView(
-        name=name,
-        value="+".join(map(str, value)) if isinstance(value, tuple) else str(value),
-        colour=evaluation.colours[name],
-        measures=measures,
-        dots=strip(values, titles, low=low),
-        box=None if box is None else (box[0], box[1], box[2]),
-    )
+def _rounded(half: float) -> str:
+    return fixed(half) if half >= 0.0005 else "0.001 or less"
+
+
+def _subgroups(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of the subgroup table by the column of the metadata they come from."""
+    columns: dict[str, list[Mapping[str, Any]]] = {}
+    for group in groups:
+        columns.setdefault(group["column"], []).append(group)
+    return columns
+
+
+def _calibration(calibration: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The reliability diagrams: all labels together, then each; name None is all."""
+    if calibration is None:
+        return []
+    parts = [(None, calibration), *calibration["labels"].items()]
+    return [
+        {
+            "name": name,
+            "ece": part["ece"],
+            "chart": reliability(
+                part["bins"],
+                f"Share correct against confidence{'' if name is None else f' for {name}'}: "
+                f"expected calibration error {fixed(part['ece'])}",
+            ),
+        }
+        for name, part in parts
+        if any(b["n"] for b in part["bins"])
+    ]
+
+
+def _embedded_rows(
+    shown: pd.DataFrame,
+    evaluation: Evaluation,
+    columns: Sequence[str],
+    metric_names: Mapping[str, str],
+    links: Mapping[str, str],
+) -> dict[str, Any]:
+    """The case table for the script: names once, rows as indices into them, numbers by column (None, "inf")."""
+    cases = list(dict.fromkeys(shown["case"]))
+    labels, statuses = list(evaluation.labels), list(STATUS_NAMES)
+    marks = label_marks(evaluation)
+
+    def indices(column: str, names: Sequence[str]) -> list[int]:
+        return shown[column].map({name: n for n, name in enumerate(names)}).tolist()
+
+    return {
+        "cases": cases,
+        "links": [links.get(case, "") for case in cases],
+        "labels": [[name, evaluation.colours[name], marks[name]] for name in labels],
+        "statuses": [[status, STATUS_NAMES[status]] for status in statuses],
+        "columns": [
+            {
+                "name": metric_names[column],
+                "digits": 2 if column.endswith(("_mm", "_ml")) else 3,
+                "signed": "difference" in column,
+            }
+            for column in columns
+        ],
+        "case": indices("case", cases),
+        "label": indices("name", labels),
+        "status": indices("status", statuses),
+        "numbers": [_numbers(shown[column]) for column in columns],
+        "page": PAGE_ROWS,
+    }
+
+
+def _numbers(values: pd.Series[float]) -> list[float | str | None]:
+    rounded = np.round(values.to_numpy(dtype=float), 4).tolist()
+    return [v if math.isfinite(v) else None if math.isnan(v) else "inf" if v > 0 else "-inf" for v in rounded]
 
 
 def _case_views(evaluation: Evaluation) -> list[CaseView]:
@@ -194,4 +266,4 @@ def _pictures(evaluation: Evaluation, case: str) -> tuple[tuple[Picture, ...], s
         return contour_pictures(evaluation.pairs[case], evaluation), ""
     except DataError as error:
         logger.warning("no pictures of %s: %s", case, error)
-        return (), str(error)
+        return (), without_folders(str(error), evaluation.pairs[case])

@@ -1,0 +1,296 @@
+"""Reports brought side by side: the cases and labels that all have, and proof that they judge the same references."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from medseg.compare.methods import Method
+from medseg.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+
+# measures that say how good a method is, and whether more is better
+HIGHER_IS_BETTER = {
+    "dice": True,
+    "nsd": True,
+    "hd95_mm": False,
+    "assd_mm": False,
+    "hd_mm": False,
+    "masd_mm": False,
+    "iou": True,
+    "boundary_iou": True,
+    "cldice": True,
+    "precision": True,
+    "recall": True,
+    "volume_error_ml": False,
+}
+ALL_LABELS = "all labels"
+# volumes come from spacings that headers hold as 32-bit numbers
+_VOLUME_TOLERANCE = 1e-5
+_NAMED_AT_MOST = 10
+# what two reports must have in common, and which measures hang on it
+_SETTINGS = {
+    "surface": re.compile(r"^\s*(\w+)"),
+    "nsd": re.compile(r"([\d.]+(?:e-?\d+)?) ?mm"),
+    "ignore": re.compile(r"(-?\d+)"),
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label that all methods have; `value` is empty where it stands for all of them."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """Measures of all methods on common cases and labels.
+
+    `values`: measure → (methods, labels, cases), NaN where undefined; `status`: the same shape, one of
+    `STATUSES`. `groups`: the patient of each case, or None. `left_out`: method → cases that not all have.
+    """
+
+    methods: Sequence[Method]
+    labels: Sequence[Label]
+    cases: Sequence[str]
+    values: Mapping[str, Floats]
+    status: npt.NDArray[np.str_]
+    groups: Sequence[str] | None
+    left_out: Mapping[str, Sequence[str]]
+    warnings: Sequence[str]
+
+    def mean_over_labels(self, metric: str) -> Floats:
+        """Mean of each case over its labels that have a value: (methods, cases); NaN where none has, inf with one."""
+        values = self.values[metric]
+        defined = ~np.isnan(values)
+        sums = np.where(defined, values, 0.0).sum(axis=1)
+        return np.where(defined.any(axis=1), sums / np.maximum(defined.sum(axis=1), 1), np.nan)
+
+
+def align(methods: Sequence[Method]) -> Aligned:
+    """Put `methods` side by side. Raises `DataError` where they cannot be compared, and says why.
+
+    Cases are paired by name; labels by name, or by value as soon as one report has no names. Surface, tolerance of the
+    NSD and ignored value must be the same, and so must the size of every reference.
+    """
+    warnings = _check_definitions(methods)
+    cases, left_out = _common_cases(methods)
+    warnings += [
+        f"{name}: {_counted(names, 'case')} not in all reports, left out: {_some(names)}"
+        for name, names in left_out.items()
+        if names
+    ]
+    warnings += [
+        f"{method.name}: {_counted(method.failed, 'case')} could not be evaluated, left out: {_some(method.failed)}"
+        for method in methods
+        if method.failed
+    ]
+    labels, keyed, more = _common_labels(methods)
+    tables = [
+        table.set_index(["key", "case"]).reindex(pd.MultiIndex.from_product([list(labels), cases])) for table in keyed
+    ]
+    _check_whole(methods, tables, cases)
+    _check_references(methods, tables)
+    shape = len(labels), len(cases)
+    status = np.stack([table["status"].to_numpy(dtype=str).reshape(shape) for table in tables])
+    values, without = _values(methods, tables, shape)
+    groups, of_groups = _groups(methods, cases)
+    return Aligned(
+        methods=methods,
+        labels=list(labels.values()),
+        cases=cases,
+        values=values,
+        status=status,
+        groups=groups,
+        left_out=left_out,
+        warnings=[*warnings, *more, *without, *of_groups, *_same_source(methods)],
+    )
+
+
+def _check_definitions(methods: Sequence[Method]) -> list[str]:
+    telling = [method for method in methods if method.definitions]
+    warnings = []
+    for one, other in pairwise(telling):
+        for term, pattern in _SETTINGS.items():
+            mine, theirs = (pattern.findall(m.definitions.get(term, "")) for m in (one, other))
+            if mine != theirs:
+                raise DataError(
+                    f"{other.source}: {term} is {_setting(theirs)}, expected {_setting(mine)} as in {one.source}; "
+                    "evaluate both with the same settings"
+                )
+        shared = one.definitions.keys() & other.definitions.keys() & {*HIGHER_IS_BETTER, "volumes", "status"}
+        differing = sorted(term for term in shared if one.definitions[term] != other.definitions[term])
+        if differing:
+            warnings.append(f"{one.name} and {other.name} define in other words: {', '.join(differing)}")
+        if one.schema_version != other.schema_version:
+            warnings.append(
+                f"{one.name} has schema version {one.schema_version}, {other.name} {other.schema_version}: other "
+                "versions of medseg made them"
+            )
+    return warnings
+
+
+def _setting(found: Sequence[str]) -> str:
+    return ", ".join(found) or "not set"
+
+
+def _common_cases(methods: Sequence[Method]) -> tuple[list[str], dict[str, list[str]]]:
+    of_each = [dict.fromkeys(method.table["case"]) for method in methods]
+    common = sorted(set(of_each[0]).intersection(*of_each[1:]))
+    if not common:
+        examples = "; ".join(f"{m.name}: {_some(list(cases)[:3])}" for m, cases in zip(methods, of_each))
+        raise DataError(
+            f"no case is in all {len(methods)} reports ({examples}); compare reports on the same cases, by name"
+        )
+    kept = set(common)
+    return common, {m.name: [c for c in cases if c not in kept] for m, cases in zip(methods, of_each)}
+
+
+def _common_labels(methods: Sequence[Method]) -> tuple[dict[str, Label], list[pd.DataFrame], list[str]]:
+    by = "name" if all(method.named for method in methods) else "label"
+    tables = [method.table.assign(key=method.table[by]) for method in methods]
+    for method, table in zip(methods, tables):
+        if table.duplicated(["key", "case"]).any():
+            raise DataError(
+                f"{method.source}: labels share a value, which must tell them apart here, for not all reports have "
+                "names of labels; evaluate the others with --labels"
+            )
+    of_each = [dict.fromkeys(table["key"]) for table in tables]
+    first = of_each[0]
+    common = [key for key in first if all(key in keys for keys in of_each)]
+    if not common:
+        examples = "; ".join(f"{m.name}: {_some(list(keys))}" for m, keys in zip(methods, of_each))
+        raise DataError(f"no label is in all {len(methods)} reports ({examples}); evaluate both with the same --labels")
+    names = _names(methods)
+    labels = {}
+    for key in common:
+        row = tables[0][tables[0]["key"] == key].iloc[0]
+        labels[key] = Label(key if by == "name" else names.get(key, key), str(row["label"]))
+    warnings = [
+        f"{m.name}: {_counted(alone, 'label')} not in all reports, left out: {_some(alone)}"
+        for m, keys in zip(methods, of_each)
+        if (alone := [names.get(key, key) if by == "label" else key for key in keys if key not in labels])
+    ]
+    if by == "label" and any(method.named for method in methods):
+        nameless = ", ".join(method.name for method in methods if not method.named)
+        warnings.append(f"labels were paired by value, for these reports have no names of labels: {nameless}")
+    return labels, tables, warnings
+
+
+def _names(methods: Sequence[Method]) -> dict[str, str]:
+    """Value → name, from the first method that has names."""
+    for method in methods:
+        if method.named:
+            return dict(zip(method.table["label"], method.table["name"]))
+    return {}
+
+
+def _check_whole(methods: Sequence[Method], tables: Sequence[pd.DataFrame], cases: Sequence[str]) -> None:
+    for method, table in zip(methods, tables):
+        holes = table.index[table["status"].isna()]
+        if len(holes):
+            key, case = holes[0]
+            raise DataError(
+                f"{method.source}: case {case} has no row for label {key}, expected every case with every label; "
+                "evaluate again"
+            )
+
+
+def _check_references(methods: Sequence[Method], tables: Sequence[pd.DataFrame]) -> None:
+    """Voxels of the reference where all were counted, else its volume."""
+    for (one, table), (other, its_table) in pairwise(zip(methods, tables)):
+        expected, found = (t["tp"] + t["fn"] for t in (table, its_table))
+        differs = (expected != found) & expected.notna() & found.notna()
+        if "reference_ml" in table and "reference_ml" in its_table:
+            mine, its = table["reference_ml"], its_table["reference_ml"]
+            differs |= (mine - its).abs() > _VOLUME_TOLERANCE * mine.abs()
+        if differs.any():
+            key, case = table.index[differs][0]
+            cases = sorted({c for _, c in table.index[differs]})
+            raise DataError(
+                f"{other.source}: the references are not those of {one.source}; in case {case}, label {key}, "
+                f"{_size(its_table, (key, case))} found, expected {_size(table, (key, case))}; "
+                f"{_counted(cases, 'case')} differ: {_some(cases)}; evaluate both against the same references"
+            )
+
+
+def _size(table: pd.DataFrame, row: tuple[str, str]) -> str:
+    voxels = table["tp"][row] + table["fn"][row]
+    if not np.isnan(voxels):
+        volume = table["reference_ml"][row] if "reference_ml" in table else np.nan
+        return f"{voxels:.0f} voxels" + ("" if np.isnan(volume) else f" ({volume:.6g} ml)")
+    return f"{table['reference_ml'][row]:.6g} ml"
+
+
+def _values(
+    methods: Sequence[Method], tables: Sequence[pd.DataFrame], shape: tuple[int, int]
+) -> tuple[dict[str, Floats], list[str]]:
+    values: dict[str, Floats] = {}
+    without: dict[tuple[str, ...], list[str]] = {}
+    for metric in HIGHER_IS_BETTER:
+        columns = [_column(table, metric) for table in tables]
+        having = [not np.isnan(column).all() for column in columns]
+        if all(having):
+            values[metric] = np.stack([column.reshape(shape) for column in columns])
+        elif any(having):
+            lacking = tuple(method.name for method, has in zip(methods, having) if not has)
+            without.setdefault(lacking, []).append(metric)
+    notes = [f"not measured by {', '.join(names)}, so not compared: {', '.join(m)}" for names, m in without.items()]
+    if not values:
+        raise DataError("no measure has a value in all reports; is any label there at all?")
+    return values, notes
+
+
+def _column(table: pd.DataFrame, metric: str) -> Floats:
+    if metric == "volume_error_ml":
+        return np.abs(_column(table, "volume_difference_ml"))
+    if metric not in table:
+        return np.full(len(table), np.nan)
+    return table[metric].to_numpy(dtype=np.float64)
+
+
+def _groups(methods: Sequence[Method], cases: Sequence[str]) -> tuple[list[str] | None, list[str]]:
+    telling = [(method, method.groups) for method in methods if method.groups]
+    if not telling:
+        return None, []
+    (first, groups), *others = telling
+    of_cases = _patients(groups, cases)
+    for method, theirs in others:
+        differing = [case for case, *both in zip(cases, of_cases, _patients(theirs, cases)) if both[0] != both[1]]
+        if differing:
+            raise DataError(
+                f"{method.source}: other patients than in {first.source} for {_counted(differing, 'case')}: "
+                f"{_some(differing)}; evaluate both with the same groups"
+            )
+    silent = ", ".join(method.name for method in methods if not method.groups)
+    return of_cases, [f"patients are those of {first.name}; no patients are named by: {silent}"] if silent else []
+
+
+def _patients(groups: Mapping[str, str], cases: Sequence[str]) -> list[str]:
+    """Each patient is called as the first of its cases here: reports name patients each in their own way."""
+    first: dict[str, str] = {}
+    return [first.setdefault(groups[case], case) if case in groups else case for case in cases]
+
+
+def _same_source(methods: Sequence[Method]) -> list[str]:
+    sources = [method.source.resolve() for method in methods]
+    twice = sorted({m.name for m, source in zip(methods, sources) if sources.count(source) > 1})
+    return [f"these are one and the same report: {', '.join(twice)}"] if twice else []
+
+
+def _counted(names: Sequence[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

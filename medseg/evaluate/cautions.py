@@ -1,0 +1,85 @@
+"""Sentences where a number of a report could mislead; the numbers themselves are made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from medseg.evaluate.pairs import named
+from medseg.evaluate.summary import SMALL, Judged
+
+
+def cautions(judged: Judged) -> list[str]:
+    """What a reader of the summary has to know: few cases, infinite distances, labels that are nowhere."""
+    said = [*_resampled(judged), *_few(judged)]
+    if judged.found.empty:
+        return said
+    return [*said, *_all_equal(judged), *_nowhere(judged), *_infinite(judged), *_small_subgroups(judged)]
+
+
+def _resampled(judged: Judged) -> list[str]:
+    if not judged.resampled:
+        return []
+    n = len(judged.resampled)
+    return [
+        f"{n} predictions were on another grid and brought to that of the reference (nearest neighbour): "
+        f"{named(judged.resampled)}"
+    ]
+
+
+def _few(judged: Judged) -> list[str]:
+    cases = list(judged.found["case"].unique())
+    n_patients = judged.n_patients(cases)
+    if n_patients is not None and n_patients < SMALL <= len(cases):
+        return [f"{len(cases)} cases are of {n_patients} patients only: intervals are wide and rough"]
+    n = len(cases) if n_patients is None else n_patients
+    noun = "cases" if n_patients is None else "patients"
+    return [f"fewer than {SMALL} {noun} ({n}): intervals are rough, and one odd case moves every mean"] * (n < SMALL)
+
+
+def _all_equal(judged: Judged) -> list[str]:
+    found = judged.found
+    if found["tp"].sum() == 0 or found["fp"].sum() or found["fn"].sum():
+        return []
+    return ["every prediction equals its reference voxel by voxel: make sure that no reference was given as prediction"]
+
+
+def _nowhere(judged: Judged) -> list[str]:
+    empty = judged.found["status"] == "both_empty"
+    names = [name for name, all_empty in empty.groupby(judged.found["name"], sort=False).all().items() if all_empty]
+    return [f"in no reference and no prediction of these cases: {named(list(map(str, names)))}"] if names else []
+
+
+def _infinite(judged: Judged) -> list[str]:
+    infinite = judged.found[np.isinf(judged.found["hd95_mm"].to_numpy(dtype=float))]
+    if infinite.empty:
+        return []
+    counts = infinite["name"].value_counts(sort=False)
+    words = named([f"{name} in {n}" for name, n in _in_order(counts, list(judged.labels))])
+    return [
+        f"distances are infinite where a label was missed or spurious ({words} cases): means of distances are those of "
+        "the other cases only"
+    ]
+
+
+def _small_subgroups(judged: Judged) -> list[str]:
+    if judged.metadata is None:
+        return []
+    cases = pd.Index(judged.found["case"].unique())
+    small = []
+    for column in judged.metadata.columns:
+        values = judged.metadata[column].reindex(cases)
+        for value in values.cat.categories:
+            own = list(cases[(values == value).to_numpy(dtype=bool)])
+            n = judged.n_patients(own)
+            n = len(own) if n is None else n
+            if 0 < n < SMALL:
+                small.append(f"{column} {value} ({n})")
+    noun = "cases" if judged.groups is None else "patients"
+    return [f"subgroups of fewer than {SMALL} {noun} say little: {named(small)}"] if small else []
+
+
+def _in_order(counts: pd.Series[int], names: Sequence[str]) -> list[tuple[str, int]]:
+    return [(name, int(counts[name])) for name in names if name in counts.index]

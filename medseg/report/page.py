@@ -1,0 +1,87 @@
+"""What all pages share: the environment of their templates and how a number, a name and a count are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+STATUS_NAMES = {
+    "ok": "ok",
+    "both_empty": "both empty",
+    "missed": "missed",
+    "spurious": "spurious",
+    "missing_prediction": "no prediction",
+}
+
+
+def environment() -> Environment:
+    """The templates of all pages, with their filters. Every value is escaped; an unknown name is an error."""
+    made = Environment(
+        loader=PackageLoader("medseg.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        breakable=breakable,
+        fixed=fixed,
+        signed=signed,
+        figure=figure,
+        status=STATUS_NAMES.__getitem__,
+        embedded=embedded,
+        options=options,
+    )
+    return made
+
+
+def breakable(text: str) -> Markup:
+    """Escaped text in which a line may end after each underscore."""
+    return Markup("_<wbr>").join(text.split("_"))
+
+
+def options(text: str) -> Markup:
+    """Escaped text in which the options of a command line (`--labels`) are set as code."""
+    parts = re.split(r"(?<!\S)(--[a-z][a-z-]*)", text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
+
+
+def fixed(value: Any, digits: int = 3) -> str:
+    """A number for the eye: fixed digits, ∞ for infinite, – where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if value == "inf":
+        return "∞"
+    if value == "-inf":
+        return "−∞"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.{digits}f}"
+    return (text if float(text) else text.lstrip("-")).replace("-", "−")
+
+
+def signed(value: Any, digits: int = 2) -> str:
+    """As `fixed`, with a sign; zero and what is no number have none."""
+    text = fixed(value, digits)
+    none = text[0] in "–∞−" or not float(text)
+    return text if none else f"+{text}"
+
+
+def figure(value: Any, metric: str) -> str:
+    """A number in the digits of its metric: two for mm and ml (with a sign for a difference), else three."""
+    if "difference" in metric:
+        return signed(value, 2 if metric.endswith("_ml") else 3)
+    return fixed(value, 2 if metric.endswith(("_mm", "_ml")) else 3)
+
+
+def embedded(value: Any) -> Markup:
+    """`value` as JSON inside a `<script>`: no character in it can end the element. NaN and infinity are refused."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
