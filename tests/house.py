@@ -79,7 +79,9 @@ def beside_the_face(module: str, tree: ast.AST) -> list[str]:
     """Imports of `cli` and the pipelines from inside medseg, but for what a terminal is shown."""
     if floor(module) != TOP or module == "medseg.__main__":
         return []
-    inside = [(n, name) for n, name in imports(tree) if name.startswith("medseg.") and room(name) != "terminal"]
+    inside = [
+        (n, name) for n, name in imports(tree) if name.startswith("medseg.") and room(name) not in ("cli", "terminal")
+    ]
     return [f"{module}:{n} imports {name}: use the face" for n, name in inside]
 
 

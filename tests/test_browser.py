@@ -369,6 +369,24 @@ _CUT_OFF = """() => [...document.querySelectorAll("main *")]
   .map(e => e.outerHTML.slice(0, 80))"""
 
 
+def test_the_tests_of_a_comparison_sort_and_filter(pages: Pages, visit: Visiting):
+    page = visit(pages.comparison / "compare.html").page
+    rows = page.locator("#test-table tbody tr:visible")
+    everything = rows.count()
+    page.locator("[data-filter=test-table]").fill("core Dice")
+    assert 0 < rows.count() < everything
+    assert {"core", "Dice"} <= set(rows.first.inner_text().split())
+    page.locator("[data-filter=test-table]").fill("")
+    head = page.locator("#test-table thead th", has_text="Difference")
+    head.locator("button").click()
+    place = page.evaluate("[...document.querySelectorAll('#test-table thead th[aria-sort]')].map(h => h.cellIndex)")
+    assert len(place) == 1
+    cells = page.locator(f"#test-table tbody tr td:nth-child({place[0] + 1})").all_inner_texts()
+    values = [number(cell.replace("+", "").split()[0]) for cell in cells]
+    defined = [value for value in values if not math.isnan(value)]
+    assert defined == sorted(defined, reverse=head.get_attribute("aria-sort") == "descending")
+
+
 # the 3D viewer
 
 

@@ -26,7 +26,7 @@ import medseg
 from medseg import folder, terminal
 from medseg.cli import run
 
-VERBS = ("demo", "check", "plan", "train", "infer", "evaluate")
+VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare")
 OPTIONS = {
     "demo": ("--output", "--time-budget", "--device"),
     "check": ("DATASET", "--verbose"),
@@ -39,6 +39,7 @@ OPTIONS = {
         *("INPUT...", "--model", "--output", "--tta", "none|flip|scale|auto", "--window", "auto|whole|Z,Y,X"),
         *("--overlap", "--shard", "--overwrite", "--device", "--devices", "--precision", "--set"),
     ),
+    "compare": ("REPORT...", "--output", "--verbose"),
     "evaluate": (
         *("PREDICTIONS", "REFERENCES", "--output", "--labels", "--nsd-tolerance-mm", "--surface", "--allow-missing"),
         *("--resample-prediction", "--jobs", "--metadata", "--group", "--ignore-label", "--extra", "--lesions"),

@@ -244,10 +244,17 @@ def test_an_interruption_ends_the_work_and_waits_for_no_other_case(folders):
     assert done == [1]
 
 
-def test_one_file_against_one_file(folders, tmp_path):
+@pytest.mark.parametrize(("images", "image"), [(".", "case_0000.nii.gz"), ("other.nii.gz", "other.nii.gz")])
+def test_one_file_against_one_file(folders, tmp_path, images, image):
     folders({"anything": HALF}, {"case": SOLID})
-    found = evaluate_folders(tmp_path / "pred/anything.nii.gz", tmp_path / "ref/case.nii.gz")
+    (tmp_path / "images").mkdir()
+    for name in ("case_0000.nii.gz", "other.nii.gz"):
+        nib.save(nib.Nifti1Image(SOLID, OBLIQUE), tmp_path / "images" / name)
+    found = evaluate_folders(
+        tmp_path / "pred/anything.nii.gz", tmp_path / "ref/case.nii.gz", images=tmp_path / "images" / images
+    )
     assert rows(found)["case", "1"]["dice"] == pytest.approx(2 / 3)
+    assert found.pairs["case"].image == tmp_path / "images" / image
 
 
 @pytest.mark.parametrize(
@@ -426,4 +433,32 @@ def test_a_folder_that_cannot_be_read_is_named(folders, monkeypatch):
 
     monkeypatch.setattr(type(references), "iterdir", refuse)
     with pytest.raises(DataError, match=r"ref: cannot be read \(Permission denied\)"):
+        evaluate_folders(predictions, references)
+
+
+def test_whatever_breaks_in_one_case_costs_only_that_case(folders, monkeypatch):
+    whole = measuring.metrics.measure
+
+    def broken(prediction, *others, **named):
+        if prediction.sum() == HALF.sum():
+            raise RuntimeError("of a library")
+        return whole(prediction, *others, **named)
+
+    monkeypatch.setattr(measuring.metrics, "measure", broken)
+    found = evaluate_folders(*folders({"a": HALF, "b": SOLID}, {"a": SOLID, "b": SOLID}))
+    assert set(rows(found)) == {("b", "1")}
+    assert found.failures[0].reason.endswith("a.nii.gz: RuntimeError: of a library")
+
+
+def test_a_label_that_a_case_without_prediction_lacks_has_no_volume_there(folders):
+    found = evaluate_folders(*folders({"a": SOLID}, {"a": SOLID, "b": SOLID * 2}), EvaluateOptions(allow_missing=True))
+    row = rows(found)["b", "1"]
+    assert (row["status"], row["reference_ml"]) == ("missing_prediction", 0)
+
+
+def test_damaged_references_alone_are_an_error_with_their_reasons(folders):
+    predictions, references = folders({"a": SOLID, "b": SOLID}, {"a": SOLID, "b": SOLID})
+    for case in "ab":
+        (references / f"{case}.nii.gz").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of 2 cases could be evaluated: .*a\.nii\.gz.*b\.nii\.gz"):
         evaluate_folders(predictions, references)

@@ -109,6 +109,10 @@ def test_decimal_commas_are_read_where_fields_are_parted_by_semicolons(read) -> 
     assert column(found, "tesla") == ["1.5", "3", "1.5"]
 
 
+def test_infinite_numbers_are_texts(read) -> None:
+    assert column(read("case,dose\na,inf\nb,1\nc,1\n"), "dose") == ["inf", "1", "1"]
+
+
 def test_a_column_of_many_texts_is_left_out(read) -> None:
     cases = "abcdefghijklmn"
     found = read("case,note\n" + "".join(f"{case},word {n % 13}\n" for n, case in enumerate(cases)), cases)

@@ -14,8 +14,10 @@ from geometry import save
 
 from medseg.errors import DataError
 from medseg.evaluate import COLUMNS, EvaluateOptions, Evaluation, Pair, evaluate_folders, evaluate_pairs
+from medseg.evaluate.calibration import summarise_calibration
 from medseg.evaluate.lesions import LESION_COLUMNS
 from medseg.evaluate.summary import SUBGROUP_METRICS
+from medseg.metrics.calibration import reliability
 from medseg.metrics.lesions import LESION_RULES
 from medseg.report import evaluate
 
@@ -202,6 +204,14 @@ def test_missing_predictions_are_counted_in_their_subgroup(judge) -> None:
     assert (y["n_cases"], y["labels"]["1"]["dice"]["n_missing_prediction"]) == (2, 1)
 
 
+def test_a_subgroup_of_failed_cases_only_is_none(judge) -> None:
+    found = judge({"a": (FULL, FULL), "b": (None, FULL)}, "case,site\na,x\nb,y\n", allow_missing=True)
+    # texts that differ from case to case may be names
+    assert found.summary["subgroups"] == []
+    sites = judge({"a": (FULL, FULL), "b": (None, FULL)}, "case,site\na,1\nb,2\n", allow_missing=True)
+    assert [group["value"] for group in sites.summary["subgroups"]] == ["1"]
+
+
 def test_patients_are_the_unit_of_the_intervals(judge) -> None:
     scans, patients = judge(SIX), judge(SIX, TABLE)
     dice = [found.summary["labels"]["1"]["dice"] for found in (scans, patients)]
@@ -373,3 +383,21 @@ def test_a_folder_without_probabilities_is_refused(judge, probabilities) -> None
     folder = probabilities("other", [0.5] * 6)
     with pytest.raises(DataError, match="no probabilities of any case found"):
         judge({"a": (FULL, FULL)}, probabilities=folder)
+
+
+def test_a_region_of_one_value_is_the_label_of_that_value() -> None:
+    chances = np.array([[1.0, 1.0], [0.0, 1.0]])
+    found = reliability(chances, np.array([1, 2]), [(2, 1), (2,)], regions=True)
+    summary = summarise_calibration(found, {"core": 2, "whole": (1, 2), "other": 3})
+    assert summary is not None
+    assert {name: label["ece"] for name, label in summary["labels"].items()} == {"core": 0, "whole": 0}
+
+
+def test_probabilities_of_other_labels_are_left_out(judge, probabilities) -> None:
+    probabilities("a", [0.5] * 6)
+    folder = probabilities("b", [0.5] * 6)
+    # a third channel
+    np.savez_compressed(folder / "b.npz", probabilities=np.full((3, 6, 1, 1), 1 / 3, np.float32))
+    found = judge({"a": (FULL, FULL), "b": (FULL, FULL)}, probabilities=folder)
+    assert found.summary["calibration"]["n_cases"] == 1
+    assert "probabilities of b were left out: other labels than those of the cases before" in found.warnings

@@ -81,7 +81,7 @@ def test_a_run_folder_holds_what_is_promised(tiny_run) -> None:
     masks = sorted(f.name for f in (tiny_run.folder / "validation").glob("*.nii.gz"))
     assert masks == [f"{c}.nii.gz" for c in _description(tiny_run.folder)["training"]["validation_cases"]]
     report = {f.name for f in (tiny_run.folder / "validation" / "report").iterdir()}
-    assert report == {"metrics.csv", "summary.json", "report.html"}
+    assert report == {"metrics.csv", "summary.json", "report.html", "labels.ctbl", "labels.label"}
     assert [n for n in names if n.startswith(".")] == []
 
 

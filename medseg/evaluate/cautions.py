@@ -13,10 +13,14 @@ from medseg.evaluate.summary import SMALL, Judged
 
 def cautions(judged: Judged) -> list[str]:
     """What a reader of the summary has to know: few cases, infinite distances, labels that are nowhere."""
-    said = [*_resampled(judged), *_few(judged)]
-    if judged.found.empty:
-        return said
-    return [*said, *_all_equal(judged), *_nowhere(judged), *_infinite(judged), *_small_subgroups(judged)]
+    return [
+        *_resampled(judged),
+        *_few(judged),
+        *_all_equal(judged),
+        *_nowhere(judged),
+        *_infinite(judged),
+        *_small_subgroups(judged),
+    ]
 
 
 def _resampled(judged: Judged) -> list[str]:

@@ -77,12 +77,13 @@ def find_pairs(
             f"{predictions}: given as predictions and as references; every measure would be perfect. Give two folders"
         )
     if predictions.is_file() and references.is_file():
-        case = case_name(references.name)
-        chances = None if probabilities is None or probabilities.is_dir() else probabilities
-        return Found((Pair(case, predictions, references, _only_file(images), chances),))
-    expected, predicted = _label_maps(references), _label_maps(predictions)
-    pictured = {} if images is None else _files_by_case(images, ENDINGS)
-    chances_of = {} if probabilities is None else _files_by_case(probabilities, PROBABILITIES)
+        only = case_name(references.name)
+        expected, predicted = {only: [references]}, {only: [predictions]}
+    else:
+        only = None
+        expected, predicted = _label_maps(references), _label_maps(predictions)
+    pictured = _beside(images, ENDINGS, only)
+    chances_of = _beside(probabilities, PROBABILITIES, only)
     pairs, failures = [], []
     for case, files in sorted(expected.items()):
         double = next((f for f in (files, predicted.get(case, [])) if len(f) > 1), None)
@@ -185,8 +186,11 @@ def _single(files: Sequence[Path]) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _only_file(images: Path | None) -> Path | None:
-    return images if images is not None and images.is_file() else None
+def _beside(path: Path | None, endings: Sequence[str], only: str | None) -> dict[str, list[Path]]:
+    """Files by case in a folder; a single file belongs to the `only` case whatever its name."""
+    if path is None:
+        return {}
+    return {only: [path]} if only is not None and path.is_file() else _files_by_case(path, endings)
 
 
 def _nearest(labels: Labels, from_grid: Grid, to_grid: Grid) -> Labels:

@@ -32,9 +32,11 @@ METRIC_NAMES = {
     "volume_difference_ml": "Difference (ml)",
     "relative_volume_difference": "Relative difference",
 }
-# what the strips can show, and whether more is better
+# what the strips can show
 PANEL_METRICS = ("dice", "nsd", "hd95_mm", "assd_mm")
+# quartiles of fewer cases are the cases themselves
 MIN_BOX = 5
+# with two dots any chart is a line
 MIN_PLOT = 3
 
 

@@ -1,0 +1,102 @@
+"""The command `medseg`: one function per verb that parses, calls the face, prints; no work is done here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+import medseg
+from medseg.cli import evaluation, inference, networks, training
+from medseg.cli.shared import INTERRUPTED, OK, SOME_FAILED, USAGE
+from medseg.terminal import err, out
+
+app = typer.Typer(
+    name="medseg",
+    help="Medical image segmentation: from a folder of scans to masks and a Dice report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # plain help: the framed one cuts off names of options at 80 columns
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"medseg {medseg.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Medical image segmentation: from a folder of scans to masks and a Dice report."""
+
+
+# in the order of the help, each with the example that its own help ends with
+_VERBS = (
+    (training.demo, "medseg demo -o demo"),
+    (training.check, "medseg check my_data/"),
+    (training.plan, "medseg plan my_data/ -o plan.yaml"),
+    (training.train, "medseg train my_data/ -o runs/first --time-budget 20m"),
+    (inference.infer, "medseg infer scans/ -m runs/first -o masks/ --tta flip"),
+    (evaluation.evaluate, "medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first"),
+    (evaluation.compare, "medseg compare ours=runs/a/report theirs=runs/b/report -o comparison/"),
+    (networks.inspect, "medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png"),
+)
+for _verb, _example in _VERBS:
+    app.command(epilog=f"Example: {_example}")(_verb)
+
+
+def main() -> None:
+    """Run the command line and exit with the code that the outcome deserves."""
+    # to be told to end is an interruption from the first moment on; whoever ignores it (nohup) has a reason
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == usual:
+            signal.signal(number, _end)
+    code = run(sys.argv[1:])
+    out.settle()
+    err.settle()
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line. A user's mistake is one message; its traceback is shown with -v."""
+    try:
+        app(arguments, prog_name="medseg")
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else USAGE
+        return _interrupted() if code == INTERRUPTED else code
+    except KeyboardInterrupt:
+        return _interrupted()
+    except medseg.MedsegError as error:
+        logging.getLogger("medseg").debug("traceback", exc_info=True)
+        err.print(f"[red]error:[/red] {escape(str(error))}")
+        return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE
+    return OK
+
+
+def _end(_: int, frame: FrameType | None) -> None:
+    """A signal becomes a `KeyboardInterrupt`, but for imports: C++ aborts the process or reports an import twice."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # nothing that is worth waiting for is under way
+            os._exit(_interrupted())
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    err.print("interrupted; what was finished is valid")
+    return INTERRUPTED

@@ -1,0 +1,76 @@
+"""The verb inspect: what a network is made of and sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+import medseg
+from medseg.cli.shared import (
+    Device,
+    Settings,
+    Verbose,
+    finish,
+    log,
+    settings_of,
+)
+from medseg.terminal import err, network_line, out, print_network, shown_progress
+
+
+def inspect(
+    target: Annotated[
+        str | None, typer.Argument(metavar="NETWORK|FILE.yaml|RUN", help="A network's name, a YAML file, a run folder.")
+    ] = None,
+    spatial_dims: Annotated[
+        int | None, typer.Option(metavar="1|2|3", help="Left out: those of the patch, the file or the run, else 3.")
+    ] = None,
+    patch: Annotated[
+        str | None, typer.Option(metavar="96,96,96", help="Voxels by axis; left out: the file's or the run's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the taps and the fields of view.")] = None,
+    settings: Settings = None,
+    names: Annotated[bool, typer.Option("--list", help="List all networks.")] = False,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Look at a network: layers, parameters, multiply-adds, output stride, field of view, gridding."""
+    log(verbose)
+    if names:
+        out.print(
+            json.dumps(list(medseg.list_networks())) if as_json else "\n".join(medseg.list_networks()), markup=False
+        )
+        return
+    if target is None:
+        raise medseg.ConfigError("nothing to inspect: give a network's name, a YAML file or a run, or --list")
+    with shown_progress() as progress:
+        found = medseg.inspect_network(
+            target,
+            spatial_dims=spatial_dims,
+            patch=_patch(patch),
+            settings=settings_of(settings),
+            device=device,
+            png=png,
+            progress=progress,
+        )
+    if as_json:
+        out.print(json.dumps(found.as_dict(), indent=1), markup=False)
+    else:
+        print_network(found.report)
+    if not as_json:
+        finish(f"Picture: {png}" if png is not None else network_line(found.report))
+    elif png is not None:
+        err.print(f"Picture: {escape(str(png))}")
+
+
+def _patch(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) > 3:
+        raise medseg.ConfigError(f"--patch {text}: expected one to three whole numbers, such as 96,96,96")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,72 @@
+"""What the verbs share: exit codes, common options, and how a command ends; no verb."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.logging import RichHandler
+from rich.markup import escape
+
+import medseg
+from medseg.terminal import err, out
+
+OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+AnyDevice = Annotated[str, typer.Option(help="As for the other verbs; this one needs no GPU and works on the CPU.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
+DatasetArg = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="nnU-Net or Decathlon folder, images/ + labels/, or a CSV/JSON list.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; repeatable.")
+]
+
+
+class Precision(str, Enum):
+    """Number formats of `--precision`."""
+
+    auto = "auto"
+    full = "32"
+    bf16 = "bf16"
+
+
+def log(verbose: bool) -> None:
+    """What the work logs goes to the terminal: warnings, or all of it."""
+    logger = logging.getLogger("medseg")
+    logger.handlers.clear()
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    handler = RichHandler(console=err, show_time=False, show_path=verbose, markup=False)
+    handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.addHandler(handler)
+
+
+def print_report(report: Any) -> None:
+    """The table of a report."""
+    out.print(report.text_table(), markup=False)
+
+
+def failed_cases(results: Any = (), report: Any = None) -> list[str]:
+    """One line for each case that was not done, with the reason."""
+    lines = [f"{r.case}: {r.reason}" for r in results if r.status in ("failed", "not_done")]
+    if report is not None:
+        lines += [f"{f.case}: {f.reason}" for f in report.failures]
+    return lines
+
+
+def finish(line: str, failed: list[str] | None = None, bad: bool = False) -> None:
+    """The last lines of a command. Exits with 1 where cases failed, or where the outcome is `bad` otherwise."""
+    out.print(escape(line))
+    for reason in failed or []:
+        err.print(f"[red]failed:[/red] {escape(reason)}")
+    if failed or bad:
+        raise typer.Exit(SOME_FAILED)
+
+
+def settings_of(assignments: list[str] | None, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of `--set`, and those that other options stand for."""
+    return medseg.settings_from(assignments or [], more or {})
