@@ -165,11 +165,11 @@ def test_hostile_names_do_nothing_in_a_comparison(hostile, visit: Visiting):
     assert [name for name in LABELS if name not in text] == []
 
 
-@pytest.mark.parametrize("name", ["漢字", "حالة", "Jürgen", "'ONMOUSE", "&amp;", '"><svg'])
-def test_any_name_can_be_searched(hostile, visit: Visiting, name):
+def test_any_name_can_be_searched(hostile, visit: Visiting):
     page = visit(hostile / "report" / "report.html").page
-    page.locator("input[type=search]").first.fill(name)
-    assert {name.lower() in found.lower() for found in case_names(page)} == {True}
+    for name in ("漢字", "حالة", "Jürgen", "'ONMOUSE", "&amp;", '"><svg'):
+        page.locator("input[type=search]").first.fill(name)
+        assert {name.lower() in found.lower() for found in case_names(page)} == {True}, name
 
 
 @pytest.mark.parametrize("page", ["report/report.html", "comparison/compare.html"])
