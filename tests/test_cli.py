@@ -1003,6 +1003,34 @@ def test_evaluate_of_a_folder_that_is_not_there(cli: Medseg, folders, tmp_path: 
     assert f"{tmp_path / 'nowhere'}: does not exist" in shown.err
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_evaluate_writes_no_report_among_the_masks(cli: Medseg, folders, tmp_path: Path, which: int) -> None:
+    masks = [Path(shutil.copytree(folder, tmp_path / f"own{n}")) for n, folder in enumerate(folders)]
+    (masks[which] / "summary.json").write_text("of nnU-Net")
+    shown = cli("evaluate", *masks, "-o", masks[which] / ".")
+    assert shown.code == 2
+    assert f"give {masks[which] / 'report'}" in shown.err
+    assert (masks[which] / "summary.json").read_text() == "of nnU-Net"
+    assert cli("evaluate", *masks, "-o", masks[which] / "report").code == 0
+
+
+def test_evaluate_wants_a_folder_for_its_report(cli: Medseg, folders, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report.html")
+    assert (shown.code, (tmp_path / "report.html").read_text()) == (2, "mine")
+    assert "report.html is a file, expected a folder for the report" in shown.err
+
+
+def test_evaluate_says_before_any_work_that_it_cannot_write(
+    cli: Medseg, folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path.resolve())
+    shown = cli("evaluate", *folders, "-o", tmp_path / "new" / "report")
+    assert shown.code == 2
+    assert f"nothing can be written in {tmp_path.resolve()}" in shown.err
+
+
 def test_evaluate_cannot_write_below_a_file(cli: Medseg, folders, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     shown = cli("evaluate", *folders, "-o", tmp_path / "file" / "report")

@@ -20,6 +20,7 @@ COLUMNS = (
     *("hd_mm", "hd95_mm", "assd_mm", "nsd", "reference_ml", "prediction_ml", "volume_difference_ml"),
 )
 DEFINITIONS = {"surface": "surfel: of marching cubes", "nsd": "Share within 1 mm of the other one.", "dice": "2TP / …"}
+OPTIONS = {"surface": "surfel", "nsd_tolerance_mm": 1.0, "ignore_value": None}
 INF, NAN = math.inf, math.nan
 
 MakeReport = Callable[..., Path]
@@ -58,7 +59,8 @@ def report(tmp_path: Path) -> MakeReport:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        content = {"schema_version": 1, "definitions": DEFINITIONS, "failures": [], **summary}
+        told = {"definitions": DEFINITIONS, "options": OPTIONS, "failures": []}
+        content = {"schema_version": 2, **told, **summary}
         (folder / "summary.json").write_text(json.dumps(content), encoding="utf-8")
         return folder
 
@@ -280,18 +282,90 @@ def test_other_references_of_missing_predictions_are_refused(report):
 
 
 @pytest.mark.parametrize(
-    ("term", "text", "message"),
+    ("setting", "value", "message"),
     [
-        ("surface", "voxel: of border voxels", "surface is voxel, expected surfel"),
-        ("nsd", "Share within 2 mm of the other one.", "nsd is 2, expected 1"),
-        ("ignore", "Voxels where the reference is 255", "ignore is 255, expected not set"),
+        ("surface", "voxel", "surface is voxel, expected surfel as in "),
+        ("nsd_tolerance_mm", 2, r"NSD tolerance \(mm\) of liver is 2.0, expected 1.0"),
+        ("nsd_tolerance_mm", {"liver": 2, "spleen": 1}, r"NSD tolerance \(mm\) of liver is 2.0, expected 1.0"),
+        ("ignore_value", 255, "ignored value is 255, expected not set"),
     ],
 )
-def test_other_settings_are_refused(report, term, text, message):
+def test_other_settings_are_refused(report, setting, value, message):
     a = report("a", cases([0.5]))
-    b = report("b", cases([0.5]), definitions={**DEFINITIONS, term: text})
+    b = report("b", cases([0.5]), options={**OPTIONS, setting: value})
     with pytest.raises(DataError, match=message):
         medseg.compare([a, b])
+
+
+def test_a_tolerance_of_a_label_that_is_not_compared_does_not_matter(report):
+    a = report("a", cases([0.5]))
+    more = [*cases([0.5]), row("c0", 0.5, label=2, name="spleen")]
+    b = report("b", more, options={**OPTIONS, "nsd_tolerance_mm": {"liver": 1, "spleen": 3}})
+    assert medseg.compare([a, b]).warnings == ("b: 1 label not in all reports, left out: spleen",)
+
+
+@pytest.mark.parametrize("options", [[], {"surface": "surfel"}, {**OPTIONS, "nsd_tolerance_mm": "wide"}])
+def test_settings_that_are_damaged_are_refused(report, options):
+    a, b = report("a", cases([0.5])), report("b", cases([0.5]), options=options)
+    with pytest.raises(DataError, match=r"summary\.json: options are not as medseg writes them"):
+        medseg.compare([a, b])
+
+
+def test_a_report_that_does_not_tell_its_settings_is_named(report, nnunet):
+    a = report("a", cases([0.5]))
+    first = report("first", cases([0.5]), schema_version=1, options=None)
+    told = medseg.compare([a, first, nnunet("nn", {"c0": {"1": (50, 50, 50)}})]).warnings
+    assert any(
+        text.startswith("surface, NSD tolerance and ignored value are not told by first, nn; make") for text in told
+    )
+    assert "other versions of medseg made these reports (schema version 1: first; version 2: a)" in told
+
+
+def test_cases_without_a_prediction_are_named(report):
+    a = report("a", [row("c0", 0.5), row("c1", 0.5)])
+    b = report("b", [row("c0", 0.5), row("c1", 0, status="missing_prediction")])
+    assert medseg.compare([a, b]).warnings == (
+        "b: 1 case without a prediction: c1; differences leave them out, ranks count them as worst",
+    )
+
+
+def test_what_several_methods_are_told_is_said_once(report):
+    two = [*cases([0.5]), row("c0", 0.5, label=2, name="spleen")]
+    found = medseg.compare([report("a", two), report("b", two), report("c", cases([0.5]))])
+    assert found.warnings == ("a, b: 1 label not in all reports, left out: spleen",)
+
+
+def test_a_comparison_is_no_report(report, tmp_path):
+    a, b = report("a", cases([0.5])), report("b", cases([0.5]))
+    folder = medseg.compare([a, b]).save(tmp_path / "comparison")
+    with pytest.raises(DataError, match="a comparison found, expected a report"):
+        medseg.compare([a, folder])
+
+
+def test_a_comparison_does_not_replace_a_report(report, tmp_path):
+    a, b = report("a", cases([0.5])), report("b", cases([0.5]))
+    before = (a / "summary.json").read_bytes()
+    with pytest.raises(DataError, match="folder of the report a found"):
+        medseg.compare([a, b]).save(tmp_path / "b" / ".." / "a")
+    assert (a / "summary.json").read_bytes() == before
+
+
+def test_a_terminal_is_shown_the_whole_where_labels_are_many(report):
+    many = [row("c0", 0.5, label=n, name=f"organ {n}") for n in range(1, 62)]
+    found = medseg.compare([report("a", many), report("b", many)])
+    shown = [line.split("  ")[0] for line in found.text_table().splitlines()]
+    assert shown == ["label", "all labels", "61 rows by label: comparison.csv"]
+    assert len(found.text_rows()) == 1 + 1 + 61
+
+
+def test_the_background_of_nnunet_is_no_label(nnunet):
+    both = {"c0": {"0": (900, 9, 9), "1": (50, 50, 50)}}
+    assert [label.name for label in medseg.compare([nnunet("a", both), nnunet("b", both)]).aligned.labels] == ["1"]
+
+
+def test_accents_of_nnunet_may_be_spelled_in_two_ways(report, nnunet):
+    found = medseg.compare([report("a", [row("Zo\u00eb", 0.5)]), nnunet("b", {"Zoe\u0308": {"1": (50, 50, 50)}})])
+    assert list(found.aligned.cases) == ["Zo\u00eb"]
 
 
 def test_other_words_for_a_measure_are_told(report):
@@ -300,8 +374,10 @@ def test_other_words_for_a_measure_are_told(report):
 
 
 def test_one_report_is_a_wrong_call(report):
-    with pytest.raises(ConfigError, match="1 reports given, expected two or more"):
-        medseg.compare([report("a", cases([0.5]))])
+    a = report("a", cases([0.5]))
+    for given in ([a], a, str(a)):
+        with pytest.raises(ConfigError, match="1 report given, expected two or more"):
+            medseg.compare(given)
 
 
 def test_a_folder_without_a_report_is_named(report, tmp_path):
@@ -325,6 +401,7 @@ def test_a_summary_that_is_no_json_is_refused(report, tmp_path):
     ("change", "message"),
     [
         (lambda text: text.replace("dice", "dise"), "no column dice found"),
+        (lambda text: text.replace("iou", "dice"), "column dice found twice"),
         (lambda text: text.splitlines()[0], "no rows found"),
         (lambda text: text.replace("ok", "fine"), "status 'fine' found, expected one of ok"),
         (lambda text: text.replace("0.5", "half"), "'half' found in column"),

@@ -164,6 +164,30 @@ def test_reports_without_any_label_anywhere_are_refused(report):
         medseg.compare([report("a", empty), report("b", empty)])
 
 
+def test_a_method_that_ranks_first_with_a_lower_mean_is_explained(report, tmp_path):
+    # ahead by 0.01 in nine cases, behind by 0.6 in one
+    ours, theirs = np.full((10, 1), 0.81), np.full((10, 1), 0.80)
+    ours[0] = 0.2
+    shown = " ".join(Outline(page([report("ours", ours), report("theirs", theirs)], tmp_path / "out")).text)
+    assert "theirs has the higher mean Dice, yet ours is first: ahead more often, but by less." in shown
+
+
+def test_nothing_is_explained_where_rank_and_mean_agree(report, tmp_path):
+    folders = [report("ours", values(12, gain=0.1)), report("theirs", values(12))]
+    assert "yet" not in " ".join(Outline(page(folders, tmp_path / "out")).text)
+
+
+@pytest.mark.parametrize(("n_methods", "columns"), [(2, 14), (3, 16)])
+def test_of_two_methods_the_tests_need_no_names(report, tmp_path, n_methods, columns):
+    text = page([report(f"m{n}", values(6, seed=n)) for n in range(n_methods)], tmp_path / "out")
+    table = re.search(r'<table id="test-table".*?</table>', text, re.DOTALL)[0]
+    titles = [of["data-title"] for tag, of in Outline(table).tags if tag == "th" and of["scope"] == "col"]
+    assert len(titles) == columns
+    assert ("First" in titles) == (n_methods > 2)
+    # the name of the label is a heading
+    assert table.count("<td") == (columns - 1) * table.count('<th scope="row"')
+
+
 # ---- charts
 
 

@@ -289,7 +289,7 @@ def test_a_prediction_on_a_flipped_and_cropped_grid_can_be_resampled(folders):
     row = rows(found)["a", "1"]
     assert (row["dice"], row["fp"], row["fn"]) == (1, 0, 0)
     assert found.summary["resampled_predictions"] == ["a"]
-    assert any(w.startswith("1 predictions were on another grid") and w.endswith(": a") for w in found.warnings)
+    assert any(w.startswith("1 prediction on another grid") and w.endswith(": a") for w in found.warnings)
 
 
 def test_outside_a_resampled_prediction_is_background(folders):
@@ -461,4 +461,49 @@ def test_damaged_references_alone_are_an_error_with_their_reasons(folders):
     for case in "ab":
         (references / f"{case}.nii.gz").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of 2 cases could be evaluated: .*a\.nii\.gz.*b\.nii\.gz"):
+        evaluate_folders(predictions, references)
+
+
+def test_line_breaks_in_a_name_are_shown_by_their_codes(folders):
+    found = evaluate_folders(*folders({"a\rb\nc": SOLID}, {"a\rb\nc": SOLID}))
+    assert found.table["case"].unique().tolist() == ["a\\rb\\nc"]
+
+
+def test_a_picture_is_not_held_against_a_volume(tmp_path):
+    (tmp_path / "pred").mkdir()
+    (tmp_path / "ref").mkdir()
+    Image.fromarray(np.ones((4, 5), np.uint8)).save(tmp_path / "pred" / "a.png")
+    nib.save(nib.Nifti1Image(np.ones((4, 5, 1), np.uint8), np.eye(4)), tmp_path / "ref" / "a.nii.gz")
+    with pytest.raises(DataError, match=r"2 axes found .* expected 3 .*; save both in one format") as refused:
+        evaluate_folders(tmp_path / "pred", tmp_path / "ref", EvaluateOptions(resample_prediction=True))
+    assert "--resample-prediction" not in str(refused.value)
+
+
+def test_a_folder_of_files_by_label_for_each_case_is_explained(folders):
+    predictions, references = folders({}, {"a": SOLID, "b": SOLID})
+    for case in ("a", "b"):
+        (predictions / case).mkdir()
+        nib.save(nib.Nifti1Image(SOLID, OBLIQUE), predictions / case / "liver.nii.gz")
+    with pytest.raises(DataError, match=r"a folder for each case found \(a, b\), expected one file for each .*--ml"):
+        evaluate_folders(predictions, references)
+
+
+def test_headers_that_contradict_themselves_are_told(folders):
+    predictions, references = folders({"a": SOLID}, {"a": SOLID})
+    image = nib.Nifti1Image(SOLID, OBLIQUE)
+    image.set_sform(OBLIQUE, 1)
+    image.set_qform(np.diag([1.0, 1, 1, 1]), 1)
+    nib.save(image, predictions / "a.nii.gz")
+    assert evaluate_folders(predictions, references).warnings[0] == (
+        "in 1 cases the header of the prediction looks odd (sform and qform place the voxels differently; the sform is "
+        "used): a"
+    )
+
+
+def test_reasons_that_are_not_shown_are_counted(folders):
+    many = {f"c{n:02d}": SOLID for n in range(12)}
+    predictions, references = folders(many, many)
+    for path in predictions.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of 12 cases could be evaluated: .*; and 2 more$"):
         evaluate_folders(predictions, references)

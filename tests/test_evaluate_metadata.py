@@ -121,7 +121,7 @@ def test_a_column_of_many_texts_is_left_out(read) -> None:
 
 
 def test_a_text_of_its_own_for_every_case_goes_no_further(read) -> None:
-    found = read("case,name\na,Ann\nb,Bob\nc,Cid\n")
+    found = read("case,remark\na,Ann\nb,Bob\nc,Cid\n")
     assert list(found.table.columns) == []
     assert "another one for every case" in found.warnings[0]
     assert not any(name in found.warnings[0] for name in ("Ann", "Bob", "Cid"))
@@ -156,8 +156,8 @@ def test_a_case_without_a_patient_is_one_of_its_own(read) -> None:
     ("content", "said"),
     [
         ("case,site\nx,y\n", "none of the 3 cases found in column 'case'"),
-        ("name,site\na,x\n", "columns name, site found, expected one called `case`"),
-        ("", "columns none found"),
+        ("name,site\na,x\n", "name, site found in the first line, expected a column called `case`"),
+        ("", "nothing found in the first line"),
         ("case,site\na,x\nb,y\na.nii.gz,z\n", "case 'a' found in lines 2 and 4, expected once"),
         ("case,site,site\na,x,y\n", "column 'site' found twice"),
         ("case,site\na,x,y\n", "line 2 has 3 fields, expected 2"),
@@ -178,3 +178,39 @@ def test_an_unknown_column_of_patients_names_the_known_ones(read) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.csv: cannot be read"):
         read_metadata(tmp_path / "none.csv", ["a"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Patient Name", "PatientName", "surname", "date_of_birth", "DOB", "MRN", "Accession number", "StudyUID", "ID"],
+)
+def test_a_column_that_says_who_somebody_is_gives_no_subgroups(read, name: str) -> None:
+    found = read(f"case,{name}\na,x\nb,x\nc,y\n")
+    assert list(found.table.columns) == []
+    assert "by its name it says who somebody is" in found.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["site_name", "scanner id", "birth weight", "surgeon"])
+def test_a_column_of_a_similar_name_gives_subgroups(read, name: str) -> None:
+    assert list(read(f"case,{name}\na,x\nb,x\nc,y\n").table.columns) == [name]
+
+
+@pytest.mark.parametrize("date", ["1961-04-03", "3.4.1961", "04/03/61", "19610403", "1961-04-03 12:30"])
+def test_dates_give_no_subgroups(read, date: str) -> None:
+    found = read(f"case,first scan\na,{date}\nb,{date}\nc,\n")
+    assert list(found.table.columns) == []
+    assert "it holds dates" in found.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["PatientID", "Patient ID", "subject_id", "Group"])
+def test_a_column_of_patients_may_be_spelled_in_many_ways(read, name: str) -> None:
+    assert read(f"case,{name}\na,1\nb,1\nc,2\n").patients == {"a": "a", "b": "a", "c": "c"}
+
+
+def test_large_numbers_that_differ_are_not_one_subgroup(read) -> None:
+    assert order(read("case,dose\na,9000001\nb,9000002\nc,9000002\n"), "dose") == ["9000001", "9000002"]
+
+
+def test_what_a_terminal_would_obey_is_shown_by_its_code(read) -> None:
+    with pytest.raises(DataError, match=r"\\x1b\[2J found in the first line"):
+        read("\x1b[2J\n")

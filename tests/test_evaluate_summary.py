@@ -114,6 +114,43 @@ def test_what_was_not_asked_for_is_there_and_empty(judge) -> None:
     assert summary["resampled_predictions"] == []
 
 
+def test_the_choices_are_told_for_programs(judge) -> None:
+    cases = {"a": (FULL, FULL)}
+    assert judge(cases).summary["options"] == {
+        "surface": "surfel",
+        "nsd_tolerance_mm": 1.0,
+        "ignore_value": None,
+        "extra": [],
+        "lesions": None,
+        "resample_prediction": False,
+    }
+    chosen = {
+        "labels": {"one": 1, "two": 2, "ignore": 9},
+        "nsd_tolerance_mm": {"*": 3, "one": 2},
+        "surface": "voxel",
+        "extra": ("cldice",),
+        "lesions": "panoptic",
+        "resample_prediction": True,
+    }
+    assert judge(cases, **chosen).summary["options"] == {
+        "surface": "voxel",
+        "nsd_tolerance_mm": {"one": 2.0, "two": 3.0},
+        "ignore_value": 9,
+        "extra": ["cldice"],
+        "lesions": "panoptic",
+        "resample_prediction": True,
+    }
+
+
+def test_labels_may_be_numbers_of_numpy_and_regions_lists() -> None:
+    assert EvaluateOptions(labels={"liver": np.int16(1), "both": [1, 2]}).labels == {"liver": 1, "both": (1, 2)}
+
+
+def test_options_of_another_type_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"options of type dict found, expected medseg\.EvaluateOptions"):
+        evaluate_folders(tmp_path, tmp_path, {"surface": "voxel"})
+
+
 # ---- tolerances
 
 
@@ -141,6 +178,24 @@ def test_each_label_can_have_its_tolerance(judge) -> None:
         ({"jobs": 0}, "0 jobs found"),
         ({"surface": "sphere"}, "'sphere' is unknown, expected surfel or voxel"),
         ({"labels": {"background": 0, "ignore": 3}}, "nothing but background"),
+        ({"labels": {"liver": 1, "ignore": (3, 4)}}, r"'ignore' is the region \(3, 4\), expected one value"),
+        ({"labels": ["liver"]}, "expected names with values"),
+        ({"labels": {1: "liver"}}, "expected names with values"),
+        ({"labels": {"liver": "1"}}, "label 'liver': '1' found, expected a whole number"),
+        ({"labels": {"liver": 1.0}}, "label 'liver': 1.0 found, expected a whole number"),
+        ({"labels": {"liver": True}}, "label 'liver': True found, expected a whole number"),
+        ({"labels": {"liver": -1}}, "label 'liver' is -1, expected 0 to 2147483647"),
+        ({"labels": {"liver": ()}}, r"label 'liver' is the region \(\), expected one value or more"),
+        ({"labels": {"liver": (0, 1)}}, r"label 'liver' is the region \(0, 1\), expected .* above 0"),
+        ({"ignore_value": "255"}, "ignore_value: '255' found, expected a whole number"),
+        ({"ignore_value": -1}, "ignore_value is -1, expected 0 to"),
+        ({"nsd_tolerance_mm": "1"}, "NSD tolerance '1' found, expected a number of mm"),
+        ({"nsd_tolerance_mm": None}, "NSD tolerance None found, expected a number of mm"),
+        ({"nsd_tolerance_mm": {1: 2.0, "1": True}}, "NSD tolerance True found, expected a number of mm"),
+        ({"extra": "cldice"}, "extra 'cldice' found, expected a tuple"),
+        ({"extra": None}, "extra None found, expected a tuple"),
+        ({"lesions": True}, "lesion rule True is unknown"),
+        ({"jobs": 1.5}, "jobs: 1.5 found, expected a whole number"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
@@ -213,11 +268,19 @@ def test_a_subgroup_of_failed_cases_only_is_none(judge) -> None:
 
 
 def test_patients_are_the_unit_of_the_intervals(judge) -> None:
-    scans, patients = judge(SIX), judge(SIX, TABLE)
-    dice = [found.summary["labels"]["1"]["dice"] for found in (scans, patients)]
-    assert dice[0]["mean"] == dice[1]["mean"]
-    widths = [high - low for low, high in (measure["ci95"] for measure in dice)]
-    assert widths[1] > widths[0]
+    # every patient twice says what every patient once says
+    twice = {f"{case}{n}": pair for case, pair in SIX.items() for n in (1, 2)}
+    table = "case,patient\n" + "".join(f"{case},{case[0]}\n" for case in twice)
+    scans, patients, once = (
+        found.summary["labels"]["1"]["dice"] for found in (judge(twice), judge(twice, table), judge(SIX))
+    )
+    assert patients["ci95"] == pytest.approx(once["ci95"], abs=1e-12)
+    assert scans["ci95"][0] > once["ci95"][0]
+    assert [measure["mean"] for measure in (scans, patients)] == pytest.approx([once["mean"]] * 2)
+
+
+def test_patients_are_counted_and_called_as_their_first_case(judge) -> None:
+    patients = judge(SIX, TABLE)
     assert patients.summary["n_groups"] == 3
     assert patients.summary["groups"] == {"a": "a", "b": "a", "c": "c", "d": "d", "e": "d", "f": "d"}
 

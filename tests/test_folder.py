@@ -336,7 +336,9 @@ def interrupted_by(number: int, at: str) -> Callable[..., Segmented]:
     """`segment_prepared` that sends this process a signal in the case `at`, and leaves it by a tick only."""
     whole = Segmenter.segment_prepared
 
-    def segment_prepared(self: Segmenter, prepared: Prepared, seconds: Any, *, tick: Callable[[float], None]) -> Any:
+    def segment_prepared(
+        self: Segmenter, prepared: Prepared, seconds: Any, *, tick: Callable[[float], None], **_: Any
+    ) -> Any:
         if prepared.id == at:
             os.kill(os.getpid(), number)
             end = time.monotonic() + 20
@@ -839,7 +841,9 @@ def test_progress_rises_to_the_end_and_tells_the_time_left(
     told: list[tuple[float, float, str]] = []
     whole, looked = Segmenter.segment_prepared, threading.Event()
 
-    def in_halves(self: Segmenter, prepared: Prepared, seconds: Any, *, tick: Callable[[float], None]) -> Segmented:
+    def in_halves(
+        self: Segmenter, prepared: Prepared, seconds: Any, *, tick: Callable[[float], None], **_: Any
+    ) -> Segmented:
         tick(0.5)
         if prepared.id == "case1.nii.gz":
             assert looked.wait(20)

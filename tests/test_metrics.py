@@ -76,6 +76,57 @@ def test_counts_do_not_depend_on_memory_order():
     assert mixed == counts(prediction, reference, [1, 2, 3])
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 3), (3, 3, 0)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_maps_without_voxels_are_empty(shape, dtype):
+    nothing = np.zeros(shape, dtype)
+    assert measure(nothing, nothing, [1], spacing_mm=(1.0,) * len(shape))[1].status == "both_empty"
+
+
+def test_a_value_that_is_named_twice_counts_once():
+    prediction, reference = np.array([[1, 1, 0, 2]]), np.array([[1, 0, 1, 2]])
+    assert counts(prediction, reference, [(1, 1, 2)]) == {(1, 1, 2): Counts(2, 1, 1)}
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u2", ">u2", ">i4", "i8", "u8", ">u8"])
+def test_counts_do_not_depend_on_the_type_of_numbers(dtype):
+    generator = np.random.default_rng(0)
+    prediction, reference = generator.integers(0, 4, (2, 5, 6, 7)).astype(np.uint8)
+    expected = counts(prediction, reference, [1, 3])
+    assert counts(prediction.astype(dtype), reference, [1, 3]) == expected
+    assert counts(prediction, np.asfortranarray(reference.astype(dtype)), [1, 3]) == expected
+
+
+def test_values_beyond_64_signed_bits_are_not_mistaken_for_others():
+    prediction = np.array([2**64 - 1, 1, 2**63], np.uint64)
+    assert counts(prediction, np.array([1, 1, 1]), [1]) == {1: Counts(1, 0, 2)}
+
+
+def test_maps_of_mirrored_memory_have_the_counts_of_their_copies():
+    generator = np.random.default_rng(0)
+    prediction, reference = generator.integers(0, 4, (2, 5, 6, 7)).astype(np.int16)
+    mirrored = prediction[::-1, :, ::-1].copy()[::-1, :, ::-1]
+    assert mirrored.strides[0] < 0
+    assert counts(mirrored, reference, [1, 3]) == counts(prediction, reference, [1, 3])
+
+
+def test_maps_that_are_not_integer_are_refused():
+    with pytest.raises(ValueError, match="float64 found, expected whole numbers"):
+        counts(np.zeros(2), np.zeros(2, int), [1])
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (1, 1, 0), (1, 1, -1), (1, 1, math.nan), (1, 1, math.inf)])
+def test_a_spacing_that_is_none_is_refused(spacing):
+    with pytest.raises(ValueError, match="expected 3 numbers above 0"):
+        measure(CUBE, CUBE, [1], spacing_mm=spacing)
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan, math.inf])
+def test_a_tolerance_that_is_none_is_refused(tolerance):
+    with pytest.raises(ValueError, match=r"NSD tolerance of .* expected 0 or more"):
+        measure(CUBE, CUBE, [1], spacing_mm=(1, 1, 1), nsd_tolerance_mm=tolerance)
+
+
 def test_differing_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         counts(np.zeros(2, int), np.zeros(3, int), [1])

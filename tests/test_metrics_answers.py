@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from medseg.metrics import (
     EXTRA,
@@ -232,6 +233,17 @@ def test_boundary_iou_far_from_the_contour_is_iou():
     square = box((12, 12), (3, 9), (3, 9)) > 0
     moved = np.roll(square, 1, axis=1)
     assert boundary_iou(moved, square, spacing_mm=(1, 1), within_mm=3) == 30 / 42
+
+
+@pytest.mark.parametrize(("within_mm", "transforms"), [(2.9, 2), (3.0, 0)])
+def test_boundary_iou_measures_no_depth_where_none_can_be_too_deep(within_mm, transforms, monkeypatch):
+    # five voxels across: the middle one is three steps from outside
+    done = []
+    measure_depth = ndimage.distance_transform_edt
+    monkeypatch.setattr(ndimage, "distance_transform_edt", lambda *a, **k: done.append(1) or measure_depth(*a, **k))
+    full = np.ones((9, 5), bool)
+    full_iou = boundary_iou(full, full, spacing_mm=(1, 1), within_mm=within_mm)
+    assert (full_iou, len(done)) == (1, transforms)
 
 
 def test_boundary_iou_always_sees_the_outermost_voxels():

@@ -254,6 +254,14 @@ def test_brats_the_threshold_is_a_volume():
     assert measured(reference, reference, BRATS, spacing_mm=(1.0, 1.0, 2.0)).n_reference == 1
 
 
+def test_brats_a_lesion_of_exactly_the_threshold_is_left_out_at_spacings_of_single_precision():
+    # 50 voxels of 1 mm³; a spacing of 1.0000001 mm is 1 mm as a file tells it
+    reference = boxes((5, 10, 3), ((0, 0, 0), (5, 10, 1)))
+    spacing = tuple(map(float, np.nextafter(np.ones(3, np.float32), np.float32(2))))
+    assert 50 * math.prod(spacing) > 50
+    assert measured(reference, reference, BRATS, spacing_mm=spacing).n_reference == 0
+
+
 def test_brats_a_spurious_lesion_counts_whatever_its_size():
     prediction = cubes(4)
     prediction[0, 0, 39] = 1

@@ -97,6 +97,7 @@ def test_hostile_names_neither_fail_nor_warn_nor_become_formulas(evaluation, tmp
     assert "$x_{1}$ \\frac" in text
     assert "$a_{1}$" in text
     assert "…" in text
+    assert "□: a letter that this paper's font has not" in text
 
 
 def test_117_labels_flow_over_sheets_with_all_names(evaluation, tmp_path):
@@ -108,8 +109,13 @@ def test_117_labels_flow_over_sheets_with_all_names(evaluation, tmp_path):
 def test_failures_and_missing_predictions_are_named(evaluation, tmp_path):
     made = evaluation(cases=("good", "broken"), broken=("broken",))
     text = words(pdf(made), tmp_path)
-    assert "1 case could not be evaluated" in text
-    assert "broken: " in text
+    assert "1 of 2 cases in none of these numbers" in text
+    assert "broken: not a NIfTI file" in text
+    assert str(tmp_path) not in text
+
+
+def test_nothing_is_said_of_letters_where_none_is_missing(evaluation, tmp_path):
+    assert "□" not in words(pdf(evaluation()), tmp_path)
 
 
 def test_one_case_has_neither_spread_nor_limits(evaluation, tmp_path):

@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 
 from medseg.config import COLOURS
-from medseg.evaluate import COLUMNS, EvaluateOptions, Pair
+from medseg.errors import DataError
+from medseg.evaluate import COLUMNS, EvaluateOptions, Failure, Pair
 from medseg.evaluate.summary import SCHEMA_VERSION
 from medseg.report import Report, evaluate, html, report_pairs, scene
 from medseg.report.figures import contour_pictures
-from medseg.report.html import PAGE_ROWS, label_marks, reach, render, without_folders
+from medseg.report.html import PAGE_ROWS, label_marks, left_out, notes, reach, render, without_folders
+from medseg.report.layers import read_layers
 
 SOLID = np.zeros((8, 9, 10), np.uint8)
 SOLID[1:5, 1:5, 1:5] = 1
@@ -167,14 +169,14 @@ def test_three_planes_of_a_volume_are_pictured(report, tmp_path):
 
 def test_an_image_on_another_grid_is_left_out_of_the_picture(report, caplog):
     made = report({"a": (SOLID, SOLID)}, image=np.zeros((3, 3, 3), np.uint8)).evaluation
-    assert len(contour_pictures(made.pairs["a"], made)) == 3
+    assert len(contour_pictures(read_layers(made.pairs["a"], made), made.pairs["a"], made)) == 3
     assert "another grid" in caplog.text
 
 
 def test_an_unreadable_image_does_not_cost_the_pictures(report, tmp_path, caplog):
     made = report({"a": (SOLID, SOLID)}, image=SOLID).evaluation
     (tmp_path / "images" / "a.nii.gz").write_bytes(b"not an image")
-    assert len(contour_pictures(made.pairs["a"], made)) == 3
+    assert len(contour_pictures(read_layers(made.pairs["a"], made), made.pairs["a"], made)) == 3
     assert "a.nii.gz" in caplog.text
 
 
@@ -198,7 +200,7 @@ def test_failed_and_missing_cases_are_named_without_folders(report, tmp_path):
     html = page(made, tmp_path)
     words = "".join(Page(html).words)
     assert "2 of 3 cases in none of these numbers" in words
-    assert "broken.nii.gz: shape (7, 9, 10) found" in words
+    assert "broken shape (7, 9, 10) found" in words
     assert "Without a prediction: absent" in words
     assert str(tmp_path) not in html
     assert made.failures[0].case == "broken"
@@ -236,9 +238,10 @@ def test_listed_pairs_and_groups(report, tmp_path):
     assert grouped.summary["labels"]["1"]["dice"]["ci95"] is None
 
 
-def test_labels_in_no_case_are_named_below_the_table(report, tmp_path):
+def test_labels_in_no_case_are_named_once(report, tmp_path):
     words = "".join(Page(page(report({"a": (SOLID, SOLID)}, labels={"liver": 1, "spleen": 2}), tmp_path)).words)
-    assert "In neither the reference nor the prediction of any case: spleen." in words
+    assert "In no reference and no prediction of these cases: spleen" in words
+    assert words.count("in no case") + words.count("In no reference") == 1
 
 
 def rows_of(html):
@@ -333,9 +336,19 @@ def test_reach_says_how_far_a_mean_is_known_and_what_more_would_take():
 
 
 def test_reach_counts_patients_where_they_are_known():
-    dice = {"n": 20, "ci95": None, "cases_needed": None}
-    summary = {"n_cases": 20, "n_groups": 2, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
-    assert reach(summary) == ["2 patients: too few for an interval. How other cases would fare is open."]
+    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": None}
+    summary = {"n_cases": 20, "n_groups": 4, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
+    assert reach(summary)[0] == "With 4 patients the mean Dice is known to about ±0.050."
+
+
+def test_nothing_is_said_of_reach_where_there_is_no_interval():
+    assert reach({"n_cases": 2, "n_groups": None, "foreground": {"dice": {"n": 2, "ci95": None}}, "labels": {}}) == []
+
+
+def test_few_cases_are_warned_of_once(report):
+    found = notes(report(dict.fromkeys("ab", (SOLID, SOLID))).evaluation)
+    assert sum("ewer than 10" in note or "too few" in note for note in found) == 1
+    assert all(note[0] == note[0].upper() for note in found)
 
 
 def test_labels_that_share_a_colour_carry_their_values(report):
@@ -349,12 +362,80 @@ def test_few_labels_need_no_values(report):
     assert label_marks(report({"a": (SOLID, SOLID)}).evaluation) == {"1": ""}
 
 
-def test_reasons_name_files_without_their_folders():
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("/home/someone/pred/a.nii.gz: is odd", "a.nii.gz: is odd"),
+        # of another case of the same folder
+        ("/home/someone/ref/b.nii.gz: one case in 2 files", "b.nii.gz: one case in 2 files"),
+        ("/other/home/someone/ref/b.nii.gz: stays", "/other/home/someone/ref/b.nii.gz: stays"),
+    ],
+)
+def test_reasons_name_files_without_their_folders(reason, said):
     pair = Pair("a", Path("/home/someone/pred/a.nii.gz"), Path("/home/someone/ref/a.nii.gz"))
-    assert without_folders("/home/someone/pred/a.nii.gz: is odd", pair) == "a.nii.gz: is odd"
+    assert without_folders(reason, [pair]) == said
+
+
+def test_a_relative_folder_is_not_cut_out_of_a_longer_word():
+    pair = Pair("a", Path("data/a.nii.gz"), Path("a.nii.gz"))
+    assert without_folders("data/a.nii.gz or metadata/a.nii.gz", [pair]) == "a.nii.gz or metadata/a.nii.gz"
+
+
+def test_a_case_in_two_files_shows_no_folder(report, tmp_path):
+    made = report({"a": (SOLID, SOLID), "b": (SOLID, SOLID)})
+    nib.save(nib.Nifti1Image(SOLID, np.eye(4)), tmp_path / "pred" / "b.nii")
+    made = evaluate(tmp_path / "pred", tmp_path / "ref")
+    ((case, reason),) = left_out(made.evaluation)
+    assert case == "b"
+    assert reason.startswith("one case in 2 files")
+    assert str(tmp_path) not in render(made.evaluation)
+
+
+def test_numbers_of_the_table_are_those_of_the_page_to_the_last_digit(report, tmp_path):
+    # 13 of 16 voxels: 0.8125 is rounded to even by Python and up by a browser
+    reference, prediction = np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)
+    reference[0], prediction[0] = 1, 1
+    prediction[0, 0, :3], prediction[1, 0, :3] = 0, 1
+    html = page(report({"a": (prediction, reference)}), tmp_path)
+    assert rows_of(html)["numbers"][0] == [0.812]
+    assert '<td class="num">0.812</td>' in html
 
 
 def test_the_parts_of_a_page_leave_room_below_15_megabytes():
     # a row of the table takes 100 bytes at most: eight numbers of up to ten characters and three indices
     rows = 100 * html.MAX_TABLE_ROWS
     assert html.MAX_PICTURE_BYTES + scene.MAX_BYTES + len(scene.niivue_script()) + rows < 14_500_000
+
+
+def test_very_many_failures_and_missing_cases_are_folded(report):
+    made = report({"a": (SOLID, SOLID)}).evaluation
+    failures = tuple(Failure(f"case {n}", "broken") for n in range(30))
+    missing = [f"absent {n}" for n in range(30)]
+    html = render(replace(made, failures=failures, summary={**made.summary, "missing_predictions": missing}))
+    open_part = html[html.index('class="notice"') :].partition("<details>")[0]
+    assert (open_part.count("broken"), html.count("broken")) == (20, 30)
+    assert html.count("and 10 more") == 2
+    assert html.count("<bdi>absent ") == 30
+
+
+def test_the_summary_of_another_program_is_not_replaced(report, tmp_path):
+    made = report({"a": (SOLID, SOLID)})
+    foreign = tmp_path / "out" / "summary.json"
+    foreign.parent.mkdir()
+    foreign.write_text('{"metric_per_case": []}')
+    (tmp_path / "out" / "report.pdf").write_text("theirs")
+    with pytest.raises(DataError, match=r"summary\.json: written by another program"):
+        made.save(tmp_path / "out")
+    assert foreign.read_text() == '{"metric_per_case": []}'
+    assert (tmp_path / "out" / "report.pdf").read_text() == "theirs"
+
+
+def test_a_report_leaves_what_it_did_not_write_and_clears_away_its_own(report, tmp_path):
+    made = report({"a": (SOLID, SOLID)})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.pdf").write_text("theirs")
+    folder = made.save(tmp_path / "out", nnunet_summary=True)
+    assert (folder / "report.pdf").exists()
+    assert (folder / "nnunet_summary.json").exists()
+    made.save(folder)
+    assert not (folder / "nnunet_summary.json").exists()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medseg.errors import DataError
 from medseg.evaluate import EvaluateOptions, Pair
 from medseg.report import evaluate
 from medseg.report.figures import PICTURE_PIXELS, contour_pictures, edges
+from medseg.report.layers import read_layers, window
 
 SOLID = np.zeros((8, 9, 10), np.uint8)
 SOLID[1:5, 1:5, 1:5] = 1
@@ -36,7 +38,10 @@ def pictures(tmp_path):
         found = evaluate(
             tmp_path / "pred", tmp_path / "ref", EvaluateOptions(labels=labels), images=tmp_path / "images"
         ).evaluation
-        return [(pixels(p), p.caption) for p in contour_pictures(found.pairs["a"], found)]
+        return [
+            (pixels(p), p.caption)
+            for p in contour_pictures(read_layers(found.pairs["a"], found), found.pairs["a"], found)
+        ]
 
     return make
 
@@ -111,11 +116,12 @@ def test_a_number_stands_in_the_outline_where_colours_repeat(pictures):
     assert (around.min(axis=-1) > 200).any()
 
 
-def test_a_pair_without_prediction_has_no_pictures(tmp_path):
+def test_a_pair_without_prediction_has_nothing_to_show(tmp_path):
     for name in "ab":
         nib.save(nib.Nifti1Image(SOLID, np.eye(4)), tmp_path / f"{name}.nii.gz")
     found = evaluate(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz").evaluation
-    assert contour_pictures(Pair("x", None, tmp_path / "a.nii.gz"), found) == ()
+    with pytest.raises(DataError, match="no prediction"):
+        read_layers(Pair("x", None, tmp_path / "a.nii.gz"), found)
 
 
 def test_an_image_under_the_outlines_changes_the_picture(tmp_path):
@@ -127,6 +133,35 @@ def test_an_image_under_the_outlines_changes_the_picture(tmp_path):
         nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
     found = evaluate(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", images=tmp_path / "image.nii.gz").evaluation
     (pair,) = found.pairs.values()
-    with_image = contour_pictures(pair, found)
-    without = contour_pictures(replace(pair, image=None), found)
+    with_image, without = (
+        contour_pictures(read_layers(shown, found), shown, found) for shown in (pair, replace(pair, image=None))
+    )
     assert all(a.data_uri != b.data_uri for a, b in zip(with_image, without))
+
+
+# ---- black and white
+
+
+def test_most_of_what_is_outlined_decides_what_is_grey():
+    # half of the voxels between 0 and 50, lung at -800, bone at 1000: four widths of 50 on both sides
+    image = np.concatenate([np.linspace(0, 50, 101), np.full(40, -800.0), np.full(40, 1000.0)])
+    # 181 voxels, of which the shortest half holds 91 apart from the first: 45 of 50
+    assert window(image, np.ones(image.shape, bool)) == pytest.approx((-180, 225))
+
+
+def test_what_is_not_outlined_says_nothing_but_the_ends():
+    image = np.concatenate([np.linspace(0, 50, 101), np.full(400, 70.0)])
+    low, high = window(image, np.arange(image.size) < 101)
+    # half of 101 voxels is 25 wide: up to 25 + 100 and down to -100, were it not for the ends of the image
+    assert (low, high) == (0, 70)
+
+
+def test_an_image_of_one_value_and_one_without_numbers_have_a_window():
+    everywhere = np.ones(8, bool)
+    assert window(np.full(8, 3.0), everywhere)[0] == 3
+    assert window(np.full(8, np.nan), everywhere) == (0, 1)
+
+
+def test_nothing_outlined_takes_the_whole_image():
+    image = np.arange(101.0)
+    assert window(image, np.zeros(101, bool)) == pytest.approx((1, 99))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from medseg.report.page import breakable, embedded, environment, figure, fixed, options, signed
+from medseg.report.page import breakable, embedded, environment, figure, fixed, moment, options, signed, worded
 
 
 def test_numbers_for_the_eye():
@@ -52,3 +52,14 @@ def test_embedded_data_refuses_what_json_has_no_word_for():
 
 def test_templates_escape_every_value():
     assert environment().from_string("{{ x }}").render(x="<b>") == "&lt;b&gt;"
+
+
+def test_definitions_are_told_in_the_words_of_the_page():
+    text = worded("both_empty: neither. missing_prediction: none. Written as inf (n_finite); <b> of an infant")
+    assert text == (
+        "both empty: neither. no prediction: none. Written as ∞ (<code>n_finite</code>); &lt;b&gt; of an infant"
+    )
+
+
+def test_a_time_is_told_without_its_machine_form():
+    assert moment("2024-05-31T20:04:59+02:00") == "2024-05-31 18:04 UTC"

@@ -105,12 +105,41 @@ def test_two_patients_have_no_interval_however_many_scans():
     assert summarise([0.5, 0.6, 0.7, 0.8], groups=["a", "a", "b", "b"]).ci95 is None
 
 
+def widened(n):
+    """The confidence at which a bootstrap of `n` normal values is as wide as Student's interval at 95%."""
+    half = stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1))
+    return 1 - 2 * stats.norm.cdf(-half)
+
+
+def test_95_percent_intervals_of_eight_values_cover_the_mean_in_more_than_92_percent():
+    # 94% of 3000 ± 0.4%; without widening it is 88%
+    lists = np.random.default_rng(1).normal(size=(3000, 8))
+    assert np.mean([found.ci95[0] <= 0 <= found.ci95[1] for found in summarise_all(lists)]) > 0.92
+
+
+def test_an_interval_of_three_values_is_their_range():
+    assert summarise([1, 2, 4]).ci95 == pytest.approx((1, 4))
+
+
+def test_the_interval_holds_the_mean_where_one_patient_has_nearly_all_scans():
+    found = summarise(np.arange(1000.0), groups=["a"] * 998 + ["b", "c"])
+    # resamples of one patient alone: that of the first has the mean of 0 to 997
+    assert found.ci95 == pytest.approx((498.5, 999))
+    assert found.ci95[0] <= found.mean <= found.ci95[1]
+
+
 @pytest.mark.parametrize("n", [12, 40, 1500])
 def test_the_interval_is_that_of_scipy(n):
     # 1500 are drawn in blocks; with fewer than 12, draws of every unit once are frequent: scipy rounds these apart
     values = np.random.default_rng(n).gamma(2, 1, n)
     expected = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, method="BCa", batch=100, random_state=np.random.default_rng(11)
+        (values,),
+        np.mean,
+        n_resamples=2000,
+        method="BCa",
+        batch=100,
+        confidence_level=widened(n),
+        random_state=np.random.default_rng(11),
     ).confidence_interval
     assert summarise(values, seed=11).ci95 == pytest.approx((expected.low, expected.high))
 

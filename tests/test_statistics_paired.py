@@ -223,14 +223,55 @@ def test_the_smallest_p_of_random_flips_is_one_in_their_number_plus_one():
     assert compare([1.0] * 60, permutations=999).p_permutation == 1 / 1000
 
 
+def many_tests(n_tests, n_units=40):
+    """Pairs of methods of which the first differs by 1 everywhere and the others by noise."""
+    noise = np.random.default_rng(2).normal(size=(n_tests - 1, n_units))
+    return [(row, np.zeros(n_units), True) for row in (np.ones(n_units), *noise)]
+
+
+def test_a_clear_difference_can_be_shown_among_a_thousand_tests():
+    # 9,999 flips alone leave 1/10,000 · 1000
+    p = holm([test.p_permutation for test in compare_pairs(many_tests(1000))])
+    assert p[0] == pytest.approx(1000 / 100_001)
+
+
+def test_the_family_may_be_part_of_the_tests():
+    found = compare_pairs(many_tests(1000), family=200)
+    assert found[0].p_permutation == pytest.approx(1 / 20_001)
+
+
+def test_a_p_that_is_not_rare_takes_no_more_flips():
+    alone = [compare_pair(*pair[:2], higher_is_better=True).p_permutation for pair in many_tests(30)[1:]]
+    of_many = [test.p_permutation for test in compare_pairs(many_tests(30), family=1000)[1:]]
+    assert all(p == q for p, q in zip(alone, of_many) if p > 0.0101)
+    assert sum(p > 0.0101 for p in alone) > 20
+
+
+def test_a_rare_p_is_known_to_more_digits_with_more_flips():
+    differences = np.random.default_rng(4).normal(1.5, 1, 17)
+    flips = 1 - 2 * ((np.arange(2**17)[:, None] >> np.arange(17)) & 1)
+    exact = (np.abs(flips @ differences) >= abs(differences.sum()) - 1e-9).mean()
+    assert 5e-5 < exact < 5e-4
+    found = compare_pairs([(differences, np.zeros(17), True)], family=5000)[0].p_permutation
+    # four standard errors of 500,000 random flips
+    assert found == pytest.approx(exact, abs=4 * math.sqrt(exact / 500_000))
+
+
 def test_p_of_a_great_many_gains_is_above_0():
     assert 0 < compare(np.arange(1.0, 3001)).p_wilcoxon < 1e-300
 
 
 def test_the_interval_of_the_difference_is_that_of_scipy():
     differences = np.random.default_rng(8).gamma(2, 1, 25) - 1
+    # widened as Student's t is: at 24 degrees of freedom and a variance of 24/25
+    half = stats.t.ppf(0.975, 24) * math.sqrt(25 / 24)
     expected = stats.bootstrap(
-        (differences,), np.mean, n_resamples=2000, method="BCa", random_state=np.random.default_rng(7)
+        (differences,),
+        np.mean,
+        n_resamples=2000,
+        method="BCa",
+        confidence_level=1 - 2 * stats.norm.cdf(-half),
+        random_state=np.random.default_rng(7),
     ).confidence_interval
     assert compare(differences, seed=7).ci95 == pytest.approx((expected.low, expected.high))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import io
 import json
 import re
 from importlib.resources import files
@@ -13,11 +14,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from browser import Visiting
 from PIL import Image
 
 from medseg.evaluate import EvaluateOptions, Evaluation
 from medseg.grid import Grid
-from medseg.report import evaluate
+from medseg.report import Report, evaluate
 from medseg.report.layers import Layers, read_layers
 from medseg.report.page import environment
 from medseg.report.scene import (
@@ -25,12 +27,14 @@ from medseg.report.scene import (
     ONLY_PREDICTION,
     ONLY_REFERENCE,
     OTHER_LABEL,
+    Scene,
     coarser_affine,
     make_scene,
     niivue_script,
     prepare_viewer,
     reduce_labels,
 )
+from medseg.report.worst import read_worst
 from medseg.writers.in_memory import nifti_bytes
 
 NASTY = "a<script>alert(1)<!--&\"quoted' ü"
@@ -69,6 +73,10 @@ def evaluation(tmp_path: Path):
         return evaluate(tmp_path / "pred", tmp_path / "ref", options, images=tmp_path / "images").evaluation
 
     return make
+
+
+def scenes(made: Evaluation, **limits) -> list[Scene]:
+    return [case.scene for case in read_worst(made, **limits) if case.scene is not None]
 
 
 def cube(shape=(8, 9, 10), value=1) -> np.ndarray:
@@ -176,9 +184,9 @@ def test_the_image_is_the_mean_of_each_block():
     image[2:] = np.arange(8).reshape(2, 2, 2)
     everywhere = np.ones((4, 2, 2), np.uint8)
     fine = voxels(scene_of(everywhere, everywhere, image).image).astype(float)
-    # black is 0 and white the 99th percentile and half the range more, at most the largest value: 7
+    # half of the voxels are equal, so the range is that of the 1st to 99th percentile: 0 to 6.85
     assert fine[3, 1, 1] == 255
-    assert fine[3, 0, 0] == round(255 * 4 / 7)
+    assert fine[3, 0, 0] == round(255 * 4 / 6.85)
 
 
 def test_errors_name_what_only_one_map_has_and_what_differs():
@@ -233,23 +241,25 @@ def test_the_least_bad_cases_are_left_out_of_a_small_budget(evaluation):
     reference = cube()
     cases = {f"case{n}": (np.roll(reference, n, axis=0), reference) for n in range(3)}
     made = evaluation(cases)
-    size = prepare_viewer(made, max_cases=1).scenes[0].size
-    assert [s.case for s in prepare_viewer(made).scenes] == ["case2", "case1", "case0"]
-    assert [s.case for s in prepare_viewer(made, max_bytes=int(1.5 * size)).scenes] == ["case2"]
+    size = scenes(made)[0].size
+    assert [s.case for s in scenes(made)] == ["case2", "case1", "case0"]
+    assert [s.case for s in scenes(made, max_scenes=1)] == ["case2"]
+    assert [s.case for s in scenes(made, max_bytes=int(1.5 * size))] == ["case2"]
 
 
 def test_pictures_have_no_viewer(tmp_path):
     for name in ("pred", "ref"):
         (tmp_path / name).mkdir()
         Image.fromarray(cube()[:, :, 3]).save(tmp_path / name / "scan.png")
-    assert prepare_viewer(evaluate(tmp_path / "pred", tmp_path / "ref").evaluation) is None
+    assert scenes(evaluate(tmp_path / "pred", tmp_path / "ref").evaluation) == []
+    assert prepare_viewer([]) is None
 
 
 def test_a_case_that_is_gone_is_left_out(evaluation, tmp_path, caplog):
     made = evaluation({"a": (cube(), cube()), "b": (cube(), np.roll(cube(), 1, axis=0))})
     (tmp_path / "ref" / "b.nii.gz").unlink()
-    assert [s.case for s in prepare_viewer(made).scenes] == ["a"]
-    assert "b is not in the viewer" in caplog.text
+    assert [s.case for s in scenes(made)] == ["a"]
+    assert "b is not pictured" in caplog.text
 
 
 # ---- the page's part
@@ -257,7 +267,7 @@ def test_a_case_that_is_gone_is_left_out(evaluation, tmp_path, caplog):
 
 def test_names_cannot_end_the_script(evaluation):
     made = evaluation({NASTY: (cube(), cube())}, labels={"</script><b>liver</b>": 1})
-    page = environment().get_template("_viewer.html.jinja").render(viewer=prepare_viewer(made))
+    page = environment().get_template("_viewer.html.jinja").render(viewer=prepare_viewer(scenes(made)))
     assert page.count("<script") == page.count("</script>") == 3
     assert "<b>liver" not in page
     data = re.search(r'<script type="application/json" id="viewer-data">(.*?)</script>', page, re.DOTALL)
@@ -287,3 +297,48 @@ def test_bytes_of_a_volume_are_a_readable_file():
 def test_bytes_of_another_type_are_refused():
     with pytest.raises(ValueError, match="uint8 or uint16"):
         nifti_bytes(np.zeros((2, 2, 2)), np.eye(4))
+
+
+def test_slices_lie_as_in_the_pictures(evaluation, visit: Visiting, tmp_path):
+    # one is the patient's right, front and top; two the opposite corner
+    reference = np.zeros((20, 20, 20), np.uint8)
+    reference[12:17, 12:17, 12:17], reference[3:8, 3:8, 3:8] = 1, 2
+    reference[3:17, 9:11, 9:11] = reference[9:11, 3:17, 9:11] = reference[9:11, 9:11, 3:17] = 3
+    made = evaluation({"a": (reference, reference)}, labels={"one": 1, "two": 2, "between": 3}, affine=np.eye(4))
+    page = visit(Report(made).save(tmp_path / "out") / "report.html", width=500).page
+    page.locator("#viewer .open").click()
+    page.wait_for_selector("#viewer canvas[data-state=ready]", timeout=20_000)
+    for view, (axis, at) in {0: (2, 14), 1: (1, 14), 2: (0, 14)}.items():
+        sides = {
+            name: _middle(page, view, axis, place, made.colours[name]) for name, place in (("one", at), ("two", 5))
+        }
+        # R and A, R and S, A and S are at the left and the upper edge
+        assert sides["one"][0] < sides["two"][0], view
+        assert sides["one"][1] < sides["two"][1], view
+
+
+def _middle(page, view: int, axis: int, at: int, colour: str) -> tuple[float, float]:
+    """Where a label is seen in a view (0 axial, 1 coronal, 2 sagittal) through slice `at`: right and down."""
+    left, top, width, height = page.evaluate(
+        """async ([view, axis, at]) => {
+          const viewer = window.medsegViewer, place = [...viewer.scene.crosshairPos];
+          place[axis] = (at + 0.5) / 20;
+          viewer.scene.crosshairPos = place;
+          viewer.drawScene();
+          await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+          return [...viewer.screenSlices.find(slice => slice.axCorSag === view).leftTopWidthHeight];
+        }""",
+        [view, axis, at],
+    )
+    shown = np.asarray(Image.open(io.BytesIO(page.locator("#viewer canvas").screenshot())).convert("RGB")).astype(float)
+    ratio = shown.shape[1] / page.evaluate("window.medsegViewer.gl.canvas.width")
+    rows, columns = (
+        slice(round(start * ratio), round((start + size) * ratio)) for start, size in ((top, height), (left, width))
+    )
+    wanted = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)], float)
+    tile = shown[rows, columns]
+    # of the hue of the label, however strong it lies over the black image
+    strength = tile @ wanted / (np.linalg.norm(tile, axis=-1) * np.linalg.norm(wanted) + 1e-9)
+    down, right = np.nonzero((strength > 0.99) & (tile.max(axis=-1) > 60))
+    assert len(right) > 20
+    return float(right.mean()), float(down.mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ class Surface(str, Enum):
 def evaluate(
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of masks, or one mask.")],
     references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="Folder of label maps, or one.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder for the report.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="REPORT", help="Folder for the report alone.")],
     labels: Annotated[
         Path | None, typer.Option(metavar="FILE|RUN", help="Names of the labels: run folder, dataset.json or YAML.")
     ] = None,
@@ -44,7 +45,8 @@ def evaluate(
         typer.Option(
             metavar="FILE.csv",
             help="Subgroups: a column `case`, others such as site or age. Columns of few texts are taken as they are, "
-            "ages by decade, other numbers by quartile. Nothing else of the table reaches the report.",
+            "ages by decade, other numbers by quartile; names, dates and numbers of persons are left out. Nothing else "
+            "of the table reaches the report.",
         ),
     ] = None,
     group: Annotated[
@@ -107,6 +109,7 @@ def evaluate(
     another grid costs only its case. Predictions without a reference are left out and named.
     """
     log(verbose)
+    _check_folder(output, predictions, references)
     options = medseg.EvaluateOptions(
         labels=medseg.read_labels(labels) if labels else None,
         ignore_value=ignore_label,
@@ -135,7 +138,7 @@ def compare(
             help="Two or more report folders, or summaries of nnU-Net; NAME=FOLDER names the method.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison alone.")],
     device: AnyDevice = "auto",
     verbose: Verbose = False,
 ) -> None:
@@ -148,6 +151,22 @@ def compare(
     for finding in comparison.findings:
         out.print(finding, markup=False)
     finish(f"Comparison: {output / 'compare.html'}")
+
+
+def _check_folder(output: Path, *inputs: Path) -> None:
+    """Refuse, before any work, a folder for the report that cannot be one or holds what the report would replace."""
+    there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise medseg.ConfigError(f"-o {output}: {there} is a file, expected a folder for the report; give another name")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise medseg.ConfigError(
+            f"-o {output}: nothing can be written in {there}; change its permissions, or give another folder"
+        )
+    if output.resolve() in [path.resolve() for path in inputs]:
+        raise medseg.ConfigError(
+            f"-o {output}: the folder of the masks found, expected one for the report alone, for it would replace "
+            f"files such as nnU-Net's summary.json; give {output / 'report'}"
+        )
 
 
 def _tolerances(text: str) -> Any:

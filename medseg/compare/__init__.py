@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ from medseg.compare.alignment import Aligned, align
 from medseg.compare.methods import read_methods
 from medseg.compare.page import render
 from medseg.compare.results import comparisons, p_words, rankings, summary
+from medseg.errors import DataError
 from medseg.progress import Progress, silent
 from medseg.report.page import fixed, signed
 from medseg.writers import write_text
 
 __all__ = ["Comparison", "compare"]
+
+# rows on a terminal
+_SHOWN_AT_MOST = 60
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +53,26 @@ class Comparison:
         return tuple(self.aligned.warnings)
 
     def save(self, folder: Path | str) -> Path:
-        """Write comparison.csv, ranking.csv, summary.json and compare.html, each whole or not at all; returns it."""
+        """Write comparison.csv, ranking.csv, summary.json and compare.html, each whole or not at all; returns it.
+
+        All are made before the first is written. Raises `DataError` where the folder cannot be written, or is that of
+        one of the reports.
+        """
         target = Path(folder)
-        write_text(target / "comparison.csv", self.table.to_csv(index=False, lineterminator="\n"))
-        write_text(target / "ranking.csv", self.ranking.to_csv(index=False, lineterminator="\n"))
-        write_text(target / "summary.json", json.dumps(self.summary, indent=2, allow_nan=False) + "\n")
-        write_text(target / "compare.html", render(self.aligned, self.table, self.ranking, self.summary))
+        for method in self.aligned.methods:
+            if method.source.resolve() == target.resolve():
+                raise DataError(
+                    f"{target}: the folder of the report {method.name} found, whose summary.json would be replaced; "
+                    "choose a folder of its own"
+                )
+        texts = {
+            "comparison.csv": self.table.to_csv(index=False, lineterminator="\n"),
+            "ranking.csv": self.ranking.to_csv(index=False, lineterminator="\n"),
+            "summary.json": json.dumps(self.summary, indent=2, allow_nan=False) + "\n",
+            "compare.html": render(self.aligned, self.table, self.ranking, self.summary),
+        }
+        for name, text in texts.items():
+            write_text(target / name, text)
         return target
 
     def text_rows(self) -> list[tuple[str, ...]]:
@@ -63,12 +82,20 @@ class Comparison:
         return [header, *(_text_row(row) for row in rows)]
 
     def text_table(self) -> str:
-        """`text_rows` as aligned plain text."""
-        rows = self.text_rows()
+        """`text_rows` as aligned plain text; where they are more than a screen or two, those over all labels only."""
+        header, *rows = self.text_rows()
+        shown = rows if len(rows) <= _SHOWN_AT_MOST else rows[: math.comb(len(self.aligned.methods), 2)]
+        more = f"\n{len(rows) - len(shown)} rows by label: comparison.csv" if len(shown) < len(rows) else ""
+        rows = [header, *shown]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])]).rstrip()
-            for row in rows
+        return (
+            "\n".join(
+                "  ".join(
+                    [row[0].ljust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])]
+                ).rstrip()
+                for row in rows
+            )
+            + more
         )
 
 

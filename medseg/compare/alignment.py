@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +12,7 @@ import pandas as pd
 
 from medseg.compare.methods import Method
 from medseg.errors import DataError
+from medseg.evaluate.pairs import named
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,13 +34,6 @@ HIGHER_IS_BETTER = {
 ALL_LABELS = "all labels"
 # volumes come from spacings that headers hold as 32-bit numbers
 _VOLUME_TOLERANCE = 1e-5
-_NAMED_AT_MOST = 10
-# what two reports must have in common, and which measures hang on it
-_SETTINGS = {
-    "surface": re.compile(r"^\s*(\w+)"),
-    "nsd": re.compile(r"([\d.]+(?:e-?\d+)?) ?mm"),
-    "ignore": re.compile(r"(-?\d+)"),
-}
 
 
 @dataclass(frozen=True)
@@ -80,21 +73,22 @@ def align(methods: Sequence[Method]) -> Aligned:
     """Put `methods` side by side. Raises `DataError` where they cannot be compared, and says why.
 
     Cases are paired by name; labels by name, or by value as soon as one report has no names. Surface, tolerance of the
-    NSD and ignored value must be the same, and so must the size of every reference.
+    NSD and ignored value must be the same, and so must the size of every reference; a warning names reports that do not
+    tell their settings.
     """
-    warnings = _check_definitions(methods)
     cases, left_out = _common_cases(methods)
-    warnings += [
-        f"{name}: {_counted(names, 'case')} not in all reports, left out: {_some(names)}"
+    warnings = _by_text(
+        (name, f"{_counted(names, 'case')} not in all reports, left out: {named(names)}")
         for name, names in left_out.items()
         if names
-    ]
-    warnings += [
-        f"{method.name}: {_counted(method.failed, 'case')} could not be evaluated, left out: {_some(method.failed)}"
+    )
+    warnings += _by_text(
+        (method.name, f"{_counted(method.failed, 'case')} could not be evaluated, left out: {named(method.failed)}")
         for method in methods
         if method.failed
-    ]
+    )
     labels, keyed, more = _common_labels(methods)
+    warnings += _check_settings(methods, keyed, labels)
     tables = [
         table.set_index(["key", "case"]).reindex(pd.MultiIndex.from_product([list(labels), cases])) for table in keyed
     ]
@@ -112,42 +106,91 @@ def align(methods: Sequence[Method]) -> Aligned:
         status=status,
         groups=groups,
         left_out=left_out,
-        warnings=[*warnings, *more, *without, *of_groups, *_same_source(methods)],
+        warnings=[
+            *(*warnings, *more, *_unpredicted(methods, tables, cases)),
+            *(*without, *of_groups, *_same_source(methods)),
+        ],
     )
 
 
-def _check_definitions(methods: Sequence[Method]) -> list[str]:
-    telling = [method for method in methods if method.definitions]
+def _check_settings(
+    methods: Sequence[Method], tables: Sequence[pd.DataFrame], labels: Mapping[str, Label]
+) -> list[str]:
+    """Refuse other settings; what the reports do not tell, or tell in other words, is a warning."""
+    telling = [
+        (method, method.settings, dict(zip(table["key"], table["name"])))
+        for method, table in zip(methods, tables)
+        if method.settings is not None
+    ]
+    for (one, mine, my_names), (other, theirs, their_names) in pairwise(telling):
+        _check_same(one, other, "surface", mine.surface, theirs.surface)
+        _check_same(one, other, "the ignored value", mine.ignore_value, theirs.ignore_value)
+        for key, label in labels.items():
+            tolerances = mine.tolerance_of(my_names[key]), theirs.tolerance_of(their_names[key])
+            _check_same(one, other, f"the NSD tolerance (mm) of {label.name}", *tolerances)
+    silent = [method.name for method in methods if method.settings is None]
     warnings = []
-    for one, other in pairwise(telling):
-        for term, pattern in _SETTINGS.items():
-            mine, theirs = (pattern.findall(m.definitions.get(term, "")) for m in (one, other))
-            if mine != theirs:
-                raise DataError(
-                    f"{other.source}: {term} is {_setting(theirs)}, expected {_setting(mine)} as in {one.source}; "
-                    "evaluate both with the same settings"
-                )
-        shared = one.definitions.keys() & other.definitions.keys() & {*HIGHER_IS_BETTER, "volumes", "status"}
+    if silent:
+        warnings.append(
+            f"surface, NSD tolerance and ignored value are not told by {', '.join(silent)}; make sure that they are "
+            "the same in all reports"
+        )
+    return [*warnings, *_other_words(methods), *_other_versions(methods)]
+
+
+def _check_same(one: Method, other: Method, setting: str, expected: object, found: object) -> None:
+    if found != expected:
+        found, expected = ("not set" if value is None else value for value in (found, expected))
+        raise DataError(
+            f"{other.source}: {setting} is {found}, expected {expected} as in {one.source}; evaluate both with the "
+            "same settings"
+        )
+
+
+def _other_words(methods: Sequence[Method]) -> list[str]:
+    warnings = []
+    for one, other in pairwise([method for method in methods if method.definitions]):
+        terms = {*HIGHER_IS_BETTER, "volumes", "status", "surface", "ignore"}
+        if one.settings is not None and other.settings is not None:
+            # told by the settings, and in the words of each set of labels
+            terms -= {"nsd", "surface", "ignore"}
+        shared = one.definitions.keys() & other.definitions.keys() & terms
         differing = sorted(term for term in shared if one.definitions[term] != other.definitions[term])
         if differing:
             warnings.append(f"{one.name} and {other.name} define in other words: {', '.join(differing)}")
-        if one.schema_version != other.schema_version:
-            warnings.append(
-                f"{one.name} has schema version {one.schema_version}, {other.name} {other.schema_version}: other "
-                "versions of medseg made them"
-            )
     return warnings
 
 
-def _setting(found: Sequence[str]) -> str:
-    return ", ".join(found) or "not set"
+def _other_versions(methods: Sequence[Method]) -> list[str]:
+    by_version: dict[int, list[str]] = {}
+    for method in methods:
+        if method.schema_version is not None:
+            by_version.setdefault(method.schema_version, []).append(method.name)
+    if len(by_version) < 2:
+        return []
+    told = "; ".join(f"version {version}: {', '.join(names)}" for version, names in sorted(by_version.items()))
+    return [f"other versions of medseg made these reports (schema {told})"]
+
+
+def _unpredicted(methods: Sequence[Method], tables: Sequence[pd.DataFrame], cases: Sequence[str]) -> list[str]:
+    """A method that fails on hard cases must not gain by it unseen."""
+    warnings = []
+    for method, table in zip(methods, tables):
+        absent = set(table.index[table["status"] == "missing_prediction"].get_level_values(1))
+        if absent:
+            names = named([case for case in cases if case in absent])
+            warnings.append(
+                f"{method.name}: {_counted(list(absent), 'case')} without a prediction: {names}; differences leave "
+                "them out, ranks count them as worst"
+            )
+    return warnings
 
 
 def _common_cases(methods: Sequence[Method]) -> tuple[list[str], dict[str, list[str]]]:
     of_each = [dict.fromkeys(method.table["case"]) for method in methods]
     common = sorted(set(of_each[0]).intersection(*of_each[1:]))
     if not common:
-        examples = "; ".join(f"{m.name}: {_some(list(cases)[:3])}" for m, cases in zip(methods, of_each))
+        examples = "; ".join(f"{m.name}: {named(list(cases)[:3])}" for m, cases in zip(methods, of_each))
         raise DataError(
             f"no case is in all {len(methods)} reports ({examples}); compare reports on the same cases, by name"
         )
@@ -168,18 +211,18 @@ def _common_labels(methods: Sequence[Method]) -> tuple[dict[str, Label], list[pd
     first = of_each[0]
     common = [key for key in first if all(key in keys for keys in of_each)]
     if not common:
-        examples = "; ".join(f"{m.name}: {_some(list(keys))}" for m, keys in zip(methods, of_each))
+        examples = "; ".join(f"{m.name}: {named(list(keys))}" for m, keys in zip(methods, of_each))
         raise DataError(f"no label is in all {len(methods)} reports ({examples}); evaluate both with the same --labels")
     names = _names(methods)
     labels = {}
     for key in common:
         row = tables[0][tables[0]["key"] == key].iloc[0]
         labels[key] = Label(key if by == "name" else names.get(key, key), str(row["label"]))
-    warnings = [
-        f"{m.name}: {_counted(alone, 'label')} not in all reports, left out: {_some(alone)}"
+    warnings = _by_text(
+        (m.name, f"{_counted(alone, 'label')} not in all reports, left out: {named(alone)}")
         for m, keys in zip(methods, of_each)
         if (alone := [names.get(key, key) if by == "label" else key for key in keys if key not in labels])
-    ]
+    )
     if by == "label" and any(method.named for method in methods):
         nameless = ", ".join(method.name for method in methods if not method.named)
         warnings.append(f"labels were paired by value, for these reports have no names of labels: {nameless}")
@@ -219,7 +262,7 @@ def _check_references(methods: Sequence[Method], tables: Sequence[pd.DataFrame])
             raise DataError(
                 f"{other.source}: the references are not those of {one.source}; in case {case}, label {key}, "
                 f"{_size(its_table, (key, case))} found, expected {_size(table, (key, case))}; "
-                f"{_counted(cases, 'case')} differ: {_some(cases)}; evaluate both against the same references"
+                f"{_counted(cases, 'case')} differ: {named(cases)}; evaluate both against the same references"
             )
 
 
@@ -269,10 +312,12 @@ def _groups(methods: Sequence[Method], cases: Sequence[str]) -> tuple[list[str] 
         if differing:
             raise DataError(
                 f"{method.source}: other patients than in {first.source} for {_counted(differing, 'case')}: "
-                f"{_some(differing)}; evaluate both with the same groups"
+                f"{named(differing)}; evaluate both with the same groups"
             )
     silent = ", ".join(method.name for method in methods if not method.groups)
-    return of_cases, [f"patients are those of {first.name}; no patients are named by: {silent}"] if silent else []
+    if not silent:
+        return of_cases, []
+    return of_cases, [f"only {first.name} names patients; they are taken for the others too: {silent}"]
 
 
 def _patients(groups: Mapping[str, str], cases: Sequence[str]) -> list[str]:
@@ -291,6 +336,9 @@ def _counted(names: Sequence[str], noun: str) -> str:
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+def _by_text(told: Iterable[tuple[str, str]]) -> list[str]:
+    """What several methods are told in the same words is said once."""
+    names: dict[str, list[str]] = {}
+    for name, text in told:
+        names.setdefault(text, []).append(name)
+    return [f"{', '.join(those)}: {text}" for text, those in names.items()]

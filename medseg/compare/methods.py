@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import split_ending
+from medseg.evaluate.pairs import case_name
 
 ID_COLUMNS = ("case", "label", "name", "status")
 COUNTS = ("tp", "fp", "fn")
@@ -27,13 +27,27 @@ NEEDED = (*ID_COLUMNS, *COUNTS, "dice")
 _NNUNET_COUNTS = ("TP", "FP", "FN")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a method was judged. `tolerance_mm`: that of the NSD, one for all labels or one by label name."""
+
+    surface: str
+    tolerance_mm: float | Mapping[str, float]
+    ignore_value: int | None
+
+    def tolerance_of(self, label: str) -> float | None:
+        """The tolerance of a label in mm; None where the report tells none."""
+        return self.tolerance_mm.get(label) if isinstance(self.tolerance_mm, Mapping) else self.tolerance_mm
+
+
 @dataclass(frozen=True, eq=False)
 class Method:
     """What one method achieved.
 
     `table`: one row per case and label in the columns of metrics.csv; what was not measured is not there.
     `named`: labels have names, not only values. `failed`: cases that could not be evaluated. `groups`: case →
-    patient, or None. `definitions`: term → text, empty where the report tells none.
+    patient, or None. `definitions`: term → text, empty where the report tells none. `settings`: None where the report
+    does not tell them (nnU-Net's, and those of the first version).
     """
 
     name: str
@@ -45,6 +59,7 @@ class Method:
     groups: Mapping[str, str] | None = None
     definitions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int | None = None
+    settings: Settings | None = None
 
 
 def read_methods(reports: Sequence[Path | str] | Mapping[str, Path | str]) -> list[Method]:
@@ -52,12 +67,16 @@ def read_methods(reports: Sequence[Path | str] | Mapping[str, Path | str]) -> li
 
     Raises `ConfigError` for fewer than two reports or a name given twice, `DataError` for what is no report.
     """
+    if isinstance(reports, str | Path):
+        # a text is a sequence too: of letters
+        reports = [reports]
     if isinstance(reports, Mapping):
-        given: list[tuple[str | None, Path]] = [(name, Path(path)) for name, path in reports.items()]
+        given: list[tuple[str | None, Path]] = [(str(name), Path(path)) for name, path in reports.items()]
     else:
         given = [_split_name(report) for report in reports]
     if len(given) < 2:
-        raise ConfigError(f"{len(given)} reports given, expected two or more: medseg compare REPORT_A REPORT_B -o DIR")
+        found = "1 report" if given else "no report"
+        raise ConfigError(f"{found} given, expected two or more: medseg compare REPORT_A REPORT_B -o DIR")
     return [_read(name, path) for name, path in zip(_names(given), [path for _, path in given])]
 
 
@@ -110,6 +129,8 @@ def _read(name: str, path: Path) -> Method:
         return _from_nnunet(name, file, summary["metric_per_case"])
     if not isinstance(summary, dict) or not isinstance(summary.get("schema_version"), int):
         raise DataError(f"{file}: no schema_version found, expected the summary of a report; run `medseg evaluate`")
+    if "comparisons" in summary:
+        raise DataError(f"{file}: a comparison found, expected a report; give the folders that `medseg evaluate` wrote")
     groups = summary.get("groups")
     if groups is not None and not isinstance(groups, dict):
         raise DataError(f"{file}: groups of {type(groups).__name__} found, expected case → patient; evaluate again")
@@ -121,11 +142,33 @@ def _read(name: str, path: Path) -> Method:
         kind="medseg",
         table=table,
         named=bool((table["name"] != table["label"]).any()),
-        failed=tuple(str(f.get("case")) for f in summary.get("failures") or [] if isinstance(f, dict)),
+        failed=_failed(summary.get("failures")),
         groups=None if not groups else {str(case): str(group) for case, group in groups.items()},
         definitions={str(k): str(v) for k, v in definitions.items()} if isinstance(definitions, dict) else {},
         schema_version=summary["schema_version"],
+        settings=None if summary.get("options") is None else _settings(summary["options"], file),
     )
+
+
+def _failed(failures: Any) -> tuple[str, ...]:
+    return tuple(str(f.get("case")) for f in failures if isinstance(f, dict)) if isinstance(failures, list) else ()
+
+
+def _settings(options: Any, file: Path) -> Settings:
+    try:
+        surface, tolerance, ignore = (options[key] for key in ("surface", "nsd_tolerance_mm", "ignore_value"))
+        return Settings(
+            surface=str(surface),
+            tolerance_mm={str(label): float(mm) for label, mm in tolerance.items()}
+            if isinstance(tolerance, dict)
+            else float(tolerance),
+            ignore_value=None if ignore is None else int(ignore),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{file}: options are not as medseg writes them ({type(error).__name__}: {error}), expected surface, "
+            "nsd_tolerance_mm and ignore_value; run `medseg evaluate` again"
+        ) from error
 
 
 def _read_json(file: Path) -> Any:
@@ -146,6 +189,9 @@ def _read_table(file: Path) -> pd.DataFrame:
     absent = [column for column in NEEDED if column not in header]
     if absent:
         raise DataError(f"{file}: no column {', '.join(absent)} found, expected the columns of metrics.csv")
+    twice = [column for column, times in Counter(header).items() if times > 1]
+    if twice:
+        raise DataError(f"{file}: column {twice[0]} found twice, expected each once; run `medseg evaluate` again")
     if not rows:
         raise DataError(f"{file}: no rows found, expected one per case and label")
     for number, row in enumerate(rows, start=2):
@@ -194,8 +240,11 @@ def _from_nnunet(name: str, file: Path, cases: Any) -> Method:
     try:
         for case in cases:
             path = str(case.get("reference_file") or case["prediction_file"])
-            stem = split_ending(re.split(r"[\\/]", path)[-1])[0]
-            rows += [_nnunet_row(stem, key, measures) for key, measures in case["metrics"].items()]
+            # in the spelling of our own reports
+            name_of_case = case_name(re.split(r"[\\/]", path)[-1])
+            found = (_nnunet_row(name_of_case, key, measures) for key, measures in case["metrics"].items())
+            # nnU-Net leaves the background out of its means too
+            rows += [row for row in found if row["label"] != "0"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{file}: metric_per_case is not as nnU-Net writes it ({type(error).__name__}: {error}); expected metrics "

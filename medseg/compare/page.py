@@ -141,6 +141,7 @@ def render(aligned: Aligned, table: pd.DataFrame, ranking: pd.DataFrame, summary
             leaders=[*_leaders(ranking, headlines[1:]), _events(aligned, methods, metric)],
             n_more_pairs=n_pairs - len(pairs),
             kendall_tau=whole["kendall_tau"].iloc[0],
+            turned=_turned(metric, methods),
             tests=[_test(row) for row in tests.to_dict("records")],
             n_tests=len(table),
             data=_told(aligned, metric),
@@ -169,6 +170,22 @@ def _methods(metric: str, ranking: pd.DataFrame, summary: Mapping[str, Any]) -> 
             )
         )
     return sorted(views, key=lambda view: view.mean_rank)
+
+
+def _turned(metric: str, methods: Sequence[MethodView]) -> str:
+    """Why the method with the best mean is not the first one, where that is so."""
+    means = {view.name: view.whole[metric]["mean"] for view in methods}
+    known = {name: mean for name, mean in means.items() if isinstance(mean, float) and math.isfinite(mean)}
+    first = methods[0].name
+    if metric.endswith(("_mm", "_ml")) or first not in known:
+        return ""
+    best = max(known, key=lambda name: known[name])
+    if known[best] <= known[first]:
+        return ""
+    absent = {view.name: view.whole[metric]["n_missing_prediction"] for view in methods}
+    # the mean knows nothing of cases without a prediction, and a rank nothing of how far apart two methods are
+    why = "ahead more often, but by less" if absent[best] <= absent[first] else "cases without a prediction rank last"
+    return f"{best} has the higher mean {METRIC_NAMES[metric]}, yet {first} is first: {why}."
 
 
 def _leaders(ranking: pd.DataFrame, metrics: Sequence[str]) -> list[str]:

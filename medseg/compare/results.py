@@ -49,12 +49,13 @@ METRIC_WORDS = {
 }
 DEFINITIONS = {
     "difference": "First method minus second, on the same case and label. The mean and its 95% bootstrap interval "
-    "(BCa, else percentile) are those of the finite differences, their number is n_finite.",
+    "(BCa, else percentile, widened for few cases) are those of the finite differences, their number is n_finite.",
     "better": "Whether more is better depends on the measure: yes for overlaps (Dice, IoU, NSD, precision, recall), no "
     "for distances and volume errors.",
     "p_permutation": "Paired permutation test of the mean difference, two-sided: signs are flipped, all 2ⁿ ways up to "
-    f"16 cases, else {PERMUTATIONS:,} random ones with p = (k + 1)/({PERMUTATIONS:,} + 1). Where a difference is "
-    "infinite it tests the sum of signed ranks. 1 where nothing differs.",
+    f"16 cases, else {PERMUTATIONS:,} random ones, or 100 for each p-value of the family where that is more, with "
+    f"p = (k + 1)/(flips + 1); it ends after the first {PERMUTATIONS:,} where 100 of them are as extreme. Where a "
+    "difference is infinite it tests the sum of signed ranks. 1 where nothing differs.",
     "p_wilcoxon": "Wilcoxon's signed-rank test, two-sided; cases without a difference are left out, tied ranks "
     "averaged; exact up to 100 cases, else by the normal approximation.",
     "p_holm": "p_permutation adjusted by Holm's method. The family is all labels and all pairs of methods for one "
@@ -88,7 +89,8 @@ def comparisons(aligned: Aligned, progress: Progress = silent) -> pd.DataFrame:
         for label, values in _by_label(aligned, metric)
         for a, b in combinations(range(len(aligned.methods)), 2)
     ]
-    tests = compare_pairs(_fed(planned, progress), groups=aligned.groups)
+    tests_together = len(aligned.labels) * math.comb(len(aligned.methods), 2)
+    tests = compare_pairs(_fed(planned, progress), groups=aligned.groups, family=tests_together)
     rows = [_row(aligned, *plan, test) for plan, test in zip(planned, tests)]
     families: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in rows:

@@ -28,6 +28,7 @@ __all__ = ["COLUMNS", "EvaluateOptions", "Evaluation", "Failure", "Pair", "evalu
 
 logger = logging.getLogger(__name__)
 
+_REASONS_AT_MOST = 10
 COLUMNS = ("case", "label", "name", "status", "tp", "fp", "fn", *METRICS)
 
 
@@ -67,7 +68,9 @@ def evaluate_folders(
     column `case`, see `read_metadata`. A case that cannot be read or lies on another grid is a failure and costs no
     other case. Raises `DataError` where predictions are missing (unless `allow_missing`) or no case is left.
     """
-    options = options or EvaluateOptions()
+    options = EvaluateOptions() if options is None else options
+    if not isinstance(options, EvaluateOptions):
+        raise DataError(f"options of type {type(options).__name__} found, expected medseg.EvaluateOptions(…)")
     if options.group is not None and metadata is None:
         raise DataError(f"column {options.group!r} for patients given without metadata; give the CSV file that has it")
     probabilities = None if options.probabilities is None else Path(options.probabilities)
@@ -112,9 +115,10 @@ def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, pr
             results.append(result)
         progress("evaluate", done, len(found.pairs))
     if all(result.missing for result in results):
-        reasons = [f.reason for f in failures[:10]] or ["missing predictions for all of them"]
+        reasons = [failure.reason for failure in failures] or ["missing predictions for all of them"]
         n = len(found.pairs) + len(found.failures)
-        raise DataError(f"none of {n} cases could be evaluated: {'; '.join(reasons)}")
+        more = f"; and {len(reasons) - _REASONS_AT_MOST} more" if len(reasons) > _REASONS_AT_MOST else ""
+        raise DataError(f"none of {n} cases could be evaluated: {'; '.join(reasons[:_REASONS_AT_MOST])}{more}")
     labels = options.labels or _names_found(results)
     calibration, uncalibrated = _calibration(results, options)
     judged = Judged(
@@ -128,7 +132,8 @@ def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, pr
         calibration=calibration,
         resampled=[result.case for result in results if result.resampled],
     )
-    notes = [*found.warnings, *(about.warnings if about else ()), *_unknown(results, judged), *uncalibrated]
+    notes = [*found.warnings, *(about.warnings if about else ()), *_odd(results), *_unknown(results, judged)]
+    notes += uncalibrated
     for note in notes:
         logger.warning(note)
     # these are for the reader of the numbers: a terminal that shows them on every run soon is read no more
@@ -155,6 +160,15 @@ def _names_found(results: Iterable[CaseResult]) -> dict[str, Value]:
             "the references hold nothing but background; check the folder, or say what to look for with --labels"
         )
     return {str(value): value for value in values}
+
+
+def _odd(results: Iterable[CaseResult]) -> list[str]:
+    """What looks odd in the headers of the files."""
+    cases: dict[str, list[str]] = {}
+    for result in results:
+        for oddity in result.oddities:
+            cases.setdefault(oddity, []).append(result.case)
+    return [f"in {len(names)} cases {oddity}: {named(names)}" for oddity, names in cases.items()]
 
 
 def _unknown(results: Iterable[CaseResult], judged: Judged) -> list[str]:

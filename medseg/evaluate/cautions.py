@@ -26,11 +26,8 @@ def cautions(judged: Judged) -> list[str]:
 def _resampled(judged: Judged) -> list[str]:
     if not judged.resampled:
         return []
-    n = len(judged.resampled)
-    return [
-        f"{n} predictions were on another grid and brought to that of the reference (nearest neighbour): "
-        f"{named(judged.resampled)}"
-    ]
+    n = _counted(len(judged.resampled), "prediction")
+    return [f"{n} on another grid, brought to that of the reference (nearest neighbour): {named(judged.resampled)}"]
 
 
 def _few(judged: Judged) -> list[str]:
@@ -61,9 +58,9 @@ def _infinite(judged: Judged) -> list[str]:
     if infinite.empty:
         return []
     counts = infinite["name"].value_counts(sort=False)
-    words = named([f"{name} in {n}" for name, n in _in_order(counts, list(judged.labels))])
+    words = named([f"{name} in {_counted(n, 'case')}" for name, n in _in_order(counts, list(judged.labels))])
     return [
-        f"distances are infinite where a label was missed or spurious ({words} cases): means of distances are those of "
+        f"distances are infinite where a label was missed or spurious ({words}): means of distances are those of "
         "the other cases only"
     ]
 
@@ -87,3 +84,7 @@ def _small_subgroups(judged: Judged) -> list[str]:
 
 def _in_order(counts: pd.Series[int], names: Sequence[str]) -> list[tuple[str, int]]:
     return [(name, int(counts[name])) for name in names if name in counts.index]
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -38,7 +38,8 @@ _SUMMARIES = {
     "out of all summaries and counted.",
     "mean": "Mean and standard deviation are those of the finite values, with their number where some are infinite "
     "(n_finite). Median and quartiles include infinite values, written as inf.",
-    "ci95": "95% bootstrap interval of the mean over cases (BCa, else percentile); not given below three cases.",
+    "ci95": "95% bootstrap interval of the mean over cases (BCa, else percentile, widened for few cases); not given "
+    "below three cases.",
     "cases_needed": "How many cases like these a 95% interval of the mean Dice of ± 0.01, 0.02 or 0.05 would take, "
     "from the standard deviation found; not given below three cases.",
     "foreground": "Mean over the labels of each case, then summarised over cases.",

@@ -48,6 +48,7 @@ class CaseResult:
     lesions: Mapping[Value, LesionMetrics] = field(default_factory=dict)
     calibration: Reliability | None = None
     uncalibrated: str = ""
+    oddities: tuple[str, ...] = ()
 
     def row(self, value: Value) -> PairMetrics:
         """The measures of a label, also of one that neither map holds."""
@@ -147,6 +148,7 @@ def _measure(pair: Pair, options: EvaluateOptions) -> CaseResult:
         lesions=_lesions(maps, values, options),
         calibration=calibration,
         uncalibrated=uncalibrated,
+        oddities=maps.oddities,
     )
 
 

@@ -16,16 +16,24 @@ import numpy as np
 import pandas as pd
 
 from medseg.errors import DataError
-from medseg.evaluate.pairs import case_name, named
+from medseg.evaluate.pairs import case_name, named, printable
 
 CASE = "case"
 GROUP_COLUMNS = ("group", "patient", "subject", "patient_id", "subject_id")
-"""Columns that name patients without being asked for, the first that is there."""
+"""Columns that name patients without being asked for, the first that is there; capitals and signs do not matter."""
+_BARE_GROUP_COLUMNS = tuple(name.replace("_", "") for name in GROUP_COLUMNS)
 NO_VALUE = "(none)"
 MOST_VALUES = 12
 """Of more distinct texts a column is no subgroup."""
 MOST_NUMBERS = 6
 """Of more distinct numbers a column is cut into bands."""
+# names of columns, without signs and capitals, whose values say who somebody is
+_IDENTIFYING = re.compile(
+    r"(full|first|last|sur|family|given|patient|subject|person)?names?|initials|dob|birth(date|day)|(date|day)ofbirth|"
+    r"mrn|.*recordn(o|r|umber)|accession.*|ssn|socialsecurity.*|e?mail.*|(tele)?phone.*|(street|home)?address|"
+    r"(case|study|series|patient|subject|person)?id|.*uid"
+)
+_DATE = re.compile(r"(19|20)\d\d[-/.]?[01]\d[-/.]?[0-3]\d([ T].*)?|[0-3]?\d[-/.][0-3]?\d[-/.](19|20)?\d\d([ T].*)?")
 _EMPTY = frozenset({"", "na", "n/a", "nan", "null", "none", NO_VALUE})
 _AGE = re.compile(r"age([ _(].*)?", re.IGNORECASE)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
@@ -56,13 +64,13 @@ def read_metadata(path: Path, cases: Sequence[str], *, group: str | None = None)
     rows = _by_case(path, sheet, cases)
     warnings = _of_other_cases(path, sheet, rows, cases)
     patient = _patient_column(path, sheet.columns, group)
-    left_out = {sheet.case_column, patient, *(c for c in sheet.columns if c.lower() in GROUP_COLUMNS)}
+    left_out = {sheet.case_column, patient, *(c for c in sheet.columns if _bare(c) in _BARE_GROUP_COLUMNS)}
     table = pd.DataFrame(index=pd.Index(list(cases), name=CASE, dtype=object))
     for column in sheet.columns:
         if column in left_out:
             continue
         values = [_filled(rows.get(case, {}).get(column, "")) for case in cases]
-        reason = _no_subgroup(values, sheet.decimal_comma)
+        reason = _identifies(column, values) or _no_subgroup(values, sheet.decimal_comma)
         if reason:
             warnings.append(f"column {column!r} of {path.name} gives no subgroups: {reason}")
         else:
@@ -96,15 +104,19 @@ def _read(path: Path) -> _Sheet:
     delimiter = told[1] if told else _delimiter(first)
     lines = csv.reader(io.StringIO(rest if told else text, newline=""), delimiter=delimiter, strict=True)
     try:
-        filled = [(lines.line_num, [field.strip() for field in line]) for line in lines if any(map(str.strip, line))]
+        filled = [
+            (lines.line_num, [printable(field.strip()) for field in line])
+            for line in lines
+            if any(map(str.strip, line))
+        ]
     except csv.Error as error:
         raise DataError(f"{path}: line {lines.line_num} is no CSV ({error}); export it again") from error
     columns = filled[0][1] if filled else []
     names = [c for c in columns if c.lower() == CASE]
     if len(names) != 1:
         raise DataError(
-            f"{path}: columns {', '.join(columns) or 'none'} found, expected one called `case` with the names of the "
-            "cases; rename it"
+            f"{path}: {named(columns) or 'nothing'} found in the first line, expected a column called `case` with "
+            "the names of the cases; rename it"
         )
     twice = sorted({c for c in columns if c and columns.count(c) > 1})
     if twice:
@@ -167,8 +179,13 @@ def _patient_column(path: Path, columns: Sequence[str], wanted: str | None) -> s
         if not found:
             raise DataError(f"{path}: no column {wanted!r} found, expected one of {', '.join(columns)}")
         return found[0]
-    by_name = {column.lower(): column for column in reversed(columns)}
-    return next((by_name[name] for name in GROUP_COLUMNS if name in by_name), None)
+    by_name = {_bare(column): column for column in reversed(columns)}
+    return next((by_name[name] for name in _BARE_GROUP_COLUMNS if name in by_name), None)
+
+
+def _bare(column: str) -> str:
+    """The name of a column without capitals, spaces and signs: `Patient ID` and `patient_id` are one."""
+    return "".join(c for c in column.lower() if c.isalnum())
 
 
 def _patients(rows: Mapping[str, Mapping[str, str]], cases: Sequence[str], column: str) -> dict[str, str]:
@@ -182,6 +199,16 @@ def _patients(rows: Mapping[str, Mapping[str, str]], cases: Sequence[str], colum
 
 def _filled(text: str) -> str | None:
     return None if text.lower() in _EMPTY else text
+
+
+def _identifies(column: str, values: Sequence[str | None]) -> str:
+    """Why a column could tell who somebody is; empty where nothing says so."""
+    given = [value for value in values if value is not None]
+    if _IDENTIFYING.fullmatch(_bare(column)):
+        return "by its name it says who somebody is"
+    if given and all(_DATE.fullmatch(value) for value in given):
+        return "it holds dates, which can say who somebody is; give years or ages"
+    return ""
 
 
 def _no_subgroup(values: Sequence[str | None], decimal_comma: bool) -> str:
@@ -231,7 +258,8 @@ def _bands(column: str, numbers: Sequence[float]) -> dict[float, str]:
         starts = {number: math.floor(number / 10) * 10 for number in numbers}
         return {number: f"{start} to under {start + 10}" for number, start in starts.items()}
     if len(set(numbers)) <= MOST_NUMBERS:
-        return {number: f"{number:g}" for number in numbers}
+        # all digits: numbers that differ stay apart
+        return {number: f"{number:.15g}" for number in numbers}
     # edges are rounded as they are shown, so that what is shown is what was done
     edges = sorted({float(f"{edge:.4g}") for edge in np.quantile(numbers, (0.25, 0.5, 0.75))})
     names = [

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from medseg import metrics
 from medseg.config import BACKGROUND, IGNORE
@@ -16,6 +18,8 @@ from medseg.metrics.lesions import LESION_RULES, LesionRule
 OTHERS = "*"
 """Among tolerances: every label that is not named."""
 USUAL_TOLERANCE_MM = 1.0
+# label maps are read as 32-bit numbers
+_MOST_VALUE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,14 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.surface not in metrics.SURFACES:
             raise DataError(f"surface {self.surface!r} is unknown, expected {' or '.join(metrics.SURFACES)}")
-        if self.jobs is not None and self.jobs < 1:
+        if self.jobs is not None and _whole(self.jobs, "jobs") < 1:
             raise DataError(f"{self.jobs} jobs found, expected 1 or more")
+        if self.ignore_value is not None:
+            object.__setattr__(self, "ignore_value", _label_value(self.ignore_value, "ignore_value"))
         object.__setattr__(self, "extra", _extra(self.extra))
         object.__setattr__(self, "lesions", _rule(self.lesions))
         if self.labels is not None:
-            self._take_labels(self.labels)
+            self._take_labels(_checked_labels(self.labels))
         self._check_tolerances()
 
     @property
@@ -84,9 +90,25 @@ class EvaluateOptions:
         by_value = {self.labels[name]: tolerance for name, tolerance in own.items()}
         return {value: by_value.get(value, self.usual_tolerance_mm) for value in values}
 
+    def told(self, names: Iterable[str]) -> dict[str, Any]:
+        """What summary.json says of the choices; the tolerance is one number, or one for each of the labels `names`."""
+        own, usual = self.own_tolerances_mm, float(self.usual_tolerance_mm)
+        return {
+            "surface": self.surface,
+            "nsd_tolerance_mm": {name: float(own.get(name, usual)) for name in names} if own else usual,
+            "ignore_value": self.ignore_value,
+            "extra": list(self.extra),
+            "lesions": None if self.lesion_rule is None else self.lesion_rule.name,
+            "resample_prediction": bool(self.resample_prediction),
+        }
+
     def _take_labels(self, labels: Mapping[str, Value]) -> None:
         if self.ignore_value is None and IGNORE in labels:
             value = labels[IGNORE]
+            if isinstance(value, tuple) and len(value) > 1:
+                raise DataError(
+                    f"label {IGNORE!r} is the region {value}, expected one value; merge them in the references"
+                )
             object.__setattr__(self, "ignore_value", value[0] if isinstance(value, tuple) else value)
         judged = {n: v for n, v in labels.items() if n not in (BACKGROUND, IGNORE) and v not in (0, self.ignore_value)}
         if not judged:
@@ -94,21 +116,60 @@ class EvaluateOptions:
         object.__setattr__(self, "labels", judged)
 
     def _check_tolerances(self) -> None:
-        for tolerance in (self.usual_tolerance_mm, *self.own_tolerances_mm.values()):
+        chosen = self.nsd_tolerance_mm
+        for tolerance in chosen.values() if isinstance(chosen, Mapping) else [chosen]:
+            if not _is_number(tolerance, Real):
+                raise DataError(f"NSD tolerance {tolerance!r} found, expected a number of mm, or one by label name")
             if not 0 <= tolerance < math.inf:
                 raise DataError(f"NSD tolerance of {tolerance} mm found, expected 0 or more")
         own = self.own_tolerances_mm
         if self.labels is None:
-            unknown = [name for name in own if not name.isdecimal()]
+            unknown = [name for name in own if not str(name).isdecimal()]
             known = "values such as 1, as long as no labels give them names"
         else:
             unknown = [name for name in own if name not in self.labels]
             known = ", ".join(self.labels)
         if unknown:
-            raise DataError(f"NSD tolerance for unknown labels {', '.join(unknown)} found, expected some of: {known}")
+            found = ", ".join(map(str, unknown))
+            raise DataError(f"NSD tolerance for unknown labels {found} found, expected some of: {known}")
+
+
+def _checked_labels(labels: Mapping[str, Value]) -> dict[str, Value]:
+    """Names with whole numbers, lists of them as tuples. Raises `DataError` for all else."""
+    if not isinstance(labels, Mapping) or not all(isinstance(name, str) and name for name in labels):
+        raise DataError(f"labels {labels!r} found, expected names with values, such as {{'liver': 1, 'both': (1, 2)}}")
+    found: dict[str, Value] = {}
+    for name, value in labels.items():
+        if isinstance(value, list | tuple):
+            found[name] = tuple(_label_value(each, f"label {name!r}") for each in value)
+            if not value or (0 in value and name != BACKGROUND):
+                raise DataError(f"label {name!r} is the region {value!r}, expected one value or more, all above 0")
+        else:
+            found[name] = _label_value(value, f"label {name!r}")
+    return found
+
+
+def _label_value(value: object, what: str) -> int:
+    whole = _whole(value, what)
+    if not 0 <= whole <= _MOST_VALUE:
+        raise DataError(f"{what} is {whole}, expected 0 to {_MOST_VALUE}")
+    return whole
+
+
+def _whole(value: Any, what: str) -> int:
+    if not _is_number(value, Integral):
+        raise DataError(f"{what}: {value!r} found, expected a whole number")
+    return int(value)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    # a bool is a whole number to Python, and nobody's label
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _extra(names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise DataError(f"extra {names!r} found, expected a tuple of {', '.join(metrics.EXTRA)}")
     found = tuple(names)
     unknown = [name for name in found if name not in metrics.EXTRA]
     if unknown:
@@ -117,7 +178,7 @@ def _extra(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _rule(chosen: LesionRule | str | None) -> LesionRule | None:
-    if not isinstance(chosen, str):
+    if chosen is None or isinstance(chosen, LesionRule):
         return chosen
     if chosen not in LESION_RULES:
         raise DataError(f"lesion rule {chosen!r} is unknown, expected one of {', '.join(LESION_RULES)}")

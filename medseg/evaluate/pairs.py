@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from medseg.readers.probabilities import ENDINGS as PROBABILITIES
 # share of a voxel that two grids may be apart at a corner: headers hold 32-bit numbers and rounded quaternions
 GRID_TOLERANCE_VOXELS = ROUNDING_TOLERANCE
 _NAMED_AT_MOST = 10
+# Unicode's control characters, and ends of lines and paragraphs
+_NO_TEXT = ("Cc", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Maps:
-    """Both label maps of a pair on the grid of the reference; `resampled` tells that the prediction was on another."""
+    """Both label maps of a pair on the grid of the reference; `resampled` tells that the prediction was on another.
+
+    `oddities`: what looks odd in the headers, in sentences.
+    """
 
     prediction: Labels
     reference: Labels
     grid: Grid
     resampled: bool
+    oddities: tuple[str, ...] = ()
 
 
 def find_pairs(
@@ -81,7 +87,8 @@ def find_pairs(
         expected, predicted = {only: [references]}, {only: [predictions]}
     else:
         only = None
-        expected, predicted = _label_maps(references), _label_maps(predictions)
+        expected = _label_maps(references)
+        predicted = _label_maps(predictions, expected)
     pictured = _beside(images, ENDINGS, only)
     chances_of = _beside(probabilities, PROBABILITIES, only)
     pairs, failures = [], []
@@ -113,11 +120,21 @@ def read_maps(prediction: Path, reference: Path, *, resample_prediction: bool = 
     Raises `GeometryError` if the grids differ, unless the prediction may be resampled (nearest neighbour, 0 outside).
     """
     found, expected = read_label(prediction), read_label(reference)
+    oddities = (
+        *(f"the header of the prediction looks odd ({oddity})" for oddity in found.geometry.warnings),
+        *(f"the header of the reference looks odd ({oddity})" for oddity in expected.geometry.warnings),
+    )
     if found.grid.matches(expected.grid, tolerance=GRID_TOLERANCE_VOXELS):
-        return Maps(found.array, expected.array, expected.grid, resampled=False)
-    if resample_prediction and found.grid.spatial_dims == expected.grid.spatial_dims:
+        return Maps(found.array, expected.array, expected.grid, resampled=False, oddities=oddities)
+    if found.grid.spatial_dims != expected.grid.spatial_dims:
+        raise GeometryError(
+            f"{prediction}: {found.grid.spatial_dims} axes found (shape {found.grid.shape}), expected "
+            f"{expected.grid.spatial_dims} as the reference has ({expected.grid.shape}); save both in one format: a "
+            "picture does not say where its pixels are in a volume"
+        )
+    if resample_prediction:
         moved = _nearest(found.array, found.grid, expected.grid)
-        return Maps(moved, expected.array, expected.grid, resampled=True)
+        return Maps(moved, expected.array, expected.grid, resampled=True, oddities=oddities)
     raise GeometryError(
         f"{prediction}: {_difference(found.grid, expected.grid)}; save the prediction on the reference's grid, or pass "
         "--resample-prediction"
@@ -137,8 +154,9 @@ def case_name(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with bytes of file names that are no UTF-8 shown as their codes."""
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    """`text` on one line: bytes of file names that are no UTF-8, and line breaks and the like, shown as their codes."""
+    known = text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _NO_TEXT else c for c in known)
 
 
 def named(names: Sequence[str]) -> str:
@@ -147,13 +165,21 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
-def _label_maps(folder: Path) -> dict[str, list[Path]]:
+def _label_maps(folder: Path, cases: Collection[str] = ()) -> dict[str, list[Path]]:
+    """Files by case; `cases` are those looked for."""
     files = _files_by_case(folder, ENDINGS)
     if files:
         return files
     reason = f"{folder}: no label maps found, expected files ending in {', '.join(ENDINGS)}"
     inside = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    if inside:
+    of_cases = [name for name in inside if case_name(name) in cases]
+    if of_cases:
+        # as TotalSegmentator writes it
+        reason = (
+            f"{folder}: a folder for each case found ({named([printable(name) for name in of_cases])}), expected one "
+            "file for each with the values of all labels; join the files of a case (TotalSegmentator: run it with --ml)"
+        )
+    elif inside:
         reason += f"; there are folders in it ({named([printable(name) for name in inside])}): give one of these"
     raise DataError(reason)
 

@@ -116,6 +116,7 @@ def summarise_table(judged: Judged, warnings: Sequence[str]) -> dict[str, Any]:
         "groups": None
         if judged.groups is None
         else {case: judged.patient(case) for case in dict.fromkeys(judged.table["case"])},
+        "options": judged.options.told(judged.labels),
         "definitions": definitions(judged.options, groups=judged.groups is not None, subgroups=bool(subgroups)),
         "versions": versions("medseg", "numpy", "scipy", "pandas"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from medseg.metrics.boundary import boundary_iou
 from medseg.metrics.centreline import centreline_dice
-from medseg.metrics.codes import Box, Labels, Mask, Value, encode, judged, present_values, union
+from medseg.metrics.codes import Box, Labels, Mask, Value, check_spacing, encode, judged, present_values, union
 from medseg.metrics.counts import (
     Counts,
     Status,
@@ -114,12 +115,13 @@ def measure(
 
     Voxels where the reference is `ignore_value` belong to neither map. Volumes of 2D maps are NaN. `nsd_tolerance_mm`
     is one for all or one for each of `values`; it is also how near the contour boundary IoU looks. `extra` names those
-    of `EXTRA` that are wanted; clDice needs scikit-image. Raises `ValueError` if the shapes differ, a value has no
-    tolerance, or an extra measure is unknown.
+    of `EXTRA` that are wanted; clDice needs scikit-image. Raises `ValueError` if the shapes differ, a map is not
+    integer, the spacing or a tolerance is no length, a value has no tolerance, or an extra measure is unknown.
     """
     if unknown := set(extra) - set(EXTRA):
         raise ValueError(f"extra measures {sorted(unknown)} are unknown, expected some of {list(EXTRA)}")
     tolerances = _tolerances(values, nsd_tolerance_mm)
+    check_spacing(spacing_mm, reference.ndim)
     pair = encode(prediction, reference, values, ignore_value)
     boxes = pair.boxes()
     result = {}
@@ -186,11 +188,15 @@ _WITHOUT_SURFACE = {
 
 
 def _tolerances(values: Collection[Value], given: float | Mapping[Value, float]) -> dict[Value, float]:
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(values, float(given))
-    if without := [value for value in values if value not in given]:
-        raise ValueError(f"no NSD tolerance for {without}, only for {list(given)}")
-    return {value: float(given[value]) for value in values}
+    if isinstance(given, Mapping):
+        if without := [value for value in values if value not in given]:
+            raise ValueError(f"no NSD tolerance for {without}, only for {list(given)}")
+        tolerances = {value: float(given[value]) for value in values}
+    else:
+        tolerances = dict.fromkeys(values, float(given))
+    if wrong := [mm for mm in tolerances.values() if not 0 <= mm < math.inf]:
+        raise ValueError(f"NSD tolerance of {wrong[0]} mm found, expected 0 or more")
+    return tolerances
 
 
 def _voxel_ml(spacing_mm: Sequence[float]) -> float:

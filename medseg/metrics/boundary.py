@@ -30,9 +30,13 @@ def boundary_iou(prediction: Mask, reference: Mask, *, spacing_mm: Sequence[floa
 
 
 def _rim(mask: Mask, spacing_mm: Sequence[float], within_mm: float) -> Mask:
+    if within_mm >= min((n + 1) / 2 * mm for n, mm in zip(mask.shape, spacing_mm)):
+        # no voxel lies deeper than the middle of the map's shortest side
+        return mask
     # what is farther than `within_mm` away changes nothing: slabs with that much on both sides are exact
     reach = math.ceil(within_mm / spacing_mm[0]) + 1
-    rows = max(_SLAB_VOXELS // mask[0].size, 1)
+    # slabs below that much would be read many times over
+    rows = max(_SLAB_VOXELS // mask[0].size, reach)
     cross = ndimage.generate_binary_structure(mask.ndim, 1)
     rim: Mask = mask & ~ndimage.binary_erosion(mask, cross)
     for first in range(0, len(mask), rows):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, cast
@@ -59,8 +60,7 @@ class Pair:
 
     @property
     def _order(self) -> list[int]:
-        # axes from the slowest to the fastest in memory
-        return sorted(range(self.reference.ndim), key=lambda axis: -self.reference.strides[axis])
+        return memory_order(self.reference)
 
     def _slabs(self, box: Box | EllipsisType = ...) -> Iterator[tuple[Labels, Labels]]:
         # along the slowest axis: what is worked out of a slab stays in the processor's cache
@@ -95,9 +95,12 @@ class Pair:
 
 
 def encode(prediction: Labels, reference: Labels, values: Collection[Value], ignore_value: int | None = None) -> Pair:
-    """Both maps as codes of the parts of `values`. Raises `ValueError` if the shapes differ."""
+    """Both maps as codes of the parts of `values`. Raises `ValueError` if the shapes differ or a map is not integer."""
     if prediction.shape != reference.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, reference of shape {reference.shape}")
+    for labels in (prediction, reference):
+        if labels.dtype.kind not in "biu":
+            raise ValueError(f"label map of {labels.dtype} found, expected whole numbers of an integer type")
     parts = tuple(sorted({part for value in values for part in members(value)}))
     codes = _codes(prediction, parts), _codes(reference, parts)
     if ignore_value is None:
@@ -120,12 +123,23 @@ def judged(
 
 def present_values(labels: Labels) -> frozenset[int]:
     """The values other than 0 that occur."""
-    return frozenset(int(v) for start in range(labels.shape[-1]) for v in _distinct(labels[..., start]) if v)
+    return frozenset(int(v) for slab in labels.transpose(memory_order(labels)) for v in _distinct(slab) if v)
 
 
 def members(value: Value) -> tuple[int, ...]:
-    """The values that make up a label or a region."""
-    return value if isinstance(value, tuple) else (value,)
+    """The values that make up a label or a region, each once."""
+    return tuple(dict.fromkeys(value)) if isinstance(value, tuple) else (value,)
+
+
+def memory_order(labels: npt.NDArray[Any]) -> list[int]:
+    """The axes from the slowest to the fastest in memory."""
+    return sorted(range(labels.ndim), key=lambda axis: -abs(labels.strides[axis]))
+
+
+def check_spacing(spacing_mm: Sequence[float], dims: int) -> None:
+    """Raises `ValueError` unless there is a finite size above 0 for each of `dims` axes."""
+    if len(spacing_mm) != dims or not all(0 < size < math.inf for size in spacing_mm):
+        raise ValueError(f"spacing of {tuple(map(float, spacing_mm))} mm found, expected {dims} numbers above 0")
 
 
 def union(boxes: Iterable[Box]) -> Box:
@@ -139,13 +153,14 @@ def _codes(labels: Labels, parts: tuple[int, ...]) -> Labels:
     dtype = np.uint8 if len(parts) < 256 else np.uint16
     if not parts:
         return np.zeros(labels.shape, dtype)
-    if labels.dtype == dtype and parts == tuple(range(1, len(parts) + 1)) and labels.max() <= len(parts):
+    if labels.dtype == dtype and parts == tuple(range(1, len(parts) + 1)) and labels.max(initial=0) <= len(parts):
         return labels
     codes = cast(Labels, np.empty_like(labels, dtype=dtype))
-    axis = _slowest_axis(labels)
-    for n in range(labels.shape[axis]):
-        slab = (*[slice(None)] * axis, slice(n, n + 1))
-        codes[slab] = _slab_codes(labels[slab], np.asarray(parts))
+    # slab by slab, each read and written as it lies: look-ups need eight bytes a voxel, and a slab stays in the cache
+    order = memory_order(labels)
+    read, written = labels.transpose(order), codes.transpose(order)
+    for n in range(len(read)):
+        written[n : n + 1] = _slab_codes(read[n : n + 1], np.asarray(parts))
     return codes
 
 
@@ -158,11 +173,6 @@ def _slab_codes(slab: Labels, parts: npt.NDArray[np.intp]) -> Labels:
         return np.asarray(np.take(table, reach, mode="clip"))
     at = np.minimum(np.searchsorted(parts, slab), len(parts) - 1)
     return np.where(parts[at] == slab, at + 1, 0)
-
-
-def _slowest_axis(labels: Labels) -> int:
-    # slab by slab along it: look-ups and bincount need eight bytes a voxel, and a slab stays in the cache
-    return int(np.argmax(np.abs(labels.strides)))
 
 
 def _distinct(slab: Labels) -> npt.NDArray[Any]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from medseg.metrics.codes import Mask
+from medseg.metrics.codes import Mask, memory_order
 from medseg.metrics.surfels import Floats, contour_lengths, surfel_areas
 
 Surface = Literal["surfel", "voxel"]
@@ -90,7 +90,7 @@ def surface_distances(
     """From the prediction's surface to the reference's, and the way back. Both masks must hold something."""
     elements = _surfels if surface == "surfel" else _border_voxels
     # slabs run along the axis that is slowest in memory; neither areas nor distances depend on the order of axes
-    order = sorted(range(prediction.ndim), key=lambda axis: -prediction.strides[axis])
+    order = memory_order(prediction)
     prediction, reference = prediction.transpose(order), reference.transpose(order)
     spacing_mm = [float(spacing_mm[axis]) for axis in order]
     one, other = (elements(mask, spacing_mm) for mask in (prediction, reference))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from medseg.errors import DataError
 from medseg.evaluate import (
     EvaluateOptions,
     Evaluation,
@@ -23,6 +24,7 @@ from medseg.evaluate import (
 )
 from medseg.progress import Progress, silent
 from medseg.report.html import fixed, render
+from medseg.report.worst import WorstCase, read_worst
 from medseg.writers import atomic_path
 
 __all__ = ["Report", "evaluate", "report_pairs"]
@@ -59,10 +61,13 @@ class Report:
 
         metrics.csv, summary.json, report.html, labels.ctbl (3D Slicer), labels.label (ITK-SNAP); lesions.csv where
         lesions were asked for; nnunet_summary.json and report.pdf on demand. Such a file of an earlier report goes.
-        Raises `DataError` where the folder cannot be written.
+        Raises `DataError` where the folder cannot be written, or holds a summary.json that no report wrote.
         """
         target = Path(folder)
-        texts = self._texts()
+        replaced = _holds_report(target)
+        # the page and the PDF show the same cases
+        worst = read_worst(self.evaluation)
+        texts = self._texts(worst)
         if nnunet_summary:
             found = self.evaluation
             numbers = nnunet.nnunet_summary(found.table, found.labels, found.pairs, found.voxels)
@@ -76,17 +81,18 @@ class Report:
                 # what draws it takes half a second to import
                 from medseg.report.pdf import write_pdf
 
-                write_pdf(self.evaluation, files.enter_context(atomic_path(target / "report.pdf")))
-        for name in {"lesions.csv", "nnunet_summary.json", *([] if pdf else ["report.pdf"])} - set(texts):
-            (target / name).unlink(missing_ok=True)
+                write_pdf(self.evaluation, files.enter_context(atomic_path(target / "report.pdf")), worst)
+        if replaced:
+            for name in {"lesions.csv", "nnunet_summary.json", *([] if pdf else ["report.pdf"])} - set(texts):
+                (target / name).unlink(missing_ok=True)
         return target
 
-    def _texts(self) -> dict[str, str]:
+    def _texts(self, worst: Sequence[WorstCase]) -> dict[str, str]:
         found = self.evaluation
         texts = {
             "metrics.csv": _csv(found.table),
             "summary.json": json.dumps(found.summary, indent=2, allow_nan=False) + "\n",
-            "report.html": render(found),
+            "report.html": render(found, worst),
             "labels.ctbl": label_tables.slicer_table(found.labels, found.colours),
             "labels.label": label_tables.snap_table(found.labels, found.colours),
         }
@@ -156,6 +162,20 @@ def _text_row(name: str, dice: Mapping[str, Any]) -> tuple[str, str, str, str, s
     interval = "–" if dice["ci95"] is None else " to ".join(fixed(v) for v in dice["ci95"])
     counts = str(dice["n"]), str(dice["n_missed"]), str(dice["n_spurious"])
     return (name, fixed(dice["mean"]), interval, fixed(dice["median"]), *counts)
+
+
+def _holds_report(folder: Path) -> bool:
+    """Whether a report is there already. A summary.json of another program is not ours to replace."""
+    file = folder / "summary.json"
+    if not file.exists():
+        return False
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "schema_version" not in found:
+        raise DataError(f"{file}: written by another program, expected a folder for the report alone; give another one")
+    return True
 
 
 def _csv(table: pd.DataFrame) -> str:

@@ -25,7 +25,7 @@ from medseg.evaluate import Evaluation
 from medseg.evaluate.pairs import Pair
 from medseg.metrics import Labels, Value
 from medseg.readers import is_picture
-from medseg.report.layers import Layers, read_layers, window
+from medseg.report.layers import Layers, window
 
 Plane = npt.NDArray[Any]
 
@@ -89,14 +89,8 @@ class _Style:
     window: tuple[float, float]
 
 
-def contour_pictures(pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
-    """Outlines of reference and prediction where they differ most: three planes of a volume, one picture in 2D.
-
-    Raises as reading does; empty where there is no prediction.
-    """
-    if pair.prediction is None:
-        return ()
-    layers = read_layers(pair, evaluation)
+def contour_pictures(layers: Layers, pair: Pair, evaluation: Evaluation) -> tuple[Picture, ...]:
+    """Outlines of reference and prediction where they differ most: three planes of a volume, one picture in 2D."""
     labels = evaluation.labels
     grey = (0.0, 1.0) if layers.image is None else window(layers.image, layers.outlined)
     style = _Style(labels, evaluation.colours, len(labels) > len(COLOURS), grey)
@@ -291,7 +285,10 @@ def _scale(figure: Figure, whole: float, unit: str) -> None:
     length = next(f * power for f in (5, 2, 1) if f * power <= whole * _SCALE_SHARE)
     share = length / whole
     for stroke, thick in ((_CASING, 4.0), ("white", 2.2)):
-        figure.add_artist(Line2D([0.955 - share, 0.955], [0.035, 0.035], color=stroke, linewidth=thick))
+        # other ends would make the bar longer than what is written on it
+        figure.add_artist(
+            Line2D([0.955 - share, 0.955], [0.035, 0.035], color=stroke, linewidth=thick, solid_capstyle="butt")
+        )
     _write(figure, f"{length:g} {unit}", (0.955 - share / 2, 0.07), size=12)
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from medseg.config import COLOURS
-from medseg.errors import DataError
 from medseg.evaluate import Evaluation, Pair
+from medseg.evaluate.pairs import case_name, printable
 from medseg.readers import is_picture
 from medseg.report.charts import reliability
-from medseg.report.figures import PICTURE_PIXELS, Picture, contour_pictures
-from medseg.report.page import STATUS_NAMES, environment, fixed
+from medseg.report.figures import PICTURE_PIXELS, Picture
+from medseg.report.page import STATUS_NAMES, digits, environment, fixed
 from medseg.report.panels import METRIC_NAMES, MIN_BOX, make_panels, make_volume_plots
 from medseg.report.scene import prepare_viewer
+from medseg.report.worst import WorstCase, read_worst
 
 __all__ = ["STATUS_NAMES", "fixed", "render"]
-
-logger = logging.getLogger(__name__)
 
 # pages above 15 MB take long to open from a mail; pictures of the least bad cases are left out first
 MAX_PICTURE_BYTES = 4_000_000
@@ -64,12 +62,16 @@ class CaseView:
     reason: str
 
 
-def render(evaluation: Evaluation) -> str:
-    """The whole page as text. Case names and reasons are escaped; nothing is loaded from elsewhere."""
+def render(evaluation: Evaluation, worst: Sequence[WorstCase] | None = None) -> str:
+    """The whole page as text; `worst`, where `read_worst` was called already.
+
+    Case names and reasons are escaped; nothing is loaded from elsewhere.
+    """
+    worst = read_worst(evaluation) if worst is None else worst
     summary, table = evaluation.summary, evaluation.table
     shown = table.sort_values("dice", kind="stable", na_position="last").head(MAX_TABLE_ROWS)
     row_of = dict(zip(shown.index, range(len(shown))))
-    cases = _case_views(evaluation)
+    cases = _case_views(evaluation, worst)
     links = {case.name: f"case-{n}" for n, case in enumerate(cases, start=1)}
     # a picture has pixels but no millimetres
     unit = "px" if all(is_picture(pair.reference) for pair in evaluation.pairs.values()) else "mm"
@@ -89,12 +91,12 @@ def render(evaluation: Evaluation) -> str:
             plots=make_volume_plots(evaluation, row_of),
             open_plots=OPEN_PLOTS,
             min_box=MIN_BOX,
-            reach=reach(summary),
-            left_out=_left_out(evaluation),
+            notes=notes(evaluation),
+            left_out=left_out(evaluation),
             subgroups=_subgroups(summary["subgroups"]),
             lesions=summary["lesions"],
             calibration=_calibration(summary["calibration"]),
-            viewer=prepare_viewer(evaluation),
+            viewer=prepare_viewer([case.scene for case in worst if case.scene is not None]),
             cases=cases,
             volumes=any(picture.caption for case in cases for picture in case.pictures),
             with_images=any(pair.image is not None for pair in evaluation.pairs.values()),
@@ -127,27 +129,39 @@ def value_text(value: int | tuple[int, ...]) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _left_out(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Failed cases with the reason in words."""
-    return [(f.case, without_folders(f.reason, evaluation.pairs.get(f.case))) for f in evaluation.failures]
+def left_out(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Failed cases with the reason, which does not name the file again where it is called as the case."""
+    found = []
+    for failure in evaluation.failures:
+        start, colon, rest = without_folders(failure.reason, evaluation.pairs.values()).partition(": ")
+        named = colon and "/" not in start and case_name(start) == failure.case
+        found.append((failure.case, rest if named else start + colon + rest))
+    return found
 
 
-def without_folders(reason: str, pair: Pair | None) -> str:
-    """`reason` with file names for paths: the folders of a machine tell a reader nothing, and may tell too much."""
-    for path in [] if pair is None else (pair.prediction, pair.reference, pair.image):
-        reason = reason if path is None else reason.replace(str(path), path.name)
-    return reason
+def notes(evaluation: Evaluation) -> list[str]:
+    """What is worth knowing before the numbers are read, as sentences."""
+    warnings = [without_folders(warning, evaluation.pairs.values()) for warning in evaluation.summary["warnings"]]
+    return [*(warning[:1].upper() + warning[1:] for warning in warnings), *reach(evaluation.summary)]
+
+
+def without_folders(text: str, pairs: Iterable[Pair]) -> str:
+    """`text` with file names for the paths of `pairs`: folders of a machine tell a reader nothing, or too much."""
+    paths = [path for p in pairs for path in (p.prediction, p.reference, p.image, p.probabilities) if path is not None]
+    # names that are no text stand in a reason as their bytes
+    folders = {form(str(path.parent)) for path in paths for form in (str, printable)} - {".", "/"}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w/.-]){re.escape(folder)}/", "", text)
+    return text
 
 
 def reach(summary: Mapping[str, Any]) -> list[str]:
-    """Sentences on what cases of this number cannot tell."""
+    """Sentences on what cases of this number cannot tell; none where there are too few for an interval."""
     n, units, dice = summary["n_cases"], summary["n_groups"], summary["foreground"]["dice"]
     independent, noun = (n, "case") if units is None else (units, "patient")
     plural = "" if independent == 1 else "s"
-    if not dice["n"]:
-        return []
     if dice["ci95"] is None:
-        return [f"{independent} {noun}{plural}: too few for an interval. How other cases would fare is open."]
+        return []
     half = (dice["ci95"][1] - dice["ci95"][0]) / 2
     said = [f"With {independent} {noun}{plural} the mean Dice is known to about ±{_rounded(half)}."]
     needed = {
@@ -220,7 +234,7 @@ def _embedded_rows(
         "columns": [
             {
                 "name": metric_names[column],
-                "digits": 2 if column.endswith(("_mm", "_ml")) else 3,
+                "digits": digits(column),
                 "signed": "difference" in column,
             }
             for column in columns
@@ -228,29 +242,29 @@ def _embedded_rows(
         "case": indices("case", cases),
         "label": indices("name", labels),
         "status": indices("status", statuses),
-        "numbers": [_numbers(shown[column]) for column in columns],
+        "numbers": [_numbers(shown[column], column) for column in columns],
         "page": PAGE_ROWS,
     }
 
 
-def _numbers(values: pd.Series[float]) -> list[float | str | None]:
-    rounded = np.round(values.to_numpy(dtype=float), 4).tolist()
+def _numbers(values: pd.Series[float], metric: str) -> list[float | str | None]:
+    # rounded here: a browser rounds halves up, and the numbers above the table to even
+    rounded = [float(f"{v:.{digits(metric)}f}") for v in values.to_numpy(dtype=float)]
     return [v if math.isfinite(v) else None if math.isnan(v) else "inf" if v > 0 else "-inf" for v in rounded]
 
 
-def _case_views(evaluation: Evaluation) -> list[CaseView]:
+def _case_views(evaluation: Evaluation, worst: Sequence[WorstCase]) -> list[CaseView]:
     views, size = [], 0
-    for worst in evaluation.summary["worst_cases"]:
-        pictures, reason = _pictures(evaluation, worst["case"])
-        size += sum(len(picture.data_uri) for picture in pictures)
+    for case in worst:
+        size += sum(len(picture.data_uri) for picture in case.pictures)
         if size > MAX_PICTURE_BYTES:
             break
-        views.append(_case_view(evaluation, worst["case"], worst["dice"], pictures, reason))
+        views.append(_case_view(evaluation, case))
     return views
 
 
-def _case_view(evaluation: Evaluation, case: str, dice: float, pictures: Sequence[Picture], reason: str) -> CaseView:
-    rows = evaluation.table[(evaluation.table["case"] == case) & (evaluation.table["status"] != "both_empty")]
+def _case_view(evaluation: Evaluation, case: WorstCase) -> CaseView:
+    rows = evaluation.table[(evaluation.table["case"] == case.name) & (evaluation.table["status"] != "both_empty")]
     if len(rows) > MAX_CASE_LABELS:
         rows = rows.sort_values("dice", kind="stable")
     shown = rows.head(MAX_CASE_LABELS)
@@ -258,12 +272,5 @@ def _case_view(evaluation: Evaluation, case: str, dice: float, pictures: Sequenc
         (name, evaluation.colours[name], value, status)
         for name, value, status in zip(shown["name"], shown["dice"], shown["status"])
     ]
-    return CaseView(case, dice, labels, len(rows) - len(shown), pictures, reason)
-
-
-def _pictures(evaluation: Evaluation, case: str) -> tuple[tuple[Picture, ...], str]:
-    try:
-        return contour_pictures(evaluation.pairs[case], evaluation), ""
-    except DataError as error:
-        logger.warning("no pictures of %s: %s", case, error)
-        return (), without_folders(str(error), evaluation.pairs[case])
+    reason = without_folders(case.reason, evaluation.pairs.values())
+    return CaseView(case.name, case.dice, labels, len(rows) - len(shown), case.pictures, reason)

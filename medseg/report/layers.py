@@ -19,7 +19,9 @@ from medseg.readers import is_picture, read_image
 logger = logging.getLogger(__name__)
 
 _WINDOW_PERCENTILES = (1, 99)
-_WINDOW_ROOM = 0.5
+_WINDOW_ROOM = 4.0
+# enough for quantiles to a thousandth, and sorted at once
+_WINDOW_VALUES = 200_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +70,33 @@ def read_layers(pair: Pair, evaluation: Evaluation) -> Layers:
 
 
 def window(image: npt.NDArray[Any], outlined: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Black and white: the range of what is outlined and half as much on both sides, or that of the whole image."""
-    inside = image[outlined]
-    low, high = np.percentile(inside if inside.size else image, _WINDOW_PERCENTILES)
-    room = _WINDOW_ROOM * (high - low) if inside.size else 0.0
-    low, high = max(low - room, float(image.min())), min(high + room, float(image.max()))
-    return float(low), float(max(high, low + 1e-6))
+    """Black and white: the shortest range that holds half of what is outlined, and four times as much on both sides.
+
+    That is six standard deviations of one tissue each way. Of many tissues the most frequent ones decide: in a CT of
+    all organs soft tissue, within 40 HU of the usual −160 to 240, where a range over all of them (lung to bone) shows
+    organs as one grey. The shortest half: Rousseeuw and Leroy 1988. Where it has no width (half of the voxels are
+    equal) or nothing is outlined, the 1st to 99th percentile. Never beyond the range of the image; NaN is passed over.
+    """
+    known = image[np.isfinite(image)]
+    if not known.size:
+        return 0.0, 1.0
+    inside = np.sort(_some(image[outlined]))
+    inside = inside[np.isfinite(inside)]
+    low, high = np.percentile(inside if inside.size else _some(known), _WINDOW_PERCENTILES)
+    half = len(inside) // 2
+    if half:
+        widths = inside[half:] - inside[: len(inside) - half]
+        first = int(np.argmin(widths))
+        if widths[first] > 0:
+            room = _WINDOW_ROOM * widths[first]
+            low, high = inside[first] - room, inside[first + half] + room
+    low, high = max(float(low), float(known.min())), min(float(high), float(known.max()))
+    return low, max(high, low + 1e-6)
+
+
+def _some(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Evenly chosen ones of very many values."""
+    return np.asarray(values.ravel()[:: max(1, values.size // _WINDOW_VALUES)], dtype=np.float64)
 
 
 def _standing(grid: Grid) -> tuple[list[int], tuple[slice, ...], Grid]:

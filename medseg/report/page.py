@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from datetime import datetime, timezone
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -36,6 +37,8 @@ def environment() -> Environment:
         status=STATUS_NAMES.__getitem__,
         embedded=embedded,
         options=options,
+        worded=worded,
+        moment=moment,
     )
     return made
 
@@ -49,6 +52,24 @@ def options(text: str) -> Markup:
     """Escaped text in which the options of a command line (`--labels`) are set as code."""
     parts = re.split(r"(?<!\S)(--[a-z][a-z-]*)", text)
     return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
+
+
+def worded(text: str) -> Markup:
+    """As `in_words`, escaped, with what else is called as a column of a file set as code."""
+    parts = re.split(r"\b([a-z]+(?:_[a-z]+)+)\b", in_words(text))
+    return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
+
+
+def in_words(text: str) -> str:
+    """A definition in the words of the page: those for a status, ∞ for inf."""
+    for status, words in STATUS_NAMES.items():
+        text = re.sub(rf"\b{status}\b", words, text)
+    return re.sub(r"\binf\b", "∞", text)
+
+
+def moment(created: str) -> str:
+    """A time in ISO 8601 as a reader writes it: `2024-05-31 18:04 UTC`."""
+    return f"{datetime.fromisoformat(created).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def fixed(value: Any, digits: int = 3) -> str:
@@ -74,9 +95,12 @@ def signed(value: Any, digits: int = 2) -> str:
 
 def figure(value: Any, metric: str) -> str:
     """A number in the digits of its metric: two for mm and ml (with a sign for a difference), else three."""
-    if "difference" in metric:
-        return signed(value, 2 if metric.endswith("_ml") else 3)
-    return fixed(value, 2 if metric.endswith(("_mm", "_ml")) else 3)
+    return (signed if "difference" in metric else fixed)(value, digits(metric))
+
+
+def digits(metric: str) -> int:
+    """How many digits of a measure are told after the point."""
+    return 2 if metric.endswith(("_mm", "_ml")) else 3
 
 
 def embedded(value: Any) -> Markup:

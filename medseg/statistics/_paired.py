@@ -14,6 +14,10 @@ from scipy.stats import rankdata
 from medseg.statistics._intervals import BATCH_NUMBERS, SEED, Floats, mean_intervals, quantile, unit_codes
 
 PERMUTATIONS = 9999
+# Holm multiplies the smallest p by how many there are: at so many flips each it can still fall to 1 %
+_FLIPS_PER_TEST = 100
+# a p of 1 % of the first flips is known to a tenth of itself: further flips would decide nothing
+_ENOUGH = 100
 # up to here all outcomes are counted: of the ranks by their sum, of the sign flips one by one
 _EXACT_RANKS = 100
 _EXACT_FLIPS = 16
@@ -70,9 +74,9 @@ def compare_pair(
     Wilcoxon's signed-rank test (1945) leaves out units without a difference and averages tied ranks; exact up to 100
     units, above by the normal approximation with correction for ties. The permutation test flips signs; its statistic
     is the mean, or the sum of signed ranks where a difference is infinite. It counts all flips up to 16 units; above
-    p = (k + 1)/(`permutations` + 1), k random flips being as extreme (Phipson & Smyth 2010). Without any difference
-    p is 1. `rank_biserial`: rank sum in favour of a minus that of b, over both (Kerby 2014). `cohens_dz`: mean / SD.
-    Raises `ValueError` if the lengths differ.
+    p = (k + 1)/(flips + 1), k of the `permutations` random flips being as extreme (Phipson & Smyth 2010). Without any
+    difference p is 1. `rank_biserial`: rank sum in favour of a minus that of b, over both (Kerby 2014). `cohens_dz`:
+    mean / SD. Raises `ValueError` if the lengths differ.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     pairs = [(first, second, higher_is_better)]
@@ -83,10 +87,16 @@ def compare_pairs(
     pairs: Iterable[tuple[Floats, Floats, bool]],
     *,
     groups: Sequence[Hashable] | None = None,
+    family: int | None = None,
     permutations: int = PERMUTATIONS,
     seed: int = SEED,
 ) -> list[PairedTest]:
-    """`compare_pair` of each of (a, b, higher_is_better) on the same cases; faster than one by one."""
+    """`compare_pair` of each of (a, b, higher_is_better) on the same cases; faster than one by one.
+
+    `family`: how many of the p-values are adjusted together; None: all. The permutation test makes 100 random flips
+    for each of them if that is more than `permutations`, so that an adjusted p can be as small as 0.01. Where 100 of
+    the first flips are as extreme it stops, and p stays one (Besag & Clifford 1991).
+    """
     codes: dict[int, npt.NDArray[np.intp]] = {}
     made = []
     for first, second, higher_is_better in pairs:
@@ -96,7 +106,8 @@ def compare_pairs(
             codes[len(first)] = unit_codes(groups, len(first))
         made.append(_Pair.of(first, second, higher_is_better, codes[len(first)]))
     intervals = mean_intervals(((pair.ordinary, pair.ordinary_units) for pair in made), seed=seed)
-    permuted = _permutation([pair.favour for pair in made], permutations, seed)
+    flips = max(permutations, _FLIPS_PER_TEST * (len(made) if family is None else family))
+    permuted = _permutation([pair.favour for pair in made], permutations, flips, seed)
     return [pair.test(ci95, p) for pair, ci95, p in zip(made, intervals, permuted)]
 
 
@@ -230,7 +241,7 @@ def _rank_sum_chances(ranks: npt.NDArray[np.int_]) -> Floats:
     return chances
 
 
-def _permutation(favours: Sequence[Floats], permutations: int, seed: int) -> list[float | None]:
+def _permutation(favours: Sequence[Floats], first: int, flips: int, seed: int) -> list[float | None]:
     found: list[float | None] = []
     drawn = []
     for n, favour in enumerate(favours):
@@ -247,8 +258,8 @@ def _permutation(favours: Sequence[Floats], permutations: int, seed: int) -> lis
             drawn.append((n, moving))
     if drawn:
         columns = np.stack([moving for _, moving in drawn], axis=1)
-        for (n, _), extreme in zip(drawn, _random_flips(columns, permutations, seed)):
-            found[n] = _probability((extreme + 1) / (permutations + 1))
+        for (n, _), p in zip(drawn, _random_flips(columns, first, flips, np.random.default_rng(seed))):
+            found[n] = _probability(p)
     return found
 
 
@@ -264,13 +275,23 @@ def _all_flips(moving: Floats) -> float:
     return _probability((np.abs(sums) >= _limit(moving)).mean())
 
 
-def _random_flips(columns: Floats, permutations: int, seed: int) -> npt.NDArray[np.intp]:
+def _random_flips(columns: Floats, first: int, flips: int, generator: np.random.Generator) -> Floats:
+    """p of each column: of `first` flips of the rows, or of all `flips` if few of the first are as extreme."""
+    extreme, made = _as_extreme(columns, first, generator), np.full(columns.shape[1], first)
+    rare = np.flatnonzero(extreme < _ENOUGH)
+    if flips > first and len(rare):
+        extreme[rare] += _as_extreme(columns[:, rare], flips - first, generator)
+        made[rare] = flips
+    return np.asarray((extreme + 1) / (made + 1))
+
+
+def _as_extreme(columns: Floats, flips: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:
     """How many of the random flips of the rows bring the sum of each column at least as far from 0."""
-    generator, n = np.random.default_rng(seed), len(columns)
+    n = len(columns)
     limit, extreme = _limit(columns), np.zeros(columns.shape[1], dtype=np.intp)
-    rows = max(1, BATCH_NUMBERS // n)
-    for start in range(0, permutations, rows):
-        bits = generator.integers(0, 256, (min(rows, permutations - start), -(-n // 8)), dtype=np.uint8)
+    rows = max(1, BATCH_NUMBERS // max(columns.shape))
+    for start in range(0, flips, rows):
+        bits = generator.integers(0, 256, (min(rows, flips - start), -(-n // 8)), dtype=np.uint8)
         signs = 1.0 - 2.0 * np.unpackbits(bits, axis=1, count=n)
         extreme += (np.abs(signs @ columns) >= limit).sum(axis=0)
     return extreme

@@ -34,8 +34,8 @@ def summarise(
     """Mean, spread and quartiles of `values`; NaN is left out.
 
     `ci95` is the bootstrap interval of the mean, BCa (Efron 1987), or the percentile interval where BCa is not
-    defined; None below three resampling units. `groups` names the unit of each value, such as a patient: values of
-    one group are drawn together.
+    defined, widened for few units (Hesterberg 2015); None below three resampling units. `groups` names the unit of
+    each value, such as a patient: values of one group are drawn together.
     """
     return summarise_all([values], groups=groups, seed=seed)[0]
 

@@ -1,7 +1,7 @@
-// The table of all cases, made from #rows a page at a time, and what a chart tells of a dot.
+// The table of all cases, made from #rows a page at a time, and what a dot of a chart tells.
 (() => {
   "use strict";
-  const { compare, turn, words } = window.pageTools;
+  const { compare, turn, words, dots } = window.pageTools;
   const data = JSON.parse(document.getElementById("rows").textContent);
   const get = id => document.getElementById(id);
   const table = get("cases"), body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
@@ -83,53 +83,25 @@
   get("after").addEventListener("click", () => leaf(data.page));
   draw();
 
+  // worst is what has no finite distance at all
+  const mean = row => row.dataset.mean === "" ? Infinity : Number(row.dataset.mean);
+  get("label-order")?.addEventListener("input", event => document.querySelectorAll(".panel").forEach(panel => {
+    const rows = panel.listed ??= [...panel.querySelectorAll("tbody tr")], sign = panel.dataset.metric.endsWith("_mm") ? -1 : 1;
+    panel.querySelector("tbody").append(...(event.target.value ? [...rows].sort((a, b) => sign * (mean(a) - mean(b)) || 0) : rows));
+  }));
+
   // a dot tells its case; a click finds the case in the table
-  const tip = document.body.appendChild(make("div"));
-  tip.id = "tip";
-  tip.hidden = true;
-  const REACH = 14;
-  const near = (path, event) => {
-    path.points ??= [...path.getAttribute("d").matchAll(/M([\d.e+-]+) ([\d.e+-]+)h/g)].map(m => [Number(m[1]), Number(m[2])]);
-    path.rows ??= path.dataset.rows.split(" ").map(Number);
-    const at = path.getScreenCTM();
-    let best = -1, least = REACH;
-    path.points.forEach(([x, y], n) => {
-      const away = Math.hypot(at.a * x + at.e - event.clientX, at.d * y + at.f - event.clientY);
-      if (away < least) { least = away; best = path.rows[n]; }
-    });
-    return best;
-  };
   const columnOf = metric => data.columns.findIndex(column => column.name === metric);
   const told = n => ["Dice", document.querySelector("[name=measure]:checked")?.parentElement.textContent.trim(), "Reference (ml)", "Difference (ml)"]
     .filter((name, at, names) => name && names.indexOf(name) === at && columnOf(name) >= 0)
     .map(name => `${name} ${written(numbers[columnOf(name)][n], data.columns[columnOf(name)])}`).join(", ");
-  document.querySelectorAll(".chart:has(.dots[data-rows])").forEach(chart => {
-    const path = chart.querySelector(".dots");
-    const hide = () => { tip.hidden = true; delete chart.dataset.found; };
-    chart.addEventListener("pointermove", event => {
-      const n = near(path, event);
-      if (n < 0) return hide();
-      chart.dataset.found = n;
-      tip.replaceChildren(make("strong", data.cases[data.case[n]]), `${data.labels[data.label[n]][0]}: ${told(n)}`);
-      tip.hidden = false;
-      const box = tip.getBoundingClientRect();
-      tip.style.left = Math.max(4, Math.min(event.clientX + 12, innerWidth - box.width - 4)) + "px";
-      tip.style.top = (event.clientY + 16 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 16) + "px";
-    });
-    chart.addEventListener("pointerleave", hide);
-    chart.addEventListener("click", () => {
-      if (chart.dataset.found === undefined) return;
-      find.value = data.cases[data.case[Number(chart.dataset.found)]];
+  document.querySelectorAll(".chart:has(.dots[data-rows])").forEach(chart => dots(
+    chart,
+    n => [data.cases[data.case[n]], `${data.labels[data.label[n]][0]}: ${told(n)}`],
+    n => {
+      find.value = data.cases[data.case[n]];
       sift();
-      tip.hidden = true;
       get("all").scrollIntoView();
-    });
-  });
-
-  let opened = [];
-  addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details.print-open:not([open])")];
-    opened.forEach(part => { part.open = true; });
-  });
-  addEventListener("afterprint", () => opened.forEach(part => { part.open = false; }));
+    },
+  ));
 })();

@@ -52,5 +52,53 @@
       if (count) count.textContent = `${shown} of ${rows.length} rows`;
     });
   });
-  window.pageTools = Object.freeze({ compare, turn, words });
+
+  // a dot of a chart tells what it is; dots are points of one path, whose data-rows says which they are
+  const tip = document.createElement("div"), REACH = 14;
+  tip.id = "tip";
+  tip.hidden = true;
+  document.body.append(tip);
+  const near = (path, event) => {
+    path.points ??= [...path.getAttribute("d").matchAll(/M([\d.e+-]+) ([\d.e+-]+)h/g)].map(m => [Number(m[1]), Number(m[2])]);
+    path.rows ??= path.dataset.rows.split(" ").map(Number);
+    const at = path.getScreenCTM();
+    let best = -1, least = REACH;
+    path.points.forEach(([x, y], n) => {
+      const away = Math.hypot(at.a * x + at.e - event.clientX, at.d * y + at.f - event.clientY);
+      if (away < least) { least = away; best = path.rows[n]; }
+    });
+    return best;
+  };
+  const dots = (chart, told, chosen) => {
+    const path = chart.querySelector(".dots");
+    const hide = () => { tip.hidden = true; delete chart.dataset.found; };
+    chart.addEventListener("pointermove", event => {
+      const found = near(path, event);
+      if (found < 0) return hide();
+      if (chosen) chart.dataset.found = found;
+      const [name, text] = told(found), strong = document.createElement("strong");
+      strong.textContent = name;
+      tip.replaceChildren(strong, text);
+      tip.hidden = false;
+      const box = tip.getBoundingClientRect();
+      tip.style.left = Math.max(4, Math.min(event.clientX + 12, innerWidth - box.width - 4)) + "px";
+      tip.style.top = (event.clientY + 16 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 16) + "px";
+    });
+    chart.addEventListener("pointerleave", hide);
+    if (chosen) chart.addEventListener("click", () => {
+      if (chart.dataset.found === undefined) return;
+      chosen(Number(chart.dataset.found));
+      hide();
+    });
+  };
+
+  // the style opens these on paper too; older browsers need this
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details.print-open:not([open])")];
+    opened.forEach(part => { part.open = true; });
+  });
+  addEventListener("afterprint", () => opened.forEach(part => { part.open = false; }));
+
+  window.pageTools = Object.freeze({ compare, turn, words, dots });
 })();
