@@ -110,7 +110,7 @@ def _facts(paper: Paper, evaluation: Evaluation) -> None:
     n_expected = int(status.isin(("ok", "missed")).sum())
     facts = [
         ("Mean Dice over labels and cases", fixed(dice["mean"]), interval),
-        ("Missed", str(int((status == "missed").sum())), f"of {n_expected} in the references"),
+        ("Missed", str(int((status == "missed").sum())), f"of {n_expected} expected"),
         ("Spurious", str(int((status == "spurious").sum())), "in the prediction only"),
         ("Not evaluated", str(left_out), f"of {_plural(summary['n_cases'] + left_out, 'case')}"),
     ]
@@ -148,19 +148,19 @@ def _notices(paper: Paper, evaluation: Evaluation) -> None:
 
 def _label_table(paper: Paper, evaluation: Evaluation, names: Sequence[str], unit: str) -> None:
     columns = (
-        _Column("Mean Dice", 3.55, lambda m: fixed(m["dice"]["mean"]), bold=True),
-        _Column("95% interval", 4.5, lambda m: _interval(m["dice"])),
-        _Column("Median", 5.05, lambda m: fixed(m["dice"]["median"])),
-        _Column(f"HD95 ({unit})", 5.75, lambda m: fixed(m["hd95_mm"]["median"], 2)),
-        _Column("NSD", 6.05, lambda m: fixed(m["nsd"]["mean"])),
-        _Column("Cases", 6.45, lambda m: str(m["dice"]["n"])),
-        _Column("Missed", 6.95, lambda m: str(m["dice"]["n_missed"])),
+        _Column("Mean Dice", 3.3, lambda m: fixed(m["dice"]["mean"]), bold=True),
+        _Column("95% interval", 4.25, lambda m: _interval(m["dice"])),
+        _Column("Median", 4.76, lambda m: fixed(m["dice"]["median"])),
+        _Column(f"HD95 ({unit})", 5.5, lambda m: fixed(m["hd95_mm"]["median"], 2)),
+        _Column("NSD", 5.95, lambda m: fixed(m["nsd"]["mean"])),
+        _Column("Cases", 6.42, lambda m: str(m["dice"]["n"])),
+        _Column("Missed", 6.93, lambda m: str(m["dice"]["n_missed"])),
         _Column("Spurious", RIGHT, lambda m: str(m["dice"]["n_spurious"])),
     )
 
     def fill(name: str) -> None:
         measures, y = evaluation.summary["labels"][name], paper.y + _ROW / 2
-        _label_name(paper, evaluation, name, y, width=2.1)
+        _label_name(paper, evaluation, name, y, width=1.85)
         for column in columns:
             text = column.text(measures)
             event = column.title in ("Missed", "Spurious") and text != "0"
