@@ -90,17 +90,18 @@ def segment_cases(
     if len(formats) > 1:
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
     sources = {path.resolve() for case in cases for path in case.images}
-    probabilities = probabilities_path(folder, "").parent
     for case in cases:
         if _output(folder, case).resolve() in sources:
             raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
-        if segmenter.options.save_probabilities and probabilities.resolve() in {
-            p.parent.resolve() for p in case.images
-        }:
-            raise ConfigError(f"{probabilities}: images to segment are there; choose another -o, or move them")
-    if folder.resolve() in {path.parent.resolve() for case in cases for path in case.images if os.path.isfile(path)}:
-        raise ConfigError(f"{folder}: images to segment are there, among which masks would be lost; choose another -o")
-    for made in (folder, probabilities) if segmenter.options.save_probabilities else (folder,):
+    probabilities = probabilities_path(folder, "").parent
+    written = (folder, probabilities) if segmenter.options.save_probabilities else (folder,)
+    parents = {path.parent.resolve() for case in cases for path in case.images if os.path.isfile(path)}
+    for made in written:
+        if made.resolve() in parents:
+            raise ConfigError(
+                f"{made}: images to segment are there, among which {'masks' if made == folder else 'probabilities'} "
+                "would be lost; choose another -o"
+            )
         try:
             made.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -354,14 +355,14 @@ class _Run:
 
         tick(0.0)
         self._memory.begin()
-        if not self._saves_probabilities:
-            found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick)
-            return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end(), None)
-        folder = probabilities_path(self._folder, read.case.id).parent
         with ExitStack() as kept:
-            store = kept.enter_context(ProbabilityStore(folder, read.prepared.source.shape, segmenter.channels))
+            store = None
+            if self._saves_probabilities:
+                folder = probabilities_path(self._folder, read.case.id).parent
+                store = ProbabilityStore(folder, read.prepared.source.shape, segmenter.channels)
+                kept.enter_context(store)
             found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick, keep=store)
-            # the writer closes it
+            # from here on the writer closes it
             kept.pop_all()
         return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end(), store)
 
@@ -376,14 +377,12 @@ class _Run:
         if self._full:
             raise _Dropped
         case, found, output = labelled.case, labelled.found, _output(self._folder, labelled.case)
-        path, probabilities = probabilities_path(self._folder, case.id), None
-        stale: tuple[str, ...] = ()
-        if labelled.probabilities is None and path.exists():
-            stale = (f"{path.parent.name}/{path.name} is of an earlier mask: do not use it",)
+        beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
             if labelled.probabilities is not None:
-                probabilities = file_sha256(write_probabilities(path, labelled.probabilities, case.images[0]))
+                probabilities = file_sha256(write_probabilities(beside, labelled.probabilities, case.images[0]))
             write_label(output, found.labels, like=case.images[0], names=self._segmenters[0].label_names)
+        stale = () if probabilities else self._stale([beside], "mask")
         result = CaseResult(
             case.id,
             "done",
@@ -399,6 +398,12 @@ class _Run:
         )
         self._events.put(result)
 
+    def _stale(self, files: Sequence[Path], of: str) -> tuple[str, ...]:
+        """Warnings of the `files` that are there: they do not belong to what this run has made of the case."""
+        # unlike that of a Path, this `exists` does not raise for a name that is too long or a disk that is broken
+        there = [f.relative_to(self._folder).as_posix() for f in files if os.path.exists(f)]
+        return tuple(f"{name} is of an earlier {of}: do not use it" for name in there)
+
     @contextmanager
     def _kept_apart(self, case: Case, seconds: dict[str, float]) -> Iterator[None]:
         """Whatever happens to a case stays with it, but for what must end the run."""
@@ -412,9 +417,7 @@ class _Run:
                 self._full = True
                 self._stopping.set()
                 return
-            output = _output(self._folder, case)
-            # unlike that of a Path, this one does not raise for a name that is too long or a disk that is broken
-            stale = (f"{output.name} is of an earlier run: do not use it",) if os.path.exists(output) else ()
+            stale = self._stale([_output(self._folder, case), probabilities_path(self._folder, case.id)], "run")
             reason = _reason(case, error)
             self._events.put(CaseResult(case.id, "failed", reason=reason, seconds=seconds, warnings=stale))
         except BaseException as error:

@@ -130,8 +130,12 @@ class Segmenter:
 
     @property
     def channels(self) -> Channels:
-        """What the channels of the scores stand for."""
-        return channels_of(self.config.data)
+        """What the channels of the scores stand for in a label file."""
+        data = self.config.data
+        if data.is_regions:
+            values = [data.labels[name] for name in data.foreground]
+            return Channels(data.foreground, tuple(v if isinstance(v, tuple) else (v,) for v in values), regions=True)
+        return Channels((BACKGROUND, *data.foreground), data.out_values)
 
     def segment_prepared(
         self,
@@ -144,8 +148,8 @@ class Segmenter:
         """Label map of a prepared case on the grid of its file.
 
         `seconds` takes the time by stage. `tick` is called between two batches of windows with the share of the case
-        that is done, 0–1; what it raises drops the case. `keep` gets the probabilities, as they are before components
-        are cleaned; after a random field, where there is one.
+        that is done, 0–1; what it raises drops the case. `keep` gets the probabilities, as they are before the
+        mask is cleaned; after a random field, where there is one.
         """
         seconds = {} if seconds is None else seconds
         decision, evidence = decision_of(self.config.data), Evidence(self.config.data)
@@ -219,14 +223,6 @@ class Segmenter:
                 spacing_mm=prepared.grid.spacing_mm,
                 regions=self.config.data.is_regions,
             ).cpu()
-
-
-def channels_of(data: DataConfig) -> Channels:
-    """What the channels of a network for `data` stand for in its label files."""
-    if data.is_regions:
-        values = [data.labels[name] for name in data.foreground]
-        return Channels(data.foreground, tuple(v if isinstance(v, tuple) else (v,) for v in values), regions=True)
-    return Channels((BACKGROUND, *data.foreground), data.out_values)
 
 
 def read_quality(model: Model) -> QualityModel | None:

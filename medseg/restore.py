@@ -59,7 +59,7 @@ class Decision(Protocol):
         """Labels (…) of `scores` (…, k), those of the `channels` alone."""
 
     def settle(self, steps: torch.Tensor, channels: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
-        """`steps` (…, k) int32 of the `channels` that, rounded as they are, still say `labels` (…)."""
+        """`steps` (…, k) int32 of the `channels`, changed where they would not say `labels` (…)."""
 
 
 class Keeper(Protocol):
@@ -178,8 +178,9 @@ class Restorer:
         self._edge = BLOCK
         self.labels = torch.zeros(to_grid.shape, dtype=decision.dtype)
         # the same memory with its axes in the order of from_grid
-        self._targets = [t for t, _ in sorted(enumerate(maps), key=_source)]
-        self._turned = self.labels.permute(self._targets)
+        self._turned = self.labels.permute([t for t, _ in sorted(enumerate(maps), key=_source)])
+        # and the way back: for each axis of to_grid that of from_grid
+        self._sources = [m.source for m in maps]
 
     @torch.inference_mode()
     def add(self, piece: Piece) -> None:
@@ -229,13 +230,14 @@ class Restorer:
         highest = around.flatten(0, -2).amax(dim=0).tolist()
         # the others are 0 in steps; the first is background, which is not 0 unless it is told
         channels = [k for k, score in enumerate(highest) if k == 0 or score * STEPS > 0.5]
-        exact = self._interpolated(around, channels, block, sources)
-        steps = (exact.float() * STEPS - 0.5).ceil().clamp(0, STEPS).to(torch.int32)
-        steps = self._decision.settle(steps, channels, self._turned[block]).cpu()
-        box = tuple(block[self._targets.index(t)] for t in range(len(block)))
-        turned = steps.permute(-1, *(self._targets.index(t) for t in range(len(block)))).numpy().astype(np.uint16)
+        exact = self._interpolated(around, channels, block, sources).float() * STEPS
+        steps = exact.sub_(0.5).ceil_().clamp_(0, STEPS).to(torch.int32)
+        steps = self._decision.settle(steps, channels, self._turned[block])
+        box = tuple(block[s] for s in self._sources)
+        # as a file has it: the channel slowest, the first axis fastest
+        turned = steps.to(torch.uint16).permute(-1, *self._sources[::-1]).contiguous().cpu().numpy()
         for channel, values in zip(channels, turned):
-            keep.add(channel, box, values)
+            keep.add(channel, box, values.T)
 
     def _around(
         self, scores: torch.Tensor, start: Sequence[int], block: tuple[slice, ...]

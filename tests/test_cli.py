@@ -651,7 +651,7 @@ from medseg.infer import Segmenter
 
 whole = Segmenter.segment_prepared
 
-def slow(self, prepared, seconds, *, tick):
+def slow(self, prepared, seconds, *, tick, **_):
     for n in range(10):
         tick(n / 10)
         time.sleep(0.02)

@@ -9,7 +9,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,7 @@ from tiny import AFFINE, EXACT, SHAPE, blobs, some_images, tiny_config, tiny_mod
 
 from medseg import folder as folder_module
 from medseg.cli import run
+from medseg.config import Config
 from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.folder import CaseResult, infer
 from medseg.grid import Grid, resample
@@ -151,16 +152,19 @@ def test_outside_a_crop_all_is_background(tmp_path: Path) -> None:
     np.testing.assert_array_equal(VALUES[found.argmax(axis=-1)], mask_of(tmp_path))
 
 
-def test_a_picture_has_rows_and_columns_and_one_plane(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    Picture.fromarray((blobs((20, 28)) % 256).astype(np.uint8)).save(tmp_path / "in" / "case0.png")
-    config = tiny_config(
+def flat_config() -> Config:
+    return tiny_config(
         data={"spatial_dims": 2},
         preprocess={"orient": False, "shape": [16, 24]},
         augment={"flip_axes": [1], "rotation_deg": [10]},
         windows={"patch_size": [16, 24]},
     )
-    saved(tmp_path, tiny_model(tmp_path / "model", config))
+
+
+def test_a_picture_has_rows_and_columns_and_one_plane(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Picture.fromarray((blobs((20, 28)) % 256).astype(np.uint8)).save(tmp_path / "in" / "case0.png")
+    saved(tmp_path, tiny_model(tmp_path / "model", flat_config()))
     mask = np.array(Picture.open(tmp_path / "out" / "case0.png"))
     assert of(tmp_path).shape == (20, 28, 1, 3)
     np.testing.assert_array_equal(VALUES[of(tmp_path)[:, :, 0].argmax(axis=-1)], mask)
@@ -260,15 +264,25 @@ def test_blocks_are_put_together_and_the_last_one_counts(store: ProbabilityStore
         np.testing.assert_array_equal(store.planes(1, start, stop), whole[..., start:stop])
 
 
-def test_a_store_on_the_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probabilities_module, "MOST_IN_MEMORY", 10)
-    folder = tmp_path / "store"
-    folder.mkdir()
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a file has a name as long as it is open")
+def test_a_store_has_no_name_to_leave_behind_even_while_it_is_open(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, STEPS, (30, 30), dtype=np.uint16)
-    with ProbabilityStore(folder, (30, 30), LABELS) as store:
+    with ProbabilityStore(tmp_path, (30, 30), LABELS) as store:
         store.add(2, (slice(0, 30), slice(0, 30)), noise)
+        assert list(tmp_path.iterdir()) == []
         np.testing.assert_array_equal(store.planes(2, 0, 30), noise)
-    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="away: cannot be written"):
+        ProbabilityStore(tmp_path / "away", (2, 2), LABELS)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_block_is_kept_however_it_lies_in_memory(store: ProbabilityStore, order: Literal["C", "F"]) -> None:
+    block = np.arange(24, dtype=np.uint16).reshape((2, 3, 4), order=order)
+    store.add(1, (slice(1, 3), slice(2, 5), slice(1, 5)), block)
+    np.testing.assert_array_equal(store.planes(1, 2, 4)[1:3, 2:5], block[..., 1:3])
 
 
 def test_the_pieces_of_a_file_make_no_difference(
@@ -281,8 +295,7 @@ def test_the_pieces_of_a_file_make_no_difference(
     assert write_probabilities(tmp_path / "b.nii.gz", store, read_geometry(like)).read_bytes() == first
 
 
-def test_memory_does_not_grow_with_the_number_of_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probabilities_module, "MOST_IN_MEMORY", 1)
+def test_memory_does_not_grow_with_the_number_of_channels(tmp_path: Path) -> None:
     like = Geometry(Grid((64, 64, 64), np.eye(4)))
     noise = np.random.default_rng(0).integers(0, STEPS, (32, 64, 64), dtype=np.uint16)
     box = (slice(0, 32), slice(0, 64), slice(0, 64))
@@ -359,6 +372,33 @@ def test_those_of_an_earlier_mask_are_told(tmp_path: Path, model: Path) -> None:
     saved(tmp_path, model)
     (result,) = saved(tmp_path, model, options=replace(EXACT, overwrite=True))
     assert result.warnings == ("probabilities/case0.nii.gz is of an earlier mask: do not use it",)
+
+
+def test_those_of_an_earlier_run_are_told_where_a_case_has_failed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    saved(tmp_path, model)
+
+    def broken(*_: object, **__: object) -> None:
+        raise DataError("broken")
+
+    monkeypatch.setattr(Segmenter, "segment_prepared", broken)
+    (result,) = saved(tmp_path, model, options=replace(SAVING, overwrite=True))
+    assert result.warnings == (
+        "case0.nii.gz is of an earlier run: do not use it",
+        "probabilities/case0.nii.gz is of an earlier run: do not use it",
+    )
+
+
+def test_a_picture_with_a_name_too_long_for_probabilities_still_has_its_mask(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    # with .png 254 bytes, with .nii.gz 257: file systems allow 255
+    Picture.fromarray(np.zeros((20, 28), np.uint8)).save(tmp_path / "in" / f"{'a' * 250}.png")
+    model = tiny_model(tmp_path / "model", flat_config())
+    (tmp_path / "out" / "probabilities").mkdir(parents=True)
+    assert [r.status for r in saved(tmp_path, model, options=EXACT)] == ["done"]
+    assert [r.status for r in saved(tmp_path, model)] == ["failed"]
 
 
 def test_what_a_killed_run_has_left_is_cleared_away(tmp_path: Path, model: Path) -> None:

@@ -84,7 +84,9 @@ def infer(
         bool,
         typer.Option(
             "--save-probabilities",
-            help="Also write OUT/probabilities/CASE.nii.gz: (I, J, K, channels), 16 bits a voxel, background first.",
+            help="Also write OUT/probabilities/CASE.nii.gz on the image's grid: a channel for background (regions have "
+            "none) and for each label, 16 bits a voxel, as they are before the mask is cleaned. A case is skipped only "
+            "where they are there too. `medseg evaluate --probabilities` reads them.",
         ),
     ] = False,
     devices: Annotated[

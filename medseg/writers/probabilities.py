@@ -16,15 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from medseg.errors import GeometryError
+from medseg.errors import DataError, GeometryError
 from medseg.readers import Geometry, read_geometry
 from medseg.readers.probabilities import STEPS, Channels
 from medseg.writers import atomic_path, nifti
 
 __all__ = ["ProbabilityStore", "probabilities_path", "write_probabilities"]
 
-# what a small case needs stays in memory
-MOST_IN_MEMORY = 1 << 26
 # along the last axis, voxels that are put together at a time, of one channel
 PLANES = 48
 _Steps = npt.NDArray[np.uint16]
@@ -40,18 +38,25 @@ class ProbabilityStore:
     """Probabilities (C, *shape) in steps of 1/65535, packed into a temporary file without a name in `folder`.
 
     What is not added is 0, of labels background (the first channel) is 1. The file goes with the process, however it
-    ends. Raises `OSError` where the disk is full.
+    ends. Raises `DataError` where `folder` cannot be written, later `OSError` where the disk is full.
     """
 
     def __init__(self, folder: Path, shape: Sequence[int], channels: Channels) -> None:
         self.shape, self.channels = tuple(shape), channels
-        self._file = tempfile.SpooledTemporaryFile(MOST_IN_MEMORY, dir=str(folder))  # noqa: SIM115  closed by `close`
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by `close`
+        except OSError as error:
+            raise DataError(
+                f"{folder}: cannot be written ({error.strerror}); free space, change the permissions, or choose "
+                "another folder"
+            ) from error
         self._blocks: list[list[tuple[_Box, int, int]]] = [[] for _ in channels.names]
         self._end = 0
 
     def add(self, channel: int, box: _Box, steps: _Steps) -> None:
         """Keep the `steps` of a channel in `box`; what is added later counts."""
-        packed = isal_zlib.compress(np.ascontiguousarray(steps).tobytes(), 1)
+        # the first axis fastest, as in the file
+        packed = isal_zlib.compress(np.asfortranarray(steps).T, 1)
         self._file.seek(self._end)
         self._file.write(packed)
         self._blocks[channel].append((box, self._end, len(packed)))
@@ -69,7 +74,7 @@ class ProbabilityStore:
                 continue
             self._file.seek(place)
             stored = np.frombuffer(isal_zlib.decompress(self._file.read(size)), np.uint16)
-            block = stored.reshape([s.stop - s.start for s in box])
+            block = stored.reshape([s.stop - s.start for s in box], order="F")
             whole[(*box[:-1], slice(first - start, end - start))] = block[..., first - last.start : end - last.start]
         return whole
 
@@ -89,10 +94,10 @@ class ProbabilityStore:
 def write_probabilities(path: Path, store: ProbabilityStore, like: Geometry | Path) -> Path:
     """Writes what `store` holds as NIfTI (I, J, K, C) on the grid of `like`; gives back `path`.
 
-    uint16 with a scale of 1/65535, so that a value is off by 1/131070 at most: half the size of float32, and far below
-    what calibration can tell. Planes are (I, J, 1, C), those of pictures (rows, columns, 1, C). Names and values of the
-    channels are in the header as JSON: an extension of code 6 (comment). Raises `DataError` for a folder that cannot
-    be written, `GeometryError` for another shape.
+    uint16 with a scale of 1/65535: half the size of float32. A value is off by half a step, and by one more where two
+    labels became equal and the mask has the later one: far below what calibration can tell. Planes are (I, J, 1, C),
+    those of pictures (rows, columns, 1, C). Names and values of the channels are in the header as JSON: an extension of
+    code 6 (comment). Raises `DataError` for a folder that cannot be written, `GeometryError` for another shape.
     """
     geometry = read_geometry(like, spatial_dims=len(store.shape)) if isinstance(like, Path) else like
     if store.shape != geometry.grid.shape:
