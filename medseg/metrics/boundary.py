@@ -9,9 +9,8 @@ import numpy as np
 from scipy import ndimage
 
 from medseg.metrics.codes import Mask
+from medseg.metrics.surfaces import TIE_TOLERANCE
 
-# as in surfaces: 3 steps of 0.1 mm are more than 0.3 mm
-_TIE = 1e-5
 # voxels of a slab: a distance transform needs some fifty bytes for each
 _SLAB_VOXELS = 1 << 20
 
@@ -46,6 +45,6 @@ def _rim(mask: Mask, spacing_mm: Sequence[float], within_mm: float) -> Mask:
         distance = ndimage.distance_transform_edt(slab, sampling=spacing_mm)
         inner = distance[(slice(first - start + ends[0], None), *[slice(1, -1)] * (mask.ndim - 1))]
         here = slice(first, min(first + rows, len(mask)))
-        near = inner[: here.stop - first] <= within_mm + _TIE * min(spacing_mm)
+        near = inner[: here.stop - first] <= within_mm + TIE_TOLERANCE * min(spacing_mm)
         rim[here] |= near & mask[here]
     return rim
