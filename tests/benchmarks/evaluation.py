@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="some of the cases")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--limit-s", type=float, default=60, help="a process that takes longer is stopped, and said so")
     parser.add_argument("--without-report", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "FOLDER"), help="what the processes of their own are told")
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
@@ -77,6 +78,7 @@ def main() -> None:
         "nsd_tolerance_mm": TOLERANCE_MM,
         "rounds": arguments.rounds,
         "threads": 1,
+        "limit_s": arguments.limit_s,
         "surface_distance_needs": "np.Inf and np.NaN, which NumPy 2 dropped: given back to it in memory",
         "machine": machine(),
         "versions": versions(arguments.others),
@@ -97,17 +99,27 @@ def measure_case(name: str, folder: Path, tools: Sequence[str], arguments: argpa
         count += 1
     (folder / "case.json").write_text(json.dumps({"spacing_mm": spacing, "values": values, "pairs": count}))
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
+    stopped: set[str] = set()
     for _ in range(arguments.rounds):
         for tool in tools:
-            runs[tool].append(in_own_process(tool, folder, arguments.others))
+            if tool in stopped:
+                continue
+            run = in_own_process(tool, folder, arguments.others, arguments.limit_s)
+            if run is None:
+                stopped.add(tool)
+            else:
+                runs[tool].append(run)
     for file in folder.iterdir():
         file.unlink()
     rows: dict[str, Any] = {"pairs": count, "labels": len(values)}
     for tool, all_ in runs.items():
+        if tool in stopped:
+            rows[tool] = {"stopped_after_seconds": arguments.limit_s}
+            continue
         rows[tool] = {key: min(run[key] for run in all_) for key in ("seconds", "cpu_seconds")}
         rows[tool]["peak_rss_mb"] = max(run["peak_rss_mb"] for run in all_)
         peer = PEERS.get(tool)
-        if peer in runs:
+        if runs.get(peer):
             rows[tool]["difference"] = differences(all_[0]["values"], runs[peer][0]["values"])
             for key in ("seconds", "cpu_seconds"):
                 rows[tool][f"times_medsegs_{key}"] = round(rows[tool][key] / rows[peer][key], 2)
@@ -115,14 +127,16 @@ def measure_case(name: str, folder: Path, tools: Sequence[str], arguments: argpa
     return rows
 
 
-def in_own_process(tool: str, folder: Path, others: Path | None) -> dict[str, Any]:
-    """What `measure_one` gives in a fresh process on one thread."""
+def in_own_process(tool: str, folder: Path, others: Path | None, limit_s: float) -> dict[str, Any] | None:
+    """What `measure_one` gives in a fresh process on one thread; None where it takes longer than `limit_s`."""
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     paths = os.pathsep.join(str(p) for p in (others, os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, __file__, "--one", tool, str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | one_thread | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True, check=True
-    )
+    environment = os.environ | one_thread | {"PYTHONPATH": paths}
+    try:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return None
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
