@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import platform
-from pathlib import Path
 
 import torch
 
 from medseg.errors import ConfigError
+from medseg.process import machine_memory_bytes
 
 CPU_BATCH_BYTES, MAX_CPU_BATCH = 2**26, 4
 MAX_GPU_BATCH = 32
@@ -71,15 +70,6 @@ def hold_memory() -> None:
     library.mallopt(-1, 2**31 - 1)
 
 
-def peak_memory_mb() -> float | None:
-    """The most memory this process has held so far, where Linux tells it."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    peak = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
-    return None if peak is None else round(int(peak) / 1024, 1)
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch ran out of memory, on a GPU or on the CPU (which has no exception of its own)."""
     text = str(error)
@@ -114,9 +104,9 @@ def most_voxels(device: torch.device, channels: int) -> float:
     On Linux a process that asks a CPU for too much is killed without a word, so what it takes is judged beforehand, and
     by the machine's whole memory: another program's share of it must not change a result.
     """
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+    memory = machine_memory_bytes()
+    if device.type != "cpu" or memory is None:
         return math.inf
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return CPU_MEMORY_SHARE * memory / (BYTES_A_VOXEL + BYTES_A_SCORE * channels)
 
 

@@ -1,7 +1,8 @@
-"""What the system tells a process and is told by it: signals that end a run, and the most memory that was held."""
+"""What the system tells a process and is told by it: signals that end a run, memory there is and was held."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medseg.device import peak_memory_mb
+
+def peak_memory_mb() -> float | None:
+    """The most memory this process has held so far, where Linux tells it."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    peak = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return None if peak is None else round(int(peak) / 1024, 1)
+
+
+def machine_memory_bytes() -> int | None:
+    """All memory of the machine, where the system tells it: another program's share of it changes nothing."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class PeakMemory:

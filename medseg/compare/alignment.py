@@ -12,7 +12,7 @@ import pandas as pd
 
 from medseg.compare.methods import Method
 from medseg.errors import DataError
-from medseg.evaluate.pairs import named
+from medseg.evaluate.pairs import counted, named
 
 Floats = npt.NDArray[np.float64]
 
@@ -78,12 +78,12 @@ def align(methods: Sequence[Method]) -> Aligned:
     """
     cases, left_out = _common_cases(methods)
     warnings = _by_text(
-        (name, f"{_counted(names, 'case')} not in all reports, left out: {named(names)}")
+        (name, f"{counted(len(names), 'case')} not in all reports, left out: {named(names)}")
         for name, names in left_out.items()
         if names
     )
     warnings += _by_text(
-        (method.name, f"{_counted(method.failed, 'case')} could not be evaluated, left out: {named(method.failed)}")
+        (method.name, f"{counted(len(method.failed), 'case')} could not be evaluated, left out: {named(method.failed)}")
         for method in methods
         if method.failed
     )
@@ -180,7 +180,7 @@ def _unpredicted(methods: Sequence[Method], tables: Sequence[pd.DataFrame], case
         if absent:
             names = named([case for case in cases if case in absent])
             warnings.append(
-                f"{method.name}: {_counted(list(absent), 'case')} without a prediction: {names}; differences leave "
+                f"{method.name}: {counted(len(absent), 'case')} without a prediction: {names}; differences leave "
                 "them out, ranks count them as worst"
             )
     return warnings
@@ -219,7 +219,7 @@ def _common_labels(methods: Sequence[Method]) -> tuple[dict[str, Label], list[pd
         row = tables[0][tables[0]["key"] == key].iloc[0]
         labels[key] = Label(key if by == "name" else names.get(key, key), str(row["label"]))
     warnings = _by_text(
-        (m.name, f"{_counted(alone, 'label')} not in all reports, left out: {named(alone)}")
+        (m.name, f"{counted(len(alone), 'label')} not in all reports, left out: {named(alone)}")
         for m, keys in zip(methods, of_each)
         if (alone := [names.get(key, key) if by == "label" else key for key in keys if key not in labels])
     )
@@ -262,7 +262,7 @@ def _check_references(methods: Sequence[Method], tables: Sequence[pd.DataFrame])
             raise DataError(
                 f"{other.source}: the references are not those of {one.source}; in case {case}, label {key}, "
                 f"{_size(its_table, (key, case))} found, expected {_size(table, (key, case))}; "
-                f"{_counted(cases, 'case')} differ: {named(cases)}; evaluate both against the same references"
+                f"{counted(len(cases), 'case')} differ: {named(cases)}; evaluate both against the same references"
             )
 
 
@@ -311,7 +311,7 @@ def _groups(methods: Sequence[Method], cases: Sequence[str]) -> tuple[list[str] 
         differing = [case for case, *both in zip(cases, of_cases, _patients(theirs, cases)) if both[0] != both[1]]
         if differing:
             raise DataError(
-                f"{method.source}: other patients than in {first.source} for {_counted(differing, 'case')}: "
+                f"{method.source}: other patients than in {first.source} for {counted(len(differing), 'case')}: "
                 f"{named(differing)}; evaluate both with the same groups"
             )
     silent = ", ".join(method.name for method in methods if not method.groups)
@@ -330,10 +330,6 @@ def _same_source(methods: Sequence[Method]) -> list[str]:
     sources = [method.source.resolve() for method in methods]
     twice = sorted({m.name for m, source in zip(methods, sources) if sources.count(source) > 1})
     return [f"these are one and the same report: {', '.join(twice)}"] if twice else []
-
-
-def _counted(names: Sequence[str], noun: str) -> str:
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
 
 
 def _by_text(told: Iterable[tuple[str, str]]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from medseg.compare.alignment import ALL_LABELS, HIGHER_IS_BETTER, Aligned, Floats, Label
+from medseg.evaluate.pairs import counted
 from medseg.progress import Progress, silent
 from medseg.statistics import (
     CONFIDENCE,
@@ -173,7 +174,7 @@ def sentence(row: Mapping[Any, Any], *, several: str = "", grouped: bool = False
     """What one row of the table says, with its uncertainty. `several`: a word before the measure, such as `mean `."""
     words = METRIC_WORDS[row["metric"]]
     unit, measure = words.split(" ", 1) if row["metric"].endswith(("_mm", "_ml")) else ("", words)
-    over = _counted(row["n_cases"], "case") + (f" of {_counted(row['n'], 'patient')}" if grouped else "")
+    over = counted(row["n_cases"], "case") + (f" of {counted(row['n'], 'patient')}" if grouped else "")
     if not row["n"]:
         return f"{row['a']} and {row['b']} have no case in common that has a {measure}."
     p = p_words(row["p_holm"])
@@ -380,7 +381,3 @@ def _number(value: float | None) -> float:
 
 def _absent(value: Any) -> bool:
     return value is None or value is pd.NA or math.isnan(value)
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"

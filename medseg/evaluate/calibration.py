@@ -12,6 +12,7 @@ from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS
 from medseg.grid import Grid
 from medseg.metrics import Labels, Value
 from medseg.metrics.calibration import Bins, Reliability, reliability
+from medseg.metrics.codes import members
 from medseg.readers import is_picture
 from medseg.readers.probabilities import read_probabilities
 
@@ -49,7 +50,7 @@ def summarise_calibration(found: Reliability | None, labels: Mapping[str, Value]
 
 
 def _members(value: Value) -> frozenset[int]:
-    return frozenset(value if isinstance(value, tuple) else (value,))
+    return frozenset(members(value))
 
 
 def _curve(bins: Bins) -> dict[str, Any]:

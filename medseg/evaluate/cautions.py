@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from medseg.evaluate.pairs import named
+from medseg.evaluate.pairs import counted, named
 from medseg.evaluate.summary import SMALL, Judged
 
 
@@ -26,7 +26,7 @@ def cautions(judged: Judged) -> list[str]:
 def _resampled(judged: Judged) -> list[str]:
     if not judged.resampled:
         return []
-    n = _counted(len(judged.resampled), "prediction")
+    n = counted(len(judged.resampled), "prediction")
     return [f"{n} on another grid, brought to that of the reference (nearest neighbour): {named(judged.resampled)}"]
 
 
@@ -58,7 +58,7 @@ def _infinite(judged: Judged) -> list[str]:
     if infinite.empty:
         return []
     counts = infinite["name"].value_counts(sort=False)
-    words = named([f"{name} in {_counted(n, 'case')}" for name, n in _in_order(counts, list(judged.labels))])
+    words = named([f"{name} in {counted(n, 'case')}" for name, n in _in_order(counts, list(judged.labels))])
     return [
         f"distances are infinite where a label was missed or spurious ({words}): means of distances are those of "
         "the other cases only"
@@ -66,25 +66,14 @@ def _infinite(judged: Judged) -> list[str]:
 
 
 def _small_subgroups(judged: Judged) -> list[str]:
-    if judged.metadata is None:
-        return []
-    cases = pd.Index(judged.found["case"].unique())
-    small = []
-    for column in judged.metadata.columns:
-        values = judged.metadata[column].reindex(cases)
-        for value in values.cat.categories:
-            own = list(cases[(values == value).to_numpy(dtype=bool)])
-            n = judged.n_patients(own)
-            n = len(own) if n is None else n
-            if 0 < n < SMALL:
-                small.append(f"{column} {value} ({n})")
+    sizes = [
+        (f"{column} {value}", judged.n_units(list(rows["case"].unique())))
+        for column, value, _, rows in judged.subgroups()
+    ]
+    small = [f"{name} ({n})" for name, n in sizes if n < SMALL]
     noun = "cases" if judged.groups is None else "patients"
     return [f"subgroups of fewer than {SMALL} {noun} say little: {named(small)}"] if small else []
 
 
 def _in_order(counts: pd.Series[int], names: Sequence[str]) -> list[tuple[str, int]]:
     return [(name, int(counts[name])) for name in names if name in counts.index]
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from medseg.evaluate.pairs import Failure, Maps, Pair, printable, read_maps
 from medseg.metrics import Labels, PairMetrics, Value
 from medseg.metrics.calibration import Reliability
 from medseg.metrics.lesions import LesionMetrics, measure_lesions
+from medseg.process import machine_memory_bytes
 from medseg.readers import read_geometry, read_label
 
 logger = logging.getLogger(__name__)
@@ -81,12 +82,12 @@ def measure_each(pairs: Sequence[Pair], options: EvaluateOptions) -> Iterator[Ca
 def _usual_jobs(pairs: Sequence[Pair]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(cores, MOST_JOBS, len(pairs))
-    if wanted <= 1 or not hasattr(os, "sysconf"):
+    memory = machine_memory_bytes()
+    if wanted <= 1 or memory is None:
         return 1
     voxels = _most_voxels(pairs)
     if voxels < FEW_VOXELS:
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(wanted, int(MEMORY_SHARE * memory / (BYTES_A_VOXEL * voxels))))
 
 
@@ -119,7 +120,7 @@ def _measure(pair: Pair, options: EvaluateOptions) -> CaseResult:
     maps = read_maps(pair.prediction, pair.reference, resample_prediction=options.resample_prediction)
     in_prediction = metrics.present_values(maps.prediction) - {options.ignore_value}
     in_reference = metrics.present_values(maps.reference) - {options.ignore_value}
-    values = sorted(in_prediction | in_reference) if options.labels is None else list(options.labels.values())
+    values = _values(in_prediction | in_reference, options)
     if len(values) > MOST_VALUES and options.labels is None:
         raise DataError(
             f"{pair.prediction}: {len(in_prediction)} values found, {len(in_reference)} in {pair.reference}: this "
@@ -185,13 +186,17 @@ def _calibrated(pair: Pair, maps: Maps, options: EvaluateOptions) -> tuple[Relia
 def _measure_missing(pair: Pair, options: EvaluateOptions) -> CaseResult:
     reference = read_label(pair.reference)
     present = metrics.present_values(reference.array) - {options.ignore_value}
-    values = sorted(present) if options.labels is None else list(options.labels.values())
+    values = _values(present, options)
     spacing = reference.grid.spacing_mm
     rows = {
         value: metrics.missing_prediction(c.reference, spacing_mm=spacing)
         for value, c in metrics.counts(reference.array, reference.array, values).items()
     }
     return CaseResult(pair.case, spacing, True, rows, present, frozenset(), _judged_voxels(reference.array, options))
+
+
+def _values(present: Iterable[int], options: EvaluateOptions) -> list[Value]:
+    return sorted(present) if options.labels is None else list(options.labels.values())
 
 
 def _judged_voxels(reference: Labels, options: EvaluateOptions) -> int:

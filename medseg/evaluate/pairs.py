@@ -141,12 +141,6 @@ def read_maps(prediction: Path, reference: Path, *, resample_prediction: bool = 
     )
 
 
-def read_pair(prediction: Path, reference: Path, *, resample_prediction: bool = False) -> tuple[Labels, Labels, Grid]:
-    """As `read_maps`, without the word whether the prediction was on another grid."""
-    maps = read_maps(prediction, reference, resample_prediction=resample_prediction)
-    return maps.prediction, maps.reference, maps.grid
-
-
 def case_name(name: str) -> str:
     """The case of a file: its name without a known ending, in one spelling of accents, as text that can be written."""
     stem = name.removesuffix(".npz") if name.endswith(".npz") else split_ending(name)[0]
@@ -159,10 +153,15 @@ def printable(text: str) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in _NO_TEXT else c for c in known)
 
 
-def named(names: Sequence[str]) -> str:
+def named(names: Sequence[str], *, most: int = _NAMED_AT_MOST) -> str:
     """The first names, and how many more there are."""
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def counted(n: int, noun: str) -> str:
+    """`1 case`, `2 cases`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _label_maps(folder: Path, cases: Collection[str] = ()) -> dict[str, list[Path]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -74,6 +74,22 @@ class Judged:
         units = None if self.groups is None else [self.patient(case) for case in rows["case"]]
         fields = dataclasses.asdict(summarise(rows[metric].to_numpy(dtype=float), groups=units))
         return {name: list(value) if isinstance(value, tuple) else _strict(value) for name, value in fields.items()}
+
+    def subgroups(self) -> Iterator[tuple[str, str, set[str], pd.DataFrame]]:
+        """Column and value of the metadata, its cases, and the rows of those that have a prediction, if any have."""
+        if self.metadata is None:
+            return
+        for column, values in self.metadata.items():
+            for value in values.cat.categories:
+                cases = set(values.index[values == value])
+                rows = self.found[self.found["case"].isin(cases)]
+                if not rows.empty:
+                    yield str(column), str(value), cases, rows
+
+    def n_units(self, cases: Sequence[str]) -> int:
+        """How many patients `cases` are of, or, where patients are not known, how many cases."""
+        n = self.n_patients(cases)
+        return len(cases) if n is None else n
 
     def n_patients(self, cases: Sequence[str]) -> int | None:
         """How many patients `cases` are of; None where patients are not known."""
@@ -157,34 +173,26 @@ def _volumes(judged: Judged, name: str) -> dict[str, Any] | None:
 
 
 def _subgroups(judged: Judged) -> list[dict[str, Any]]:
-    if judged.metadata is None:
-        return []
     absent = judged.table[judged.table["status"] == "missing_prediction"]
     found = []
-    for column in judged.metadata.columns:
-        values = judged.metadata[column]
-        for value in values.cat.categories:
-            cases = set(values.index[values == value])
-            rows = judged.found[judged.found["case"].isin(cases)]
-            if rows.empty:
-                continue
-            n_absent = absent.loc[absent["case"].isin(cases), "case"].nunique()
-            found.append({"column": str(column), "value": str(value), **_subgroup(judged, rows, n_absent)})
+    for column, value, cases, rows in judged.subgroups():
+        n_absent = absent.loc[absent["case"].isin(cases), "case"].nunique()
+        found.append({"column": column, "value": value, **_subgroup(judged, rows, n_absent)})
     return found
 
 
 def _subgroup(judged: Judged, rows: pd.DataFrame, n_missing_prediction: int) -> dict[str, Any]:
     by_case = _by_case(judged, rows)
-    n_patients = judged.n_patients(list(by_case["case"]))
+    cases = list(by_case["case"])
     labels = {}
     for name in judged.labels:
         own = rows[rows["name"] == name]
         events = {**_events(own), "n_missing_prediction": n_missing_prediction}
         labels[name] = {metric: {**judged.summary(own, metric), **events} for metric in SUBGROUP_METRICS}
     return {
-        "n_cases": len(by_case),
-        "n_groups": n_patients,
-        "small": (len(by_case) if n_patients is None else n_patients) < SMALL,
+        "n_cases": len(cases),
+        "n_groups": judged.n_patients(cases),
+        "small": judged.n_units(cases) < SMALL,
         "foreground": _foreground(judged, by_case),
         "labels": labels,
     }

@@ -103,6 +103,12 @@ def spread(values: Floats, limit: int) -> npt.NDArray[np.intp]:
     return order
 
 
+def scattered(rank: int) -> float:
+    """How high the dot of this rank stands in its strip, as 0–1."""
+    # multiples of the golden ratio spread neighbours apart, the same way every time
+    return (rank * _GOLDEN) % 1
+
+
 def dots_per_label(n_labels: int) -> int:
     """How many dots a label's chart may have on a page with `n_labels` of them."""
     return max(_FEWEST_DOTS, min(MAX_DOTS, MAX_DOTS_OF_ALL // max(n_labels, 1)))
@@ -124,8 +130,7 @@ def strip(
     `values` and `rows` belong together; `rows` are what a script shows for a dot. `text` is what is read aloud.
     """
     chosen = spread(values, limit)
-    # multiples of the golden ratio spread neighbours apart, the same way every time
-    points = [(1000 * scale.place(values[n]), 8 + 28 * ((rank * _GOLDEN) % 1)) for rank, n in enumerate(chosen)]
+    points = [(1000 * scale.place(values[n]), 8 + 28 * scattered(rank)) for rank, n in enumerate(chosen)]
     parts = [_grid_line(x) for x, _ in scale.ticks]
     parts.append(
         f'<svg viewBox="0 0 1000 {_STRIP_HEIGHT}" preserveAspectRatio="none" overflow="visible">'

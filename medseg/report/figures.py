@@ -20,12 +20,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from scipy import ndimage
 
-from medseg.config import COLOURS
 from medseg.evaluate import Evaluation
 from medseg.evaluate.pairs import Pair
 from medseg.metrics import Labels, Value
+from medseg.metrics.codes import members
 from medseg.readers import is_picture
 from medseg.report.layers import Layers, window
+from medseg.report.page import label_marks
 
 Plane = npt.NDArray[Any]
 
@@ -81,11 +82,11 @@ class _Scene:
 
 @dataclass(frozen=True)
 class _Style:
-    """How labels are drawn: their values and colours, numbers where colours repeat, and the grey window."""
+    """How labels are drawn: their values and colours, what stands in them where colours repeat, and the grey window."""
 
     labels: Mapping[str, Value]
     colours: Mapping[str, str]
-    numbers: bool
+    marks: Mapping[str, str]
     window: tuple[float, float]
 
 
@@ -93,7 +94,7 @@ def contour_pictures(layers: Layers, pair: Pair, evaluation: Evaluation) -> tupl
     """Outlines of reference and prediction where they differ most: three planes of a volume, one picture in 2D."""
     labels = evaluation.labels
     grey = (0.0, 1.0) if layers.image is None else window(layers.image, layers.outlined)
-    style = _Style(labels, evaluation.colours, len(labels) > len(COLOURS), grey)
+    style = _Style(labels, evaluation.colours, label_marks(evaluation), grey)
     scenes = _planes(layers, is_picture(pair.reference)) if layers.grid.spatial_dims == 2 else _cuts(layers)
     return tuple(
         Picture(
@@ -151,9 +152,9 @@ def _draw(scene: _Scene, style: _Style) -> str:
     window = _window(scene)
     present = set(np.unique(scene.reference)) | set(np.unique(scene.prediction))
     regions = {
-        name: [np.isin(plane, _members(value)) for plane in (scene.reference, scene.prediction)]
+        name: [np.isin(plane, members(value)) for plane in (scene.reference, scene.prediction)]
         for name, value in style.labels.items()
-        if present.intersection(_members(value))
+        if present.intersection(members(value))
     }
     # large ones below: a region must not hide what it is made of
     order = sorted(regions, key=lambda name: -sum(int(plane.sum()) for plane in regions[name]))
@@ -162,9 +163,9 @@ def _draw(scene: _Scene, style: _Style) -> str:
     for which, colour, width in ((0, _CASING, 4.8), (1, _CASING, 3.3), (0, "#ffffff", 3.2), (1, "", 1.7)):
         for name in order:
             _outline(figure, regions[name][which], scene, window, colour or style.colours[name], width)
-    if style.numbers:
-        for name in order:
-            _number(figure, regions[name], scene, window, "+".join(map(str, _members(style.labels[name]))))
+    for name in order:
+        if style.marks[name]:
+            _number(figure, regions[name], scene, window, style.marks[name])
     for letter, at in zip(scene.letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.965), (0.5, 0.035))):
         _write(figure, letter, at, size=14)
     _scale(figure, window.side, scene.unit)
@@ -228,8 +229,8 @@ def _palette(style: _Style, top: int) -> npt.NDArray[np.float32]:
     """RGB, 0–255, of each value up to `top`."""
     colours = np.zeros((top + 1, 3), np.float32)
     # of several regions that hold a value the smallest one gives the colour
-    for name in sorted(style.labels, key=lambda name: -len(_members(style.labels[name]))):
-        for value in _members(style.labels[name]):
+    for name in sorted(style.labels, key=lambda name: -len(members(style.labels[name]))):
+        for value in members(style.labels[name]):
             if value <= top:
                 colours[value] = 255 * np.asarray(to_rgb(style.colours[name]))
     return colours
@@ -294,10 +295,6 @@ def _scale(figure: Figure, whole: float, unit: str) -> None:
 
 def _write(figure: Figure, text: str, at: tuple[float, float], *, size: float) -> None:
     figure.text(*at, text, color="white", fontsize=size, ha="center", va="center", path_effects=_TEXT_CASING)
-
-
-def _members(value: Value) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _jpeg(figure: Figure, ground: npt.NDArray[np.uint8]) -> str:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from medseg.config import COLOURS
 from medseg.evaluate import Evaluation, Pair
 from medseg.evaluate.pairs import case_name, printable
 from medseg.readers import is_picture
 from medseg.report.charts import reliability
 from medseg.report.figures import PICTURE_PIXELS, Picture
-from medseg.report.page import STATUS_NAMES, digits, environment, fixed
+from medseg.report.page import STATUS_NAMES, digits, environment, fixed, label_marks
 from medseg.report.panels import METRIC_NAMES, MIN_BOX, make_panels, make_volume_plots
 from medseg.report.scene import prepare_viewer
 from medseg.report.worst import WorstCase, read_worst
 
-__all__ = ["STATUS_NAMES", "fixed", "render"]
+__all__ = ["STATUS_NAMES", "fixed", "label_marks", "render"]
 
 # pages above 15 MB take long to open from a mail; pictures of the least bad cases are left out first
 MAX_PICTURE_BYTES = 4_000_000
@@ -118,22 +117,11 @@ def render(evaluation: Evaluation, worst: Sequence[WorstCase] | None = None) -> 
     )
 
 
-def label_marks(evaluation: Evaluation) -> dict[str, str]:
-    """What tells labels apart beside the colour: their values, where there are more labels than colours; else ''."""
-    repeated = len(evaluation.labels) > len(COLOURS)
-    return {name: value_text(value) if repeated else "" for name, value in evaluation.labels.items()}
-
-
-def value_text(value: int | tuple[int, ...]) -> str:
-    """A label's value, or those of a region: `3`, `1+2`."""
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def left_out(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Failed cases with the reason, which does not name the file again where it is called as the case."""
-    found = []
+    found, short = [], folder_remover(evaluation.pairs.values())
     for failure in evaluation.failures:
-        start, colon, rest = without_folders(failure.reason, evaluation.pairs.values()).partition(": ")
+        start, colon, rest = short(failure.reason).partition(": ")
         named = colon and "/" not in start and case_name(start) == failure.case
         found.append((failure.case, rest if named else start + colon + rest))
     return found
@@ -141,18 +129,23 @@ def left_out(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 def notes(evaluation: Evaluation) -> list[str]:
     """What is worth knowing before the numbers are read, as sentences."""
-    warnings = [without_folders(warning, evaluation.pairs.values()) for warning in evaluation.summary["warnings"]]
+    warnings = map(folder_remover(evaluation.pairs.values()), evaluation.summary["warnings"])
     return [*(warning[:1].upper() + warning[1:] for warning in warnings), *reach(evaluation.summary)]
 
 
 def without_folders(text: str, pairs: Iterable[Pair]) -> str:
     """`text` with file names for the paths of `pairs`: folders of a machine tell a reader nothing, or too much."""
+    return folder_remover(pairs)(text)
+
+
+def folder_remover(pairs: Iterable[Pair]) -> Callable[[str], str]:
+    """`without_folders` for many texts: the paths of `pairs` are gone through once."""
     paths = [path for p in pairs for path in (p.prediction, p.reference, p.image, p.probabilities) if path is not None]
     # names that are no text stand in a reason as their bytes
     folders = {form(str(path.parent)) for path in paths for form in (str, printable)} - {".", "/"}
-    for folder in sorted(folders, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w/.-]){re.escape(folder)}/", "", text)
-    return text
+    any_of = "|".join(map(re.escape, sorted(folders, key=len, reverse=True)))
+    known = re.compile(rf"(?<![\w/.-])(?:{any_of})/")
+    return lambda text: known.sub("", text) if folders else text
 
 
 def reach(summary: Mapping[str, Any]) -> list[str]:
@@ -255,15 +248,16 @@ def _numbers(values: pd.Series[float], metric: str) -> list[float | str | None]:
 
 def _case_views(evaluation: Evaluation, worst: Sequence[WorstCase]) -> list[CaseView]:
     views, size = [], 0
+    short = folder_remover(evaluation.pairs.values())
     for case in worst:
         size += sum(len(picture.data_uri) for picture in case.pictures)
         if size > MAX_PICTURE_BYTES:
             break
-        views.append(_case_view(evaluation, case))
+        views.append(_case_view(evaluation, case, short(case.reason)))
     return views
 
 
-def _case_view(evaluation: Evaluation, case: WorstCase) -> CaseView:
+def _case_view(evaluation: Evaluation, case: WorstCase, reason: str) -> CaseView:
     rows = evaluation.table[(evaluation.table["case"] == case.name) & (evaluation.table["status"] != "both_empty")]
     if len(rows) > MAX_CASE_LABELS:
         rows = rows.sort_values("dice", kind="stable")
@@ -272,5 +266,4 @@ def _case_view(evaluation: Evaluation, case: WorstCase) -> CaseView:
         (name, evaluation.colours[name], value, status)
         for name, value, status in zip(shown["name"], shown["dice"], shown["status"])
     ]
-    reason = without_folders(case.reason, evaluation.pairs.values())
     return CaseView(case.name, case.dice, labels, len(rows) - len(shown), case.pictures, reason)

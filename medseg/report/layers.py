@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medseg.errors import DataError
 from medseg.evaluate import Evaluation
-from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_pair
+from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_maps
 from medseg.grid import Grid
 from medseg.metrics import Labels, judged
 from medseg.readers import is_picture, read_image
@@ -59,12 +59,11 @@ def read_layers(pair: Pair, evaluation: Evaluation) -> Layers:
     if pair.prediction is None:
         raise DataError(f"{pair.reference}: no prediction of this case, so there is nothing to show")
     options = evaluation.options
-    prediction, reference, grid = read_pair(
-        pair.prediction, pair.reference, resample_prediction=options.resample_prediction
-    )
-    maps = judged(prediction, reference, list(evaluation.labels.values()), ignore_value=options.ignore_value)
-    image = _image(pair, grid)
-    order, flips, upright = _standing(grid)
+    read = read_maps(pair.prediction, pair.reference, resample_prediction=options.resample_prediction)
+    values = list(evaluation.labels.values())
+    maps = judged(read.prediction, read.reference, values, ignore_value=options.ignore_value)
+    image = _image(pair, read.grid)
+    order, flips, upright = _standing(read.grid)
     turned = [layer.transpose(order)[flips] for layer in (*maps, *([] if image is None else [image]))]
     return Layers(turned[0], turned[1], turned[2] if len(turned) > 2 else None, upright)
 

@@ -11,6 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from medseg.config import COLOURS
+from medseg.evaluate import Evaluation
+
 STATUS_NAMES = {
     "ok": "ok",
     "both_empty": "both empty",
@@ -41,6 +44,17 @@ def environment() -> Environment:
         moment=moment,
     )
     return made
+
+
+def label_marks(evaluation: Evaluation) -> dict[str, str]:
+    """What tells labels apart beside the colour: their values, where there are more labels than colours; else ''."""
+    repeated = len(evaluation.labels) > len(COLOURS)
+    return {name: value_text(value) if repeated else "" for name, value in evaluation.labels.items()}
+
+
+def value_text(value: int | tuple[int, ...]) -> str:
+    """A label's value, or those of a region: `3`, `1+2`."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def breakable(text: str) -> Markup:

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.image import imread
 
-from medseg.config import COLOURS
 from medseg.evaluate import Evaluation
+from medseg.evaluate.pairs import counted, named
 from medseg.readers import is_picture
-from medseg.report.charts import Axis, axis, share_axis, spread
-from medseg.report.html import TERM_NAMES, left_out, notes, value_text, without_folders
-from medseg.report.page import STATUS_NAMES, fixed, in_words, moment, signed
+from medseg.report.charts import Axis, axis, scattered, share_axis, spread
+from medseg.report.html import TERM_NAMES, folder_remover, left_out, notes
+from medseg.report.page import STATUS_NAMES, fixed, in_words, label_marks, moment, signed
 from medseg.report.paper import (
     INK,
     LEFT,
@@ -41,7 +41,6 @@ MAX_NAMED = 12
 MAX_CASE_LABELS = 6
 _MIN_BOX = 5
 _MAX_DOTS = 300
-_GOLDEN = 0.6180339887
 _ROW = 0.25
 _Row = TypeVar("_Row")
 _MARK = 0.3
@@ -90,8 +89,8 @@ def _summary(paper: Paper, evaluation: Evaluation) -> None:
     paper.begin()
     paper.text(LEFT, paper.y + 0.12, TITLE, size=20, bold=True)
     whose = "its reference" if summary["n_cases"] == 1 else "their references"
-    said = f"{_plural(summary['n_cases'], 'case')} compared with {whose}, "
-    said += f"{_plural(len(evaluation.labels), 'label')} · {summary['created'][:10]}"
+    said = f"{counted(summary['n_cases'], 'case')} compared with {whose}, "
+    said += f"{counted(len(evaluation.labels), 'label')} · {summary['created'][:10]}"
     paper.text(LEFT, paper.y + 0.47, said, size=9.5, colour=QUIET)
     paper.y += 0.75
     _facts(paper, evaluation)
@@ -112,7 +111,7 @@ def _facts(paper: Paper, evaluation: Evaluation) -> None:
         ("Mean Dice over labels and cases", fixed(dice["mean"]), interval),
         ("Missed", str(int((status == "missed").sum())), f"of {n_expected} expected"),
         ("Spurious", str(int((status == "spurious").sum())), "in the prediction only"),
-        ("Not evaluated", str(left_out), f"of {_plural(summary['n_cases'] + left_out, 'case')}"),
+        ("Not evaluated", str(left_out), f"of {counted(summary['n_cases'] + left_out, 'case')}"),
     ]
     widths = [2.3, 1.45, 1.55, 1.47]
     x = LEFT
@@ -131,14 +130,14 @@ def _notices(paper: Paper, evaluation: Evaluation) -> None:
     summary, failed = evaluation.summary, left_out(evaluation)
     n_all = summary["n_cases"] + summary["n_failed"] + summary["n_missing_prediction"]
     if summary["n_cases"] < n_all:
-        title = f"{n_all - summary['n_cases']} of {_plural(n_all, 'case')} in none of these numbers"
+        title = f"{n_all - summary['n_cases']} of {counted(n_all, 'case')} in none of these numbers"
         _heading(paper, title, colour=WARNING)
     for case, reason in failed[:MAX_NAMED]:
         paper.paragraph(f"• {case}: {reason}", size=8.5)
     if len(failed) > MAX_NAMED:
         paper.paragraph(f"and {len(failed) - MAX_NAMED} more; summary.json names them all", size=8.5)
     if summary["missing_predictions"]:
-        paper.paragraph(f"• Without a prediction: {_some(summary['missing_predictions'])}", size=8.5)
+        paper.paragraph(f"• Without a prediction: {named(summary['missing_predictions'], most=MAX_NAMED)}", size=8.5)
     said = notes(evaluation)
     if said:
         _heading(paper, "Worth knowing")
@@ -204,12 +203,11 @@ def _distributions(paper: Paper, evaluation: Evaluation) -> None:
             x = start + share * (RIGHT - start)
             paper.rule(x, paper.y + 0.03, x, paper.y + height - 0.03)
         values = table.loc[table["name"] == name, "dice"].to_numpy(dtype=float)
-        # multiples of the golden ratio spread neighbours apart, the same way every time
         paper.dots(
             [
                 (
                     start + scale.place(values[n]) * (RIGHT - start),
-                    paper.y + 0.1 + (height - 0.2) * ((rank * _GOLDEN) % 1),
+                    paper.y + 0.1 + (height - 0.2) * scattered(rank),
                 )
                 for rank, n in enumerate(spread(values, _MAX_DOTS))
             ]
@@ -269,7 +267,7 @@ def _agreement(
     across, up = axis(means), axis(shown, low=min(shown) - 0.05 * float(np.ptp(shown)))
     _label_name(paper, evaluation, name, y + 0.1, width=width - 0.2, x=x)
     between = f"{signed(limits['low_ml'])} to {signed(limits['high_ml'])} ml"
-    said = f"mean {signed(limits['bias_ml'])} ml, limits {between}, {_plural(limits['n'], 'case')}"
+    said = f"mean {signed(limits['bias_ml'])} ml, limits {between}, {counted(limits['n'], 'case')}"
     paper.text(x, y + 0.3, said, size=7.5, colour=QUIET, width=width)
     left, right, top, bottom = x + 0.48, x + width, y + 0.45, y + height - 0.38
 
@@ -374,6 +372,7 @@ def _worst_cases(paper: Paper, evaluation: Evaluation, worst: Sequence[WorstCase
     said = "Lowest mean Dice first. White line: reference; coloured line: prediction; tinted: where they differ. "
     said += "Of a volume, the slices with the most wrong voxels; R, A and S: the patient's right, front and top."
     paper.paragraph(said, size=8, colour=QUIET)
+    short = folder_remover(evaluation.pairs.values())
     for case in worst:
         paper.y += 0.15
         paper.room(0.55 + (side + 0.25 if case.pictures else 0.2))
@@ -387,8 +386,7 @@ def _worst_cases(paper: Paper, evaluation: Evaluation, worst: Sequence[WorstCase
         if case.pictures:
             paper.y += side + 0.22
         if case.reason:
-            reason = without_folders(case.reason, evaluation.pairs.values())
-            paper.paragraph(f"No picture: {reason}", size=8, colour=QUIET)
+            paper.paragraph(f"No picture: {short(case.reason)}", size=8, colour=QUIET)
 
 
 def _case_labels(paper: Paper, evaluation: Evaluation, case: str) -> None:
@@ -441,21 +439,13 @@ def _heading(paper: Paper, words: str, *, colour: str = INK, room: float = 0.4) 
 def _label_name(paper: Paper, evaluation: Evaluation, name: str, y: float, *, width: float, x: float = LEFT) -> None:
     paper.box(x, y - 0.05, 0.1, 0.1, fill=evaluation.colours[name], edge=QUIET)
     left = x + 0.17
-    if len(evaluation.labels) > len(COLOURS):
+    mark = label_marks(evaluation)[name]
+    if mark:
         # apart from the name: one that is written from right to left would turn both around
-        paper.text(left, y, value_text(evaluation.labels[name]), size=7.5, colour=QUIET, width=_MARK - 0.05)
+        paper.text(left, y, mark, size=7.5, colour=QUIET, width=_MARK - 0.05)
         left += _MARK
     paper.text(left, y, name, size=8.5, width=x + width - left)
 
 
 def _interval(measure: Mapping[str, Any]) -> str:
     return "–" if measure["ci95"] is None else f"{fixed(measure['ci95'][0])}–{fixed(measure['ci95'][1])}"
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

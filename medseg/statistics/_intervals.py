@@ -40,10 +40,9 @@ def mean_intervals(
 
     `lists`: values and the unit of each. BCa (Efron 1987), or the percentile interval where BCa is not defined, both
     widened for few units as Student's t is (the expanded percentile interval of Hesterberg 2015, "What Teachers Should
-    Know About the Bootstrap"); None below `MINIMUM_UNITS` units. Of normal values it covers the mean 76, 88, 93, 94, 95
-    and 95 times in 100 at 3, 4, 5, 8, 20 and 60 units (no resample leaves the range of three or four), of lognormal
-    ones 63, 77, 82, 85, 90 and 92 times. Lists with as many units see the same draws: all at once takes a fraction of
-    the time.
+    Know About the Bootstrap"); None below `MINIMUM_UNITS` units. How often it covers the mean is measured by
+    `tests/benchmarks/intervals.py`: three or four units are too few for 95 %, no resample leaves their range. Lists
+    with as many units see the same draws: all at once takes a fraction of the time.
     """
     intervals: list[tuple[float, float] | None] = []
     drawn: list[tuple[int, Floats]] = []

@@ -25,10 +25,10 @@ from torch.nn import functional
 
 from medseg.config import DataConfig, PostprocessConfig, PreprocessConfig
 from medseg.datasets import read_dataset
-from medseg.device import peak_memory_mb
 from medseg.patches import cut
 from medseg.postprocess import refine
 from medseg.preprocess import prepare
+from medseg.process import peak_memory_mb
 from medseg.versions import versions
 
 SHAPES = {2: (256, 256), 3: (96, 96, 96)}

@@ -34,8 +34,8 @@ from machine import processor
 from scipy import ndimage
 from torch.nn import functional
 
-from medseg.device import peak_memory_mb
 from medseg.grid import Grid
+from medseg.process import peak_memory_mb
 from medseg.readers import Geometry, nifti
 from medseg.versions import versions
 from medseg.writers import nifti as nifti_writer
