@@ -114,39 +114,68 @@ class InstanceNorm(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, *spatial) of at least two voxels → the same shape, mean `bias` and SD `weight` over space."""
         if _keeps_channels_last(maps):
-            return _ChannelsLastNorm.apply(maps, self.weight, self.bias, self.EPSILON)  # type: ignore[no-any-return,no-untyped-call]
+            return self.rectified(maps, None)
         return functional.instance_norm(maps, weight=self.weight, bias=self.bias, eps=self.EPSILON)
+
+    def rectified(self, maps: Tensor, leak: float | None) -> Tensor:
+        """The norm of channels-last `maps` and, unless `leak` is None, a rectifier of that slope below zero."""
+        return _ChannelsLastNorm.apply(maps, self.weight, self.bias, self.EPSILON, leak)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def norm_act(norm: nn.Module, act: nn.Module, maps: Tensor) -> Tensor:
+    """`act(norm(maps))`: where a CPU trains in one go for each image, while it is in the processor's cache."""
+    rectifies = isinstance(act, nn.LeakyReLU | nn.ReLU)
+    if isinstance(norm, InstanceNorm) and rectifies and maps.requires_grad and _keeps_channels_last(maps):
+        return norm.rectified(maps, act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0)
+    return act(norm(maps))  # type: ignore[no-any-return]
+
+
+class Chain(nn.Sequential):
+    """Layers in turn, each norm together with the rectifier after it."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, *spatial) through all layers."""
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            maps = norm_act(layer, layers.pop(0), maps) if isinstance(layer, InstanceNorm) else layer(maps)
+        return maps
 
 
 class _ChannelsLastNorm(torch.autograd.Function):
     """Instance norm as batch norm of one image at a time, each written to its place: nothing is copied or reordered."""
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, epsilon: float, leak: float | None) -> Tensor:
         out = torch.empty_like(maps)
         batch, channels = maps.shape[:2]
         means, inverse_sds = weight.new_empty(batch, channels), weight.new_empty(batch, channels)
         for n in range(batch):
             places = out[n : n + 1], means[n], inverse_sds[n]
             torch.native_batch_norm(maps[n : n + 1], weight, bias, None, None, True, 0.0, epsilon, out=places)
-        ctx.save_for_backward(maps, weight, means, inverse_sds)
-        ctx.epsilon = epsilon
+            if leak is not None:
+                functional.leaky_relu_(out[n : n + 1], leak)
+        # a rectifier's own output tells where it let through
+        ctx.save_for_backward(maps, weight, means, inverse_sds, None if leak is None else out)
+        ctx.epsilon, ctx.leak = epsilon, leak
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        maps, weight, means, inverse_sds = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        maps, weight, means, inverse_sds, out = ctx.saved_tensors
         of_maps = torch.empty_like(maps)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
         for n in range(len(maps)):
-            image, mean, inverse_sd = maps[n : n + 1], means[n], inverse_sds[n]
+            towards, image, mean, inverse_sd = gradient[n : n + 1], maps[n : n + 1], means[n], inverse_sds[n]
+            if out is not None:
+                towards = torch.ops.aten.leaky_relu_backward(towards, out[n : n + 1], ctx.leak, True)
             found = torch.ops.aten.native_batch_norm_backward(
-                gradient[n : n + 1], image, weight, None, None, mean, inverse_sd, True, ctx.epsilon, [True] * 3
+                towards, image, weight, None, None, mean, inverse_sd, True, ctx.epsilon, [True] * 3
             )
             of_maps[n : n + 1] = found[0]
             of_weight += found[1]
             of_bias += found[2]
-        return of_maps, of_weight, of_bias, None
+        return of_maps, of_weight, of_bias, None, None
 
 
 def _keeps_channels_last(maps: Tensor) -> bool:
@@ -198,7 +227,7 @@ def conv_norm_act(
         ]
         kernel, stride, dilation = 1, 1, 1
     layers.append(make_conv(dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation, bias=bias))
-    return nn.Sequential(*layers, make_norm(style, out_channels), style.rectifier())
+    return Chain(*layers, make_norm(style, out_channels), style.rectifier())
 
 
 def make_classifier(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
@@ -263,12 +292,48 @@ def enlarge(maps: Tensor, strides: Axes, shape: Axes) -> Tensor:
     """
     if max(strides) == 1:
         return maps
+    if maps.requires_grad and maps.device.type == "cpu" and not (_is_tracing() or torch.compiler.is_compiling()):
+        for axis in reversed(range(len(strides))):
+            maps = _Stretch.apply(maps, axis, strides[axis])  # type: ignore[no-untyped-call]
+            maps = maps.narrow(axis + 2, 0, shape[axis])
+        return maps
     for axis, stride in enumerate(strides, start=2):
         if stride > 1:
             maps = torch.cat((maps, maps.narrow(axis, maps.shape[axis] - 1, 1)), dim=axis)
     size = [(n - 1) * s + 1 for n, s in zip(maps.shape[2:], strides)]
     mode = INTERPOLATION[len(strides)]
     return crop(functional.interpolate(maps, size=size, mode=mode, align_corners=True), shape)
+
+
+class _Stretch(torch.autograd.Function):
+    """Linear interpolation along one axis as sums of shifted maps: torch's own gradient is many times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, axis: int, stride: int) -> Tensor:
+        ctx.axis, ctx.stride = axis + 1, stride
+        inner = maps.movedim(1, -1)
+        n = inner.shape[axis + 1]
+        out = inner.new_empty(*inner.shape[: axis + 2], stride, *inner.shape[axis + 2 :])
+        out.select(axis + 2, 0).copy_(inner)
+        here, there = inner.narrow(axis + 1, 0, n - 1), inner.narrow(axis + 1, 1, n - 1)
+        for step in range(1, stride):
+            places = out.select(axis + 2, step)
+            torch.lerp(here, there, step / stride, out=places.narrow(axis + 1, 0, n - 1))
+            places.select(axis + 1, n - 1).copy_(inner.select(axis + 1, n - 1))
+        return out.flatten(axis + 1, axis + 2).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        axis, stride = ctx.axis, ctx.stride
+        inner = gradient.movedim(1, -1).unflatten(axis, (-1, stride))  # type: ignore[no-untyped-call]
+        n = inner.shape[axis]
+        found = inner.select(axis + 1, 0).to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        for step in range(1, stride):
+            part = inner.select(axis + 1, step)
+            found.add_(part, alpha=1 - step / stride)
+            found.narrow(axis, 1, n - 1).add_(part.narrow(axis, 0, n - 1), alpha=step / stride)
+            found.select(axis, n - 1).add_(part.select(axis, n - 1), alpha=step / stride)
+        return found.to(gradient.dtype).movedim(-1, 1), None, None
 
 
 def shuffle_pixels(maps: Tensor, factors: Axes) -> Tensor:
@@ -281,14 +346,17 @@ def shuffle_pixels(maps: Tensor, factors: Axes) -> Tensor:
 
 
 def gather_pixels(maps: Tensor, factors: Axes) -> Tensor:
-    """(B, C, *spatial) → (B, C·∏factors, *ceil(spatial / factors)): undoes `shuffle_pixels`; 0 beyond the end."""
+    """(B, C, *spatial) → (B, C·∏factors, *ceil(spatial / factors)): undoes `shuffle_pixels`; 0 beyond the end.
+
+    In channels-last memory, as are the maps that it joins.
+    """
     dims = len(factors)
     maps = pad_to(maps, factors)
     batch, channels = maps.shape[:2]
     coarse = [n // f for n, f in zip(maps.shape[2:], factors)]
     split = maps.reshape(batch, channels, *(n for pair in zip(coarse, factors) for n in pair))
-    order = [*(3 + 2 * n for n in range(dims)), *(2 + 2 * n for n in range(dims))]
-    return split.permute(0, 1, *order).reshape(batch, channels * prod(factors), *coarse)
+    order = [*(2 + 2 * n for n in range(dims)), 1, *(3 + 2 * n for n in range(dims))]
+    return split.permute(0, *order).reshape(batch, *coarse, channels * prod(factors)).movedim(-1, 1)
 
 
 def pad_to(maps: Tensor, multiples: Axes) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, Rate, Style, conv_norm_act, make_conv, make_norm, per_axis
+from medseg.networks._blocks import Axes, Rate, Style, conv_norm_act, make_conv, make_norm, norm_act, per_axis
 from medseg.networks._encoder import Encoder, Stage, plan_stages
 
 QUIET = 0.1
@@ -66,7 +66,7 @@ class BasicBlock(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, in_channels, *n) → (B, planes, *ceil(n / stride))."""
         shortcut = maps if self.downsample is None else self.downsample(maps)
-        inner = self.act(self.bn1(self.conv1(maps)))
+        inner = norm_act(self.bn1, self.act, self.conv1(maps))
         return self.act(self.bn2(self.conv2(inner)) + shortcut)  # type: ignore[no-any-return]
 
 
@@ -92,8 +92,8 @@ class Bottleneck(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, in_channels, *n) → (B, 4·planes, *ceil(n / stride))."""
         shortcut = maps if self.downsample is None else self.downsample(maps)
-        inner = self.act(self.bn1(self.conv1(maps)))
-        inner = self.act(self.bn2(self.conv2(inner)))
+        inner = norm_act(self.bn1, self.act, self.conv1(maps))
+        inner = norm_act(self.bn2, self.act, self.conv2(inner))
         return self.act(self.bn3(self.conv3(inner)) + shortcut)  # type: ignore[no-any-return]
 
 
