@@ -1,18 +1,18 @@
-"""What a data set is like, and the configuration that follows from it, each choice with its reason; no training."""
+"""The configuration that follows from what a data set is like, each choice with its reason; no training."""
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg.body import is_ct
-from medseg.cases import Case, Dataset
+from medseg.cases import Dataset
 from medseg.config import (
     AugmentConfig,
     Config,
@@ -24,41 +24,37 @@ from medseg.config import (
     WindowsConfig,
     make_data_config,
 )
+from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
+from medseg.fingerprint import Fingerprint
 from medseg.networks import build_bare, can_be_thinned, check_patch, default_config, fit_to_patch, halvings
 from medseg.networks.receptive import count, fit_width
-from medseg.progress import Progress, silent
-from medseg.readers import is_picture, read_geometry, read_images, read_label
 
 log = logging.getLogger(__name__)
 
-# above this many cases an even selection is measured: medians have settled long before
-MAX_MEASURED = 100
 ANISOTROPIC = 3.0
 PICTURE_SIDE = {"cpu": 256, "cuda": 512}
 # voxels of a patch that give a training step of about 0.3 s (two cores) or fill a large GPU well
-VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 96**3, ("cpu", 2): 256**2, ("cuda", 2): 512**2}
+VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 128**3, ("cpu", 2): 256**2, ("cuda", 2): 512**2}
+# patches in a batch, fewer where they are large; and voxels of a step on a GPU, where those of a batch are one piece
+BATCH, LEAST_BATCH = {3: 4, 2: 6}, 2
+STEP_VOXELS = {3: 2 * 128**3, 2: 6 * 512**2}
+# bytes that the usual network keeps of a voxel for the way back, in float32; bf16 takes less, the rest is for what
+# comes and goes
+BYTES_A_VOXEL = {3: 550, 2: 700}
+# lowest number of an image in Hounsfield units with air in it, which has −1000; some scanners pad with up to −3024
+AIR = -3100.0, -900.0
+# below this share of the image labels are like points: a patch cut anywhere hardly ever has one
+RARE = 0.001
+# and then no more than this share of the batches shall be without any label
+LABELLESS = 0.05
+# voxels: what is smaller is gone with a shift of one
+SMALLEST = 2.0
 # a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
 SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)", re.IGNORECASE)
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # what is given of a network and decides how the rest of it is planned
 SHAPING = {"encoder", "channels"}
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What was measured. Shapes and spacings of 3D images are in right-anterior-superior order of the axes."""
-
-    spatial_dims: int
-    pictures: bool
-    cases: int
-    shapes: tuple[tuple[int, ...], ...]
-    spacings_mm: tuple[tuple[float, ...], ...]
-    label_values: tuple[int, ...]
-    foreground: tuple[dict[str, float], ...]
-    """For each channel: mean, sd and the 0.5 and 99.5 percentiles (p005, p995) inside the labels."""
-    nonzero_share: float
-    """Median share of voxels that are not 0 in the first channel."""
 
 
 @dataclass(frozen=True)
@@ -69,56 +65,18 @@ class Plan:
     reasons: dict[str, str]
 
 
-def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
-    """Read the data set (up to 100 cases, spread evenly) and describe it. Raises `DataError` naming a bad file."""
-    labelled = [c for c in dataset.cases if c.label is not None]
-    if not labelled:
-        raise DataError(f"{dataset.path}: no case with a label found; run `medseg check`")
-    chosen = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, MAX_MEASURED).round().astype(int))]
-    dims = _spatial_dims(chosen)
-    channels = max(1, len(dataset.channels))
-    shapes, spacings, nonzero = [], [], []
-    values: set[int] = set()
-    samples: list[list[np.ndarray]] = [[] for _ in range(channels)]
-    for n, case in enumerate(chosen):
-        progress("measure", n, len(chosen), case.id)
-        image = read_images(case.images, spatial_dims=dims, channels=channels)
-        array = image.array
-        label = read_label(_labelled(case), spatial_dims=dims)
-        order = _axis_order(image.grid.affine, dims)
-        shapes.append(tuple(array.shape[1:][a] for a in order))
-        spacings.append(tuple(image.grid.spacing_mm[a] for a in order))
-        values.update(int(v) for v in np.unique(label.array))
-        nonzero.append(float((array[0] != 0).mean()))
-        if label.array.shape != array.shape[1:]:
-            raise DataError(
-                f"{case.label}: shape {label.array.shape} found, image has {array.shape[1:]}; run `medseg check`"
-            )
-        inside = label.array > 0
-        for channel, found in zip(array, samples):
-            voxels = channel[inside].astype(np.float64)
-            found.append(voxels[:: max(1, len(voxels) // 5000)])
-    return Fingerprint(
-        spatial_dims=dims,
-        pictures=is_picture(chosen[0].images[0]),
-        cases=len(labelled),
-        shapes=tuple(shapes),
-        spacings_mm=tuple(spacings),
-        label_values=tuple(sorted(values)),
-        foreground=tuple(_statistics(np.concatenate(s)) for s in samples),
-        nonzero_share=float(np.median(nonzero)),
-    )
-
-
 def make_plan(
     dataset: Dataset,
     fingerprint: Fingerprint,
     *,
     device: str = "cpu",
+    memory_bytes: float | None = None,
     network: dict[str, Any] | None = None,
     published: bool = False,
 ) -> Plan:
     """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch.
+
+    So do `memory_bytes`, those that are free on a GPU; None: enough.
 
     `network` is what is given of that section: where it names another network than the usual one or another encoder,
     that is planned. `published`: with the norm, width and encoder of the paper, as weights from elsewhere need them.
@@ -126,9 +84,12 @@ def make_plan(
     reasons: dict[str, str] = {}
     data = _data(dataset, fingerprint, reasons)
     preprocess, shape = _preprocess(fingerprint, data, device, reasons)
-    spacing = preprocess.spacing_mm or (1.0,) * fingerprint.spatial_dims
-    windows, batch = _windows(fingerprint, shape, spacing, device, reasons)
-    chosen = _network(fingerprint, preprocess, windows, reasons)
+    sizes = _sizes(fingerprint, data, preprocess)
+    _tell_small(sizes, reasons)
+    usual = _usual(fingerprint, sizes)
+    bounds = _bounds(fingerprint, data, usual, device, memory_bytes)
+    windows, batch = _windows(shape, preprocess, bounds, device, reasons)
+    chosen = _network(usual, preprocess, windows, sizes, reasons)
     if network and (network.get("name", chosen.name) != chosen.name or SHAPING & set(network)):
         chosen = _other_network(network, chosen, data, preprocess, windows, device, reasons, published=published)
     config = Config(
@@ -136,7 +97,7 @@ def make_plan(
         preprocess=preprocess,
         network=chosen,
         augment=_augment(dataset, fingerprint, data, reasons),
-        train=_train(fingerprint, batch, reasons),
+        train=_train(fingerprint, batch, _chance(shape, windows), reasons),
         windows=windows,
     )
     return Plan(config, reasons)
@@ -160,13 +121,24 @@ def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -
         reasons["data.labels"] = "as the data set says"
     if len(labels) < 2:
         raise DataError(f"{dataset.path}: label files hold the background 0 only, expected at least one label")
+    channels = dataset.channels or ("image",)
+    if channels == ("image",) and _is_hounsfield(fingerprint):
+        channels = ("CT",)
+        reasons["data.channels"] = (
+            f"has no name, but begins at {fingerprint.lowest[0]:g} (median of the cases) as Hounsfield units do"
+        )
     return make_data_config(
         spatial_dims=fingerprint.spatial_dims,
-        channels=dataset.channels or ("image",),
+        channels=channels,
         labels=labels,
         region_values=dataset.region_values,
         source=str(dataset.path),
     )
+
+
+def _is_hounsfield(fingerprint: Fingerprint) -> bool:
+    volumes = fingerprint.spatial_dims == 3 and not fingerprint.pictures
+    return volumes and len(fingerprint.lowest) == 1 and AIR[0] <= fingerprint.lowest[0] <= AIR[1]
 
 
 def _preprocess(
@@ -209,9 +181,11 @@ def _preprocess(
 
 def _intensity(channel: str, found: dict[str, float], reasons: dict[str, str]) -> IntensityConfig:
     if is_ct(channel):
-        reasons["preprocess.intensity"] = (
-            "CT: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles in the labels, "
-            "then their mean and standard deviation"
+        _add_reason(
+            reasons,
+            "preprocess.intensity",
+            f"{channel}: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles in the "
+            "labels, then their mean and standard deviation, every case with the same weight",
         )
         return IntensityConfig(
             clip=(round(found["p005"], 3), round(found["p995"], 3)),
@@ -219,34 +193,108 @@ def _intensity(channel: str, found: dict[str, float], reasons: dict[str, str]) -
             mean=round(found["mean"], 3),
             sd=max(round(found["sd"], 3), 1e-3),
         )
-    reasons.setdefault(
-        "preprocess.intensity", f"{channel}: arbitrary units, so each image by its own mean and standard deviation"
+    _add_reason(
+        reasons,
+        "preprocess.intensity",
+        f"{channel}: arbitrary units, so each image by its own mean and standard deviation",
     )
     return IntensityConfig()
 
 
+def _sizes(fingerprint: Fingerprint, data: DataConfig, preprocess: PreprocessConfig) -> dict[str, float]:
+    """Voxels across each label or region that is in any case: of a ball (2D: disc) as large, median of its cases."""
+    dims = fingerprint.spatial_dims
+    found: dict[str, list[float]] = {name: [] for name in data.foreground}
+    for shape, spacing, counts in zip(fingerprint.shapes, fingerprint.spacings_mm, fingerprint.label_voxels):
+        if preprocess.spacing_mm is not None:
+            factor = np.prod(spacing) / np.prod(preprocess.spacing_mm)
+        else:
+            factor = np.prod(preprocess.shape or shape) / np.prod(shape)
+        for name, across in found.items():
+            values = data.labels[name]
+            voxels = sum(counts.get(v, 0) for v in (values if isinstance(values, tuple) else (values,)))
+            if voxels:
+                across.append(_across(voxels * float(factor), dims))
+    return {name: float(np.median(across)) for name, across in found.items() if across}
+
+
+def _across(voxels: float, dims: int) -> float:
+    return {1: voxels, 2: math.sqrt(4 * voxels / math.pi), 3: math.pow(6 * voxels / math.pi, 1 / 3)}[dims]
+
+
+def _tell_small(sizes: dict[str, float], reasons: dict[str, str]) -> None:
+    small = sorted((size, name) for name, size in sizes.items() if size < SMALLEST)
+    if not small:
+        return
+    listed = ", ".join(f"`{name}` {size:.1f}" for size, name in small[:5]) + (", …" if len(small) > 5 else "")
+    text = f"smaller than {SMALLEST:g} voxels across on this grid, so hardly to be learnt: {listed}"
+    key = "preprocess.spacing_mm" if "preprocess.spacing_mm" in reasons else "preprocess.shape"
+    _add_reason(reasons, key, f"{text}; a finer grid helps where the files are finer")
+    log.warning("%d labels are %s", len(small), text)
+
+
+def _add_reason(reasons: dict[str, str], key: str, reason: str) -> None:
+    if reason not in (said := reasons.get(key, "")):
+        reasons[key] = f"{said}; {reason}" if said else reason
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Voxels of the largest patch, and of all patches of a step; `batch`: the most of them."""
+
+    patch: float
+    step: float
+    batch: int
+
+
+def _bounds(
+    fingerprint: Fingerprint, data: DataConfig, network: NetworkConfig, device: str, memory_bytes: float | None
+) -> _Bounds:
+    dims = fingerprint.spatial_dims
+    patch, batch = VOXELS.get((device, dims), VOXELS["cpu", 2]), BATCH.get(dims, BATCH[2])
+    step: float = STEP_VOXELS.get(dims, STEP_VOXELS[2]) if device == "cuda" else batch * patch
+    # a network of half the stride does 2^n times the work in its last stage, which is most of it
+    share = (network.output_stride / _usual(fingerprint, {}).output_stride) ** dims
+    if memory_bytes is None:
+        return _Bounds(patch * share, step * share, batch)
+    fitting = voxels_that_fit(memory_bytes, spatial_dims=dims, scores=data.out_channels)
+    step = min(step, fitting)
+    return _Bounds(min(patch, step / LEAST_BATCH) * share, step * share, batch)
+
+
+def voxels_that_fit(memory_bytes: float, *, spatial_dims: int, scores: int) -> float:
+    """Voxels that the usual network with `scores` outputs trains on at a time in the free memory of a GPU."""
+    each = BYTES_A_VOXEL.get(spatial_dims, BYTES_A_VOXEL[2]) + BYTES_A_SCORE * scores
+    return MEMORY_SHARE * memory_bytes / each
+
+
 def _windows(
-    fingerprint: Fingerprint, shape: tuple[int, ...], spacing: Sequence[float], device: str, reasons: dict[str, str]
+    shape: tuple[int, ...], preprocess: PreprocessConfig, bounds: _Bounds, device: str, reasons: dict[str, str]
 ) -> tuple[WindowsConfig, int]:
-    budget = VOXELS.get((device, fingerprint.spatial_dims), VOXELS[("cpu", 2)])
-    step = 16 if fingerprint.spatial_dims == 2 else 8
-    patch = [max(step, -(-s // step) * step) for s in shape]
-    while np.prod(patch) > budget and max(patch) > 2 * step:
+    dims = len(shape)
+    spacing = preprocess.spacing_mm or (1.0,) * dims
+    steps = [16 if dims == 2 else 8] * dims
+    for axis in range(dims) if dims == 3 else ():
+        # a coarse axis is halved less often, so that its patch may follow the data more closely
+        while steps[axis] > 2 and spacing[axis] * steps[axis] > 2 * 8 * min(spacing):
+            steps[axis] //= 2
+    patch = [max(step, -(-s // step) * step) for s, step in zip(shape, steps)]
+    while np.prod(patch) > bounds.patch and any(p > 2 * step for p, step in zip(patch, steps)):
         # the longest side in mm gives way: a patch should see equally far in all directions
-        longest = max((a for a in range(len(patch)) if patch[a] > 2 * step), key=lambda a: patch[a] * spacing[a])
-        patch[longest] -= step
+        longest = max((a for a in range(dims) if patch[a] > 2 * steps[a]), key=lambda a: patch[a] * spacing[a])
+        patch[longest] -= steps[longest]
     reasons["windows.patch_size"] = (
-        f"90 % of the cases fit into {_text(shape)} voxels; rounded up to multiples of {step}, at most "
-        f"{budget:,} voxels for this device ({device})"
+        f"90 % of the cases fit into {_text(shape)} voxels; rounded up to multiples of "
+        f"{_text(steps if len(set(steps)) > 1 else steps[:1])}, at most {int(bounds.patch):,} voxels for this device "
+        f"({device}), reaching equally far in mm where that is less"
     )
-    batch = 6 if fingerprint.spatial_dims == 2 else 4
+    batch = max(LEAST_BATCH, min(bounds.batch, int(bounds.step // np.prod(patch))))
     reasons["train.batch_size"] = f"{batch} patches keep the gradient steady and a step short"
     return WindowsConfig(patch_size=tuple(patch)), batch
 
 
-def _network(
-    fingerprint: Fingerprint, preprocess: PreprocessConfig, windows: WindowsConfig, reasons: dict[str, str]
-) -> NetworkConfig:
+def _usual(fingerprint: Fingerprint, sizes: dict[str, float]) -> NetworkConfig:
+    """The usual network at the output stride that `sizes`, voxels across each label, leave room for."""
     if fingerprint.spatial_dims == 2:
         base = NetworkConfig(
             channels=(32, 64, 96, 128, 160, 160), output_stride=16, aspp_rates=(3, 6, 9), aspp_channels=128
@@ -254,17 +302,35 @@ def _network(
     else:
         base = NetworkConfig()
     stride: int = base.output_stride
-    while stride > 2 and min(windows.patch_size) < 4 * stride:
+    while stride > 2 and max(sizes.values(), default=float("inf")) < stride:
         stride //= 2
-    base = NetworkConfig.model_validate(base.model_dump() | {"output_stride": stride})
-    strides = _strides(len(base.channels), preprocess.spacing_mm)
+    return NetworkConfig.model_validate(base.model_dump() | {"output_stride": stride})
+
+
+def _network(
+    usual: NetworkConfig,
+    preprocess: PreprocessConfig,
+    windows: WindowsConfig,
+    sizes: dict[str, float],
+    reasons: dict[str, str],
+) -> NetworkConfig:
+    stride: int = usual.output_stride
+    strides = _strides(len(usual.channels), preprocess.spacing_mm)
+    while stride > 2 and any(p < 4 * s for p, s in zip(windows.patch_size, _by_axis(stride, strides, windows))):
+        stride //= 2
+    base = NetworkConfig.model_validate(usual.model_dump() | {"output_stride": stride})
     if strides is not None:
         reasons["network.strides"] = "a coarse axis is halved only once the others have caught up with it"
-    feature = tuple(max(1, p // base.output_stride) for p in windows.patch_size)
+    feature = tuple(max(1, p // s) for p, s in zip(windows.patch_size, _by_axis(stride, strides, windows)))
     reasons["network.aspp_rates"] = (
         f"rates 2 4 6 or 3 6 9, capped by the feature map of {_text(feature)} that a patch gives"
     )
     reasons["network.output_stride"] = "small structures survive a stride of 4; pictures have room for 16"
+    if sizes and max(sizes.values()) < 2 * usual.output_stride and usual.output_stride < 4:
+        reasons["network.output_stride"] = (
+            f"the largest label is {max(sizes.values()):.1f} voxels across (median), less than a stride of 4; "
+            "patches are smaller in turn"
+        )
     return fit_to_patch(base.model_copy(update={"strides": strides}), windows.patch_size)
 
 
@@ -328,6 +394,14 @@ def _other_network(
     )
 
 
+def _by_axis(stride: int, strides: Sequence[Sequence[int]] | None, windows: WindowsConfig) -> tuple[int, ...]:
+    """What an output stride is on each axis, where `strides` halve some axes later than others."""
+    axes = len(windows.patch_size)
+    if strides is None:
+        return (stride,) * axes
+    return tuple(int(np.prod([step[axis] for step in strides[: stride.bit_length() - 1]])) for axis in range(axes))
+
+
 def _strides(steps_wanted: int, spacing_mm: Sequence[float] | None) -> tuple[tuple[int, ...], ...] | None:
     if not steps_wanted or spacing_mm is None or max(spacing_mm) < 2 * min(spacing_mm):
         return None
@@ -369,39 +443,33 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
     return AugmentConfig(flip_axes=axes)
 
 
-def _train(fingerprint: Fingerprint, batch: int, reasons: dict[str, str]) -> TrainConfig:
+def _chance(shape: tuple[int, ...], windows: WindowsConfig) -> float:
+    """How likely a patch cut anywhere holds a given voxel of a case of `shape`."""
+    return float(np.prod([min(1.0, p / s) for p, s in zip(windows.patch_size, shape)]))
+
+
+def _train(fingerprint: Fingerprint, batch: int, chance: float, reasons: dict[str, str]) -> TrainConfig:
     reasons["train.time_budget_s"] = "twenty minutes; `--time-budget` or `--epochs` change it"
-    return TrainConfig(batch_size=batch, learning_rate=1e-3 if fingerprint.spatial_dims == 2 else 2e-3)
-
-
-def _spatial_dims(cases: Sequence[Case]) -> int:
-    if is_picture(cases[0].images[0]):
-        return 2
-    grids = [read_geometry(c.images[0]).grid for c in cases[:3]]
-    return 2 if all(g.spatial_dims == 2 or g.shape[-1] == 1 for g in grids) else 3
-
-
-def _axis_order(affine: np.ndarray, dims: int) -> tuple[int, ...]:
-    if dims != 3:
-        return tuple(range(dims))
-    directions = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
-    order: list[int] = []
-    for world in range(3):
-        order.append(int(np.argmax([directions[world, a] if a not in order else -1 for a in range(3)])))
-    return tuple(order)
-
-
-def _statistics(voxels: np.ndarray) -> dict[str, float]:
-    if not len(voxels):
-        return {"mean": 0.0, "sd": 1.0, "p005": 0.0, "p995": 0.0}
-    low, high = np.percentile(voxels, [0.5, 99.5])
-    return {"mean": float(voxels.mean()), "sd": float(voxels.std()), "p005": float(low), "p995": float(high)}
-
-
-def _labelled(case: Case) -> Path:
-    if case.label is None:
-        raise DataError(f"{case.id}: no label file")
-    return case.label
+    fraction, said = max(TrainConfig().foreground_fraction, round(1 / batch, 2)), []
+    if fraction > TrainConfig().foreground_fraction:
+        said.append("one patch of a batch is centred on a label on average")
+    shares = [
+        sum(counts.values()) / np.prod(shape)
+        for shape, counts in zip(fingerprint.shapes, fingerprint.label_voxels)
+        if counts
+    ]
+    if shares and np.median(shares) < RARE and chance < 0.5:
+        # of B patches none is centred on a label with (1 − fraction)^B
+        fraction = max(fraction, round(1 - LABELLESS ** (1 / batch), 2))
+        said = [f"labels fill {100 * np.median(shares):.2g} % of a case: so {100 * LABELLESS:g} % of batches miss them"]
+    empty = sum(not counts for counts in fingerprint.label_voxels)
+    if empty:
+        said.append(
+            f"{empty} of {len(fingerprint.label_voxels)} measured cases have no label; their patches come from anywhere"
+        )
+    if said:
+        reasons["train.foreground_fraction"] = "; ".join(said)
+    return TrainConfig(batch_size=batch, foreground_fraction=fraction)
 
 
 def _text(values: Sequence[float] | np.ndarray) -> str:

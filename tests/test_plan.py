@@ -16,10 +16,11 @@ from medseg.cases import Case, Dataset, Labels
 from medseg.config import Config, dump_yaml, read_config
 from medseg.datasets import read_dataset
 from medseg.errors import ConfigError, DataError
+from medseg.fingerprint import Fingerprint, measure
 from medseg.model import new_network
-from medseg.networks import list_networks
+from medseg.networks import build_bare, list_networks
 from medseg.networks.receptive import count
-from medseg.plan import VOXELS, Fingerprint, Plan, make_plan, measure
+from medseg.plan import BYTES_A_VOXEL, VOXELS, Plan, make_plan, voxels_that_fit
 
 MakeDataset = Callable[..., Path]
 
@@ -65,6 +66,41 @@ def test_what_is_measured(tmp_path: Path) -> None:
     assert found.foreground[0]["mean"] == 25
     assert found.foreground[0]["sd"] == pytest.approx(125**0.5)
     assert found.nonzero_share == pytest.approx(4 / 120)
+
+
+def write_two(folder: Path, maps: tuple[np.ndarray, np.ndarray], **more: Any) -> Dataset:
+    """Two cases in which label 1 is 10 in the first and 20 in the second, label 9 is 90, and the rest 0."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for n, label in enumerate(maps):
+        image = (10 * (n + 1) * (label == 1) + 90 * (label == 9)).astype(np.float32)
+        save(folder / "images" / f"c{n}.nii.gz", image, np.eye(4))
+        save(folder / "labels" / f"c{n}.nii.gz", label.astype(np.uint8), np.eye(4))
+    return replace(read_dataset(folder), **more)
+
+
+def test_a_large_organ_does_not_speak_for_all_cases(tmp_path: Path) -> None:
+    small, large = np.zeros((8, 9, 10)), np.ones((30, 31, 32))
+    small[0, 0, :5] = 1
+    found = measure(write_two(tmp_path, (small, large)))
+    assert found.foreground[0]["mean"] == 15
+    assert found.label_voxels == ({1: 5}, {1: 30 * 31 * 32})
+
+
+def test_ignored_voxels_are_not_measured(tmp_path: Path) -> None:
+    label = np.zeros((8, 9, 10))
+    label[0, 0, :2], label[1] = 1, 9
+    found = measure(write_two(tmp_path, (label, 0 * label), labels={"background": 0, "a": 1, "ignore": 9}))
+    assert found.label_voxels == ({1: 2}, {})
+    # nor does the second case, which has no label, add anything
+    assert (found.foreground[0]["mean"], found.foreground[0]["sd"]) == (10, 0)
+
+
+def test_without_any_label_the_whole_images_are_measured(tmp_path: Path) -> None:
+    empty = np.zeros((8, 9, 10))
+    found = measure(write_two(tmp_path, (empty, empty), labels={"background": 0, "a": 1}))
+    assert found.foreground == ({"mean": 0.0, "sd": 0.0, "p005": 0.0, "p995": 0.0},)
+    assert found.lowest == (0.0,)
 
 
 def test_a_plain_folder_gets_names_for_its_values(tmp_path: Path) -> None:
@@ -138,10 +174,73 @@ def test_mostly_empty_images_are_cropped() -> None:
 @pytest.mark.parametrize("fingerprint", [PRINT, PICTURES, THICK], ids=["even", "pictures", "thick"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_patch_stays_within_the_budget_of_voxels(fingerprint: Fingerprint, device: str) -> None:
-    patch = plan(fingerprint, device=device).config.windows.patch_size
-    step = 16 if fingerprint.spatial_dims == 2 else 8
+    config = plan(fingerprint, device=device).config
+    patch = config.windows.patch_size
     assert np.prod(patch) <= VOXELS[device, fingerprint.spatial_dims]
-    assert all(p % step == 0 and p > 0 for p in patch)
+    # slices of 5.7 mm are halved a quarter as often as pixels of 0.8 mm
+    steps = (16, 16) if fingerprint.spatial_dims == 2 else (8, 8, 2 if fingerprint is THICK else 8)
+    assert all(p % step == 0 and p > 0 for p, step in zip(patch, steps))
+    assert config.train.batch_size >= 2
+
+
+def test_a_patch_reaches_equally_far_in_mm() -> None:
+    patch = plan(THICK).config.windows.patch_size
+    reach = np.array(patch) * (0.8, 0.8, 5.7)
+    # to one step of 8 pixels or 2 slices
+    assert reach.max() - reach.min() <= max(8 * 0.8, 2 * 5.7)
+    # few slices do not coarsen the network: its stride on their axis is 1
+    assert plan(THICK).config.network.output_stride == 4
+
+
+def test_a_patch_holds_no_more_slices_than_there_are() -> None:
+    thin = replace(THICK, shapes=((256, 256, 5),) * 10, spacings_mm=((0.8, 0.8, 5.0),) * 10)
+    assert plan(thin).config.windows.patch_size[2] == 6
+
+
+def test_a_case_smaller_than_a_step_gets_one_step() -> None:
+    found = plan(replace(PRINT, shapes=((5, 30, 9),) * 3, spacings_mm=((1.0, 1.0, 1.0),) * 3)).config
+    assert found.windows.patch_size == (8, 32, 16)
+
+
+@pytest.mark.parametrize("memory_gb", [1, 4, 16, 80])
+@pytest.mark.parametrize("labels", [2, 117])
+def test_a_step_fits_into_the_memory_of_a_gpu(memory_gb: float, labels: int) -> None:
+    large = replace(PRINT, shapes=((500, 500, 400),) * 3)
+    names: Labels = {f"l{n}": n for n in range(1, labels + 1)}
+    config = plan(large, labels=names, device="cuda", memory_bytes=memory_gb * 1e9).config
+    voxels = config.train.batch_size * np.prod(config.windows.patch_size)
+    assert voxels <= voxels_that_fit(memory_gb * 1e9, spatial_dims=3, scores=labels + 1)
+    assert config.train.batch_size >= 2
+    if memory_gb == 80:
+        assert config.windows.patch_size == plan(large, labels=names, device="cuda").config.windows.patch_size
+
+
+def test_small_patches_come_in_larger_batches_on_a_gpu() -> None:
+    assert plan(device="cuda").config.train.batch_size == 4
+    large = plan(replace(PRINT, shapes=((500, 500, 400),) * 3), device="cuda").config
+    assert large.train.batch_size == 2
+    # most of the 128³ voxels that a patch may have
+    assert 0.8 * 128**3 < np.prod(large.windows.patch_size) <= 128**3
+
+
+@pytest.mark.parametrize("fingerprint", [PRINT, PICTURES], ids=["volumes", "pictures"])
+def test_the_bytes_of_a_voxel_are_those_that_the_network_keeps(fingerprint: Fingerprint) -> None:
+    config = plan(fingerprint).config
+    dims = fingerprint.spatial_dims
+    network = build_bare(config.network, dims, 1, 3).train()
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    image = torch.zeros(1, 1, *config.windows.patch_size, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(image)
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    found = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights) / image.numel()
+    # an upper bound, and no loose one
+    assert BYTES_A_VOXEL[dims] / 2 < found <= BYTES_A_VOXEL[dims]
 
 
 def test_small_cases_fit_whole_into_a_patch() -> None:
@@ -161,6 +260,81 @@ def test_ct_is_clipped_to_the_percentiles_and_fixed(channel: str) -> None:
 @pytest.mark.parametrize("channel", ["MRI", "T2", "octave", "contrast", "PET"])
 def test_other_images_are_normalised_by_themselves(channel: str) -> None:
     assert plan(channel=channel).config.preprocess.intensity[0].normalise == "image"
+
+
+def test_a_volume_without_a_name_is_ct_where_it_begins_with_air() -> None:
+    for lowest, name, normalise in ((-1024.0, "CT", "fixed"), (-200.0, "image", "image"), (0.0, "image", "image")):
+        found = plan(replace(PRINT, lowest=(lowest,)), channel="image").config
+        assert found.data.channels == (name,)
+        assert found.preprocess.intensity[0].normalise == normalise
+    assert plan(replace(PRINT, lowest=(-1024.0,)), channel="MRI").config.data.channels == ("MRI",)
+
+
+def test_every_channel_has_its_reason() -> None:
+    dataset = Dataset(Path("set"), "nnunet", (), ("CT", "PET"), {"background": 0, "a": 1})
+    found = make_plan(dataset, replace(PRINT, foreground=PRINT.foreground * 2))
+    assert [c.normalise for c in found.config.preprocess.intensity] == ["fixed", "image"]
+    assert "CT: Hounsfield" in found.reasons["preprocess.intensity"]
+    assert "PET: arbitrary" in found.reasons["preprocess.intensity"]
+
+
+# ---- small structures, empty cases
+
+
+def with_voxels(*counts: dict[int, int], **more: Any) -> Fingerprint:
+    even = {"shapes": ((100, 100, 100),) * len(counts), "spacings_mm": ((1.0, 1.0, 1.0),) * len(counts)}
+    return replace(PRINT, label_voxels=counts, **(even | more))
+
+
+def test_a_label_smaller_than_two_voxels_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    # a ball of 4 voxels is 1.97 across, one of 5 is 2.12
+    found = plan(with_voxels({1: 4, 2: 30000}, {1: 4, 2: 5}))
+    assert "`a` 2.0" in found.reasons["preprocess.spacing_mm"]
+    assert "`b`" not in found.reasons["preprocess.spacing_mm"]
+    assert "1 labels are smaller than 2 voxels" in caplog.text
+    assert "smaller than" not in plan(with_voxels({1: 5, 2: 30000})).reasons["preprocess.spacing_mm"]
+
+
+def test_sizes_are_those_on_the_networks_grid() -> None:
+    # 40 voxels of 0.5 × 0.5 × 0.5 mm are 5 of 1 mm³; 32 are 4
+    spacings = ((1.0, 1.0, 1.0),) * 2 + ((0.5, 0.5, 0.5),)
+    shapes = ((100, 100, 100),) * 3
+    for voxels, small in ((40, False), (32, True)):
+        found = plan(with_voxels({}, {}, {1: voxels}, spacings_mm=spacings, shapes=shapes))
+        assert ("smaller than 2" in found.reasons["preprocess.spacing_mm"]) is small
+
+
+def test_where_all_labels_are_small_the_stride_is_too() -> None:
+    tiny, mixed = with_voxels({1: 20, 2: 20}), with_voxels({1: 20, 2: 20000})
+    assert plan(tiny).config.network.output_stride == 2
+    assert "3.4 voxels across" in plan(tiny).reasons["network.output_stride"]
+    assert plan(mixed).config.network.output_stride == 4
+    assert np.prod(plan(tiny).config.windows.patch_size) <= VOXELS["cpu", 3] / 8
+
+
+def test_rare_labels_are_looked_for() -> None:
+    rare, common = with_voxels({1: 500}), with_voxels({1: 50000})
+    assert plan(common).config.train.foreground_fraction == 0.33
+    # (1 − 0.53)⁴ is 0.05
+    assert plan(rare).config.train.foreground_fraction == 0.53
+    assert "0.05 % of a case" in plan(rare).reasons["train.foreground_fraction"]
+
+
+def test_rare_labels_of_cases_as_small_as_a_patch_need_no_search() -> None:
+    small = with_voxels({1: 40}, shapes=((40, 40, 40),))
+    assert plan(small).config.train.foreground_fraction == 0.33
+
+
+def test_empty_cases_are_counted() -> None:
+    reason = plan(with_voxels({}, {1: 5000}, {})).reasons["train.foreground_fraction"]
+    assert "2 of 3 measured cases have no label" in reason
+
+
+def test_a_region_is_as_large_as_its_values_together() -> None:
+    dataset = Dataset(Path("set"), "nnunet", (), ("MRI",), {"whole": (1, 2), "core": (2,)}, (1, 2))
+    found = make_plan(dataset, with_voxels({1: 3, 2: 3}))
+    assert "`core` 1.8" in found.reasons["preprocess.spacing_mm"]
+    assert "`whole`" not in found.reasons["preprocess.spacing_mm"]
 
 
 # ---- sides

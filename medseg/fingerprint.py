@@ -1,0 +1,135 @@
+"""What a data set is like, measured on its files: shapes, spacings, intensities, sizes of labels; nothing is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medseg.cases import Case, Dataset
+from medseg.config import IGNORE
+from medseg.errors import DataError
+from medseg.progress import Progress, silent
+from medseg.readers import is_picture, read_geometry, read_images, read_label
+
+# above this many cases an even selection is measured: medians have settled long before
+MAX_MEASURED = 100
+# voxels of each case that intensities are measured on
+SAMPLED = 5000
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What was measured. Shapes and spacings of 3D images are in right-anterior-superior order of the axes."""
+
+    spatial_dims: int
+    pictures: bool
+    cases: int
+    shapes: tuple[tuple[int, ...], ...]
+    spacings_mm: tuple[tuple[float, ...], ...]
+    label_values: tuple[int, ...]
+    foreground: tuple[dict[str, float], ...]
+    """For each channel: mean, sd and the 0.5 and 99.5 percentiles (p005, p995) inside the labels."""
+    nonzero_share: float
+    """Median share of voxels that are not 0 in the first channel."""
+    lowest: tuple[float, ...] = ()
+    """For each channel: median over cases of the smallest intensity."""
+    label_voxels: tuple[dict[int, int], ...] = ()
+    """For each case: voxels by value in the label file, without background and ignored ones."""
+
+
+def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
+    """Read the data set (up to 100 cases, spread evenly) and describe it. Raises `DataError` naming a bad file."""
+    labelled = [c for c in dataset.cases if c.label is not None]
+    if not labelled:
+        raise DataError(f"{dataset.path}: no case with a label found; run `medseg check`")
+    chosen = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, MAX_MEASURED).round().astype(int))]
+    dims = _spatial_dims(chosen)
+    channels = max(1, len(dataset.channels))
+    shapes, spacings, nonzero, lowest, counts = [], [], [], [], []
+    inside = _Samples(channels)
+    anywhere = _Samples(channels)
+    for n, case in enumerate(chosen):
+        progress("measure", n, len(chosen), case.id)
+        image = read_images(case.images, spatial_dims=dims, channels=channels)
+        array = image.array
+        label = read_label(_labelled(case), spatial_dims=dims).array
+        if label.shape != array.shape[1:]:
+            raise DataError(f"{case.label}: shape {label.shape} found, image has {array.shape[1:]}; run `medseg check`")
+        order = _axis_order(image.grid.affine, dims)
+        shapes.append(tuple(array.shape[1:][a] for a in order))
+        spacings.append(tuple(image.grid.spacing_mm[a] for a in order))
+        nonzero.append(float((array[0] != 0).mean()))
+        lowest.append([float(channel.min()) for channel in array])
+        counts.append({int(v): int(c) for v, c in zip(*np.unique(label, return_counts=True))})
+        inside.add(array, (label > 0) & (label != _ignore_value(dataset)))
+        anywhere.add(array, np.ones_like(label, dtype=bool))
+    return Fingerprint(
+        spatial_dims=dims,
+        pictures=is_picture(chosen[0].images[0]),
+        cases=len(labelled),
+        shapes=tuple(shapes),
+        spacings_mm=tuple(spacings),
+        label_values=tuple(sorted(set().union(*counts))),
+        # a data set whose measured cases are all empty still has images
+        foreground=inside.statistics() or anywhere.statistics(),
+        nonzero_share=float(np.median(nonzero)),
+        lowest=tuple(float(v) for v in np.median(lowest, axis=0)),
+        label_voxels=tuple(
+            {v: c for v, c in found.items() if v not in (0, _ignore_value(dataset))} for found in counts
+        ),
+    )
+
+
+class _Samples:
+    """Intensities of every channel, as many from each case: a large organ must not speak for all patients."""
+
+    def __init__(self, channels: int) -> None:
+        self._found: list[list[np.ndarray]] = [[] for _ in range(channels)]
+
+    def add(self, array: np.ndarray, where: np.ndarray) -> None:
+        """`SAMPLED` voxels of `array` (C, *S) spread evenly over `where` (*S); none of a case where nothing is."""
+        voxels = np.flatnonzero(where)
+        if len(voxels):
+            voxels = voxels[np.arange(SAMPLED) * len(voxels) // SAMPLED]
+            for channel, found in zip(array, self._found):
+                found.append(channel[np.unravel_index(voxels, channel.shape)].astype(np.float64))
+
+    def statistics(self) -> tuple[dict[str, float], ...]:
+        """For each channel mean, sd and percentiles; empty where nothing was added."""
+        return tuple(_statistics(np.concatenate(found)) for found in self._found if found)
+
+
+def _spatial_dims(cases: Sequence[Case]) -> int:
+    if is_picture(cases[0].images[0]):
+        return 2
+    grids = [read_geometry(c.images[0]).grid for c in cases[:3]]
+    return 2 if all(g.spatial_dims == 2 or g.shape[-1] == 1 for g in grids) else 3
+
+
+def _axis_order(affine: np.ndarray, dims: int) -> tuple[int, ...]:
+    if dims != 3:
+        return tuple(range(dims))
+    directions = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    order: list[int] = []
+    for world in range(3):
+        order.append(int(np.argmax([directions[world, a] if a not in order else -1 for a in range(3)])))
+    return tuple(order)
+
+
+def _statistics(voxels: np.ndarray) -> dict[str, float]:
+    low, high = np.percentile(voxels, [0.5, 99.5])
+    return {"mean": float(voxels.mean()), "sd": float(voxels.std()), "p005": float(low), "p995": float(high)}
+
+
+def _ignore_value(dataset: Dataset) -> int | None:
+    value = (dataset.labels or {}).get(IGNORE)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _labelled(case: Case) -> Path:
+    if case.label is None:
+        raise DataError(f"{case.id}: no label file")
+    return case.label
