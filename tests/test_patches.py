@@ -1,4 +1,4 @@
-"""Patches: what is cut, how often each case and label comes, and that a state brings the same batches again."""
+"""Patches: what is cut and how often each case and label comes; a state brings the same batches again; shelves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from medseg.config import AugmentConfig
 from medseg.grid import Grid
-from medseg.patches import Batch, PatchSampler, cut, foreground_locations
+from medseg.patches import Batch, PatchSampler, Shelf, cut, foreground_locations, locations
 from medseg.preprocess import IGNORE_INDEX, Prepared
 
 SHAPE = (9, 12, 15)
@@ -31,6 +32,8 @@ def sampler(
     patch: tuple[int, ...] = (4, 4, 4),
     seed: int = 0,
     ignore_value: int | None = None,
+    augment: AugmentConfig | None = None,
+    rows: slice = slice(None),
 ) -> PatchSampler:
     return PatchSampler(
         cases,
@@ -39,6 +42,8 @@ def sampler(
         foreground_fraction=fraction,
         generator=torch.Generator().manual_seed(seed),
         ignore_value=ignore_value,
+        augment=augment,
+        rows=rows,
     )
 
 
@@ -74,12 +79,12 @@ def test_cases_come_in_another_order_each_time() -> None:
     assert len({drawn.draw().cases for _ in range(5)}) > 1
 
 
-def test_a_batch_has_patch_and_margin_alike_on_both_sides() -> None:
-    batch = sampler([a_case("c")], patch=(4, 8, 6), batch=3).draw()
-    # a quarter more, rounded up to the same on both sides
-    assert tuple(batch.image.shape) == (3, 1, 6, 10, 8)
-    assert tuple(batch.label.shape) == (3, 6, 10, 8)
-    assert batch.spacing_mm.tolist() == [[1, 2, 3]] * len(batch.cases)
+@pytest.mark.parametrize("augment", [None, AugmentConfig()])
+def test_a_batch_has_the_size_of_the_patch(augment: AugmentConfig | None) -> None:
+    batch = sampler([a_case("c")], patch=(4, 8, 6), batch=3, augment=augment).draw()
+    assert tuple(batch.image.shape) == (3, 1, 4, 8, 6)
+    assert tuple(batch.label.shape) == (3, 4, 8, 6)
+    assert (batch.image.dtype, batch.label.dtype) == (torch.float32, torch.uint8)
 
 
 def test_image_and_label_are_cut_at_the_same_place() -> None:
@@ -97,7 +102,7 @@ def test_foreground_patches_are_centred_on_the_label_and_labels_come_evenly() ->
     label[0] = IGNORE_INDEX
     drawn = sampler([a_case("c", label)], fraction=1, batch=50, ignore_value=IGNORE_INDEX)
     batches = [drawn.draw() for _ in range(8)]
-    centres = torch.cat([b.label[:, 3, 3, 3] for b in batches])
+    centres = torch.cat([b.label[:, 2, 2, 2] for b in batches])
     counts = Counter(centres.tolist())
     assert set(counts) == {1, 2}
     # five standard deviations of a fair coin thrown 400 times
@@ -106,21 +111,45 @@ def test_foreground_patches_are_centred_on_the_label_and_labels_come_evenly() ->
 
 def test_patches_anywhere_reach_every_voxel() -> None:
     drawn = sampler([a_case("c", shape=(6, 7, 8))], batch=1000, patch=(4, 4, 4))
-    image = drawn.draw().image
-    # without the margin: what is left when augmentation changes nothing
-    seen = set(image[:, 0, 1:-1, 1:-1, 1:-1].unique().int().tolist())
-    assert seen >= set(range(1, 6 * 7 * 8 + 1))
-
-
-def test_patches_anywhere_stay_inside_but_for_the_margin() -> None:
-    image = sampler([a_case("c")], batch=100).draw().image
-    assert (image[:, 0, 1:-1, 1:-1, 1:-1] > 0).all()
+    assert set(drawn.draw().image.unique().int().tolist()) == set(range(1, 6 * 7 * 8 + 1))
 
 
 def test_a_case_smaller_than_the_patch_is_in_its_middle() -> None:
     image = sampler([a_case("c", shape=(2, 2, 2))], batch=1, patch=(4, 4, 4)).draw().image
-    assert torch.nonzero(image[0, 0]).amin(dim=0).tolist() == [2, 2, 2]
+    assert torch.nonzero(image[0, 0]).amin(dim=0).tolist() == [1, 1, 1]
     assert int((image > 0).sum()) == 8
+
+
+@pytest.mark.parametrize("patch", [(5,), (5, 6), (5, 6, 7)])
+def test_a_patch_that_is_turned_and_scaled_reads_image_and_label_at_one_place(patch: tuple[int, ...]) -> None:
+    # the image is the label, blurred by nothing but the interpolation between voxels
+    n = len(patch)
+    shape = (21, 23, 25)[:n]
+    label = torch.zeros(shape, dtype=torch.uint8)
+    label[tuple(slice(6, 15) for _ in range(n))] = 3
+    grid = Grid(shape, np.diag([*(1.0, 2.0, 3.0)[:n], 1.0]))
+    case = Prepared("c", label[None].float(), label, grid, grid, torch.zeros(1, 9))
+    augment = AugmentConfig(p_intensity=0, p_gamma=0, p_noise=0, p_blur=0, p_low_resolution=0, flip_axes=(0,))
+    batch = sampler([case], fraction=1, batch=30, patch=patch, augment=augment).draw()
+    certain = (batch.image[:, 0] < 0.01) | (batch.image[:, 0] > 2.99)
+    assert 0.3 < float(certain.float().mean()) < 1
+    assert torch.equal(batch.label[certain].float(), batch.image[:, 0][certain].round())
+    assert set(batch.label.unique().tolist()) == {0, 3}
+
+
+def test_rows_of_a_batch_are_what_they_are_in_the_whole() -> None:
+    label = torch.zeros(SHAPE, dtype=torch.uint8)
+    label[3:6, 3:6, 3:6] = 1
+    cases = [a_case(f"c{n}", label) for n in range(5)]
+    strong = AugmentConfig(p_noise=1, p_blur=0.5, p_gamma=0.5, p_low_resolution=0.5)
+    whole = sampler(cases, fraction=0.5, batch=4, augment=strong)
+    parts = [sampler(cases, fraction=0.5, batch=4, augment=strong, rows=slice(r, r + 2)) for r in (0, 2)]
+    for _ in range(3):
+        wanted, found = whole.draw(), [part.draw() for part in parts]
+        # sums over voxels are added in another order, of intensities up to a thousand
+        assert torch.allclose(torch.cat([f.image for f in found]), wanted.image, rtol=1e-5, atol=1e-2)
+        assert torch.equal(torch.cat([f.label for f in found]), wanted.label)
+        assert sum((f.cases for f in found), ()) == wanted.cases
 
 
 def test_state_and_generator_bring_the_same_batches_again() -> None:
@@ -128,7 +157,14 @@ def test_state_and_generator_bring_the_same_batches_again() -> None:
     label[3:6, 3:6, 3:6] = 1
     cases = [a_case(f"c{n}", label) for n in range(5)]
     generator = torch.Generator().manual_seed(7)
-    drawn = PatchSampler(cases, patch_size=(4, 4, 4), batch_size=3, foreground_fraction=0.5, generator=generator)
+    drawn = PatchSampler(
+        cases,
+        patch_size=(4, 4, 4),
+        batch_size=3,
+        foreground_fraction=0.5,
+        generator=generator,
+        augment=AugmentConfig(p_noise=1),
+    )
     drawn.draw()
     deck, state = drawn.state(), generator.get_state()
     assert deck
@@ -158,14 +194,101 @@ def test_one_seed_gives_one_sequence() -> None:
     assert not torch.equal(first.image, other.image)
 
 
+def test_a_sampler_that_goes_on_from_a_state_alone_brings_the_same_batches() -> None:
+    # of the cases that it has not met, it finds the places of the labels only then
+    label = torch.zeros(SHAPE, dtype=torch.uint8)
+    label[2:7, 2:7, 2:7] = 1
+    cases = [a_case(f"c{n}", label) for n in range(5)]
+    first, second = (torch.Generator().manual_seed(7) for _ in range(2))
+    settings = {"patch_size": (4, 4, 4), "batch_size": 3, "foreground_fraction": 1.0, "augment": AugmentConfig()}
+    whole = PatchSampler(cases, generator=first, **settings)
+    whole.draw()
+    resumed = PatchSampler(cases, generator=second, **settings)
+    resumed.load_state(whole.state())
+    second.set_state(first.get_state())
+    for _ in range(4):
+        wanted, found = whole.draw(), resumed.draw()
+        assert torch.equal(wanted.image, found.image)
+
+
 def test_locations_leave_background_and_ignored_voxels_out() -> None:
     label = torch.zeros(SHAPE, dtype=torch.uint8)
     label[1, 2, 3], label[4, 5, 6], label[0, 0, 0] = 2, 1, IGNORE_INDEX
-    found = foreground_locations(a_case("c", label), torch.Generator().manual_seed(0), IGNORE_INDEX)
+    found = foreground_locations(a_case("c", label), IGNORE_INDEX)
     assert [f.tolist() for f in found] == [[[4, 5, 6]], [[1, 2, 3]]]
 
 
+def test_locations_are_drawn_evenly_over_a_label_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "PIECE", 5000)
+    label = torch.ones((20, 30, 40), dtype=torch.int32)
+    label[19] = 70_000
+    label[5, 5, 5] = 0
+    large, small = foreground_locations(a_case("c", label, shape=(20, 30, 40)))
+    assert (len(large), len(small)) == (4096, 1200)
+    assert len(torch.unique(large, dim=0)) == 4096
+    assert (label[tuple(large.long().T)] == 1).all()
+    assert (label[tuple(small.long().T)] == 70_000).all()
+    # five standard deviations of the share of a twentieth of the voxels, drawn without return
+    counts = torch.bincount(large[:, 0].long(), minlength=19)[:19]
+    assert (counts - 4096 / 19).abs().max() < 5 * (4096 / 19) ** 0.5
+
+
+# ---- where cases lie
+
+
+def spread(case: Prepared) -> Prepared:
+    return Prepared(
+        case.id,
+        torch.randn(case.image.shape, generator=torch.Generator().manual_seed(0)),
+        case.label,
+        case.grid,
+        case.source,
+        case.raw,
+    )
+
+
+def test_on_a_cpu_a_box_inside_a_case_is_the_case_itself() -> None:
+    case = a_case("c")
+    image, label = Shelf([case], torch.device("cpu")).cut(0, (1, 2, 3), (4, 5, 6))
+    assert image.data_ptr() == case.image[:, 1:, 2:, 3:].data_ptr()
+    assert case.label is not None
+    assert label.data_ptr() == case.label[1:, 2:, 3:].data_ptr()
+
+
+def test_a_shelf_holds_as_many_cases_as_it_has_room_for_and_gives_the_same_boxes_of_all() -> None:
+    label = (torch.arange(np.prod(SHAPE)).reshape(SHAPE) % 7).to(torch.uint8)
+    cases = [spread(a_case(f"c{n}", label)) for n in range(4)]
+    # float16 and a byte
+    each = 3 * int(np.prod(SHAPE))
+    shelves = [Shelf(cases, torch.device("cpu"), room_bytes=room) for room in (1, 2 * each, 9 * each)]
+    for index in (2, 0, 1, 3, 2):
+        boxes = [shelf.cut(index, (-1, 3, 2), (5, 12, 4)) for shelf in shelves]
+        wanted = cut(cases[index].image, (-1, 3, 2), (5, 12, 4))
+        for image, found in boxes:
+            assert torch.equal(image, boxes[0][0])
+            assert image.dtype == torch.float32
+            # half a unit in the eleventh binary digit, or in the last of the smallest numbers
+            assert torch.allclose(image, wanted, rtol=2**-11, atol=2**-25)
+            assert torch.equal(found, cut(label, (-1, 3, 2), (5, 12, 4)))
+    assert [shelf.held for shelf in shelves] == [(), (2, 0), (2, 0, 1, 3)]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e6])
+def test_intensities_that_float16_does_not_hold_stay_float32(scale: float) -> None:
+    case = spread(a_case("c"))
+    case.image.mul_(scale)
+    image, _ = Shelf([case], torch.device("cpu"), room_bytes=10**6).cut(0, (0, 0, 0), SHAPE)
+    assert torch.equal(image, case.image)
+
+
+def test_a_case_without_label_is_no_training_case() -> None:
+    case = a_case("c")
+    bare = Prepared("c", case.image, None, case.grid, case.source, case.raw)
+    with pytest.raises(ValueError, match="c was prepared without its label"):
+        sampler([bare]).draw()
+
+
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 2), torch.ones(1), ("c",)).to(torch.device("meta"))
-    assert {batch.image.device.type, batch.label.device.type, batch.spacing_mm.device.type} == {"meta"}
+    batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 2), ("c",)).to(torch.device("meta"))
+    assert {batch.image.device.type, batch.label.device.type} == {"meta"}
     assert batch.cases == ("c",)

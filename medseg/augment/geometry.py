@@ -1,0 +1,123 @@
+"""One resampling from a case to a patch: crop, rotation, shear, scale, shift and flips together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def source_box(matrix: torch.Tensor, centre: Sequence[float], patch_size: Sequence[int], shape: Sequence[int]) -> Box:
+    """Start and size of the box of a case of `shape` that a patch around `centre` (voxels) is made from.
+
+    It holds every voxel that `resample` reads, and one more beyond each edge of the case that the patch crosses; no
+    more of a case need be read, or be on the device.
+    """
+    reach = (matrix[:, :-1].abs() @ torch.tensor([(p - 1) / 2 for p in patch_size])).tolist()
+    start, size = [], []
+    for middle, shift, half, whole in zip(centre, matrix[:, -1].tolist(), reach, shape):
+        first = min(max(math.floor(middle + shift - half), -1), whole)
+        last = min(max(math.ceil(middle + shift + half), -1), whole)
+        start.append(first)
+        size.append(last - first + 1)
+    return tuple(start), tuple(size)
+
+
+def resample(
+    matrix: torch.Tensor,
+    centre: Sequence[float],
+    image: torch.Tensor,
+    label: torch.Tensor,
+    patch_size: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The patch (C, *patch_size), (*patch_size) of `image` (C, *S) float32 and `label` (*S), n = 1, 2 or 3 dimensions.
+
+    Position p of the patch, in voxels from its middle, reads `centre` + matrix · (p, 1); the image linearly, the label
+    the nearest voxel, so that it keeps its values and type. Beyond the box its outermost voxels go on: `source_box`
+    puts what is outside the case there.
+    """
+    if is_whole(matrix, centre, patch_size):
+        return _copy(matrix, centre, image, label, patch_size)
+    n = len(patch_size)
+    matrix = torch.cat([matrix[:, :n], matrix[:, n:] + torch.tensor(centre)[:, None]], dim=1)
+    new_label = _nearest(_positions(matrix, patch_size, label.device), label).reshape(tuple(patch_size))
+    # voxels → −1…1 between the outer faces, the last axis first
+    size = torch.tensor(label.shape)[:, None]
+    theta = matrix * (2 / size)
+    theta[:, n:] += 1 / size - 1
+    where = _positions(theta.flip(0), patch_size, image.device)
+    if n == 1:
+        # grid_sample begins at two dimensions
+        where, image = F.pad(where, (0, 1))[:, None], image[..., None, :]
+    # on a CPU the threads share the samples of a batch: the patch becomes a batch of slabs of one image
+    slabs = _slabs(len(where)) if where.device.type == "cpu" else 1
+    where = where.view(slabs, -1, *where.shape[1:])
+    source = image.expand(slabs, *image.shape)
+    moved = F.grid_sample(source, where, mode="bilinear", padding_mode="border", align_corners=False)
+    return moved.movedim(1, 0).reshape(len(image), *patch_size), new_label
+
+
+def is_whole(matrix: torch.Tensor, centre: Sequence[float], patch_size: Sequence[int]) -> bool:
+    """Whether the patch lies on voxels of the case, mirrored or not: nothing is interpolated then."""
+    linear = matrix[:, :-1]
+    first = [c + s - (p - 1) / 2 for c, s, p in zip(centre, matrix[:, -1].tolist(), patch_size)]
+    return bool(torch.equal(linear.abs(), torch.eye(len(linear)))) and all(f == round(f) for f in first)
+
+
+def _slabs(size: int) -> int:
+    return max(n for n in range(1, torch.get_num_threads() + 1) if size % n == 0)
+
+
+def _positions(matrix: torch.Tensor, patch_size: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(*patch_size, n): matrix · (p, 1) for each voxel of a patch, p counted from its middle."""
+    n = len(patch_size)
+    steps = [torch.arange(p) - (p - 1) / 2 for p in patch_size]
+    # of each axis, its part of the sum: (p, n)
+    parts = [(step[:, None] * matrix[None, :, axis]).to(device) for axis, step in enumerate(steps)]
+    parts[-1] = parts[-1] + matrix[:, n].to(device)
+    if n == 1:
+        return parts[0]
+    # the last axis and the n numbers are one long line, which a processor adds at once
+    lines = (parts[0][:, None] + parts[-1]).flatten(1)
+    if n == 2:
+        return lines.view(*patch_size, n)
+    across = parts[1].repeat(1, patch_size[2])
+    return (lines[:, None] + across).view(*patch_size, n)
+
+
+def _nearest(position: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """(V,) the voxels of `label` nearest to `position` (*P, n)."""
+    voxel = position.round().clamp_(min=0)
+    last = torch.tensor(label.shape, dtype=torch.float32, device=label.device) - 1
+    # limits for a whole line at a time
+    lines = voxel.view(-1, voxel.shape[-2] * len(last))
+    torch.minimum(lines, last.repeat(voxel.shape[-2]), out=lines)
+    voxel = voxel.view(-1, len(last))
+    # whole numbers, which a float32 does not hold beyond 2^24
+    index = voxel[:, 0].to(torch.int32)
+    for axis in range(1, len(last)):
+        index = index.mul_(label.shape[axis]).add_(voxel[:, axis].to(torch.int32))
+    return label.reshape(-1).index_select(0, index)
+
+
+def _copy(
+    matrix: torch.Tensor,
+    centre: Sequence[float],
+    image: torch.Tensor,
+    label: torch.Tensor,
+    patch_size: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    first = [round(c + s - (p - 1) / 2) for c, s, p in zip(centre, matrix[:, -1].tolist(), patch_size)]
+    mirrored = [a for a in range(len(first)) if matrix[a, a] < 0]
+    for axis, (start, length) in enumerate(zip(first, patch_size)):
+        size = label.shape[axis]
+        if start >= 0 and start + length <= size:
+            image, label = image.narrow(axis + 1, start, length), label.narrow(axis, start, length)
+        else:
+            line = torch.arange(start, start + length, device=image.device).clamp_(0, size - 1)
+            image, label = image.index_select(axis + 1, line), label.index_select(axis, line)
+    return image.flip([a + 1 for a in mirrored]), label.flip(mirrored)
