@@ -20,7 +20,7 @@ from rich.markup import escape
 
 import medseg
 from medseg_pipelines.claims import Claim, choose_claims
-from medseg_pipelines.digest import data_sha256
+from medseg_pipelines.digest import checked, data_sha256
 from medseg_pipelines.discs import FOLDS, make_discs
 from medseg_pipelines.lineup import BASELINE, LIBRARY, Entry, EqualTo, Planner, line_up, structure
 from medseg_pipelines.markdown import markdown
@@ -125,7 +125,7 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     """
     settings, names = _settings(options), _networks(options)
     planners = {"given": _planner(dataset, settings, options)}
-    findings = _look(dataset)
+    findings = checked(dataset)
     medseg.fold_split(findings.dataset, options.fold, folds=options.folds)
     groups = {case.id: case.group for case in findings.dataset.cases}
     digests = {"given": data_sha256(findings)}
@@ -133,7 +133,7 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
         # grids, patches and augmentation of the given data set say nothing about pictures of discs
         general = {name: values for name, values in settings.items() if name in GENERAL}
         discs = make_discs(folder / "discs")
-        planners["discs"], digests["discs"] = _planner(discs, general, options), data_sha256(_look(discs))
+        planners["discs"], digests["discs"] = _planner(discs, general, options), data_sha256(checked(discs))
     default = planners["given"].default
     entries = line_up(names, options.claims, planners, say=_warn)
     setup = Setup(
@@ -188,15 +188,6 @@ def run(arguments: list[str]) -> int:
 
 def _terminated(*_: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _look(dataset: Path) -> medseg.Findings:
-    """The data set after a look at all files. Raises `DataError` where they have errors."""
-    findings = medseg.check_dataset(dataset)
-    if findings.errors:
-        listed = "\n".join(f"  {error}" for error in findings.errors[:20])
-        raise medseg.DataError(f"{dataset}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
-    return findings
 
 
 def _settings(options: Options) -> dict[str, Any]:

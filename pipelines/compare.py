@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,12 @@ def outcome(results: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Sc
     )
 
 
+def rows_of(report: medseg.Report) -> list[dict[str, Any]]:
+    """Case, label, status and Dice of a report, as `outcome` takes them; None: neither map has the label."""
+    rows = report.table[["case", "name", "status", "dice"]].to_dict("records")
+    return [{str(k): v for k, v in row.items()} | {"dice": _or_none(row["dice"])} for row in rows]
+
+
 def mean_of(scores: Scores, *, groups: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Mean, 95 % bootstrap interval over cases (patients where `groups` names them) and number of cases."""
     summary = medseg.summarise(list(scores.values()), groups=_units(scores, groups))
@@ -93,6 +100,10 @@ def difference(
         first=statistics.fmean(one[case] for case in common),
         second=statistics.fmean(other[case] for case in common),
     )
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
 def _by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""One digest of a data set: files, patients, labels, folds; where it changes, earlier results say nothing any more."""
+"""A data set before any work: a look at its files, and one digest of all: where it changes, results say nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import medseg
+
+
+def checked(dataset: Path) -> medseg.Findings:
+    """The data set after a look at all files. Raises `DataError` where they have errors."""
+    findings = medseg.check_dataset(dataset)
+    if findings.errors:
+        listed = "\n".join(f"  {error}" for error in findings.errors[:20])
+        raise medseg.DataError(f"{dataset}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
+    return findings
 
 
 def data_sha256(findings: medseg.Findings) -> str:

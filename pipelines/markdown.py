@@ -15,17 +15,17 @@ def markdown(record: Mapping[str, Any]) -> str:
     given = [v for v in record["variants"] if v["data"] == "given" and v.get("dice")]
     given.sort(key=by_dice, reverse=True)
     labels = list(dict.fromkeys(name for v in given for name in v["labels"]))
-    parts = [_table(_head(labels), [_row(v, labels, record["baseline"]) for v in given]), NOTE]
+    parts = [markdown_table(_head(labels), [_row(v, labels, record["baseline"]) for v in given]), NOTE]
     discs = [v for v in record["variants"] if v.get("diameters")]
     if discs:
         sizes = list(dict.fromkeys(size for v in discs for size in v["diameters"]))
         rows = [[v["name"], *(_share(v["diameters"].get(s)) for s in sizes)] for v in discs]
         parts.append("Share of each disc that was found, by diameter:")
-        parts.append(_table(["variant", *(f"{s} px" for s in sizes)], rows))
+        parts.append(markdown_table(["variant", *(f"{s} px" for s in sizes)], rows))
     for claim in record["claims"]:
-        parts.append(f"**{_line(claim['question'])}** {_line(claim['sentence'])}")
+        parts.append(f"**{line(claim['question'])}** {line(claim['sentence'])}")
     for failure in record["failures"]:
-        parts.append(f"Failed: {_line(failure['name'])}: {_line(failure['reason'])}")
+        parts.append(f"Failed: {line(failure['name'])}: {line(failure['reason'])}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -37,12 +37,12 @@ def _head(labels: Sequence[str]) -> list[str]:
 
 def _row(variant: Mapping[str, Any], labels: Sequence[str], baseline: str | None) -> list[str]:
     dice, against = variant["dice"], variant.get("against_baseline")
-    cells = [variant["name"], f"{fixed(dice['mean'])}{_interval(dice, '.3f')}{_cases(variant)}"]
+    cells = [variant["name"], f"{fixed(dice['mean'])}{interval(dice, '.3f')}{_cases(variant)}"]
     if len(labels) > 1:
         cells += [fixed(variant["labels"].get(name, {}).get("mean")) for name in labels]
     difference = "baseline" if variant["name"] == baseline else ""
     if against is not None:
-        difference = f"{against['mean']:+.3f}{_interval(against, '+.3f')}"
+        difference = f"{against['mean']:+.3f}{interval(against, '+.3f')}"
     return [
         *cells,
         difference,
@@ -69,20 +69,22 @@ def _share(numbers: Mapping[str, Any] | None) -> str:
     return "–" if numbers is None else f"{100 * numbers['recall']:.0f} %"
 
 
-def _interval(found: Mapping[str, Any], form: str) -> str:
+def interval(found: Mapping[str, Any], form: str) -> str:
+    """The interval of a mean or difference, to stand behind it; nothing where there is none."""
     ends = found.get("ci95")
     return "" if ends is None else f" ({ends[0]:{form}} to {ends[1]:{form}})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; whatever is in a cell stays in it."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    return _line(text).replace("\\", "\\\\").replace("|", "\\|")
+    return line(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
     """`text` in one line, whatever breaks it has."""
     return " ".join(text.split())

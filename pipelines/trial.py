@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import resource
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import medseg
+from medseg_pipelines.compare import rows_of
 
 log = logging.getLogger("medseg.trial")
 
@@ -28,6 +30,8 @@ def main() -> None:
     """Run the trial whose folder is the only argument."""
     # a shell may have started us deaf to it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a cluster tells every process of a job that it must go: save and stop, as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(Path(sys.argv[1])))
 
 
@@ -62,13 +66,13 @@ def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         folds=job["folds"],
         device=job["device"],
         resume=(folder / STATE).is_file(),
+        pretrained=None if job.get("pretrained") is None else Path(job["pretrained"]),
     )
     done = medseg.train(job["dataset"], folder, options=options)
     if done.report is None:
         reasons = "; ".join(f"{r.case}: {r.reason}" for r in done.results[:3])
         raise medseg.DataError(f"{folder}: not one held-back case could be judged: {reasons}")
     training = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["training"]
-    rows = done.report.table[["case", "name", "status", "dice"]].to_dict("records")
     return {
         "job": job,
         "steps": training["steps"],
@@ -77,9 +81,10 @@ def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "precision": training["precision"],
         "stages": dict(done.seconds),
         "case_seconds": {r.case: sum(r.seconds.values()) for r in done.results if r.status == "done"},
-        "rows": [{**row, "dice": None if row["dice"] != row["dice"] else row["dice"]} for row in rows],
+        "rows": rows_of(done.report),
         "failed_cases": {r.case: r.reason for r in done.results if r.status == "failed"}
         | {f.case: f.reason for f in done.report.failures},
+        "machine": platform.node(),
         "peak_memory_mb": _peak_memory_mb(training["device"]),
     }
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import medseg
-from medseg_pipelines.trial import FAILURE, INTERRUPTED, JOB, OK, RESULT, STATE, WRONG
+from medseg_pipelines.processes import attempt as _attempt
+from medseg_pipelines.processes import link_cache, read_json, reason_of
+from medseg_pipelines.trial import FAILURE, JOB, OK, RESULT, STATE, WRONG
 
-OUTPUT = "output.txt"
 ATTEMPTS = 2
 # a trial that takes this many times its training time, and the pause on top, hangs
 PATIENCE, PAUSE_S = 4.0, 1800.0
-SECONDS_TO_STOP = 120.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class TrialResult:
 def refuse_other_settings(trials: Sequence[Trial]) -> None:
     """Raises `ConfigError` where the folder of a trial holds the finished result of another: it would be lost."""
     for trial in trials:
-        job = _read(trial.folder / JOB)
-        other = None if job is None or _read(trial.folder / RESULT) is None else _difference(job, trial.job)
+        job = read_json(trial.folder / JOB)
+        other = None if job is None or read_json(trial.folder / RESULT) is None else first_difference(job, trial.job)
         if other is not None:
             raise medseg.ConfigError(
                 f"{trial.folder}: holds a finished run of something else ({other}), and a new one would delete it; "
@@ -87,88 +83,30 @@ def run_trial(trial: Trial, *, cache: Path) -> TrialResult:
     whole.
     """
     folder = trial.folder
-    job = _read(folder / JOB)
-    if job is None or _difference(job, trial.job) is not None:
+    job = read_json(folder / JOB)
+    if job is None or first_difference(job, trial.job) is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    found = _read(folder / RESULT)
+    found = read_json(folder / RESULT)
     if found is not None:
         return TrialResult(trial, found, reused=True)
     folder.mkdir(parents=True, exist_ok=True)
     medseg.write_text(folder / JOB, json.dumps(trial.job, indent=1, ensure_ascii=False) + "\n")
-    _link_cache(folder / "cache", cache)
+    link_cache(folder / "cache", cache)
     reason = ""
     for _ in range(ATTEMPTS):
         (folder / FAILURE).unlink(missing_ok=True)
         code = _attempt(folder, trial.limit_s)
-        found = _read(folder / RESULT) if code == OK else None
+        found = read_json(folder / RESULT) if code == OK else None
         if found is not None:
             _tidy(folder)
             return TrialResult(trial, found)
-        reason = _reason(folder, code, trial.limit_s)
+        reason = reason_of(folder, code, trial.limit_s)
         if code == WRONG:
             break
         if not (folder / STATE).is_file():
             # whatever else is there, such as weights of half an attempt, is in the way of a new one
             (folder / "model.safetensors").unlink(missing_ok=True)
     return TrialResult(trial, reason=reason)
-
-
-def _attempt(folder: Path, limit_s: float) -> int:
-    """The exit code of the process that does the trial; negative: killed by that signal."""
-    command = [sys.executable, "-m", "medseg_pipelines.trial", str(folder)]
-    with (folder / OUTPUT).open("ab") as output:
-        # a session of its own: Ctrl-C reaches it through this process, exactly once
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            return process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            _stop(process)
-            return -signal.SIGALRM
-        except BaseException:
-            _stop(process)
-            raise
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask to save and stop; kill what does not."""
-    with _deaf():
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    # a second Ctrl-C must not leave the process behind
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _reason(folder: Path, code: int, limit_s: float) -> str:
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if code == -signal.SIGALRM:
-        return f"took more than {limit_s:.0f} s and was stopped; see {folder / OUTPUT}"
-    written = _read(folder / FAILURE)
-    if written is not None:
-        return str(written["reason"])
-    if code == -signal.SIGKILL:
-        return "killed from outside, most likely because memory ran out; give it a smaller train.batch_size or patch"
-    return f"ended with code {code}; see {folder / OUTPUT}"
-
-
-def _link_cache(link: Path, cache: Path) -> None:
-    """Preprocessing is the same for all: the folder of the trial shows the shared cache, where links can be made."""
-    cache.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
-        with contextlib.suppress(OSError):
-            link.symlink_to(cache.resolve(), target_is_directory=True)
 
 
 def _tidy(folder: Path) -> None:
@@ -181,26 +119,17 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(link, ignore_errors=True)
 
 
-def _difference(found: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str | None:
-    """The first that differs in two jobs, in words; None: they give the same result."""
+def first_difference(found: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str | None:
+    """The first that differs in two jobs or two settings, in words; None: they give the same result."""
     for key in dict.fromkeys((*asked, *found)):
         if not within and key == "dataset":
             # the same data at another place are the same data
             continue
         name, one, other = f"{within}{key}", found.get(key), asked.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            inner = _difference(one, other, f"{name}.")
+            inner = first_difference(one, other, f"{name}.")
             if inner is not None:
                 return inner
         elif one != other:
             return f"{name}: {one} there, {other} asked"
     return None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # not there, or broken off: then it is done again
-        return None
-    return content if isinstance(content, dict) else None

@@ -1,0 +1,372 @@
+"""The command `medseg-crossval`: all folds of one or several networks, on one or many machines, to one report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+import medseg
+from medseg.cli.shared import log as log_to_terminal
+from medseg.terminal import err, out, shown_progress
+from medseg_pipelines.collecting import REPORT, Network, collect
+from medseg_pipelines.crossrecord import PAGE, methods_table
+from medseg_pipelines.digest import checked
+from medseg_pipelines.folds import CONFIG, Digests, Fold, look, train_fold
+from medseg_pipelines.locks import held, holder_of, publish
+from medseg_pipelines.trials import first_difference
+
+log = logging.getLogger("medseg.crossval")
+
+OK, SOME_FAILED, USAGE, TERMINATED, INTERRUPTED = 0, 1, 2, 75, 130
+LIBRARY = "monai."
+
+app = typer.Typer(
+    name="medseg-crossval",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a cross-validation beside the data set and the folder; what is left out is planned."""
+
+    configs: tuple[Path, ...] = ()
+    networks: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
+    folds: int = 5
+    time_budget: str | None = None
+    epochs: int | None = None
+    seed: int | None = None
+    device: str = "auto"
+    pretrained: Path | None = None
+    only_fold: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of it: `record` of crossval.json where all was collected; else what is `waiting` and why."""
+
+    record: Mapping[str, Any] | None
+    report: medseg.Report | None
+    failed: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+
+@app.command(epilog="Example: medseg-crossval my_data/ -o cv --time-budget 20m")
+def crossval(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A data set as `medseg train` takes it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for folds and results.")],
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("-c", "--config", metavar="FILE.yaml", help="Settings; repeatable: the best of several."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting of all; repeatable."),
+    ] = None,
+    networks: Annotated[str | None, typer.Option(metavar="A,B,…", help="The best of several networks.")] = None,
+    folds: Annotated[int, typer.Option(help="Number of folds, where the data set has none of its own.", min=2)] = 5,
+    time_budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Training time of each fold: 90s, 20m, 1.5h.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of a time budget.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.", min=0)] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(metavar="FILE|RUN", help="Weights that every fold begins with.")
+    ] = None,
+    only_fold: Annotated[
+        int | None, typer.Option("--only-fold", metavar="K", help="Train this fold alone, as a task of many.", min=0)
+    ] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")] = False,
+) -> None:
+    """Train the folds that are missing, judge every case out of fold, choose the best, write one report."""
+    log_to_terminal(verbose)
+    options = Options(
+        configs=tuple(config or ()),
+        networks=tuple(n.strip() for n in (networks or "").split(",") if n.strip()),
+        settings=medseg.settings_from(settings or []),
+        folds=folds,
+        time_budget=time_budget,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        pretrained=pretrained,
+        only_fold=only_fold,
+    )
+    found = cross_validate(dataset, output, options)
+    _tell(output, found)
+    if found.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
+    """Train what is missing and nobody else trains, and collect once all is there.
+
+    Raises `ConfigError` or `DataError` before anything is trained, `KeyboardInterrupt` once the state is saved.
+    """
+    asked = _asked(options)
+    data = checked(dataset).dataset
+    number = options.folds if data.folds is None else len(data.folds)
+    splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
+    if options.only_fold is not None:
+        medseg.fold_split(data, options.only_fold, folds=options.folds)
+    configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
+    digests, folds = Digests(), []
+    for name, config in configs.items():
+        for k, (training, held_back) in enumerate(splits):
+            place, digest = folder / name / f"fold_{k}", digests.of(training)
+            given = options.device, None if options.pretrained is None else options.pretrained.resolve()
+            parts = tuple(training), tuple(held_back), digest, options.folds
+            folds.append((name, Fold(k, place, dataset, config, *parts, *given)))
+    # what cannot be gone on with is told before anything is trained
+    for _, fold in folds:
+        look(fold)
+    failed = _train([f for f in folds if options.only_fold in (None, f[1].number)], folder)
+    judged = {case.id for _, held_back in splits for case in held_back}
+    setup = {
+        "dataset": dataset.resolve().name,
+        "folds": number,
+        "cases": len(judged),
+        "cases_never_held_back": sorted({case.id for case in data.labelled} - judged),
+        "patients": len({case.group for case in data.labelled if case.id in judged}),
+        "networks": list(configs),
+        "device": options.device,
+        "pretrained": None if options.pretrained is None else options.pretrained.name,
+    }
+    groups = {case.id: case.group for case in data.cases}
+    return _collect(folder, folds, failed, setup, groups, options.device)
+
+
+def main() -> None:
+    """Run the command line and exit with the code that the outcome deserves."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line. A user's mistake is one message; its traceback is shown with -v."""
+    with _told_of_signals() as came:
+        try:
+            app(arguments, prog_name="medseg-crossval")
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else USAGE
+            if code == INTERRUPTED:
+                err.print("interrupted; the same command goes on from here")
+                return TERMINATED if signal.SIGTERM in came() else INTERRUPTED
+            return code
+        except medseg.MedsegError as error:
+            log.debug("traceback", exc_info=True)
+            err.print(f"[red]error:[/red] {escape(str(error))}")
+            return USAGE
+    return OK
+
+
+@contextmanager
+def _told_of_signals() -> Iterator[Callable[[], bytes]]:
+    """SIGTERM is an interrupt; the block gets a function that tells which signals came.
+
+    While masks are made inference has handlers of its own, and an interrupt is all that is left of a signal then.
+    """
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def came() -> bytes:
+        try:
+            return os.read(reader, 4096)
+        except BlockingIOError:
+            return b""
+
+    try:
+        yield came
+    finally:
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGTERM, before)
+        os.close(reader)
+        os.close(writer)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _asked(options: Options) -> dict[str, dict[str, Any]]:
+    """By the name of its folder, the settings that are asked of each network."""
+    if options.time_budget is not None and options.epochs is not None:
+        raise medseg.ConfigError("--time-budget and --epochs: give one of them")
+    given = dict(options.settings or {})
+    if options.networks and "name" in given.get("network", {}):
+        raise medseg.ConfigError("--set network.name: give either this or --networks")
+    train: dict[str, Any] = {} if options.seed is None else {"seed": options.seed}
+    if options.time_budget is not None:
+        train |= {"epochs": None, "time_budget_s": medseg.parse_duration(options.time_budget)}
+    elif options.epochs is not None:
+        train |= {"epochs": options.epochs, "time_budget_s": None}
+    asked: dict[str, dict[str, Any]] = {}
+    for file in options.configs or (None,):
+        base = {} if file is None else medseg.read_yaml(file)
+        for network in options.networks or (None,):
+            ask = medseg.overlay(base, given, {"train": train} if train else {})
+            ask = ask if network is None else medseg.overlay(ask, {"network": {"name": network}})
+            section = medseg.make_config({"network": ask.get("network", {})}, source=str(file or "--set")).network
+            medseg.check_settings(section)
+            if options.pretrained is not None and ask.get("network") and not section.name.startswith(LIBRARY):
+                # weights from elsewhere fit the published width
+                width = {"width": medseg.default_config(section.name).width}
+                ask = medseg.overlay(ask, {"network": width | ask["network"]})
+            name = section.name
+            if file is not None and len(options.configs) > 1:
+                name = file.stem if network is None else f"{file.stem}-{name}"
+            if name in asked:
+                raise medseg.ConfigError(f"{name}: given twice, and both would be written into the folder of this name")
+            asked[name] = ask
+    return asked
+
+
+def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Path, options: Options) -> medseg.Config:
+    """The one configuration of all folds of a network: what is there, if it is what is asked; else planned now.
+
+    Raises `ConfigError` where something else is there.
+    """
+    file = folder / name / CONFIG
+    there = next((p for p in (file, *sorted(file.parent.glob(f"fold_*/{CONFIG}"))) if p.is_file()), None)
+    if there is None:
+        with shown_progress() as progress:
+            made = medseg.plan(dataset, settings=ask, device=options.device, progress=progress)
+        text = medseg.dump_yaml(made.config, made.reasons)
+    else:
+        _refuse_other_settings(there, ask)
+        text = there.read_text(encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        # of several machines that plan at once, the first decides
+        publish(file, text)
+    return _refuse_other_settings(file, ask)
+
+
+def _refuse_other_settings(file: Path, ask: Mapping[str, Any]) -> medseg.Config:
+    found = medseg.read_config(file)
+    asked = medseg.make_config(medseg.overlay(found.model_dump(mode="json"), ask), source="what is asked")
+    other = first_difference(found.model_dump(mode="json"), asked.model_dump(mode="json"))
+    if other is not None:
+        raise medseg.ConfigError(f"{file}: holds other settings ({other}); leave that out, or choose another -o")
+    return found
+
+
+def _train(folds: Sequence[tuple[str, Fold]], folder: Path) -> dict[Path, str]:
+    """Train what is missing and free, one after the other; why folds failed, by their folders."""
+    failed: dict[Path, str] = {}
+    for number, (name, fold) in enumerate(folds, start=1):
+        place = f"{number}/{len(folds)} {name}, fold {fold.number}"
+        if _done(fold, place, failed):
+            continue
+        with held(fold.lock) as lock:
+            # another may have finished it while the lock was waited for
+            if lock is None:
+                out.print(escape(f"{place}: {holder_of(fold.lock) or 'another machine'} trains it"))
+            elif not _done(fold, place, failed):
+                out.print(escape(f"{place}: training; its log is {fold.folder / 'log.txt'}"))
+                start = time.monotonic()
+                reason = train_fold(fold, lock, cache=folder / "cache")
+                if reason is not None:
+                    failed[fold.folder] = reason
+                    err.print(f"{place}: [red]failed:[/red] {escape(reason)}")
+                else:
+                    out.print(escape(f"{place}: done, {time.monotonic() - start:.0f} s"))
+    return failed
+
+
+def _done(fold: Fold, place: str, failed: dict[Path, str]) -> bool:
+    """Whether there is nothing to train; says so."""
+    found = look(fold)
+    if found.state == "done":
+        out.print(escape(f"{place}: there already"))
+    elif found.state == "damaged":
+        failed[fold.folder] = found.reason
+        err.print(f"{place}: [red]failed:[/red] {escape(found.reason)}")
+    elif found.state == "elsewhere":
+        out.print(escape(f"{place}: {found.reason}"))
+    return found.state != "missing"
+
+
+def _collect(
+    folder: Path,
+    folds: Sequence[tuple[str, Fold]],
+    failed: Mapping[Path, str],
+    setup: Mapping[str, Any],
+    groups: Mapping[str, str],
+    device: str,
+) -> Outcome:
+    """The result, if no fold is being trained or still to be trained by somebody else."""
+    found = [(name, fold, look(fold)) for name, fold in folds]
+    broken = {f.folder: s.reason for _, f, s in found if s.state == "damaged"} | dict(failed)
+    listed = tuple(f"{name}, fold {f.number}: {broken[f.folder]}" for name, f, _ in found if f.folder in broken)
+    waiting = tuple(
+        f"{name}, fold {f.number}: {s.reason or _whose(f)}"
+        for name, f, s in found
+        if s.state in ("missing", "elsewhere") and f.folder not in broken
+    )
+    if waiting:
+        return Outcome(None, None, listed, waiting)
+    networks = [
+        Network(
+            name,
+            tuple((f, s) for n, f, s in found if n == name),
+            {f.folder.name: broken[f.folder] for n, f, _ in found if n == name and f.folder in broken},
+        )
+        for name in dict.fromkeys(n for n, _, _ in found)
+    ]
+    place = folder / "collect.lock"
+    with held(place) as lock:
+        if lock is None:
+            return Outcome(None, None, listed, (f"collecting: {holder_of(place) or 'another machine'} does it",))
+        with shown_progress() as progress:
+            record, judged = collect(folder, networks, setup, groups, device=device, progress=progress)
+    failures = tuple(f"{f['name']}: {f['reason']}" for f in record["failures"])
+    return Outcome(record, None if judged is None else judged.report, failures, ())
+
+
+def _whose(fold: Fold) -> str:
+    holder = holder_of(fold.lock)
+    return "not trained yet" if holder is None else f"{holder} trains it"
+
+
+def _tell(folder: Path, found: Outcome) -> None:
+    """The last words of the command."""
+    if found.report is not None:
+        out.print(found.report.text_table(), markup=False)
+    if found.record is not None:
+        if len(found.record["methods"]) > 1:
+            out.print(methods_table(found.record["methods"]), markup=False)
+        best = found.record["best"]
+        if best is not None:
+            for reason in best["reasons"]:
+                out.print(escape(reason))
+            out.print(f"For new cases:\n{best['command']}", markup=False)
+        out.print(escape(f"Report: {folder / REPORT / 'report.html'}, {folder / PAGE}"))
+    for reason in found.waiting:
+        out.print(escape(f"waiting: {reason}"))
+    if found.waiting:
+        out.print("not collected yet; the same command does it once all folds are there")
+    for reason in found.failed:
+        err.print(f"[red]failed:[/red] {escape(reason)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A training as a process of its own: started in its folder, watched, stopped with its state saved; why it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medseg_pipelines.trial import FAILURE, INTERRUPTED
+
+OUTPUT = "output.txt"
+SECONDS_TO_STOP = 120.0
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def attempt(
+    folder: Path,
+    limit_s: float | None,
+    *,
+    started: Callable[[int], None] | None = None,
+    forbidden: threading.Event | None = None,
+) -> int:
+    """The exit code of the process that does what job.json in `folder` asks; negative: killed by that signal.
+
+    −SIGALRM: it took longer than `limit_s`. `started` gets its number. Once `forbidden` is set the folder is another's:
+    the process is killed and nothing more is written. Ctrl-C, and whatever else is raised here, lets it save its state.
+    """
+    command = [sys.executable, "-m", "medseg_pipelines.trial", str(folder)]
+    with (folder / OUTPUT).open("ab") as output:
+        # a session of its own: Ctrl-C reaches it through this process, exactly once
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            if started is not None:
+                started(process.pid)
+            return _watch(process, limit_s, forbidden)
+        except BaseException:
+            _stop(process)
+            raise
+
+
+def reason_of(folder: Path, code: int, limit_s: float | None = None) -> str:
+    """Why the process ended with `code`, in words. Raises `KeyboardInterrupt` where somebody stopped it."""
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code == -signal.SIGALRM:
+        return f"took more than {limit_s:.0f} s and was stopped; see {folder / OUTPUT}"
+    written = read_json(folder / FAILURE)
+    if written is not None:
+        return str(written["reason"])
+    if code == -signal.SIGKILL:
+        return "killed from outside, most likely because memory ran out; give it a smaller train.batch_size or patch"
+    return f"ended with code {code}; see {folder / OUTPUT}"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or the file broke off."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def link_cache(link: Path, cache: Path) -> None:
+    """Preprocessing is the same for all: the folder of a training shows the shared cache, where links can be made."""
+    cache.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
+            link.symlink_to(cache.resolve(), target_is_directory=True)
+
+
+def _watch(process: subprocess.Popen[bytes], limit_s: float | None, forbidden: threading.Event | None) -> int:
+    end = None if limit_s is None else time.monotonic() + limit_s
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(SECONDS_BETWEEN_LOOKS)
+        if forbidden is not None and forbidden.is_set():
+            process.kill()
+            return process.wait()
+        if end is not None and time.monotonic() > end:
+            _stop(process)
+            return -signal.SIGALRM
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask to save and stop; kill what does not."""
+    with _deaf():
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    # a second Ctrl-C must not leave the process behind
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

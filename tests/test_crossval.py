@@ -1,0 +1,869 @@
+"""Cross-validation: locks, folds that are recognised or refused, what is chosen and why, and the command end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from skimage.io import imread, imsave
+
+import medseg
+from medseg import calibrate
+from medseg_pipelines import choice, collecting, folds
+from medseg_pipelines.choice import Method, choose_cleaning, choose_ensemble, choose_single, vote, vote_of_others
+from medseg_pipelines.compare import Outcome
+from medseg_pipelines.crossval import INTERRUPTED, OK, SOME_FAILED, TERMINATED, USAGE, run
+from medseg_pipelines.folds import Digests, Fold, Found, look
+from medseg_pipelines.judging import Judge, Trained
+from medseg_pipelines.locks import STALE_S, Lock, age_s, held, holder_of, publish, take
+
+# ---- votes and choices
+
+
+def test_what_more_than_half_of_the_folds_chose_is_elected_label_by_label() -> None:
+    one = {"largest_component": ["a", "b"], "min_size_mm3": {"a": 8.0}}
+    two = {"largest_component": ["b"], "min_size_mm3": {"a": 2.0, "b": 4.0}, "fill_holes": ["a"]}
+    assert vote([one, two, {}]) == {"largest_component": ["b"], "min_size_mm3": {"a": 2.0}}
+
+
+def test_half_of_the_folds_elects_nothing() -> None:
+    assert vote([{"fill_holes": ["a"]}, {}]) == {}
+
+
+def test_a_fold_has_no_vote_on_its_own_cases() -> None:
+    choices = {0: {"fill_holes": ["a"]}, 1: {}, 2: {"fill_holes": ["a"]}}
+    assert vote_of_others(choices, 0) == {}
+    assert vote_of_others(choices, 1) == {"fill_holes": ["a"]}
+    assert vote_of_others({0: {"fill_holes": ["a"]}}, 0) == {}
+
+
+def scored(name: str, values: Sequence[float], **more: Any) -> Method:
+    found = Outcome({"dice": {f"case{n}": v for n, v in enumerate(values)}}, {}, (), 0, 0)
+    return Method(name, tuple(name.split("+")), found, **more)
+
+
+BASE = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def shifted(*by: float) -> list[float]:
+    return [value + by[n % len(by)] for n, value in enumerate(BASE)]
+
+
+@pytest.mark.parametrize(
+    ("by", "kept", "said"),
+    [
+        ((0.01, 0.02), True, "is used: Dice +0.0150"),
+        ((0.2, -0.15), False, "not surely above 0"),
+        # every case surely gains, but less than is worth a setting
+        ((0.0004, 0.0003), False, "not more than 0.0005"),
+    ],
+)
+def test_masks_are_cleaned_only_where_that_surely_helps(by: tuple[float, ...], kept: bool, said: str) -> None:
+    plain, cleaned = scored("net", BASE), scored("net-cleaned", shifted(*by), cleaned=True)
+    chosen, reason = choose_cleaning(plain, cleaned)
+    assert (chosen is cleaned) is kept
+    assert said in reason
+
+
+def test_two_cases_are_too_few_to_clean_by() -> None:
+    plain, cleaned = scored("net", [0.5, 0.6]), scored("net-cleaned", [0.7, 0.8])
+    chosen, reason = choose_cleaning(plain, cleaned)
+    assert chosen is plain
+    assert "too few cases" in reason
+
+
+def test_cases_of_one_patient_are_one_unit_of_a_choice() -> None:
+    plain, cleaned = scored("net", BASE), scored("net-cleaned", shifted(0.1))
+    of_two = {f"case{n}": f"patient{n % 2}" for n in range(len(BASE))}
+    assert choose_cleaning(plain, cleaned, of_two)[0] is plain
+
+
+def test_the_network_of_the_highest_dice_is_chosen() -> None:
+    low, high = scored("low", BASE), scored("high", shifted(0.02))
+    chosen, reason = choose_single([low, high])
+    assert chosen is high
+    assert "against low Dice +0.0200" in reason
+
+
+@pytest.mark.parametrize(
+    ("seconds", "devices", "winner"),
+    [(0.5, "cpu", "quick"), (0.95, "cpu", "good"), (0.5, "cuda", "good"), (None, "cpu", "good")],
+)
+def test_of_nearly_equal_networks_the_faster_is_chosen(seconds: float | None, devices: str, winner: str) -> None:
+    good = scored("good", shifted(0.0008), seconds=1.0, devices=frozenset({"cpu"}))
+    quick = scored("quick", BASE, seconds=seconds, devices=frozenset({devices}))
+    assert choose_single([good, quick])[0].name == winner
+
+
+def test_networks_are_compared_on_the_cases_that_both_have() -> None:
+    # the one that could only be judged on easy cases is worse on each of them
+    easy = Method("easy", ("easy",), Outcome({"dice": {"case4": 0.75, "case5": 0.85}}, {}, (), 0, 0))
+    assert choose_single([easy, scored("whole", BASE)])[0].name == "whole"
+
+
+def test_a_network_that_lacks_a_mask_is_not_chosen() -> None:
+    lacking = scored("lacking", shifted(0.1))
+    lacking = replace(lacking, outcome=replace(lacking.outcome, without_mask=("case9",)))
+    chosen, reason = choose_single([lacking, scored("whole", BASE)])
+    assert chosen.name == "whole"
+    assert "lacking has no mask of 1 cases" in reason
+
+
+def test_an_ensemble_is_chosen_only_where_it_pays() -> None:
+    single = scored("a", BASE)
+    surely, perhaps = scored("a+b", shifted(0.01, 0.02)), scored("a+b", shifted(0.2, -0.15))
+    assert choose_ensemble(single, [surely])[0] is surely
+    chosen, reason = choose_ensemble(single, [perhaps])
+    assert chosen is single
+    assert "no ensemble of networks pays" in reason
+
+
+def test_of_two_ensembles_that_pay_the_better_is_chosen() -> None:
+    more, less = scored("a+b", shifted(0.02)), scored("a+b+c", shifted(0.01))
+    assert choose_ensemble(scored("a", BASE), [less, more])[0] is more
+
+
+def test_the_margins_are_those_of_a_single_training() -> None:
+    mine = choice.LEAST_GAIN, choice.MARGIN, choice.NOISE
+    assert mine == (calibrate.LEAST_GAIN, calibrate.MARGIN, calibrate.NOISE)
+
+
+# ---- locks
+
+
+def lock_text(**changes: Any) -> str:
+    """What a lock of this process says, changed."""
+    path = Path(os.environ["PYTEST_LOCK_FOLDER"]) / "pattern.lock"
+    assert take(path) is not None
+    content = json.loads(path.read_text())
+    path.unlink()
+    return json.dumps({**content, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _lock_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_LOCK_FOLDER", str(tmp_path_factory.mktemp("locks")))
+
+
+@pytest.fixture(scope="session")
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def make_old(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "fold_0.lock"
+    with held(path) as first:
+        assert first is not None
+        assert take(path) is None
+        assert str(os.getpid()) in str(holder_of(path))
+    assert holder_of(path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_free_after_an_interrupt(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with held(tmp_path / "fold_0.lock"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path, dead: int) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(process=dead, token="theirs"))
+    assert holder_of(path) is None
+    assert take(path) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["fold_0.lock"]
+
+
+def test_a_lock_lives_as_long_as_the_child_of_its_dead_holder(tmp_path: Path, dead: int) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(process=dead, worker=os.getpid(), worker_began=None))
+    assert take(path) is None
+
+
+def test_a_number_that_went_to_another_process_keeps_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(process_began="1"))
+    assert take(path) is not None
+
+
+@pytest.mark.parametrize(("still_s", "free"), [(0.5 * STALE_S, False), (2 * STALE_S, True)])
+def test_the_lock_of_another_machine_falls_when_its_pulse_is_still(
+    tmp_path: Path, dead: int, still_s: float, free: bool
+) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(machine="another", process=dead))
+    make_old(path, still_s)
+    assert (take(path) is not None) is free
+
+
+@pytest.mark.parametrize(("still_s", "free"), [(0.5 * STALE_S, False), (2 * STALE_S, True)])
+def test_a_lock_that_says_nothing_falls_with_time(tmp_path: Path, still_s: float, free: bool) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.touch()
+    make_old(path, still_s)
+    assert (take(path) is not None) is free
+
+
+def test_a_lock_that_another_is_clearing_is_not_cleared_twice(tmp_path: Path, dead: int) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(process=dead))
+    guard = tmp_path / "fold_0.lock.clearing"
+    guard.touch()
+    assert take(path) is None
+    # who was clearing it has died over it: the next but one has it
+    make_old(guard, 2 * STALE_S)
+    assert take(path) is None
+    assert take(path) is not None
+
+
+def test_a_pulse_keeps_a_lock_young_and_tells_when_it_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "fold_0.lock"
+    lock = take(path)
+    assert lock is not None
+    make_old(path, 100)
+    lock.beat()
+    age = age_s(path)
+    assert age is not None
+    assert age < 50
+    path.write_text(lock_text(token="theirs"))
+    lock.beat()
+    assert lock.lost.is_set()
+
+
+def test_the_lock_of_another_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "fold_0.lock"
+    with held(path, pulse_s=0.01) as lock:
+        assert lock is not None
+        path.write_text(lock_text(token="theirs"))
+        assert lock.lost.wait(10)
+    assert json.loads(path.read_text())["token"] == "theirs"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_published_once(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "config.yaml"
+    assert publish(path, "first")
+    assert not publish(path, "second")
+    assert path.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# ---- folds that somebody has left
+
+CONFIG = medseg.make_config(
+    {
+        "data": {"spatial_dims": 2, "labels": {"shell": 1, "core": 2}},
+        "preprocess": {"spacing_mm": None},
+        "windows": {"patch_size": [32, 32]},
+        "augment": {"rotation_deg": [10.0], "flip_axes": []},
+        "train": {"epochs": 3, "time_budget_s": None},
+    }
+)
+CASES = 6
+
+
+@pytest.fixture
+def dataset(tiny_dataset: Any) -> Path:
+    found: Path = tiny_dataset(spatial_dims=2, cases=CASES)
+    return found
+
+
+def make_fold(dataset: Path, out: Path, number: int, *, name: str = "net", folds: int = 2) -> Fold:
+    data = medseg.check_dataset(dataset).dataset
+    training, held_back = medseg.fold_split(data, number, folds=folds)
+    place = out / name / f"fold_{number}"
+    digest = Digests().of(training)
+    return Fold(number, place, dataset, CONFIG, tuple(training), tuple(held_back), digest, folds, "cpu")
+
+
+def leave(fold: Fold, *, shift: int = 0, seconds: float = 0.5, choices: Mapping[str, Any] | None = None) -> None:
+    """What `medseg train` leaves in the folder of a fold; masks are the references, moved by `shift` pixels."""
+    validation = fold.folder / "validation"
+    (validation / "report").mkdir(parents=True)
+    (fold.folder / "model.safetensors").write_bytes(b"weights")
+    description = {
+        "schema_version": 1,
+        "training": {
+            "data_sha256": fold.data_sha256,
+            "validation_cases": [c.id for c in fold.held_back],
+            "fold": fold.number,
+            "steps": 30,
+            "seconds": 4.0,
+            "device": "cpu",
+            "precision": "32",
+        },
+        "weights_sha256": hashlib.sha256(b"weights").hexdigest(),
+        "config": fold.config.model_dump(mode="json"),
+        "inference": {"postprocess": {"settings": dict(choices or {}), "measured": []}},
+    }
+    (fold.folder / "model.json").write_text(json.dumps(description))
+    (fold.folder / "config.yaml").write_text(medseg.dump_yaml(fold.config, {}))
+    cases = []
+    for case in fold.held_back:
+        assert case.label is not None
+        mask = np.roll(imread(case.label), shift, axis=0)
+        imsave(validation / f"{case.id}.png", mask, check_contrast=False)
+        cases.append({"case": case.id, "status": "done", "seconds": {"network": seconds}})
+    (validation / "run.json").write_text(json.dumps({"cases": cases}))
+    (validation / "report" / "summary.json").write_text("{}")
+
+
+def change_description(fold: Fold, **training: Any) -> None:
+    path = fold.folder / "model.json"
+    content = json.loads(path.read_text())
+    content["training"] |= training
+    path.write_text(json.dumps(content))
+
+
+def test_a_fold_that_was_trained_elsewhere_is_recognised(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    assert look(fold).state == "missing"
+    leave(fold)
+    assert look(fold).state == "done"
+
+
+def test_a_fold_of_moved_data_is_recognised(dataset: Path, tmp_path: Path) -> None:
+    leave(make_fold(dataset, tmp_path / "out", 0))
+    moved = dataset.rename(tmp_path / "moved")
+    assert look(make_fold(moved, tmp_path / "out", 0)).state == "done"
+
+
+def test_a_fold_of_other_settings_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    values = CONFIG.model_dump(mode="json")
+    leave(replace(fold, config=medseg.make_config({**values, "train": {**values["train"], "batch_size": 3}})))
+    with pytest.raises(medseg.ConfigError, match=r"fold_0: trained with other settings \(train.batch_size: 3 there"):
+        look(fold)
+
+
+def test_a_fold_of_changed_data_is_refused(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    label = fold.training[0].label
+    assert label is not None
+    pixels = imread(label)
+    pixels[0, 0] = 1
+    imsave(label, pixels, check_contrast=False)
+    with pytest.raises(medseg.ConfigError, match=r"fold_0: trained on other data \(SHA-256"):
+        look(make_fold(dataset, tmp_path / "out", 0))
+
+
+def test_a_fold_that_was_begun_with_other_data_is_refused(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    fold.folder.mkdir(parents=True)
+    (fold.folder / "job.json").write_text(json.dumps({"data_sha256": "other"}))
+    with pytest.raises(medseg.ConfigError, match="begun with other data"):
+        look(fold)
+
+
+def test_a_fold_that_held_back_other_cases_is_refused(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    change_description(fold, validation_cases=["case77"])
+    with pytest.raises(medseg.ConfigError, match=r"held back 1 cases, which are not the 3 of fold 0 \(case"):
+        look(fold)
+
+
+def damage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"half of the wei")
+
+
+def damage_description(folder: Path) -> None:
+    path = folder / "model.json"
+    path.write_text(path.read_text()[:50])
+
+
+@pytest.mark.parametrize("damage", [damage_weights, damage_description])
+def test_a_damaged_fold_is_told_and_made_again_only_from_its_state(
+    dataset: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    damage(fold.folder)
+    found = look(fold)
+    assert found.state == "damaged"
+    assert "copy it again, or delete it" in found.reason
+    (fold.folder / "last.pt").touch()
+    assert look(fold).state == "missing"
+
+
+def test_a_fold_whose_validation_broke_off_is_gone_on_with(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    (fold.folder / "validation" / "report" / "summary.json").unlink()
+    (fold.folder / "last.pt").touch()
+    assert look(fold).state == "missing"
+
+
+def test_a_run_that_somebody_has_begun_by_hand_is_left_alone_while_its_log_grows(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    fold.folder.mkdir(parents=True)
+    log = fold.folder / "log.txt"
+    log.touch()
+    assert look(fold).state == "elsewhere"
+    make_old(log, 2 * folds.QUIET_S)
+    assert look(fold).state == "missing"
+
+
+# ---- masks of other folds' choice
+
+
+class Bench(Judge):
+    """A judge whose models leave the reference moved by as many pixels as it is told to clean things."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, {}, "cpu", lambda *_, **__: None)
+        self.asked: list[tuple[str, Any]] = []
+
+    def _segment(
+        self,
+        folds: Sequence[Fold],
+        place: Path,
+        postprocess: Mapping[str, Any] | None,
+        cases: Sequence[medseg.Case],
+        failures: dict[str, str],
+    ) -> dict[str, Path]:
+        self.asked.append((place.name, postprocess))
+        return {c.id: c.label for c in cases if c.label is not None}
+
+
+def test_a_fold_is_cleaned_as_the_others_would_have_it(dataset: Path, tmp_path: Path) -> None:
+    made = [make_fold(dataset, tmp_path / "out", n, folds=3) for n in range(3)]
+    fill, grow = {"postprocess": {"fill_holes": ["core"]}}, {"postprocess": {"largest_component": ["core"]}}
+    for fold, chosen in zip(made, (fill, grow, fill)):
+        leave(fold, choices=chosen)
+    network = Trained("net", tuple(made), tuple(look(fold) for fold in made))
+    bench = Bench(tmp_path / "out")
+    plain = bench.plain(network)
+    # every fold has cleaned its masks: none of them is as the network made it
+    assert sorted(bench.asked) == [("fold_0", {}), ("fold_1", {}), ("fold_2", {})]
+    bench.asked.clear()
+    cleaned = bench.cleaned(network, plain)
+    # folds 0 and 2 see one vote for each of two things, fold 1 two for holes
+    assert [a for a in bench.asked if a[1]] == [("fold_1", {"fill_holes": ["core"]})]
+    assert cleaned is not None
+    assert cleaned.method.postprocess == {"fill_holes": ["core"]}
+
+
+def test_every_case_is_judged_once_by_the_first_fold_that_held_it_back(dataset: Path, tmp_path: Path) -> None:
+    first, second = (make_fold(dataset, tmp_path / "out", n) for n in range(2))
+    both = replace(second, held_back=(*second.held_back, first.held_back[0]))
+    leave(first)
+    leave(both, shift=9)
+    network = Trained("net", (first, both), (Found("done"), Found("done")))
+    found = Bench(tmp_path / "out").plain(network)
+    dice = found.method.dice
+    assert len(dice) == CASES
+    assert dice[first.held_back[0].id] == 1.0
+    assert all(dice[case.id] < 1 for case in second.held_back)
+
+
+# ---- the command on folds that are there
+
+
+def command(dataset: Path, out: Path, *more: str) -> list[str]:
+    return [str(dataset), "-o", str(out), "--folds", "2", "--device", "cpu", "--networks", "unet", *more]
+
+
+SAVE = medseg.Report.save
+
+
+def save_table(report: medseg.Report, folder: Path) -> Path:
+    """The report without its page, which takes seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.table.to_csv(folder / "metrics.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def left(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Leaves both folds of networks with masks moved by as many pixels as told; training anything is a failure."""
+    monkeypatch.setattr(folds, "attempt", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(medseg.Report, "save", save_table)
+
+    def make(skip: Sequence[tuple[str, int]] = (), **shifts: int) -> Path:
+        out = tmp_path / "out"
+        for name, shift in shifts.items():
+            for number in range(2):
+                if (name, number) not in skip:
+                    fold = make_fold(dataset, out, number, name=name)
+                    values = CONFIG.model_dump(mode="json")
+                    config = medseg.make_config({**values, "network": {**values["network"], "name": name}})
+                    leave(replace(fold, config=config), shift=shift)
+        return out
+
+    return make
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    text = (out / "crossval.json").read_text()
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    return found
+
+
+def test_folds_that_are_there_are_collected_into_one_report(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1)
+    monkeypatch.setattr(medseg.Report, "save", SAVE)
+    assert run(command(dataset, out)) == OK
+    record = record_of(out)
+    assert record["complete"]
+    (network,), (method,) = record["networks"], record["methods"]
+    assert sorted(case for fold in network["folds"] for case in fold["cases"]) == [f"case{n}" for n in range(CASES)]
+    assert method["dice"]["n"] == CASES
+    low, high = method["dice"]["ci95"]
+    assert low <= method["dice"]["mean"] <= high
+    # three cases are the fewest that give an interval
+    assert all(fold["dice"]["n"] == 3 and fold["train_seconds"] == 4.0 for fold in network["folds"])
+    rows = (out / "report" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * CASES
+    assert (out / "report" / "report.html").is_file()
+    best = json.loads((out / "best.json").read_text())
+    assert best["models"] == ["unet/fold_0", "unet/fold_1"]
+    said = capsys.readouterr().out
+    assert best["command"] in said
+    assert f"-m {out}/unet/fold_0 -m {out}/unet/fold_1" in best["command"]
+    assert "| 0 | 0." in (out / "crossval.md").read_text()
+
+
+def test_the_best_of_two_networks_is_chosen_and_the_table_shown(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise medseg.ModelError("the models of an ensemble differ in `windows`")
+
+    monkeypatch.setattr(medseg, "load_model", refuse)
+    out = left(unet=3, fcn8s=1)
+    monkeypatch.setattr(medseg.Report, "save", SAVE)
+    assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
+    record = record_of(out)
+    assert record["best"]["networks"] == ["fcn8s"]
+    first, second = record["methods"]
+    assert (first["name"], second["name"], first["chosen"]) == ("fcn8s", "unet", True)
+    assert second["against_chosen"]["mean"] < 0
+    assert second["against_chosen"]["n"] == CASES
+    said = capsys.readouterr().out
+    assert "| fcn8s |" in said
+    assert "unet and fcn8s make no ensemble: the models of an ensemble differ in `windows`" in said
+    assert (out / "compare" / "compare.html").is_file()
+    assert (out / "reports" / "unet" / "report.html").is_file()
+
+
+def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(*folders: Path, **_: Any) -> Any:
+        loaded.append([f"{f.parent.name}/{f.name}" for f in folders])
+
+    def segment(_: Any, cases: Sequence[medseg.Case], place: Path, **__: Any) -> tuple[medseg.CaseResult, ...]:
+        place.mkdir(parents=True)
+        for case in cases:
+            assert case.label is not None
+            shutil.copy(case.label, place / f"{case.id}.png")
+        return tuple(medseg.CaseResult(case.id, "done", output=f"{case.id}.png") for case in cases)
+
+    monkeypatch.setattr(medseg, "load_model", load)
+    monkeypatch.setattr(medseg, "segment_cases", segment)
+    monkeypatch.setattr(collecting, "_compare", lambda *_: None)
+    out = left(unet=1, fcn8s=2)
+    assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
+    assert sorted(loaded) == [["unet/fold_0", "fcn8s/fold_0"], ["unet/fold_1", "fcn8s/fold_1"]]
+    best = record_of(out)["best"]
+    assert best["networks"] == ["unet", "fcn8s"]
+    assert best["dice"]["mean"] == 1.0
+    assert "it pays" in best["reasons"][-1]
+    assert len(best["models"]) == 4
+
+
+def test_a_chosen_cleaning_is_in_the_command_and_what_is_not_chosen_is_taken_back(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "_compare", lambda *_: None)
+    monkeypatch.setattr(medseg.Report, "save", save_table)
+    monkeypatch.setattr(Judge, "_segment", Bench._segment)
+    monkeypatch.setattr(Judge, "asked", [], raising=False)
+    out = tmp_path / "out"
+    values = CONFIG.model_dump(mode="json")
+    config = medseg.make_config({**values, "network": {**values["network"], "name": "unet"}})
+    for number in range(2):
+        chosen = {"postprocess": {"fill_holes": ["core"]}} if number else {}
+        leave(replace(make_fold(dataset, out, number, name="unet"), config=config), choices=chosen)
+    assert run(command(dataset, out)) == OK
+    best = json.loads((out / "best.json").read_text())
+    # one of two folds is no majority: its own choice is not for new cases
+    assert best["settings"] == {"postprocess": {"largest_component": [], "min_size_mm3": {}, "fill_holes": []}}
+    assert "--set 'postprocess.fill_holes=[]'" in best["command"]
+
+
+def test_a_damaged_fold_costs_no_other_and_there_is_no_best(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1)
+    assert run(command(dataset, out)) == OK
+    damage_weights(out / "unet" / "fold_1")
+    assert run(command(dataset, out)) == SOME_FAILED
+    assert "unet, fold_1: " in capsys.readouterr().err.splitlines()[-1]
+    record = record_of(out)
+    assert not record["complete"]
+    assert [fold["state"] for fold in record["networks"][0]["folds"]] == ["done", "failed"]
+    assert record["best"] is None
+    assert not (out / "best.json").exists()
+    # the report is of the cases that are there
+    assert len((out / "report" / "metrics.csv").read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_a_mask_that_cannot_be_read_is_named(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1)
+    mask = next((out / "unet" / "fold_0" / "validation").glob("*.png"))
+    mask.write_bytes(mask.read_bytes()[:40])
+    assert run(command(dataset, out)) == SOME_FAILED
+    assert f"unet, case {mask.stem}: " in capsys.readouterr().err.splitlines()[-1]
+    assert record_of(out)["methods"][0]["cases_without_mask"] == [mask.stem]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "train.batch_size=3"], "train.batch_size: 4 there, 3 asked"),
+        (["--epochs", "4"], "train.epochs: 3 there, 4 asked"),
+        (["--seed", "9"], "train.seed: 0 there, 9 asked"),
+        (["--folds", "3"], "give the --folds it was trained with"),
+        (["--only-fold", "2"], "fold 2 asked, expected 0 to 1"),
+        (["--epochs", "3", "--time-budget", "3m"], "give one of them"),
+        (["--set", "network.name=unet"], "give either this or --networks"),
+        (["--networks", "unett"], "unett"),
+        (["--networks", "unet,unet"], "given twice"),
+        (["-c", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_touched(
+    arguments: list[str], said: str, dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1)
+    before = sorted(out.rglob("fold_*/**/*"))
+    assert run(command(dataset, out, *arguments)) == USAGE
+    assert said in capsys.readouterr().err
+    assert sorted(out.rglob("fold_*/**/*")) == before
+
+
+def test_settings_that_say_what_is_there_go_on(dataset: Path, left: Callable[..., Path]) -> None:
+    out = left(unet=1)
+    assert run(command(dataset, out, "--epochs", "3", "--set", "train.batch_size=4")) == OK
+
+
+def test_a_fold_that_another_machine_trains_is_waited_for(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1, skip=[("unet", 1)])
+    (out / "unet" / "fold_1.lock").write_text(lock_text(machine="another", host="node7", process=42))
+    assert run(command(dataset, out)) == OK
+    said = capsys.readouterr().out
+    assert "waiting: unet, fold 1: node7, process 42 trains it" in said
+    assert "not collected yet" in said
+    assert not (out / "crossval.json").exists()
+
+
+def test_one_fold_alone_leaves_the_others_to_others(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1, skip=[("unet", 1)])
+    assert run(command(dataset, out, "--only-fold", "0")) == OK
+    assert "waiting: unet, fold 1: not trained yet" in capsys.readouterr().out
+
+
+# ---- the process that trains
+
+
+class Attempts:
+    """Stands in for that process: ends with each of `codes` in turn; 0: leaves a finished fold, else a reason."""
+
+    def __init__(self, dataset: Path, *codes: int | Callable[[], int]) -> None:
+        self.dataset = dataset
+        self.codes = list(codes)
+        self.jobs: list[dict[str, Any]] = []
+
+    def __call__(self, folder: Path, limit_s: None, *, started: Any, forbidden: Any) -> int:
+        assert limit_s is None
+        started(os.getpid())
+        self.jobs.append(json.loads((folder / "job.json").read_text()))
+        code = self.codes.pop(0)
+        code = code() if callable(code) else code
+        if code == 0:
+            job = self.jobs[-1]
+            fold = make_fold(self.dataset, folder.parent.parent, job["fold"], name=folder.parent.name)
+            leave(replace(fold, config=medseg.make_config(job["config"])))
+        elif code > 0:
+            (folder / "failure.json").write_text(json.dumps({"reason": f"broke with {code}"}))
+        return code
+
+
+@pytest.fixture
+def attempts(dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Fold 0 is there; the process of fold 1 ends with the codes that are given."""
+    out = left(unet=1, skip=[("unet", 1)])
+
+    def use(*codes: int | Callable[[], int]) -> tuple[Attempts, list[str]]:
+        stand_in = Attempts(dataset, *codes)
+        monkeypatch.setattr(folds, "attempt", stand_in)
+        return stand_in, command(dataset, out)
+
+    return use
+
+
+def test_only_what_is_missing_is_trained(attempts: Any) -> None:
+    used, words = attempts(0)
+    assert run(words) == OK
+    assert [job["fold"] for job in used.jobs] == [1]
+    assert not list(Path(words[2]).rglob("*.lock"))
+    assert run(words) == OK
+    assert len(used.jobs) == 1
+
+
+def test_a_training_that_breaks_down_is_gone_on_with_once(attempts: Any) -> None:
+    used, words = attempts(1, 0)
+    assert run(words) == OK
+    assert len(used.jobs) == 2
+
+
+def test_a_fold_that_fails_is_named_and_the_others_are_done(attempts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, words = attempts(1, 1)
+    assert run(words) == SOME_FAILED
+    assert "unet, fold_1: broke with 1" in capsys.readouterr().err.splitlines()[-1]
+    record = record_of(Path(words[2]))
+    assert [fold["state"] for fold in record["networks"][0]["folds"]] == ["done", "failed"]
+
+
+def test_wrong_settings_are_tried_once(attempts: Any) -> None:
+    used, words = attempts(2)
+    assert run(words) == SOME_FAILED
+    assert len(used.jobs) == 1
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_lock(attempts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, words = attempts(130)
+    assert run(words) == INTERRUPTED
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert not list(Path(words[2]).rglob("*.lock"))
+
+
+def test_sigterm_ends_with_75(attempts: Any) -> None:
+    def told() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return 0
+
+    _, words = attempts(told)
+    assert run(words) == TERMINATED
+    assert not list(Path(words[2]).rglob("*.lock"))
+
+
+def test_a_fold_that_was_taken_over_is_not_ours_any_more(
+    attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Lock, "name_worker", lambda lock, _: lock.lost.set())
+    _, words = attempts(-9)
+    assert run(words) == SOME_FAILED
+    assert "another machine took it over" in capsys.readouterr().err
+
+
+# ---- end to end
+
+
+@pytest.mark.slow
+def test_folds_from_elsewhere_and_from_here_become_one_report(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    name = medseg.read_config(tiny_run.folder / "config.yaml").network.name
+    shutil.copytree(tiny_run.folder, out / name / "fold_0")
+    words = [str(tiny_run.dataset), "-o", str(out), "--folds", "2", "--device", "cpu"]
+    assert run(words) == OK
+    record = record_of(out)
+    assert record["complete"]
+    first, second = record["networks"][0]["folds"]
+    assert (first["machine"], second["machine"] is None) == (None, False)
+    assert first["steps"] == second["steps"] == 2
+    assert record["methods"][0]["dice"]["n"] == 4
+    # nothing is trained again, and a mask that has gone is made again
+    monkeypatch.setattr(folds, "attempt", lambda *_, **__: pytest.fail("trained again"))
+    gone = next((out / name / "fold_1" / "validation").glob("*.nii.gz"))
+    gone.unlink()
+    assert run(words) == OK
+    assert (out / "judged" / name / "again" / "fold_1" / gone.name).is_file()
+    again = record_of(out)
+    assert again["methods"][0]["dice"] == record["methods"][0]["dice"]
+    # the models together take a new case
+    models = [out / model for model in again["best"]["models"]]
+    image = tiny_run.dataset / "images" / "case0.nii.gz"
+    options = medseg.InferOptions(device="cpu", settings=again["best"]["settings"])
+    assert [r.status for r in medseg.infer([image], models, tmp_path / "masks", options)] == ["done"]
+
+
+@pytest.mark.slow
+def test_a_run_on_the_sample_that_is_told_to_end_goes_on_from_its_state(
+    tiny_settings: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = Path(medseg.__file__).parent / "sample"
+    changes = [
+        *(s for s in tiny_settings if "patch" not in s),
+        "train.epochs=1",
+        "train.steps_per_epoch=100",
+        "train.save_every_s=0.001",
+    ]
+    out = tmp_path / "out"
+    words = [str(sample), "-o", str(out), "--folds", "2", "--device", "cpu", "--set", "train.time_budget_s=null"]
+    words += [word for change in changes for word in ("--set", change)]
+    whole = [sys.executable, "-m", "medseg_pipelines.crossval", *words]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            end = time.monotonic() + 300
+            while not list(out.rglob("last.pt")) and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=180)
+        finally:
+            process.kill()
+    assert process.returncode == TERMINATED, said
+    (state,) = out.rglob("last.pt")
+    log = state.parent / "log.txt"
+    assert "the state is saved" in log.read_text()
+    assert not (state.parent / "model.json").exists()
+    assert not list(out.rglob("*.lock"))
+    # nothing is asked any more: what is there says it all
+    assert run([*words[:7], "--only-fold", "0"]) == OK
+    assert "resumed at step" in log.read_text()
+    assert "not trained yet" in capsys.readouterr().out
