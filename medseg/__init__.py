@@ -8,27 +8,47 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medseg.cases import fold_split
+    from medseg.cases import Case, fold_split
     from medseg.check import Finding, Findings, check_dataset
     from medseg.compare import Comparison, compare
-    from medseg.config import Config, dump_yaml, make_config, read_config, read_labels, settings_from
+    from medseg.config import (
+        Config,
+        dump_yaml,
+        make_config,
+        overlay,
+        read_config,
+        read_labels,
+        read_yaml,
+        settings_from,
+    )
     from medseg.demo import demo
-    from medseg.errors import ConfigError, DataError, GeometryError, MedsegError, ModelError, TrainingError
+    from medseg.errors import (
+        ConfigError,
+        DataError,
+        GeometryError,
+        MedsegError,
+        ModelError,
+        PeerError,
+        TrainingError,
+    )
     from medseg.evaluate import EvaluateOptions
-    from medseg.folder import CaseResult, infer
+    from medseg.folder import CaseResult, infer, segment_cases
     from medseg.infer import InferOptions, Segmenter, load_model
     from medseg.inspect import Inspection, inspect_network
     from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
     from medseg.pretrained import Pretrained, load_pretrained
+    from medseg.process import Preempted
     from medseg.readers import file_sha256
-    from medseg.report import Report, evaluate
+    from medseg.report import Report, evaluate, report_pairs
+    from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
 
 _HOME = {
+    "Case": "cases",
     "CaseResult": "folder",
     "Comparison": "compare",
     "Config": "config",
@@ -41,12 +61,16 @@ _HOME = {
     "InferOptions": "infer",
     "Inspection": "inspect",
     "MedsegError": "errors",
+    "ModelCard": "shipped",
     "ModelError": "errors",
+    "PeerError": "errors",
     "Plan": "plan",
+    "Preempted": "process",
     "Pretrained": "pretrained",
     "Report": "report",
     "Run": "train",
     "Segmenter": "infer",
+    "ShippedModel": "shipped",
     "Summary": "statistics",
     "TrainOptions": "train",
     "TrainingError": "errors",
@@ -65,15 +89,22 @@ _HOME = {
     "fold_split": "cases",
     "infer": "folder",
     "inspect_network": "inspect",
+    "list_models": "shipped",
     "list_networks": "networks",
     "load_model": "infer",
     "load_pretrained": "pretrained",
+    "make_card": "shipped",
     "make_config": "config",
+    "overlay": "config",
     "parse_duration": "train",
     "plan": "train",
     "read_config": "config",
     "read_labels": "config",
+    "read_yaml": "config",
+    "report_pairs": "report",
+    "segment_cases": "folder",
     "settings_from": "config",
+    "ship_model": "shipped",
     "summarise": "statistics",
     "train": "train",
     "write_text": "writers",
@@ -81,6 +112,7 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Case",
     "CaseResult",
     "Comparison",
     "Config",
@@ -93,12 +125,16 @@ __all__ = [
     "InferOptions",
     "Inspection",
     "MedsegError",
+    "ModelCard",
     "ModelError",
+    "PeerError",
     "Plan",
+    "Preempted",
     "Pretrained",
     "Report",
     "Run",
     "Segmenter",
+    "ShippedModel",
     "Summary",
     "TrainOptions",
     "TrainingError",
@@ -118,15 +154,22 @@ __all__ = [
     "fold_split",
     "infer",
     "inspect_network",
+    "list_models",
     "list_networks",
     "load_model",
     "load_pretrained",
+    "make_card",
     "make_config",
+    "overlay",
     "parse_duration",
     "plan",
     "read_config",
     "read_labels",
+    "read_yaml",
+    "report_pairs",
+    "segment_cases",
     "settings_from",
+    "ship_model",
     "summarise",
     "train",
     "write_text",

@@ -197,6 +197,10 @@ class AugmentConfig(Section):
     rotation_deg: tuple[float, ...] = (20.0, 20.0, 20.0)
     """Largest angle about each axis (2D: one angle)."""
     scale: PositiveRange = (0.8, 1.25)
+    stretch: NotNegative = 0.0
+    """Largest further change of scale of each axis alone: 0.1 is up to 1.1 times longer or shorter."""
+    shear: NotNegative = 0.0
+    """Largest shift of each axis along each other one, in mm per mm."""
     shift: Fraction = 0.05
     """Largest shift as a fraction of the patch."""
     flip_axes: tuple[int, ...] = (0, 1, 2)
@@ -206,13 +210,18 @@ class AugmentConfig(Section):
     """Largest addition, in standard deviations of the normalised image."""
     contrast: Range = (0.75, 1.25)
     gamma: PositiveRange = (0.7, 1.5)
+    """Exponents for `p_gamma`, and for `p_gamma_inverted`, which bends the negative of the image."""
     p_gamma: Fraction = 0.2
+    p_gamma_inverted: Fraction = 0.0
     noise: float = Field(0.1, ge=0)
     p_noise: Fraction = 0.3
     blur_voxels: PositiveRange = (0.5, 1.0)
     p_blur: Fraction = 0.1
     low_resolution: PositiveRange = (0.5, 1.0)
     p_low_resolution: Fraction = 0.1
+    bias_field: NotNegative = 0.2
+    """Largest coefficient of each term of the logarithm of a slow change of brightness across the patch."""
+    p_bias_field: Fraction = 0.0
 
 
 class LossConfig(Section):
@@ -223,6 +232,18 @@ class LossConfig(Section):
     batch_dice: bool = True
     """Sum over the batch before the ratio: steadier where a label is rare."""
     smooth: PositiveFloat = 1e-5
+    focal: NotNegative = 0.0
+    """Exponent of focal loss (Lin et al. 2017): how much less cross-entropy looks at voxels that are right already."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target of cross-entropy that is spread over all labels (Szegedy et al. 2016)."""
+    boundary_weight: NotNegative = 0.0
+    """What voxels beside another label count more in cross-entropy, after the weight map of U-Net (2015)."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> LossConfig:
+        if self.focal and self.label_smoothing:
+            raise ValueError("focal and label_smoothing both found, expected one of them; set the other to 0")
+        return self
 
 
 class TrainConfig(Section):
@@ -232,10 +253,17 @@ class TrainConfig(Section):
     time_budget_s: PositiveFloat | None = 1200.0
     steps_per_epoch: PositiveInt = 100
     batch_size: PositiveInt = 4
-    learning_rate: PositiveFloat = 2e-3
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon`: steps of one size in every direction for convolutions, AdamW for norms and biases; see `muon.py`."""
+    learning_rate: PositiveFloat = 4e-3
     weight_decay: float = Field(1e-2, ge=0)
     warm_up: Fraction = 0.02
     """Share of the schedule in which the learning rate rises; then it falls as (1 − progress)^0.9."""
+    pretrained_factor: PositiveFloat = 0.3
+    """What the learning rate of weights from elsewhere is multiplied by."""
+    freeze_share: Fraction = 0.1
+    """Share of the schedule in which weights from elsewhere stand still, if the network has others: until those have
+    learnt something, what they ask for only spoils what was learnt before (Kumar et al. 2022, arXiv:2202.10054)."""
     clip_gradient: PositiveFloat = 5.0
     foreground_fraction: Fraction = 0.33
     """Share of patches centred on a labelled voxel, the label drawn evenly from those in the case."""

@@ -25,3 +25,7 @@ class ModelError(MedsegError):
 
 class TrainingError(MedsegError):
     """Training broke down: the loss became NaN, memory ran out, a state cannot be resumed."""
+
+
+class PeerError(TrainingError):
+    """Another process of the same training ended; what went wrong is told there."""

@@ -1,24 +1,20 @@
-"""The training loop of one fit: its state, its clock, its steps; files are read before and judged after, elsewhere."""
+"""The training loop of one fit: its course, its clock, its steps; files are read before and judged after, elsewhere."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import lightning_fabric
 import numpy as np
 import torch
-from tensorboardX import SummaryWriter
 
-from medseg.augment import augment
 from medseg.calibrate import ignored, quick_dice
 from medseg.config import Config
 from medseg.device import (
@@ -31,26 +27,53 @@ from medseg.device import (
     to_memory_format,
 )
 from medseg.errors import ConfigError, DataError, TrainingError
+from medseg.journal import Journal, Row
 from medseg.losses import loss as loss_of
 from medseg.model import new_network
+from medseg.optimise import learning_rate, make_optimizer, set_rates
 from medseg.patches import Batch, PatchSampler
 from medseg.preprocess import Prepared
 from medseg.pretrained import Pretrained, load_pretrained
+from medseg.process import Preempted
 from medseg.progress import Progress
-from medseg.writers import atomic_path
+from medseg.ranks import Ranks
+from medseg.state import STATE, read_state, write_state
 
 log = logging.getLogger(__name__)
 
-STATE = "last.pt"
-POWER = 0.9
 # validation while training is spread over about this many moments of a time budget
 MOMENTS = 8
+# one bad batch in a night is an accident, several in a row are not: then the weights or the settings are the reason
+BAD_BATCHES = 3
+
+
+@dataclass
+class Course:
+    """How far a fit is, all of it kept in the state. Seconds are those of the loop; `losses` those of this epoch.
+
+    `rows`: how many metrics.csv has. `skipped`: batches without a finite loss or gradient; `bad`: the last of them in a
+    row. `watched`: held-back cases that are validated on; `best_dice` −1 before the first time.
+    """
+
+    step: int = 0
+    elapsed: float = 0.0
+    waiting: float = 0.0
+    validating: float = 0.0
+    rows: int = 0
+    skipped: int = 0
+    bad: int = 0
+    watched: int | None = None
+    validated_at: int = -1
+    best_dice: float = -1.0
+    losses: list[float] = field(default_factory=list)
 
 
 class Fit:
-    """The state of one fit: network, optimiser, clock, random streams, best weights. `run` goes to the end.
+    """One fit: network, optimiser, course, random streams, best weights. `run` goes to the end.
 
     The weights that count are those with the best Dice on `validation`, on the network's grid; without it, the last.
+    It begins with the state in `folder` where `resume` says so, else with those of `weights` as far as they fit, else
+    with random ones. Raises `ConfigError` where the state is damaged or belongs to another configuration.
     """
 
     def __init__(
@@ -59,44 +82,50 @@ class Fit:
         training: Sequence[Prepared],
         validation: Sequence[Prepared],
         folder: Path,
-        device: torch.device,
+        ranks: Ranks,
+        *,
+        weights: Path | None = None,
+        resume: bool = False,
     ) -> None:
         self.config = config
         self.folder = folder
-        self.device = device
+        self.ranks = ranks
+        self.device = ranks.device
+        self.training = training
         self.validation = validation
-        self.precision = choose_precision(config.train.precision, device)
-        self.step = 0
-        self.elapsed = 0.0
-        self.validating = 0.0
-        self.watched: int | None = None
-        self.validated_at = -1
-        self.best_dice = -1.0
+        self.precision = choose_precision(config.train.precision, self.device)
+        self.course = Course()
         self.best: dict[str, torch.Tensor] | None = None
-        self.pretrained: dict[str, Any] | None = None
         torch.manual_seed(config.train.seed)
         self.generator = torch.Generator().manual_seed(config.train.seed)
-        # its notes on precision repeat what log.txt says
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         hold_memory()
-        self.fabric = lightning_fabric.Fabric(
-            accelerator=device.type,
-            devices=1 if device.type == "cpu" else [device.index or 0],
-            precision="bf16-mixed" if self.precision == "bf16" else "32-true",
-        )
-        network = to_memory_format(new_network(config), config.data.spatial_dims)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
-        )
+        network = new_network(config)
+        state = read_state(folder) if resume else None
+        self.pretrained = None if weights is None or state is not None else self._load(network, weights)
+        self._from = None if self.pretrained is None else self.pretrained.record()
+        self._loaded = frozenset() if self.pretrained is None else self.pretrained.loaded
+        if state is not None:
+            self._check(state)
+            self._from, self._loaded = state["pretrained"], frozenset(state["loaded"])
+        network = to_memory_format(ranks.spread(network, config.train.batch_size), config.data.spatial_dims)
+        optimizer = make_optimizer(config.train, network, loaded=self._loaded)
+        self.fabric = ranks.fabric(self.precision)
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
+        # statistics of batches, which a bad batch must not reach
+        self._averages = list(self.network.buffers())
         self.sampler = PatchSampler(
             training,
             patch_size=config.windows.patch_size,
             batch_size=config.train.batch_size,
             foreground_fraction=config.train.foreground_fraction,
             generator=self.generator,
+            augment=config.augment,
             ignore_value=ignored(config.data),
+            device=self.device,
+            rows=ranks.rows(config.train.batch_size),
         )
+        if state is not None:
+            self._go_on(state)
 
     @property
     def total(self) -> float:
@@ -107,167 +136,208 @@ class Fit:
     @property
     def progress(self) -> float:
         """Share of the schedule that is done, 0–1."""
-        done = self.step if self.config.train.time_budget_s is None else self.elapsed
+        done = self.course.step if self.config.train.time_budget_s is None else self.course.elapsed
         return min(1.0, done / self.total)
 
-    def start_from(self, path: Path) -> Pretrained:
-        """Begin with the weights of a file as far as they fit; the log says what became of each."""
-        found = load_pretrained(self.network.module, path, spatial_dims=self.config.data.spatial_dims)
-        log.info("%s\n%s", found.summary(), found.text_table())
-        if found.share < 0.5:
-            log.warning("%s: fills only %.0f %% of the network; is it the right file?", path, 100 * found.share)
-        self.pretrained = found.record()
-        return found
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time of the steps that they waited for their batch, 0–1."""
+        return self.course.waiting / max(1e-9, self.course.elapsed - self.course.validating)
 
     def run(self, progress: Progress) -> torch.nn.Module:
         """Train to the end of the schedule and return the network with the weights that count.
 
-        Raises `TrainingError` for a loss that is not finite and for memory that runs out, `KeyboardInterrupt` after
-        the step in which it came; the state in the folder is whole then.
+        Raises `TrainingError` for losses that are not finite, memory that runs out and a full disk, `KeyboardInterrupt`
+        or `Preempted` after the step in which the signal came; the state in the folder is whole then.
         """
-        settings = self.config.train
-        losses: list[float] = []
-        began = time.perf_counter() - self.elapsed
-        saved = time.perf_counter()
-        with (
-            _Journal(self.folder, self) as journal,
-            _interruptible() as interrupted,
-            _determinism(settings.deterministic),
-        ):
-            while self.progress < 1:
-                losses.append(self._step(self.sampler.draw().to(self.device)))
-                self.elapsed = time.perf_counter() - began
-                if self.step % 10 == 0:
-                    dice_text = f", Dice {self.best_dice:.3f}" if self.best_dice >= 0 else ""
-                    text = f"loss {np.mean(losses[-50:]):.3f}{dice_text}"
-                    progress("train", self.progress * self.total, self.total, text)
-                if self.step % settings.steps_per_epoch == 0:
-                    journal.write(float(np.mean(losses)), self._validate_if_time())
-                    losses.clear()
-                    self.elapsed = time.perf_counter() - began
-                if interrupted.is_set():
+        course, settings = self.course, self.config.train
+        began = time.perf_counter() - course.elapsed
+        saved, validation_s = time.perf_counter(), 0.0
+        with self._journal() as journal, _told_to_end() as told, _determinism(settings.deterministic):
+            while True:
+                course.elapsed, number = self.ranks.highest(time.perf_counter() - began, told())
+                if number:
+                    self._stop(int(number))
+                if time.perf_counter() - saved + validation_s > settings.save_every_s:
                     self.save()
-                    log.warning("interrupted at step %d; `--resume` goes on from here", self.step)
-                    raise KeyboardInterrupt
-                if time.perf_counter() - saved > settings.save_every_s:
-                    self.save()
-                    saved = time.perf_counter()
-            if losses or self.validated_at != self.step:
-                # the end of the schedule lies inside an epoch, or came while the last one was written down
-                journal.write(float(np.mean(losses)) if losses else float("nan"), self._validate_if_time())
+                    saved, validation_s = time.perf_counter(), 0.0
+                if self._ends_an_epoch():
+                    validation_s = self._end_epoch(journal, told)
+                elif self.progress < 1:
+                    self._learn(self._draw())
+                    self._show(progress)
+                else:
+                    break
             self.save()
         progress("train", self.total, self.total)
+        log.info("%d steps waited for data %.1f %% of their time", course.step, 100 * self.waiting_share)
+        if course.skipped:
+            log.warning("%d batches had no finite loss or gradient and were skipped; see log.txt", course.skipped)
         if self.best is not None:
             self.network.load_state_dict(self.best)
         network: torch.nn.Module = self.network.module
         return network
 
-    def learning_rate(self) -> float:
-        """Linear rise over the warm-up, then (1 − progress)^0.9, as in DeepLab."""
-        settings, done = self.config.train, self.progress
-        if done < settings.warm_up:
-            # the first step must move too, so the rise begins at a hundredth
-            return settings.learning_rate * max(0.01, done / settings.warm_up)
-        return float(settings.learning_rate * (1 - (done - settings.warm_up) / (1 - settings.warm_up + 1e-9)) ** POWER)
-
     def record(self) -> dict[str, Any]:
         """What model.json says of the fit."""
+        course = self.course
         return {
-            "steps": self.step,
-            "seconds": round(self.elapsed, 1),
+            "steps": course.step,
+            "seconds": round(course.elapsed, 1),
+            "waiting_share": round(self.waiting_share, 4),
+            "skipped_batches": course.skipped,
+            "seed": self.config.train.seed,
             "device": describe(self.device),
+            "devices": self.ranks.size,
             "precision": self.precision,
-            "best_dice_while_training": None if self.best is None else round(self.best_dice, 4),
-            "pretrained": self.pretrained,
+            "best_dice_while_training": None if self.best is None else round(course.best_dice, 4),
+            "pretrained": self._from,
         }
 
     def save(self) -> None:
-        """Write the state that `load` goes on from, whole or not at all. Raises `DataError` where there is no room."""
-        state = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "validating": self.validating,
-            "best_dice": self.best_dice,
-            "best": self.best,
-            "pretrained": self.pretrained,
-            "watched": self.watched,
-            "validated_at": self.validated_at,
-            "held_back": [case.id for case in self.validation],
-            "meaning": self._meaning(),
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "deck": self.sampler.state(),
-            "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(),
-        }
-        # into memory first: torch reports a full disk as an error of its own that names no file
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        with atomic_path(self.folder / STATE) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        """Write the state that a resumed fit goes on from. Raises `TrainingError` where there is no room."""
+        if not self.ranks.first:
+            return
+        write_state(
+            self.folder,
+            {
+                "course": asdict(self.course),
+                "held_back": [case.id for case in self.validation],
+                "meaning": self._meaning(),
+                "pretrained": self._from,
+                "loaded": sorted(self._loaded),
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "deck": self.sampler.state(),
+                "generator": self.generator.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        )
 
-    def load(self) -> None:
-        """Go on from the state in the run folder. Raises `ConfigError` where it belongs to another configuration."""
+    def _load(self, network: torch.nn.Module, path: Path) -> Pretrained:
+        """The weights of a file as far as they fit; the log says what became of each."""
+        found = load_pretrained(network, path, spatial_dims=self.config.data.spatial_dims, config=self.config)
+        log.info("%s\n%s", found.summary(), found.text_table())
+        if found.share < 0.5:
+            log.warning("%s: fills only %.0f %% of the network; is it the right file?", path, 100 * found.share)
+        for difference in found.differences:
+            if difference.far:
+                log.warning("%s: %s", path, difference)
+        return found
+
+    def _check(self, state: dict[str, Any]) -> None:
         path = self.folder / STATE
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.sampler.load_state(state["deck"])
-            self.watched, self.validated_at = state["watched"], state["validated_at"]
-            self.step, self.elapsed, self.validating = state["step"], state["elapsed"], state["validating"]
-            self.best_dice, self.best = state["best_dice"], state["best"]
-            self.generator.set_state(state["generator"].cpu())
-            torch.set_rng_state(state["torch"].cpu())
-            held_back, meaning = state["held_back"], state["meaning"]
-            self.pretrained = state.get("pretrained")
-        except Exception as error:
+        held_back = [case.id for case in self.validation]
+        if state["held_back"] != held_back:
             raise ConfigError(
-                f"{path}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "
-                "resume with the configuration of the run, or train into a new folder"
-            ) from error
-        if held_back != [case.id for case in self.validation]:
-            raise ConfigError(
-                f"{path}: was trained with {len(held_back)} cases held back that are not the "
-                f"{len(self.validation)} of this fold, so that it would be judged on cases it has learnt; "
+                f"{path}: was trained with {len(state['held_back'])} cases held back that are not the "
+                f"{len(held_back)} of this fold, so that it would be judged on cases it has learnt; "
                 "resume with the same --fold, or train into a new folder"
             )
-        if meaning != self._meaning():
+        if state["meaning"] != self._meaning():
             raise ConfigError(
                 f"{path}: was trained with other cases, or another data, preprocess, network or windows section; "
                 "resume with the configuration of the run, or train into a new folder"
             )
-        log.info("resumed at step %d", self.step)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        try:
+            # a batch that ended the fit is not to end it again at once
+            self.course = replace(Course(**state["course"]), bad=0)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.best = state["best"] if self.ranks.first else None
+            self.sampler.load_state(state["deck"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["torch"])
+            if state["cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.folder / STATE}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "
+                "resume with the configuration of the run, or train into a new folder"
+            ) from error
+        log.info("resumed at step %d", self.course.step)
 
     def _meaning(self) -> str:
         """What the weights stand for: a state of another meaning is not resumed."""
         sections = {"data", "preprocess", "network", "windows"}
-        return self.config.model_dump_json(include=sections) + " ".join(self.sampler.cases)
+        return self.config.model_dump_json(include=sections) + " ".join(c.id for c in self.training)
 
-    def _step(self, batch: Batch) -> float:
+    def _journal(self) -> Any:
+        """The record of the epochs, which the first process keeps."""
+        if not self.ranks.first:
+            return nullcontext()
+        return Journal(self.folder, self.config.data.foreground, kept=self.course.rows)
+
+    def _end_epoch(self, journal: Journal | None, told: Callable[[], int]) -> float:
+        """Validate where it is time, and write the epoch down; the seconds of the validation."""
+        course, settings = self.course, self.config.train
+        before = course.validating
+        scores = self._validate_if_time(told)
+        if scores is None:
+            # told to end meanwhile: this epoch is judged when the training goes on
+            return 0.0
+        loss = float(np.mean(course.losses)) if course.losses else float("nan")
+        epoch = -(-course.step // settings.steps_per_epoch)
+        if journal is not None:
+            rate = learning_rate(settings, self.progress)
+            journal.write(Row(epoch, course.step, course.elapsed, rate, loss, scores))
+        course.losses.clear()
+        course.rows += 1
+        return course.validating - before
+
+    def _show(self, progress: Progress) -> None:
+        course = self.course
+        if course.step % 10 == 0 and course.losses:
+            dice = f", Dice {course.best_dice:.3f}" if course.best_dice >= 0 else ""
+            text = f"loss {np.mean(course.losses[-50:]):.3f}{dice}"
+            progress("train", self.progress * self.total, self.total, text)
+
+    def _ends_an_epoch(self) -> bool:
+        """Whether a row is due: at the end of an epoch, and of a schedule that ends inside one or during a row."""
+        full = self.course.step % self.config.train.steps_per_epoch == 0
+        if self.progress >= 1:
+            return bool(self.course.losses) or self.course.validated_at != self.course.step
+        return bool(self.course.losses) and full
+
+    def _stop(self, number: int) -> None:
+        """Save, and end as the signal asks."""
+        self.save()
+        # whoever ends first may end the others
+        self.ranks.highest(0)
+        log.warning("%s at step %d; the state is saved", signal.Signals(number).name, self.course.step)
+        raise Preempted if number == signal.SIGTERM else KeyboardInterrupt
+
+    def _draw(self) -> Batch:
+        start = time.perf_counter()
+        batch = self.sampler.draw()
+        self.course.waiting += time.perf_counter() - start
+        return batch
+
+    def _learn(self, batch: Batch) -> None:
         try:
-            return self._try_step(batch)
+            value = self._try_step(batch)
+            if value is not None:
+                self.course.losses.append(value)
+            return
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         # outside the handler: its traceback would keep the tensors that did not fit
         raise TrainingError(self._out_of_memory())
 
-    def _try_step(self, batch: Batch) -> float:
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        image, label = augment(
-            config.augment,
-            batch.image,
-            batch.label,
-            patch_size=config.windows.patch_size,
-            spacing_mm=batch.spacing_mm,
-            generator=self.generator,
-        )
+    def _try_step(self, batch: Batch) -> float | None:
+        """One step; its loss, or None for a batch that must not move the weights."""
+        config, course = self.config, self.course
+        set_rates(self.optimizer, config.train, self.progress)
         self.network.train()
-        logits = self.network(image.contiguous(memory_format=memory_format(config.data.spatial_dims)))
-        loss = loss_of(config.loss, config.data, logits, label)
+        averages = [average.clone() for average in self._averages]
+        logits = self.network(batch.image.contiguous(memory_format=memory_format(config.data.spatial_dims)))
+        reduce = None if self.ranks.size == 1 else self.ranks.total
+        loss = loss_of(config.loss, config.data, logits, batch.label, reduce=reduce)
         value = float(loss.detach())
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
@@ -275,26 +345,43 @@ class Fit:
             self.network, self.optimizer, max_norm=config.train.clip_gradient, error_if_nonfinite=False
         )
         if not np.isfinite(value) or not torch.isfinite(norm):
-            what = f"the loss became {value}" if not np.isfinite(value) else "the gradient is no longer finite"
-            raise TrainingError(
-                f"{what} at step {self.step}; the last batch held {', '.join(batch.cases)}: look at these cases with "
-                "`medseg check`, lower train.learning_rate, or use --precision 32"
-            )
+            for average, before in zip(self._averages, averages):
+                average.copy_(before)
+            self._skip(batch, f"the loss is {value}" if not np.isfinite(value) else "the gradient is not finite")
+            return None
         self.optimizer.step()
-        self.step += 1
+        course.step += 1
+        course.bad = 0
         return value
+
+    def _skip(self, batch: Batch, what: str) -> None:
+        """Count a bad batch, and name its cases. Raises `TrainingError` where it is one of several in a row."""
+        course = self.course
+        course.skipped += 1
+        course.bad += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        cases = ", ".join(case for part in self.ranks.gathered(batch.cases) for case in part)
+        advice = "look at these cases with `medseg check`, lower train.learning_rate, or use --precision 32"
+        if course.bad >= BAD_BATCHES:
+            raise TrainingError(
+                f"{what} at step {course.step} and in the {BAD_BATCHES - 1} batches before; the last batch held "
+                f"{cases}: {advice}, then go on with --resume"
+            )
+        log.warning("%s at step %d; this batch of %s is skipped: %s", what, course.step, cases, advice)
 
     def _out_of_memory(self) -> str:
         self.optimizer.zero_grad(set_to_none=True)
         release_memory(self.device)
+        settings, patch = self.config.train, list(self.config.windows.patch_size)
+        asked = f"out of memory on {describe(self.device)} with train.batch_size {settings.batch_size} and "
+        if self.ranks.size > 1:
+            # an attempt of one process alone would wait for the others for ever
+            return f"{asked}windows.patch_size {patch} on {self.ranks.size} processes; make one smaller with --set"
         fits = what_fits(self.config, self._dry_step)
         advice = "not even the smallest patch fits"
         if fits:
             advice = f"train.batch_size={fits[0]} with windows.patch_size={list(fits[1])} fits"
-        return (
-            f"out of memory on {describe(self.device)} with train.batch_size {self.config.train.batch_size} and "
-            f"windows.patch_size {list(self.config.windows.patch_size)}; {advice} (change it with --set)"
-        )
+        return f"{asked}windows.patch_size {patch}; {advice} (change it with --set)"
 
     def _dry_step(self, batch_size: int, patch_size: Sequence[int]) -> None:
         """One forward and backward pass on zeros; its gradients are thrown away."""
@@ -302,39 +389,53 @@ class Fit:
         self.fabric.backward(self.network(image).float().mean())
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _validate_if_time(self) -> dict[str, float]:
-        """Dice of each label on held-back cases, where the share of time for it allows; keeps the best weights."""
-        settings = self.config.train
-        by_clock = settings.time_budget_s is not None and not settings.deterministic
-        due = self.progress >= 1 or not by_clock or self.validating <= settings.validation_share * self.elapsed
+    def _validate_if_time(self, told: Callable[[], int]) -> dict[str, float] | None:
+        """Dice of each label on held-back cases, where the share of time for it allows; keeps the best weights.
+
+        None where the training was told to end meanwhile.
+        """
+        course, settings = self.course, self.config.train
+        by_clock = settings.time_budget_s is not None
+        due = self.progress >= 1 or not by_clock or course.validating <= settings.validation_share * course.elapsed
         if not due:
             return {}
-        self.validated_at = self.step
-        if not self.validation:
-            return {}
         start = time.perf_counter()
-        if self.watched is None:
-            self.watched = self._count_watched() if by_clock else len(self.validation)
-        picked = np.unique(np.linspace(0, len(self.validation) - 1, self.watched).round().astype(int))
-        scores = self._dice([self.validation[i] for i in picked])
-        mean = float(np.mean(list(scores.values())))
-        if mean > self.best_dice:
-            self.best_dice = mean
-            self.best = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
-        self.validating += time.perf_counter() - start
+        scores = self.ranks.led(lambda: self._validate(by_clock, told)) if self.validation else {}
+        if scores is None:
+            return None
+        course.validated_at = course.step
+        course.validating, course.elapsed = self.ranks.shared(
+            (course.validating + time.perf_counter() - start, course.elapsed + time.perf_counter() - start)
+        )
         return scores
 
-    def _count_watched(self) -> int:
+    def _validate(self, by_clock: bool, told: Callable[[], int]) -> dict[str, float] | None:
+        course = self.course
+        try:
+            if course.watched is None:
+                course.watched = self._count_watched(told) if by_clock else len(self.validation)
+            picked = np.unique(np.linspace(0, len(self.validation) - 1, course.watched).round().astype(int))
+            scores = self._dice([self.validation[i] for i in picked], told)
+        except _ToldToEndError:
+            return None
+        mean = float(np.mean(list(scores.values())))
+        if mean > course.best_dice:
+            course.best_dice = mean
+            self.best = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+        return scores
+
+    def _count_watched(self, told: Callable[[], int]) -> int:
         """How many held-back cases fit into one of some moments of a time budget, judged by the first of them."""
         settings = self.config.train
         start = time.perf_counter()
-        self._dice(self.validation[:1])
+        self._dice(self.validation[:1], told)
         each = time.perf_counter() - start
         affordable = settings.validation_share * (settings.time_budget_s or 0) / MOMENTS / each
         return max(1, min(len(self.validation), int(affordable)))
 
-    def _dice(self, cases: Sequence[Prepared]) -> dict[str, float]:
-        return quick_dice(self.config, self.network.module, cases, self.device, self.precision)
+    def _dice(self, cases: Sequence[Prepared], told: Callable[[], int]) -> dict[str, float]:
+        one_by_one = cast(Sequence[Prepared], _until_told(cases, told))
+        return quick_dice(self.config, self.network.module, one_by_one, self.device, self.precision)
 
 
 def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -> tuple[int, tuple[int, ...]] | None:
@@ -359,58 +460,41 @@ def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -
         return batch, patch
 
 
-class _Journal:
-    """metrics.csv and TensorBoard events, one row an epoch; rows after the state that is resumed are dropped."""
+class _ToldToEndError(Exception):
+    """A signal came while cases were judged, which may take longer than a cluster waits."""
 
-    def __init__(self, folder: Path, fit: Fit) -> None:
-        self._path = folder / "metrics.csv"
-        self._fit = fit
-        self._labels = fit.config.data.foreground
-        self._writer = SummaryWriter(str(folder), purge_step=fit.step or None)
-        header = ["epoch", "step", "seconds", "learning_rate", "loss", "dice", *(f"dice_{n}" for n in self._labels)]
-        kept = [row for row in self._rows() if int(row[1]) <= fit.step] if fit.step else []
-        with self._path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *kept])
 
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-
-    def write(self, loss: float, scores: Mapping[str, float]) -> None:
-        fit = self._fit
-        epoch = -(-fit.step // fit.config.train.steps_per_epoch)
-        mean = float(np.mean(list(scores.values()))) if scores else None
-        numbers = [fit.elapsed, fit.learning_rate(), loss, mean, *(scores.get(n) for n in self._labels)]
-        with self._path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([epoch, fit.step, *("" if v is None else f"{v:.6g}" for v in numbers)])
-        self._writer.add_scalar("loss", loss, fit.step)
-        self._writer.add_scalar("learning_rate", fit.learning_rate(), fit.step)
-        for name, value in scores.items():
-            self._writer.add_scalar(f"dice/{name}", value, fit.step)
-        said = "" if mean is None else f", Dice {mean:.4f}"
-        log.info("epoch %d, step %d, %.0f s: loss %.4f%s", epoch, fit.step, fit.elapsed, loss, said)
-
-    def _rows(self) -> list[list[str]]:
-        if not self._path.is_file():
-            return []
-        with self._path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.reader(file) if len(row) > 1 and row[1].isdecimal()]
+def _until_told(cases: Sequence[Prepared], told: Callable[[], int]) -> Iterator[Prepared]:
+    for case in cases:
+        if told():
+            raise _ToldToEndError
+        yield case
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of breaking a step in two; outside the main thread it never comes."""
-    event = threading.Event()
+def _told_to_end() -> Iterator[Callable[[], int]]:
+    """Tells the signal that asks for the end, 0 before, instead of breaking a step in two; in the main thread only.
+
+    SIGTERM after SIGINT counts as SIGTERM; more signals change nothing: the state is saved as soon as it can be.
+    """
+    told = [0]
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield lambda: 0
         return
-    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+
+    def hear(number: int, _: object) -> None:
+        told[0] = max(told[0], number)
+
+    # whoever ignores a signal (nohup) has a reason; None: a handler that Python does not know
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        yield event
+        for number in heard:
+            signal.signal(number, hear)
+        yield lambda: told[0]
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
 from medseg.readers.probabilities import Channels
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
+from medseg.shipped import find_model
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
 
 log = logging.getLogger(__name__)
@@ -241,10 +242,12 @@ def read_quality(model: Model) -> QualityModel | None:
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
     """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`.
 
+    A name of `medseg.list_models()` stands for that model, unless a folder of that name exists.
+
     What calibration chose for it on held-back cases is used unless `options` say otherwise.
     """
     options = options or InferOptions()
-    paths = [Path(folder) for folder in folders]
+    paths = [find_model(folder) for folder in folders]
     chosen = chosen_settings(paths, _wanted_choices(options))
     for path in paths:
         check_choices(path, chosen)

@@ -96,7 +96,7 @@ def save_model(
 
 def record_choices(folder: Path, choices: Mapping[str, Any]) -> None:
     """Add to the model in `folder` what was chosen for inference on held-back cases; see `calibrate`."""
-    description = _read_description(folder) | {"inference": dict(choices)}
+    description = read_description(folder) | {"inference": dict(choices)}
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -117,7 +117,7 @@ def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, 
 def check_choices(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises `ModelError` where what calibration is said to have chosen does not fit the model in `folder`."""
     try:
-        changed(_trained_config(folder, _read_description(folder)), settings)
+        changed(_config_of(folder, read_description(folder)), settings)
     except ConfigError as error:
         raise ModelError(
             f"{folder / DESCRIPTION}: `inference` does not fit the model ({error}); copy it again"
@@ -134,7 +134,7 @@ class _Choice(Section):
 
 def _read_choices(folder: Path) -> dict[str, _Choice]:
     try:
-        return TypeAdapter(dict[str, _Choice]).validate_python(_read_description(folder).get("inference", {}))
+        return TypeAdapter(dict[str, _Choice]).validate_python(read_description(folder).get("inference", {}))
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ModelError(
@@ -169,8 +169,8 @@ def read_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Model:
 
     Raises `ModelError` naming what is missing or damaged, `ConfigError` for changes that it cannot have.
     """
-    description = _read_description(folder)
-    config = changed(_trained_config(folder, description), changes or {})
+    description = read_description(folder)
+    config = changed(_config_of(folder, description), changes or {})
     try:
         network = new_network(config)
     except ConfigError as error:
@@ -209,7 +209,12 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return made.model_copy(update={"network": moved})
 
 
-def _trained_config(folder: Path, description: Mapping[str, Any]) -> Config:
+def trained_config(folder: Path) -> Config:
+    """The configuration of the model in a run folder; its weights are not read. Raises `ModelError`."""
+    return _config_of(folder, _read_json(folder))
+
+
+def _config_of(folder: Path, description: Mapping[str, Any]) -> Config:
     if description.get("schema_version") != SCHEMA_VERSION:
         raise ModelError(
             f"{folder / DESCRIPTION}: schema_version {description.get('schema_version')!r} found, expected "
@@ -228,12 +233,17 @@ def _unchangeable(changes: Mapping[str, Any]) -> list[str]:
     return [f"{s}.{k}" for s, k in given if s not in CHANGEABLE or (CHANGEABLE[s] and k not in CHANGEABLE[s])]
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What model.json in a model folder says, not checked. Raises `ModelError` where a file is missing or damaged."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; a model is the folder that `medseg train -o` wrote")
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name} found; a model folder holds {DESCRIPTION} and {WEIGHTS}")
+    return _read_json(folder)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

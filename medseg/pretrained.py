@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medseg.config import Config, overlay
 from medseg.errors import ConfigError, ModelError
 from medseg.model import WEIGHTS
+from medseg.namesakes import Difference, Namesakes, differences, source_config
 from medseg.networks.fcn import UpConvolution
 from medseg.networks.vgg import VGG16
 from medseg.readers import file_sha256
+from medseg.shipped import find_model, model_names
 
 Outcome = Literal["loaded", "adapted", "skipped", "fresh"]
 
@@ -40,6 +43,7 @@ class Row:
     """What became of one key: `key_there` is empty where the file lacks it, `key_here` where the network does.
 
     `outcome`: loaded as it is, adapted as `why` says, skipped, or fresh: a weight here that stays as initialised.
+    `partly`: some of an adapted weight stays as initialised.
     """
 
     key_there: str
@@ -48,19 +52,29 @@ class Row:
     shape_here: tuple[int, ...]
     outcome: Outcome
     why: str = ""
+    partly: bool = False
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A file whose weights were loaded, and what became of every key."""
+    """A file whose weights were loaded, and what became of every key.
+
+    `differences`: what was otherwise in the medseg run that it comes from.
+    """
 
     path: Path
     sha256: str
     rows: tuple[Row, ...]
+    differences: tuple[Difference, ...] = ()
 
     def count(self, outcome: Outcome) -> int:
         """How many keys had this outcome."""
         return sum(row.outcome == outcome for row in self.rows)
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """Keys of the network that the file filled as a whole."""
+        return frozenset(r.key_here for r in self.rows if r.outcome in ("loaded", "adapted") and not r.partly) - {""}
 
     @property
     def share(self) -> float:
@@ -75,12 +89,13 @@ class Pretrained:
         return {"file": self.path.name, "sha256": self.sha256, **{name: counts[name] for name in get_args(Outcome)}}
 
     def summary(self) -> str:
-        """One line."""
-        return (
+        """One line, and one more for each thing that differs from where the weights were learnt."""
+        first = (
             f"{self.path.name}: {self.count('loaded')} tensors loaded, {self.count('adapted')} adapted, "
             f"{self.count('skipped')} of the file skipped, {self.count('fresh')} of the network left as initialised; "
             f"{100 * self.share:.0f} % of its kernels are from the file"
         )
+        return "\n".join([first, *(f"  {difference}" for difference in self.differences)])
 
     def text_table(self) -> str:
         """Every key as aligned plain text."""
@@ -93,11 +108,15 @@ class Pretrained:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def load_pretrained(network: nn.Module, path: str | Path, *, spatial_dims: int) -> Pretrained:
+def load_pretrained(
+    network: nn.Module, path: str | Path, *, spatial_dims: int, config: Config | None = None
+) -> Pretrained:
     """Load the weights of `path` into `network`, as far as they fit; the rest of the network stays as it is.
 
-    `path`: a medseg run folder, .safetensors, or a file of `torch.save` whose state dict is that of a medseg network,
-    of MONAI's or MedicalNet's ResNet, or of torchvision's ResNet, DeepLabv3 or VGG-16. Made to fit are:
+    `path`: a medseg run folder, the name of a model that comes with medseg, .safetensors, or a file of `torch.save`
+    whose state dict is that of a medseg network, of MONAI's or MedicalNet's ResNet, or of torchvision's ResNet,
+    DeepLabv3 or VGG-16. `config`: that of `network`; weights that belong to a label or a channel of a medseg run are
+    then taken over by its name, and what else differs is told. Made to fit are:
 
     - kernels of fewer axes: repeated along each new, last axis and divided by its length (Carreira & Zisserman 2017,
       arXiv:1705.07750), so that what is constant along it gives the same answer; of more axes: summed over the last;
@@ -111,7 +130,13 @@ def load_pretrained(network: nn.Module, path: str | Path, *, spatial_dims: int) 
     file = _file(Path(path))
     there, here = read_weights(file), network.state_dict()
     _refuse_whole_numbers(file, there)
-    match = _Match(network, there, spatial_dims)
+    source = None if config is None else source_config(file)
+    namesakes: Namesakes | None = None
+    apart: tuple[Difference, ...] = ()
+    if config is not None and source is not None:
+        apart = differences(source, config)
+        namesakes = Namesakes(source.data, config.data, config.network)
+    match = _Match(network, there, spatial_dims, namesakes)
     match.run()
     if not any(row.outcome in ("loaded", "adapted") and len(row.shape_here) > 2 for row in match.rows):
         raise ModelError(
@@ -126,7 +151,20 @@ def load_pretrained(network: nn.Module, path: str | Path, *, spatial_dims: int) 
     with torch.no_grad():
         for key, value in match.values.items():
             here[key].copy_(value)
-    return Pretrained(file, file_sha256(file), tuple(match.rows))
+    return Pretrained(file, file_sha256(file), tuple(match.rows), apart)
+
+
+def inherited_network(path: Path, given: Mapping[str, Any], *, spatial_dims: int) -> dict[str, Any]:
+    """The settings of the network that the weights at `path` need: those of their medseg run, under what is `given`.
+
+    `given` alone where that is another network, where the images have other dimensions, or of a file from elsewhere.
+    """
+    source = source_config(_file(path))
+    if source is None or source.data.spatial_dims != spatial_dims:
+        return dict(given)
+    theirs = source.network.model_dump(mode="json")
+    another = any(given.get(key, theirs[key]) != theirs[key] for key in ("name", "encoder"))
+    return dict(given) if another else overlay(theirs, given)
 
 
 def _refuse_whole_numbers(file: Path, there: Mapping[str, Tensor]) -> None:
@@ -191,7 +229,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _file(path: Path) -> Path:
-    return path / WEIGHTS if path.is_dir() else path
+    # a name stands for a model that comes with medseg; what is neither is told as a missing file
+    folder = find_model(path) if str(path) in model_names() else path
+    return folder / WEIGHTS if folder.is_dir() else path
 
 
 def _unreadable(file: Path, error: Exception) -> str:
@@ -292,8 +332,11 @@ def _torchvision(there: Mapping[str, Tensor]) -> dict[str, list[str]]:
 class _Match:
     """The tensors of a file laid beside those of a network: `values` by key here, and a row for every key."""
 
-    def __init__(self, network: nn.Module, there: Mapping[str, Tensor], spatial_dims: int) -> None:
+    def __init__(
+        self, network: nn.Module, there: Mapping[str, Tensor], spatial_dims: int, namesakes: Namesakes | None = None
+    ) -> None:
         self.network = network
+        self.namesakes = namesakes
         self.here: dict[str, Tensor] = network.state_dict()
         self.there = dict(there)
         self.names = _names(there, self.here)
@@ -302,6 +345,7 @@ class _Match:
         self.values: dict[str, Tensor] = {}
         self.rows: list[Row] = []
         self._notes: dict[str, list[str]] = {}
+        self._partly: set[str] = set()
 
     def _inputs(self) -> tuple[int, int]:
         """Input channels there and here, told by the first kernel."""
@@ -329,7 +373,8 @@ class _Match:
                 outcome = "adapted" if notes or changes else "loaded"
                 changes = [*notes, *changes]
             why = "; ".join(changes) or self._norm_note(key, name)
-            self.rows.append(Row(key, name, tuple(tensor.shape), tuple(self.here[name].shape), outcome, why))
+            shapes = tuple(tensor.shape), tuple(self.here[name].shape)
+            self.rows.append(Row(key, name, *shapes, outcome, why, name in self._partly))
         self._identity_shortcuts()
         for name, tensor in self.here.items():
             if name not in self.values:
@@ -338,6 +383,9 @@ class _Match:
     def _fit(self, tensor: Tensor, name: str) -> tuple[Tensor | None, list[str]]:
         """The tensor in the shape that it has here, and what was done; None and the reason where that cannot be."""
         target = self.here[name]
+        carried = self._carried(tensor, name)
+        if carried is not None:
+            return carried
         if tensor.shape == target.shape:
             return tensor, []
         changes: list[str] = []
@@ -355,6 +403,19 @@ class _Match:
         if value.shape[1:] == target.shape[1:] and value.ndim and target.ndim:
             return None, [f"{value.shape[0]} outputs there, {target.shape[0]} here: left as initialised"]
         return None, [f"shape {_shape(tensor.shape)} does not fit {_shape(target.shape)}: left as initialised"]
+
+    def _carried(self, tensor: Tensor, name: str) -> tuple[Tensor | None, list[str]] | None:
+        """As `_fit`, by names of labels and channels; None where they have no share in it, or it is built otherwise."""
+        if self.namesakes is None or not self.namesakes.concern(name):
+            return None
+        changes: list[str] = []
+        value = self._with_axes(tensor, name, changes) if self.here[name].ndim == self.kernel_axes else tensor
+        carried = self.namesakes.carry(name, value, self.here[name])
+        if carried is None:
+            return None
+        if carried.partly:
+            self._partly.add(name)
+        return carried.value, [*changes, carried.why] if carried.why else changes
 
     def _with_axes(self, kernel: Tensor, name: str, changes: list[str]) -> Tensor:
         """`kernel` with as many axes as the one here."""

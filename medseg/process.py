@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
+class Preempted(KeyboardInterrupt):
+    """SIGTERM ended the work, as a cluster does that wants its machine back; it goes on where it was left."""
+
+
 def peak_memory_mb() -> float | None:
     """The most memory this process has held so far, where Linux tells it."""
     status = Path("/proc/self/status")

@@ -59,7 +59,10 @@ err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 @contextmanager
 def shown_progress() -> Iterator[Any]:
-    """A bar on a terminal, else a line now and then."""
+    """A bar on a terminal, else a line now and then; nothing where all is to be silent."""
+    if out.quiet:
+        yield lambda *_, **__: None
+        return
     if not err.is_terminal:
         yield _Lines()
         return

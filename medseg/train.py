@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,27 +19,34 @@ import torch
 from medseg.calibrate import calibrate
 from medseg.cases import Case, Dataset, fold_split
 from medseg.check import check_dataset
-from medseg.config import Config, NetworkConfig, dump_yaml, make_config, overlay, read_yaml
+from medseg.config import Config, NetworkConfig, TrainConfig, dump_yaml, make_config, overlay, read_yaml
 from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe
-from medseg.errors import ConfigError, DataError
+from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
-from medseg.fit import STATE, Fit
+from medseg.fingerprint import measure
+from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
-from medseg.model import WEIGHTS, record_choices, save_model
+from medseg.model import DECISIVE, WEIGHTS, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
-from medseg.plan import Plan, make_plan, measure
+from medseg.plan import Plan, make_plan
 from medseg.preprocess import Prepared, prepare_cached
-from medseg.pretrained import Pretrained, load_pretrained, read_weights
+from medseg.pretrained import Pretrained, inherited_network, load_pretrained, read_weights
+from medseg.process import Preempted
 from medseg.progress import Progress, silent
+from medseg.ranks import Ranks
 from medseg.readers import file_sha256
 from medseg.report import Report, report_pairs
-from medseg.writers import write_text
+from medseg.state import STATE
+from medseg.versions import versions
+from medseg.writers import is_disk_full, write_text
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+# there is such a file where SIGTERM ended a training, with the number of what was asked
+PREEMPTED = "preempted"
 # a configuration without one of these is laid over the plan of the data set
 PLANNED = ("data", "preprocess", "network", "windows")
 
@@ -49,7 +57,10 @@ class TrainOptions:
 
     `config` None: planned from the data set; a YAML that lacks sections is laid over that plan, then `settings`. `fold`
     "all" holds no case back. `resume` goes on from the state in the run folder, if there is one, with the configuration
-    that is there. `pretrained`: weights to begin with, see `load_pretrained`; not read where a state is resumed.
+    that is there; what SIGTERM ended goes on without it, where all else that is asked is the same. `pretrained`:
+    weights to begin with, see `load_pretrained`; not read where a state is resumed. `devices`: how many processes, each
+    with a device of its own, were started to train together (by `medseg train --devices`, torchrun or SLURM; a script
+    that calls `train` is started by torchrun). `command` is only recorded.
     """
 
     config: Path | Config | None = None
@@ -59,6 +70,8 @@ class TrainOptions:
     device: str = "auto"
     resume: bool = False
     pretrained: Path | None = None
+    devices: int = 1
+    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,8 @@ class Run:
     """A finished training run; `seconds` by stage, `results` of the held-back cases.
 
     `report` is None where no case was held back, or none of them could be segmented. `pretrained` tells what became of
-    the weights that training began with.
+    the weights that training began with. `waiting_share`: of the time of the steps, the share that they waited for
+    data. `rank`: of several processes only the first, 0, validates and reports.
     """
 
     folder: Path
@@ -76,6 +90,8 @@ class Run:
     seconds: Mapping[str, float]
     steps: int
     pretrained: Pretrained | None = None
+    waiting_share: float = 0.0
+    rank: int = 0
 
 
 def train(
@@ -89,63 +105,81 @@ def train(
 ) -> Run:
     """Train on `dataset` and write the run folder `out`; `time_budget` in seconds or such as "20m".
 
-    Raises `ConfigError` or `DataError` before anything is done, `TrainingError` where training itself breaks down (the
-    state in the folder is whole then, and `resume` goes on from it).
+    Raises `ConfigError` or `DataError` before anything is done, `TrainingError` where training itself breaks down,
+    `KeyboardInterrupt` for Ctrl-C, `Preempted` for SIGTERM (the state in the folder is whole then, and `resume` goes on
+    from it), `PeerError` where another process of the same training ended.
     """
     options = options or TrainOptions()
-    folder, device = Path(out), choose_device(options.device)
-    _check_folder(folder, resume=options.resume)
-    if options.resume and options.config is None and (folder / CONFIG).is_file():
-        options = replace(options, config=folder / CONFIG)
-    resumed = options.resume and (folder / STATE).is_file()
+    folder = Path(out)
+    ranks = Ranks(choose_device(options.device), devices=options.devices)
+    marker = folder / PREEMPTED
+    asked = _asked(dataset, time_budget, epochs, options)
+    try:
+        with ranks.together():
+            ranks.agree(str((asked, folder)))
+            return _train(dataset, folder, _end(time_budget, epochs), options, asked, ranks, progress)
+    except Preempted:
+        if ranks.first and folder.is_dir():
+            write_text(marker, asked + "\n")
+        raise
+
+
+def _train(
+    dataset: str | Path,
+    folder: Path,
+    end: Mapping[str, Any],
+    options: TrainOptions,
+    asked: str,
+    ranks: Ranks,
+    progress: Progress,
+) -> Run:
+    progress = progress if ranks.first else silent
+    options = ranks.led(lambda: _begun(folder, options, asked))
+    resumed = options.resume and ranks.led((folder / STATE).is_file)
     weights = None if resumed else options.pretrained
-    if weights is not None:
-        # a file that cannot be read is told before the data set is
-        read_weights(weights)
-    data = read_dataset(Path(dataset))
-    made = plan_run(data, options, _end(time_budget, epochs), device=device, progress=progress)
+    data, made = ranks.led(lambda: _planned(dataset, options, end, weights, ranks.device, progress))
     config = made.config
+    ranks.rows(config.train.batch_size)
     training, validation = fold_split(data, options.fold, folds=options.folds)
-    _check_network(config, weights)
     seconds: dict[str, float] = {}
-    with _log_file(folder):
-        log.info("%d training cases, %d validation cases, %s", len(training), len(validation), describe(device))
+    with _log_file(folder) if ranks.first else nullcontext():
+        _log_beginning(training, validation, config, options, ranks)
         with _stage(seconds, "preprocess"):
-            prepared = _prepare(training, config, folder / "cache", progress)
-            held_back = _prepare(validation, config, folder / "cache", progress)
+            prepared, held_back = _prepare((training, validation), config, folder / "cache", ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
-            record = _data_record(data, training, validation, options, progress)
-        fit = Fit(config, prepared, held_back, folder, device)
-        pretrained: Pretrained | None = None
-        if resumed:
-            fit.load()
-        elif weights is not None:
-            pretrained = fit.start_from(weights)
-        # after `load`, which refuses a configuration that the state does not belong to
-        write_text(folder / CONFIG, dump_yaml(config, made.reasons))
+            record = ranks.led(lambda: _data_record(data, training, validation, options, progress))
+        fit = Fit(config, prepared, held_back, folder, ranks, weights=weights, resume=resumed)
+        # after the state was read, which refuses a configuration that it does not belong to
+        ranks.led(lambda: write_text(folder / CONFIG, dump_yaml(config, made.reasons)))
         with _stage(seconds, "train"):
             network = fit.run(progress)
-        save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
-        with _stage(seconds, "calibrate"):
-            choices = calibrate(
-                config,
-                network,
-                held_back,
-                training=prepared,
-                device=device,
-                precision=fit.precision,
-                budget_s=config.train.calibration_share * fit.elapsed,
-                progress=progress,
-            )
-            record_choices(folder, choices)
-        report: Report | None = None
-        results: tuple[CaseResult, ...] = ()
-        with _stage(seconds, "validate"):
-            if validation:
-                report, results = _validate(folder, validation, options.device, fit.precision, progress)
+        ranks.part()
+        steps, share = fit.course.step, fit.waiting_share
+        if not ranks.first:
+            return Run(folder, config, None, (), seconds, steps, waiting_share=share, rank=ranks.rank)
+        with _training_is_done():
+            save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
+            with _stage(seconds, "calibrate"):
+                choices = calibrate(
+                    config,
+                    network,
+                    held_back,
+                    training=prepared,
+                    device=fit.device,
+                    precision=fit.precision,
+                    budget_s=config.train.calibration_share * fit.course.elapsed,
+                    progress=progress,
+                )
+                record_choices(folder, choices)
+            report: Report | None = None
+            results: tuple[CaseResult, ...] = ()
+            with _stage(seconds, "validate"):
+                if validation:
+                    report, results = _validate(folder, validation, str(fit.device), fit.precision, progress)
         log.info("seconds: %s", json.dumps(seconds))
-    return Run(folder, config, report, results, seconds, fit.step, pretrained)
+        (folder / PREEMPTED).unlink(missing_ok=True)
+    return Run(folder, config, report, results, seconds, steps, fit.pretrained, share)
 
 
 def plan(
@@ -168,16 +202,21 @@ def plan_run(
     values = {} if given is None else given.model_dump(mode="json") if isinstance(given, Config) else read_yaml(given)
     if all(section in values for section in PLANNED):
         config = _changed(make_config(values, source=source), changes)
+        _check_clock(config.train.model_dump())
         _preflight(data, progress)
         return Plan(config, {})
     # a wrong key is told before the files are read
     for part, name in ((values, source), (changes, "--set")):
         make_config(overlay(Config().model_dump(mode="json"), _without_shapes(part)), source=name)
+    _check_clock(overlay(TrainConfig().model_dump(), values.get("train", {}), changes.get("train", {})))
     network = overlay(values.get("network", {}), changes.get("network", {}))
     check_settings(NetworkConfig.model_validate(network))
     _preflight(data, progress)
     published = options.pretrained is not None and bool(network)
-    made = make_plan(data, measure(data, progress=progress), device=device.type, network=network, published=published)
+    measured = measure(data, progress=progress)
+    if options.pretrained is not None:
+        network = inherited_network(options.pretrained, network, spatial_dims=measured.spatial_dims)
+    made = make_plan(data, measured, device=device.type, network=network, published=published)
     config = make_config(overlay(made.config.model_dump(mode="json"), values), source=source)
     return replace(made, config=_changed(config, changes))
 
@@ -198,6 +237,68 @@ def parse_duration(text: str | float) -> float:
 
 def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return make_config(overlay(config.model_dump(mode="json"), changes), source="--set") if changes else config
+
+
+def _asked(dataset: str | Path, time_budget: str | float | None, epochs: int | None, options: TrainOptions) -> str:
+    """A number for all that decides what a training becomes: the same command line has the same."""
+    what = replace(options, resume=False, command=None, device="", devices=1)
+    return hashlib.sha256(repr((str(dataset), time_budget, epochs, what)).encode()).hexdigest()[:20]
+
+
+def _begun(folder: Path, options: TrainOptions, asked: str) -> TrainOptions:
+    """The options, resuming what SIGTERM ended where the same is asked again. Raises `ConfigError`."""
+    marker = folder / PREEMPTED
+    if marker.is_file() and marker.read_text(encoding="utf-8").strip() == asked:
+        options = replace(options, resume=True)
+    _check_folder(folder, resume=options.resume)
+    if options.resume and options.config is None and (folder / CONFIG).is_file():
+        options = replace(options, config=folder / CONFIG)
+    return options
+
+
+def _planned(
+    dataset: str | Path,
+    options: TrainOptions,
+    end: Mapping[str, Any],
+    weights: Path | None,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Dataset, Plan]:
+    if weights is not None:
+        # a file that cannot be read is told before the data set is
+        read_weights(weights)
+    data = read_dataset(Path(dataset))
+    made = plan_run(data, options, end, device=device, progress=progress)
+    fold_split(data, options.fold, folds=options.folds)
+    _check_network(made.config, weights)
+    return data, made
+
+
+def _log_beginning(
+    training: Sequence[Case], validation: Sequence[Case], config: Config, options: TrainOptions, ranks: Ranks
+) -> None:
+    log.info("command: %s", options.command or "none, called from Python")
+    log.info("versions: %s", json.dumps(versions(*DECISIVE)))
+    log.info("seed %d, %d processes", config.train.seed, ranks.size)
+    log.info("%d training cases, %d validation cases, %s", len(training), len(validation), describe(ranks.device))
+
+
+@contextmanager
+def _training_is_done() -> Iterator[None]:
+    """A disk that is full now costs no step: the state is whole, and the end is all that is missing."""
+    try:
+        yield
+    except DataError as error:
+        raise TrainingError(f"{error}; training itself is done: then finish it with --resume") from error
+
+
+def _check_clock(settings: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where a training must be the same twice and yet end by the clock."""
+    if settings["deterministic"] and settings["time_budget_s"] is not None:
+        raise ConfigError(
+            f"--deterministic with a time budget of {settings['time_budget_s']:g} s: how many steps fit into it, and "
+            "so the weights, differ from run to run; expected a number of epochs: use --epochs N"
+        )
 
 
 def _end(time_budget: str | float | None, epochs: int | None) -> dict[str, Any]:
@@ -244,7 +345,20 @@ def _check_network(config: Config, weights: Path | None) -> None:
     network = build_bare(config.network, data.spatial_dims, len(data.channels), data.out_channels)
     check_patch(network, config.network, config.windows.patch_size)
     if weights is not None:
-        load_pretrained(network, weights, spatial_dims=config.data.spatial_dims)
+        load_pretrained(network, weights, spatial_dims=config.data.spatial_dims, config=config)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that falls silent where nothing more can be written (disk full): what is wrong is told elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
+        """What is left to write goes nowhere, so that closing the file does not fail over it."""
+        if self.stream is None or not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
 
 
 @contextmanager
@@ -252,7 +366,7 @@ def _log_file(folder: Path) -> Iterator[None]:
     """Everything that is logged also goes into log.txt."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler = _LogFile(folder / "log.txt", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another -o") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -284,12 +398,36 @@ def _preflight(data: Dataset, progress: Progress) -> None:
         )
 
 
-def _prepare(cases: Sequence[Case], config: Config, cache: Path, progress: Progress) -> list[Prepared]:
-    done = []
-    for n, case in enumerate(cases):
-        progress("preprocess", n, len(cases), case.id)
-        done.append(prepare_cached(case, config.preprocess, config.data, cache))
-    return done
+def _prepare(
+    folds: tuple[Sequence[Case], Sequence[Case]], config: Config, cache: Path, ranks: Ranks, progress: Progress
+) -> tuple[list[Prepared], list[Prepared]]:
+    """Both folds on the network's grid; the processes share the work, and the cache of what is ready.
+
+    Raises `DataError` with every case that cannot be read, when all others are in the cache: a training without some of
+    its cases would be another one than was asked for.
+    """
+    cases = [case for fold in folds for case in fold]
+    mine = cases[ranks.rank :: ranks.size]
+    failures = []
+    for n, case in enumerate(mine):
+        progress("preprocess", n, len(mine), case.id)
+        try:
+            prepare_cached(case, config.preprocess, config.data, cache)
+        except (DataError, OSError) as error:
+            if is_disk_full(error):
+                raise
+            failures.append(f"  {case.id}: {error}")
+    failed = [line for lines in ranks.gathered(failures) for line in lines]
+    if failed and ranks.first:
+        listed = "\n".join(failed[:20])
+        raise DataError(
+            f"{len(failed)} of {len(cases)} cases cannot be read, nothing was trained; the others are ready in "
+            f"{cache}: repair these, or take them out of the data set, and start again\n{listed}"
+        )
+    if failed:
+        raise PeerError("cases cannot be read; the first process names them")
+    training, validation = ([prepare_cached(c, config.preprocess, config.data, cache) for c in fold] for fold in folds)
+    return training, validation
 
 
 def _validate(
@@ -327,4 +465,5 @@ def _data_record(
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "fold": options.fold,
+        "command": options.command,
     }

@@ -26,20 +26,22 @@ import medseg
 from medseg import folder, terminal
 from medseg.cli import run
 
-VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare")
+VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "inspect", "models")
 OPTIONS = {
     "demo": ("--output", "--time-budget", "--device"),
     "check": ("DATASET", "--verbose"),
     "plan": ("DATASET", "--output", "--set", "--device"),
     "train": (
         *("DATASET", "--output", "--config", "--set", "--fold", "--folds", "--time-budget", "--epochs", "--resume"),
-        *("--precision", "--seed", "--deterministic", "--device", "--verbose"),
+        *("--pretrained", "--devices", "--precision", "--seed", "--deterministic", "--device", "--verbose"),
     ),
     "infer": (
         *("INPUT...", "--model", "--output", "--tta", "none|flip|scale|auto", "--window", "auto|whole|Z,Y,X"),
         *("--overlap", "--shard", "--overwrite", "--device", "--devices", "--precision", "--set"),
     ),
     "compare": ("REPORT...", "--output", "--verbose"),
+    "inspect": ("NETWORK|FILE.yaml|RUN", "--list", "--spatial-dims", "--patch", "--json", "--png"),
+    "models": ("--json",),
     "evaluate": (
         *("PREDICTIONS", "REFERENCES", "--output", "--labels", "--nsd-tolerance-mm", "--surface", "--allow-missing"),
         *("--resample-prediction", "--jobs", "--metadata", "--group", "--ignore-label", "--extra", "--lesions"),

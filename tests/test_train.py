@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from medseg.train import parse_duration
 
 Train = Callable[..., medseg.Run]
 
-MODULE = import_module("medseg.fit")
+MODULE, TRAIN = import_module("medseg.fit"), import_module("medseg.train")
 
 
 @pytest.fixture
@@ -312,7 +315,9 @@ def _slow_dice(pause: float) -> Callable[..., dict[str, float]]:
 # ---- how training breaks
 
 
-def test_a_loss_that_is_nan_names_the_batch(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_is_nan_is_counted_in_the_model(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = PatchSampler.draw
     drawn: list[tuple[str, ...]] = []
 
@@ -324,17 +329,71 @@ def test_a_loss_that_is_nan_names_the_batch(train: Train, tiny_dataset, monkeypa
         return batch
 
     monkeypatch.setattr(PatchSampler, "draw", poisoned)
-    with pytest.raises(medseg.TrainingError, match="the loss became nan at step 2") as caught:
-        train(tiny_dataset(cases=3), epochs=5, fold="all")
-    assert ", ".join(drawn[2]) in str(caught.value)
-    assert "train.learning_rate" in str(caught.value)
+    run = train(tiny_dataset(cases=3), epochs=2, fold="all")
+    assert (run.steps, len(drawn)) == (4, 5)
+    assert _description(run.folder)["training"]["skipped_batches"] == 1
+    assert f"the loss is nan at step 2; this batch of {', '.join(drawn[2])} is skipped" in _log(run.folder)
 
 
-def test_a_gradient_that_is_nan_names_the_batch(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    # √(0·x): 0 with the gradient 0/0
-    monkeypatch.setattr(MODULE, "loss_of", lambda _c, _d, logits, _l: (0 * logits).sum().sqrt())
-    with pytest.raises(medseg.TrainingError, match="gradient is no longer finite at step 0; the last batch held case"):
-        train(tiny_dataset(cases=2), fold="all")
+def _log(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
+
+
+def test_a_case_that_dies_is_named_and_the_others_are_ready(
+    train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = tiny_dataset(cases=4)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(medseg.dump_yaml(medseg.plan(dataset, device="cpu").config))
+    check = TRAIN.check_dataset
+
+    def checked_before(*arguments: Any, **more: Any) -> Any:
+        found = check(*arguments, **more)
+        # a share that goes away, or a disk that dies, after the look at every file
+        path = dataset / "images" / "case1.nii.gz"
+        path.write_bytes(path.read_bytes()[:200])
+        return found
+
+    monkeypatch.setattr(TRAIN, "check_dataset", checked_before)
+    with pytest.raises(medseg.DataError, match="1 of 4 cases cannot be read, nothing was trained") as caught:
+        train(dataset, fold="all", config=plan)
+    assert re.search(r"\n  case1: .*case1\.nii\.gz", str(caught.value))
+    cached = {path.name.split("-")[0] for path in (tmp_path / "run" / "cache").iterdir()}
+    assert cached == {"case0", "case2", "case3"}
+
+
+def test_a_disk_that_is_really_full_is_one_message_and_training_goes_on_later(
+    train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, small = tiny_dataset(cases=2), tmp_path / "run"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    draw = PatchSampler.draw
+    drawn: list[int] = []
+
+    def filling(sampler: PatchSampler) -> Any:
+        drawn.append(1)
+        if len(drawn) == 4:
+            with (small / "other").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(1024)):
+                    continue
+        return draw(sampler)
+
+    monkeypatch.setattr(PatchSampler, "draw", filling)
+    try:
+        with pytest.raises(medseg.TrainingError, match="No space left on device"):
+            train(dataset, "train.save_every_s=1e-9", epochs=3, fold="all")
+        assert "Traceback" not in capsys.readouterr().err
+        (small / "other").unlink()
+        run = train(dataset, epochs=3, fold="all", resume=True)
+        # the state of the third step was whole: one was done again
+        assert (run.steps, len(drawn)) == (6, 7)
+        assert [row["step"] for row in _rows(small)] == ["2", "4", "6"]
+    finally:
+        # the run's files are still mapped
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 def _short_of_memory(monkeypatch: pytest.MonkeyPatch, *, voxels: int) -> None:
@@ -393,7 +452,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(
     drawn: list[int] = []
 
     def killed(sampler: PatchSampler) -> Any:
-        if len(drawn) == 4:
+        if len(drawn) == 3:
             raise SystemExit
         drawn.append(1)
         return draw(sampler)
@@ -408,31 +467,131 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(
     assert _weights(whole.folder) == _weights(parts.folder)
 
 
-def test_a_killed_run_goes_on(train: Train, tiny_dataset, tiny_settings: tuple[str, ...], tmp_path: Path) -> None:
-    dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
-    settings = [option for setting in tiny_settings for option in ("--set", setting)]
-    started = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "medseg", "train", str(dataset), "-o", str(folder), "--epochs", "100000"),
-            *("--folds", "2", "--device", "cpu", "--set", "train.save_every_s=0.01", *settings),
-        ],
+def _command(dataset: Path, folder: Path, settings: tuple[str, ...], *more: str) -> list[str]:
+    options = [option for setting in settings for option in ("--set", setting)]
+    return [
+        *(sys.executable, "-m", "medseg", "train", str(dataset), "-o", str(folder), "--folds", "2", "--device", "cpu"),
+        *(*options, *more),
+    ]
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    try:
-        deadline = time.monotonic() + 120
-        while not (folder / "last.pt").is_file() and started.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        started.send_signal(signal.SIGKILL)
-        started.wait()
-    step = int(torch.load(folder / "last.pt", weights_only=True)["step"])
-    assert step > 0
+
+
+def _after_two_epochs(folder: Path, process: subprocess.Popen[str], number: int) -> tuple[str, str]:
+    """Sends a signal when a run folder tells of them, and gives what the process printed."""
+    deadline = time.monotonic() + 240
+    metrics = folder / "metrics.csv"
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count("\n") > 2:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate(timeout=240)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in the same order here and in other processes of the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_is_killed_and_resumed_is_the_undisturbed_one(
+    train: Train, tiny_dataset, tiny_settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
+    settings = ("train.deterministic=true", "train.save_every_s=1e-9")
+    more = ("--epochs", "20", "--fold", "all")
+    command = _command(dataset, folder, (*tiny_settings, *settings), *more)
+    _after_two_epochs(folder, _start(command), signal.SIGKILL)
+    step = int(torch.load(folder / "last.pt", weights_only=True)["course"]["step"])
+    assert 4 <= step < 40
     assert not (folder / "model.safetensors").exists()
-    run = train(dataset, epochs=step // 2 + 2, resume=True)
-    assert run.steps == 2 * (step // 2 + 2)
-    assert medseg.load_model(run.folder).label_names == {1: "label_1", 2: "label_2"}
+    resumed = train(dataset, *settings, epochs=20, fold="all", resume=True)
+    undisturbed = train(dataset, *settings, epochs=20, fold="all", name="undisturbed")
+    assert _weights(resumed.folder) == _weights(undisturbed.folder)
+    rows = [[{**row, "seconds": ""} for row in _rows(run.folder)] for run in (resumed, undisturbed)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 20
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["as it was", "with --resume"])
+def test_what_a_cluster_ends_goes_on_with_the_same_command_line(
+    tiny_dataset, tiny_settings: tuple[str, ...], tmp_path: Path, resume: tuple[str, ...]
+) -> None:
+    dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
+    # ended after two epochs, and half a second before the end of its time when it goes on
+    settings = (*tiny_settings, "train.save_every_s=0.01", "train.calibration_share=0")
+    command = _command(dataset, folder, settings, "--fold", "all", "--time-budget", "60", *resume)
+    process = _start(command)
+    out, err = _after_two_epochs(folder, process, signal.SIGTERM)
+    assert (process.returncode, out) == (75, ""), err
+    assert "the same command line goes on" in err
+    assert "Traceback" not in err
+    state = torch.load(folder / "last.pt", weights_only=True)
+    state["course"]["elapsed"] = 59.5
+    torch.save(state, folder / "last.pt")
+    again = _start(command)
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    assert int(out.split(" steps; ")[0]) > state["course"]["step"]
+    assert out.splitlines()[-1] == f"Model: {folder}"
+    assert f"resumed at step {state['course']['step']}" in _log(folder)
+    assert f"command: medseg {shlex.join(command[3:])}" in _log(folder)
+    assert _description(folder)["training"]["command"] == f"medseg {shlex.join(command[3:])}"
+    # it is finished: nothing writes over it
+    third = _start([word for word in command if word != "--resume"])
+    out, err = third.communicate(timeout=240)
+    assert third.returncode == 2
+    assert "holds a training run already" in err
+
+
+def test_another_command_line_does_not_go_on_with_what_a_cluster_ended(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = tiny_dataset(cases=2)
+    draw = PatchSampler.draw
+
+    def told(sampler: PatchSampler) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(sampler)
+
+    monkeypatch.setattr(PatchSampler, "draw", told)
+    with pytest.raises(medseg.Preempted):
+        train(dataset, fold="all")
+    monkeypatch.undo()
+    with pytest.raises(medseg.ConfigError, match="holds a training run already; go on with --resume"):
+        train(dataset, "train.seed=1", fold="all")
+    assert train(dataset, fold="all").steps == 2
+
+
+def test_a_budget_of_time_cannot_be_deterministic(train: Train, tiny_dataset, tmp_path: Path) -> None:
+    dataset = tiny_dataset(cases=2)
+    with pytest.raises(medseg.ConfigError, match=r"deterministic with a time budget of 60 s.*use --epochs N"):
+        train(dataset, "train.deterministic=true", time_budget="60s")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_says_what_it_was_made_of(tiny_run) -> None:
+    training = _description(tiny_run.folder)["training"]
+    assert (training["seed"], training["devices"], training["command"], training["skipped_batches"]) == (0, 1, None, 0)
+    assert 0 < training["waiting_share"] < 1
+    log = _log(tiny_run.folder)
+    assert f'"torch": "{torch.__version__}"' in log
+    assert "seed 0, 1 processes" in log
+    assert f"steps waited for data {100 * training['waiting_share']:.1f} %" in log
 
 
 def test_resume_does_not_repeat_rows(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated
 
@@ -13,9 +14,12 @@ import typer
 from rich.markup import escape
 
 import medseg
-from medseg.cli import evaluation, inference, networks, training
-from medseg.cli.shared import INTERRUPTED, OK, SOME_FAILED, USAGE
+from medseg.cli import evaluation, inference, networks, processes, training
+from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE
 from medseg.terminal import err, out
+
+# the one verb whose processes work together, and which a cluster may end and start again
+TRAIN = ["train"]
 
 app = typer.Typer(
     name="medseg",
@@ -54,6 +58,7 @@ _VERBS = (
     (evaluation.evaluate, "medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first"),
     (evaluation.compare, "medseg compare ours=runs/a/report theirs=runs/b/report -o comparison/"),
     (networks.inspect, "medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png"),
+    (networks.models, "medseg models"),
 )
 for _verb, _example in _VERBS:
     app.command(epilog=f"Example: {_example}")(_verb)
@@ -68,35 +73,55 @@ def main() -> None:
     code = run(sys.argv[1:])
     out.settle()
     err.settle()
+    if code and sys.argv[1:2] == TRAIN and processes.is_one_of_several():
+        # to take leave of processes that wait for this one could take for ever
+        os._exit(code)
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """The exit code of a command line. A user's mistake is one message; its traceback is shown with -v."""
     try:
-        app(arguments, prog_name="medseg")
+        app(arguments, prog_name="medseg", obj=arguments)
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else USAGE
-        return _interrupted() if code == INTERRUPTED else code
+        return _interrupted(arguments) if code == INTERRUPTED else code
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(arguments)
     except medseg.MedsegError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
-        err.print(f"[red]error:[/red] {escape(str(error))}")
+        rank = _rank(arguments)
+        if not (rank and isinstance(error, medseg.ConfigError | medseg.PeerError)):
+            # those of the other processes are told by the first one, or by the one that failed
+            which = f"process {rank}: " if rank else ""
+            err.print(f"[red]error:[/red] {which}{escape(str(error))}")
         return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE
+    except Exception:
+        if arguments[:1] != TRAIN or not processes.is_one_of_several():
+            raise
+        traceback.print_exc()
+        return SOME_FAILED
     return OK
 
 
-def _end(_: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     """A signal becomes a `KeyboardInterrupt`, but for imports: C++ aborts the process or reports an import twice."""
+    arguments = sys.argv[1:]
+    preempted = number == signal.SIGTERM and arguments[:1] == TRAIN
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             # nothing that is worth waiting for is under way
-            os._exit(_interrupted())
+            os._exit(PREEMPTED if preempted else _interrupted(arguments))
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise medseg.Preempted if preempted else KeyboardInterrupt
 
 
-def _interrupted() -> int:
-    err.print("interrupted; what was finished is valid")
+def _rank(arguments: list[str]) -> int:
+    """The number of this process, where processes work together; of other verbs each is for itself."""
+    return processes.rank() if arguments[:1] == TRAIN else 0
+
+
+def _interrupted(arguments: list[str]) -> int:
+    if not _rank(arguments):
+        err.print("interrupted; what was finished is valid")
     return INTERRUPTED

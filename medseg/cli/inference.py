@@ -49,7 +49,10 @@ def infer(
         list[Path], typer.Argument(metavar="INPUT...", help="Files or folders: NIfTI, NRRD, MHA, PNG, TIFF.")
     ],
     model: Annotated[
-        list[Path], typer.Option("-m", "--model", metavar="RUN", help="Run folder; several -m: an ensemble.")
+        list[Path],
+        typer.Option(
+            "-m", "--model", metavar="RUN|NAME", help="Run folder, or a name of `medseg models`; several: an ensemble."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for masks and run.json.")],
     window: Annotated[

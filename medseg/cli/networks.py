@@ -1,4 +1,4 @@
-"""The verb inspect: what a network is made of and sees."""
+"""The verbs inspect and models: what a network is made of and sees, and which trained ones there are."""
 
 from __future__ import annotations
 
@@ -65,6 +65,34 @@ def inspect(
         finish(f"Picture: {png}" if png is not None else network_line(found.report))
     elif png is not None:
         err.print(f"Picture: {escape(str(png))}")
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all that the model cards say.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the trained models that come with medseg; their names work as `-m NAME`."""
+    log(verbose)
+    found = medseg.list_models()
+    if as_json:
+        out.print(json.dumps([model.as_dict() for model in found], indent=1, ensure_ascii=False), markup=False)
+        return
+    if not found:
+        out.print("No trained model comes with this installation; `medseg train` makes one.")
+    for model in found:
+        card = model.card
+        out.print(f"[bold]{escape(model.name)}[/bold]  {escape(card.title)}")
+        dice = ", ".join(f"{n} {d.mean:.3f} ({d.low:.3f}–{d.high:.3f})" for n, d in card.dice.items())
+        lines = {
+            "segments": card.segments,
+            "data": card.data,
+            "Dice": f"{dice}; {card.judged}",
+            "licence": card.licence,
+            "size": f"{model.size / 1e6:.1f} MB",
+            "card": str(model.folder / "README.md"),
+        }
+        for what, text in lines.items():
+            out.print(f"  {what:<9}{text}", markup=False)
 
 
 def _patch(text: str | None) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.markup import escape
 import medseg
 from medseg.terminal import err, out
 
-OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AnyDevice = Annotated[str, typer.Option(help="As for the other verbs; this one needs no GPU and works on the CPU.")]
@@ -43,6 +44,14 @@ def log(verbose: bool) -> None:
     handler = RichHandler(console=err, show_time=False, show_path=verbose, markup=False)
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
     logger.addHandler(handler)
+
+
+def silence() -> None:
+    """Of several processes that work together only the first one speaks; of the others, errors alone are shown."""
+    out.quiet = True
+    warnings.simplefilter("ignore")
+    for handler in logging.getLogger("medseg").handlers:
+        handler.setLevel(logging.ERROR)
 
 
 def print_report(report: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,9 @@ import typer
 from rich.markup import escape
 
 import medseg
+from medseg.cli import processes
 from medseg.cli.shared import (
+    PREEMPTED,
     AnyDevice,
     DatasetArg,
     Device,
@@ -21,8 +24,9 @@ from medseg.cli.shared import (
     log,
     print_report,
     settings_of,
+    silence,
 )
-from medseg.terminal import out, shown_progress
+from medseg.terminal import err, out, shown_progress
 
 
 def demo(
@@ -81,6 +85,7 @@ def plan(
 
 
 def train(
+    context: typer.Context,
     dataset: DatasetArg,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run folder to write.")],
     config: Annotated[
@@ -97,7 +102,8 @@ def train(
     pretrained: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE|RUN", help="Weights to begin with, where they fit: of medseg, MONAI, MedicalNet, torchvision."
+            metavar="FILE|RUN|NAME",
+            help="Weights to begin with, where they fit: of medseg, MONAI, MedicalNet, torchvision.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.", min=0)] = None,
@@ -106,10 +112,20 @@ def train(
         bool, typer.Option("--deterministic", help="Same seed, same weights, bit for bit.")
     ] = False,
     device: Device = "auto",
+    devices: Annotated[
+        int,
+        typer.Option(metavar="N", help="Processes that train together, each on a GPU of its own (or the CPU).", min=1),
+    ] = 1,
     verbose: Verbose = False,
 ) -> None:
     """Plan, preprocess, train and validate at full resolution."""
+    arguments = list(context.obj or ())
+    if devices > 1 and not processes.is_one_of_several():
+        raise typer.Exit(processes.start(arguments, devices))
+    processes.end_with_the_one_that_started_us()
     log(verbose)
+    if processes.rank():
+        silence()
     chosen: dict[str, Any] = {"precision": precision.value} if precision is not Precision.auto else {}
     chosen |= {"seed": seed} if seed is not None else {}
     chosen |= {"deterministic": True} if deterministic else {}
@@ -121,13 +137,24 @@ def train(
         device=device,
         resume=resume,
         pretrained=pretrained,
+        devices=devices,
+        command=shlex.join(["medseg", *arguments]) if arguments else None,
     )
-    with shown_progress() as progress:
-        run = medseg.train(dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress)
+    try:
+        with shown_progress() as progress:
+            run = medseg.train(
+                dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress
+            )
+    except medseg.Preempted as told:
+        if not processes.rank():
+            err.print("told to end; the same command line goes on from here")
+        raise typer.Exit(PREEMPTED) from told
+    if run.rank:
+        return
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
     if run.pretrained is not None:
         out.print(escape(run.pretrained.summary()))
-    out.print(f"{run.steps} steps; {spent}")
+    out.print(f"{run.steps} steps; {spent}; {100 * run.waiting_share:.1f} % of the steps' time was waiting for data")
     if run.report is not None:
         print_report(run.report)
     finish(f"Model: {run.folder}", failed_cases(run.results, run.report))

@@ -1,0 +1,245 @@
+"""Which rows and columns of a network's weights belong to which label or channel, and how its namesakes get them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medseg.config import BACKGROUND, Config, DataConfig, NetworkConfig, PreprocessConfig
+from medseg.model import DESCRIPTION, trained_config
+from medseg.networks import build_bare
+
+# settings of a network that give its weights another meaning, or another field of view, and leave their shapes alone
+UNSEEN = ("strides", "output_stride", "dilations", "multi_grid", "norm", "leak", "aspp_rates", "upsampling", "scales")
+# structures that look this many times larger or smaller than those that were learnt want a word
+FAR_SPACING = 1.5
+# labels and channels that a network is built with in addition, to see what grows: more than any width, so that no layer
+# comes or goes because two numbers happen to be equal
+MORE = 10007
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that was otherwise where the weights were learnt, in words; `far`: enough to want a warning."""
+
+    what: str
+    there: str
+    here: str
+    far: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.there} where the weights were learnt, {self.here} here"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A tensor that took over what belongs to labels and channels of equal names; `partly`: the rest is new.
+
+    `value` None: nothing in it has a namesake.
+    """
+
+    value: Tensor | None
+    partly: bool
+    why: str
+
+
+def source_config(file: Path) -> Config | None:
+    """The configuration of the medseg run that a file of weights lies in; None for a file from elsewhere.
+
+    Raises `ModelError` where the run's description is damaged.
+    """
+    return trained_config(file.parent) if (file.parent / DESCRIPTION).is_file() else None
+
+
+def differences(there: Config, here: Config) -> tuple[Difference, ...]:
+    """What the weights of a run with configuration `there` meet otherwise in a run with configuration `here`."""
+    found = [
+        _difference("labels", _labels(there.data), _labels(here.data)),
+        _difference("channels", there.data.channels, here.data.channels),
+        _spacing(there.preprocess, here.preprocess),
+        _difference("preprocess.shape", there.preprocess.shape, here.preprocess.shape),
+        *(
+            _difference(f"preprocess.intensity of {name}", _normalisation(a), _normalisation(b))
+            for name, a, b in _namesake_channels(there, here)
+        ),
+        _difference("preprocess.orient", there.preprocess.orient, here.preprocess.orient),
+        _difference("windows.patch_size", there.windows.patch_size, here.windows.patch_size),
+        *(_difference(f"network.{k}", getattr(there.network, k), getattr(here.network, k)) for k in UNSEEN),
+    ]
+    return tuple(d for d in found if d is not None)
+
+
+class Namesakes:
+    """Where a network's tensors hold what belongs to labels and to channels, told by building it with more of them.
+
+    An axis that grows with them holds, behind a part that does not, a block of equal length for each (`shuffle_pixels`
+    and `gather_pixels` lay sub-pixels out like that). `there`: where the weights come from, `here`: where they go.
+    """
+
+    def __init__(self, there: DataConfig, here: DataConfig, network: NetworkConfig) -> None:
+        size = (here.spatial_dims, len(here.channels), here.out_channels)
+        shapes, more_in, more_out = (
+            {k: tuple(v.shape) for k, v in build_bare(network, size[0], size[1] + i, size[2] + o).state_dict().items()}
+            for i, o in ((0, 0), (MORE, 0), (0, MORE))
+        )
+        self.names_there, self.names_here = _outputs(there), _outputs(here)
+        same_kind = there.is_regions == here.is_regions
+        shared = [n for n in self.names_here if n in self.names_there and same_kind]
+        self._rows = [(self.names_there.index(n), self.names_here.index(n)) for n in shared]
+        self._said = _label_words(shared, [n for n in self.names_here if n not in shared])
+        self._mixing, self._new_channels = _mixing(there.channels, here.channels)
+        self._grows_in, self._grows_out = _growth(shapes, more_in), _growth(shapes, more_out)
+
+    def concern(self, name: str) -> bool:
+        """Whether the tensor holds anything that belongs to a label or channel."""
+        return name in self._grows_in or name in self._grows_out
+
+    def carry(self, name: str, there: Tensor, here: Tensor) -> Carried | None:
+        """What the tensor `name` becomes, out of the weights `there` and those that stand `here`.
+
+        Rows of labels that are not there stay as they are here; a new channel begins with zeros, so that at first the
+        answer is the one without it. None where the two tensors are not built alike.
+        """
+        if there.ndim != here.ndim:
+            return None
+        value = there
+        partly, words = False, []
+        for axis in (0, 1)[: there.ndim]:
+            of_inputs = self._grows_in.get(name, {}).get(axis, 0)
+            of_labels = self._grows_out.get(name, {}).get(axis, 0)
+            if of_inputs and (of_labels or axis == 0):
+                return None
+            if of_inputs:
+                mixed = _mix(value, self._mixing, of_inputs, here.shape[1])
+                if mixed is None:
+                    return None
+                value = mixed
+                partly |= bool(self._new_channels)
+                words += _channel_words(self._mixing, self._new_channels)
+        rows = self._grows_out.get(name, {})
+        if rows and not self._rows:
+            return Carried(None, False, f"{self._said}: left as initialised")
+        if rows:
+            taken = self._take_rows(rows, value, here)
+            if taken is None:
+                return None
+            value = taken
+            partly |= len(self._rows) < len(self.names_here)
+            words += [self._said] if self.names_here != self.names_there else []
+        return Carried(value, partly, "; ".join(words)) if value.shape == here.shape else None
+
+    def _take_rows(self, blocks: Mapping[int, int], there: Tensor, here: Tensor) -> Tensor | None:
+        """`here` with the blocks of shared labels out of `there`, along every axis that has such blocks."""
+        value = torch.zeros(here.shape) if here.is_meta else here.detach().cpu().clone()
+        places: list[tuple[list[int], list[int]]] = []
+        for axis in range(here.ndim):
+            block = blocks.get(axis, 0)
+            base = here.shape[axis] - block * len(self.names_here)
+            if there.shape[axis] != base + block * len(self.names_there):
+                return None
+            pairs = [(i, i) for i in range(base)]
+            pairs += [(base + a * block + i, base + b * block + i) for a, b in self._rows for i in range(block)]
+            places.append(([a for a, _ in pairs], [b for _, b in pairs]))
+        taken = there
+        for axis, (source, _) in enumerate(places):
+            taken = taken.index_select(axis, torch.tensor(source))
+        grid = torch.meshgrid(*(torch.tensor(target) for _, target in places), indexing="ij")
+        value[grid] = taken.to(value.dtype)
+        return value
+
+
+def _growth(shapes: Mapping[str, tuple[int, ...]], more: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, int]]:
+    """By tensor and axis that grows: by how much with each of `MORE`."""
+    found = {}
+    for name, shape in shapes.items():
+        other = more.get(name, ())
+        if len(other) == len(shape) and other != shape:
+            found[name] = {axis: (b - a) // MORE for axis, (a, b) in enumerate(zip(shape, other)) if a != b}
+    return found
+
+
+def _outputs(data: DataConfig) -> tuple[str, ...]:
+    """The name of every channel of the scores."""
+    return data.foreground if data.is_regions else (BACKGROUND, *data.foreground)
+
+
+def _mixing(there: Sequence[str], here: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """How channels there (columns) make those here (rows), and the names of the new ones.
+
+    By name where any is in both. Else one by one where there are as many; else dealt out in turn, so that the response
+    to equal channels stays.
+    """
+    shared = [n for n in here if n in there]
+    mixing = torch.zeros(len(here), len(there))
+    if shared:
+        for name in shared:
+            mixing[here.index(name), there.index(name)] = 1.0
+        return mixing, [n for n in here if n not in shared]
+    pairs = [(n % len(there), n % len(here)) for n in range(max(len(there), len(here)))]
+    for source, target in pairs:
+        mixing[target, source] += 1 / sum(a == source for a, _ in pairs)
+    return mixing, []
+
+
+def _mix(kernel: Tensor, mixing: Tensor, block: int, length: int) -> Tensor | None:
+    """`kernel` (O, base + block·channels there, …) with the channels mixed: (O, `length`, …)."""
+    here, there = mixing.shape
+    base = length - block * here
+    if kernel.shape[1] != base + block * there:
+        return None
+    apart = kernel[:, base:].reshape(kernel.shape[0], there, block, *kernel.shape[2:])
+    mixed = torch.einsum("hc,oc...->oh...", mixing.to(kernel.dtype), apart).flatten(1, 2)
+    return torch.cat((kernel[:, :base], mixed), dim=1)
+
+
+def _label_words(shared: Sequence[str], new: Sequence[str]) -> str:
+    if not shared:
+        return "no label has a namesake here"
+    return f"labels taken over: {', '.join(shared)}" + (f"; new: {', '.join(new)}" if new else "")
+
+
+def _channel_words(mixing: Tensor, new: Sequence[str]) -> list[str]:
+    here, there = mixing.shape
+    if here == there and torch.equal(mixing, torch.eye(here)):
+        return []
+    if bool(((mixing == 0) | (mixing == 1)).all()) and bool((mixing.sum(dim=0) <= 1).all()):
+        return ["channels taken over by name" + (f"; new: {', '.join(new)}" if new else "")]
+    return [f"{there} input channels dealt out to {here}"]
+
+
+def _namesake_channels(there: Config, here: Config) -> list[tuple[str, Any, Any]]:
+    by_name = dict(zip(there.data.channels, there.preprocess.intensity))
+    pairs = list(zip(here.data.channels, here.preprocess.intensity))
+    if not set(by_name) & set(here.data.channels) and len(by_name) == len(pairs):
+        return [(name, a, b) for (name, b), a in zip(pairs, by_name.values())]
+    return [(name, by_name[name], b) for name, b in pairs if name in by_name]
+
+
+def _difference(what: str, there: Any, here: Any) -> Difference | None:
+    return None if there == here else Difference(what, _text(there), _text(here))
+
+
+def _spacing(there: PreprocessConfig, here: PreprocessConfig) -> Difference | None:
+    a, b = there.spacing_mm, here.spacing_mm
+    if a == b:
+        return None
+    far = a is None or b is None or len(a) != len(b) or any(max(x / y, y / x) > FAR_SPACING for x, y in zip(a, b))
+    return Difference("preprocess.spacing_mm", _text(a), _text(b), far)
+
+
+def _labels(data: DataConfig) -> list[str]:
+    return sorted(data.foreground)
+
+
+def _normalisation(intensity: Any) -> dict[str, Any]:
+    return {k: v for k, v in intensity.model_dump(mode="json").items() if v is not None}
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False).replace('"', "")

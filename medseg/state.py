@@ -1,0 +1,57 @@
+"""The file that a broken-off training goes on from: written whole or not at all, and checked before it is believed."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg.errors import ConfigError, DataError, TrainingError
+from medseg.writers import atomic_path
+
+STATE = "last.pt"
+# raised whenever a state holds something else than before
+VERSION = 2
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the state into the run `folder`. Raises `TrainingError` where there is no room; the one before is kept."""
+    # into memory first: torch reports a full disk as an error of its own that names no file
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, **state}, buffer)
+    path = folder / STATE
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+    except DataError as error:
+        kept = (
+            "the state before it is whole: then go on with --resume" if path.is_file() else "nothing is lost but time"
+        )
+        raise TrainingError(f"{error}; {kept}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state in the run `folder`, on the CPU. Raises `ConfigError` where it is damaged or of another version."""
+    path = folder / STATE
+    refused = f"{path}: cannot be resumed, because it is"
+    anew = "copy it again from where it is whole, or remove it and train anew"
+    try:
+        # torch looks at the sums of its parts only where they do not fit together
+        damaged = zipfile.ZipFile(path).testzip()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        words = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{refused} damaged ({type(error).__name__}: {words}); {anew}") from error
+    if damaged is not None:
+        raise ConfigError(f"{refused} damaged (its part {damaged} is not what was written); {anew}")
+    found = state.get("version", 1) if isinstance(state, dict) else "unknown"
+    if found != VERSION:
+        raise ConfigError(
+            f"{refused} of version {found}, expected {VERSION}; go on with the medseg that wrote it, or train into a "
+            "new folder"
+        )
+    return dict(state)

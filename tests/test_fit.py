@@ -1,0 +1,330 @@
+"""The training loop from the inside: broken off and gone on with, bad batches, full disks, and what the state holds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_fit import noise_config, noise_fit, run_noted, weights_of
+
+import medseg
+from medseg import fit as module
+from medseg.fit import BAD_BATCHES, Fit
+from medseg.progress import silent
+from medseg.state import STATE, VERSION, read_state, write_state
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in the same order on every machine, and nothing of determinism left for other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def _before_draw(fit: Fit, number: int, act: Callable[[], Any]) -> None:
+    """Do something when the fit asks for its batch `number`, from 0."""
+    draw = fit.sampler.draw
+    drawn = [0]
+
+    def acting() -> Any:
+        if drawn[0] == number:
+            act()
+        drawn[0] += 1
+        return draw()
+
+    fit.sampler.draw = acting  # type: ignore[method-assign]
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def _poison(fit: Fit, *numbers: int) -> list[tuple[str, ...]]:
+    """NaN into one voxel of these batches, from 0; gives the list that their cases will be in."""
+    draw = fit.sampler.draw
+    drawn: list[tuple[str, ...]] = []
+
+    def poisoned() -> Any:
+        batch = draw()
+        if len(drawn) in numbers:
+            batch.image[0, 0, 0, 0, 0] = float("nan")
+        drawn.append(batch.cases)
+        return batch
+
+    fit.sampler.draw = poisoned  # type: ignore[method-assign]
+    return drawn
+
+
+# ---- broken off and gone on with
+
+
+@pytest.mark.parametrize("batches", [3, 4])
+def test_a_fit_that_is_broken_off_anywhere_goes_on_bit_for_bit(tmp_path: Path, batches: int) -> None:
+    config = noise_config(train={"save_every_s": 1e-9})
+    whole = run_noted(noise_fit(tmp_path / "whole", config))
+    fit = noise_fit(tmp_path / "parts", config)
+    # in the middle of an epoch, and at its end
+    _before_draw(fit, batches, _raise(SystemExit()))
+    with pytest.raises(SystemExit):
+        fit.run(silent)
+    rest = run_noted(noise_fit(tmp_path / "parts", config, resume=True))
+    assert rest.losses == whole.losses[batches:]
+    assert rest.weights == whole.weights
+    assert rest.dice == whole.dice
+    assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+
+
+def test_steps_after_the_last_state_are_done_again(tmp_path: Path) -> None:
+    whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
+    fit = noise_fit(tmp_path / "parts", noise_config())
+    _before_draw(fit, 3, fit.save)
+    # two rows are written then, the second of them after the state
+    _before_draw(fit, 5, _raise(SystemExit()))
+    with pytest.raises(SystemExit):
+        fit.run(silent)
+    assert len(_rows(tmp_path / "parts")) == 2
+    rest = run_noted(noise_fit(tmp_path / "parts", noise_config(), resume=True))
+    assert rest.losses == whole.losses[3:]
+    assert rest.weights == whole.weights
+    assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, medseg.Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_the_state_and_ends(tmp_path: Path, number: int, error: type[BaseException]) -> None:
+    whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
+    fit = noise_fit(tmp_path / "parts", noise_config())
+    _before_draw(fit, 2, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(error) as caught:
+        fit.run(silent)
+    assert type(caught.value) is error
+    rest = run_noted(noise_fit(tmp_path / "parts", noise_config(), resume=True))
+    # the step in which it came was finished
+    assert rest.losses == whole.losses[3:]
+    assert rest.weights == whole.weights
+
+
+def test_a_second_signal_while_the_state_is_written_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, state: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_state(folder, state)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "write_state", interrupted)
+    fit = noise_fit(tmp_path, noise_config())
+    _before_draw(fit, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(medseg.Preempted):
+        fit.run(silent)
+    assert read_state(tmp_path)["course"]["step"] == 3
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_signal_ends_a_validation_which_is_then_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
+    fit = noise_fit(tmp_path / "parts", noise_config())
+    dice = module.quick_dice
+
+    def told(config: Any, network: Any, cases: Any, *more: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return dice(config, network, cases, *more)
+
+    monkeypatch.setattr(module, "quick_dice", told)
+    with pytest.raises(medseg.Preempted):
+        fit.run(silent)
+    monkeypatch.undo()
+    assert _rows(tmp_path / "parts") == []
+    rest = run_noted(noise_fit(tmp_path / "parts", noise_config(), resume=True))
+    assert rest.weights == whole.weights
+    assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        fit = noise_fit(tmp_path, noise_config())
+        _before_draw(fit, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        fit.run(silent)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert fit.course.step == 6
+
+
+def test_two_fits_with_one_seed_are_one_and_another_seed_is_another(tmp_path: Path) -> None:
+    one, two, other = (
+        run_noted(noise_fit(tmp_path / str(n), noise_config(train={"seed": seed}))) for n, seed in enumerate((3, 3, 4))
+    )
+    assert one == two
+    assert other.losses != one.losses
+
+
+# ---- a state that cannot be believed
+
+
+def _refusal(folder: Path) -> str:
+    with pytest.raises(medseg.ConfigError) as caught:
+        noise_fit(folder, noise_config(), resume=True)
+    return str(caught.value)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """The file of a fit that was run to its end, in `tmp_path`."""
+    noise_fit(tmp_path, noise_config()).run(silent)
+    return tmp_path / STATE
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_half_a_state_is_refused(state: Path, share: float) -> None:
+    content = state.read_bytes()
+    state.write_bytes(content[: int(share * len(content))])
+    assert f"{state}: cannot be resumed, because it is damaged" in _refusal(state.parent)
+
+
+def test_a_state_with_one_wrong_bit_is_refused(state: Path) -> None:
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(bytes(content))
+    assert f"{state}: cannot be resumed, because it is damaged" in _refusal(state.parent)
+
+
+@pytest.mark.parametrize("version", [None, VERSION + 1])
+def test_a_state_of_another_version_is_refused(state: Path, version: int | None) -> None:
+    content = torch.load(state, weights_only=True)
+    torch.save({k: v for k, v in content.items() if k != "version"} | ({"version": version} if version else {}), state)
+    assert f"of version {version or 1}, expected {VERSION}; go on with the medseg that wrote it" in _refusal(
+        state.parent
+    )
+
+
+# ---- bad batches
+
+
+def test_a_batch_with_nan_is_skipped_and_its_cases_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit = noise_fit(tmp_path, noise_config())
+    drawn = _poison(fit, 3)
+    outcome = run_noted(fit)
+    assert len(drawn) == 7
+    assert (fit.course.step, fit.record()["steps"], fit.record()["skipped_batches"]) == (6, 6, 1)
+    assert f"the loss is nan at step 3; this batch of {', '.join(drawn[3])} is skipped" in caplog.text
+    # the averages of the batch normalisation as well
+    assert torch.isfinite(torch.tensor(outcome.weights)).all()
+
+
+def test_what_a_bad_batch_leaves_behind_is_nothing(tmp_path: Path) -> None:
+    fit = noise_fit(tmp_path, noise_config())
+    _poison(fit, 0)
+    before = weights_of(fit.network.module)
+    fit._learn(fit.sampler.draw())
+    assert (fit.course.skipped, fit.course.losses) == (1, [])
+    assert weights_of(fit.network.module) == before
+
+
+def test_bad_batches_in_a_row_end_the_fit_and_leave_a_state(tmp_path: Path) -> None:
+    config = noise_config(train={"save_every_s": 1e-9})
+    fit = noise_fit(tmp_path, config)
+    drawn = _poison(fit, *range(3, 3 + BAD_BATCHES))
+    with pytest.raises(medseg.TrainingError, match="the loss is nan at step 3 and in the 2 batches before") as caught:
+        fit.run(silent)
+    assert f"held {', '.join(drawn[-1])}: look at these cases with `medseg check`" in str(caught.value)
+    rest = noise_fit(tmp_path, config, resume=True)
+    assert rest.course.step == 3
+    assert torch.isfinite(torch.tensor(run_noted(rest).weights)).all()
+
+
+def test_a_gradient_that_is_nan_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # √(0·x): 0 with the gradient 0/0
+    monkeypatch.setattr(module, "loss_of", lambda _c, _d, logits, _l, **_: (0 * logits).sum().sqrt())
+    fit = noise_fit(tmp_path, noise_config())
+    with pytest.raises(medseg.TrainingError, match="the gradient is not finite at step 0"):
+        fit.run(silent)
+    assert fit.course.skipped == BAD_BATCHES
+
+
+# ---- disks and memory that are full
+
+
+def test_a_full_disk_ends_the_fit_and_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
+    fit = noise_fit(tmp_path / "parts", noise_config())
+    _before_draw(fit, 3, fit.save)
+
+    def fill() -> None:
+        def full(path: Path, *_: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+
+    _before_draw(fit, 4, fill)
+    with pytest.raises(medseg.TrainingError, match="then go on with --resume") as caught:
+        fit.run(silent)
+    assert f"{tmp_path / 'parts'}: cannot write last.pt (No space left on device)" in str(caught.value)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "parts").iterdir() if p.name.startswith(".")] == []
+    rest = run_noted(noise_fit(tmp_path / "parts", noise_config(), resume=True))
+    assert rest.weights == whole.weights
+
+
+def test_memory_that_runs_out_leaves_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = noise_config(train={"save_every_s": 1e-9})
+    fit = noise_fit(tmp_path, config)
+    loss = module.loss_of
+
+    def short(*arguments: Any, **more: Any) -> torch.Tensor:
+        if fit.course.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss(*arguments, **more)
+
+    monkeypatch.setattr(module, "loss_of", short)
+    with pytest.raises(medseg.TrainingError, match=r"out of memory on cpu.* with train.batch_size 2 and .* fits"):
+        fit.run(silent)
+    monkeypatch.undo()
+    smaller = noise_config(train={"batch_size": 1})
+    rest = noise_fit(tmp_path, smaller, resume=True)
+    assert rest.course.step == 3
+    rest.run(silent)
+    assert rest.course.step == 6
+
+
+# ---- the time that steps wait
+
+
+def test_waiting_for_data_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = noise_fit(tmp_path, noise_config())
+    fit.course = dataclasses.replace(fit.course, elapsed=12.0, validating=2.0, waiting=2.5)
+    assert fit.record()["waiting_share"] == 0.25
+
+
+def test_waiting_for_data_is_measured_around_the_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    fit = noise_fit(tmp_path, noise_config())
+    draw = fit.sampler.draw
+
+    def slow() -> Any:
+        clock[0] += 3.0
+        return draw()
+
+    fit.sampler.draw = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    fit.run(silent)
+    # six batches, and nothing else takes time on this clock
+    assert (fit.course.waiting, fit.waiting_share) == (18.0, 1.0)
