@@ -32,13 +32,14 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from medseg.evaluate import EvaluateOptions
+    from medseg.fingerprint import data_sha256
     from medseg.folder import CaseResult, infer, segment_cases
     from medseg.infer import InferOptions, Segmenter, load_model
     from medseg.inspect import Inspection, inspect_network
     from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
-    from medseg.pretrained import Pretrained, load_pretrained
+    from medseg.pretrained import Pretrained, load_pretrained, weights_file
     from medseg.process import Preempted
     from medseg.readers import file_sha256
     from medseg.report import Report, evaluate, report_pairs
@@ -80,6 +81,7 @@ _HOME = {
     "check_dataset": "check",
     "check_settings": "networks",
     "compare": "compare",
+    "data_sha256": "fingerprint",
     "default_config": "networks",
     "demo": "demo",
     "dump_yaml": "config",
@@ -107,6 +109,7 @@ _HOME = {
     "ship_model": "shipped",
     "summarise": "statistics",
     "train": "train",
+    "weights_file": "pretrained",
     "write_text": "writers",
 }
 
@@ -145,6 +148,7 @@ __all__ = [
     "check_dataset",
     "check_settings",
     "compare",
+    "data_sha256",
     "default_config",
     "demo",
     "dump_yaml",
@@ -172,6 +176,7 @@ __all__ = [
     "ship_model",
     "summarise",
     "train",
+    "weights_file",
     "write_text",
 ]
 

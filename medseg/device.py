@@ -82,6 +82,13 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def free_bytes(device: torch.device) -> float | None:
+    """Memory that is free on a GPU, in whole GiB: a little more or less must not change a plan. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return float(torch.cuda.mem_get_info(device)[0] // 2**30 * 2**30)
+
+
 def batch_that_fits(device: torch.device, scores: torch.Tensor) -> int:
     """How many windows to do at a time, when one has just been done alone and gave `scores` (1, K, *S).
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from medseg.cases import Case, Dataset
 from medseg.config import IGNORE
 from medseg.errors import DataError
 from medseg.progress import Progress, silent
-from medseg.readers import is_picture, read_geometry, read_images, read_label
+from medseg.readers import file_sha256, is_picture, read_geometry, read_images, read_label
 
 # above this many cases an even selection is measured: medians have settled long before
 MAX_MEASURED = 100
@@ -100,6 +101,22 @@ class _Samples:
     def statistics(self) -> tuple[dict[str, float], ...]:
         """For each channel mean, sd and percentiles; empty where nothing was added."""
         return tuple(_statistics(np.concatenate(found)) for found in self._found if found)
+
+
+def data_sha256(
+    cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256, progress: Progress = silent
+) -> str:
+    """SHA-256 over those of the files of `cases`, images before label, in the order of the cases' names.
+
+    The same files at another place are the same data. Raises `DataError` for a file that cannot be read.
+    """
+    ordered = sorted(cases, key=lambda case: case.id)
+    files = [path for case in ordered for path in (*case.images, case.label) if path is not None]
+    digest = hashlib.sha256()
+    for n, path in enumerate(files):
+        progress("hash", n, len(files), path.name)
+        digest.update(file_digest(path).encode())
+    return digest.hexdigest()
 
 
 def _spatial_dims(cases: Sequence[Case]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,7 +33,7 @@ from medseg.optimise import learning_rate, make_optimizer, set_rates
 from medseg.patches import Batch, PatchSampler
 from medseg.preprocess import Prepared
 from medseg.pretrained import Pretrained, load_pretrained
-from medseg.process import Preempted
+from medseg.process import end_asked_by, hearing_signals
 from medseg.progress import Progress
 from medseg.ranks import Ranks
 from medseg.state import STATE, read_state, write_state
@@ -169,6 +168,10 @@ class Fit:
                 else:
                     break
             self.save()
+            (number,) = self.ranks.highest(told())
+            if number:
+                # it came while the last state was written
+                self._stop(int(number))
         progress("train", self.total, self.total)
         log.info("%d steps waited for data %.1f %% of their time", course.step, 100 * self.waiting_share)
         if course.skipped:
@@ -247,7 +250,11 @@ class Fit:
             # a batch that ended the fit is not to end it again at once
             self.course = replace(Course(**state["course"]), bad=0)
             self.network.load_state_dict(state["network"])
+            asked = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            # a state brings its settings with it, but those of this configuration are recorded
+            for group, settings in zip(self.optimizer.param_groups, asked):
+                group.update(settings)
             self.best = state["best"] if self.ranks.first else None
             self.sampler.load_state(state["deck"])
             self.generator.set_state(state["generator"])
@@ -259,6 +266,11 @@ class Fit:
                 f"{self.folder / STATE}: cannot be resumed with this configuration ({type(error).__name__}: {error}); "
                 "resume with the configuration of the run, or train into a new folder"
             ) from error
+        if self.generator.initial_seed() != self.config.train.seed:
+            raise ConfigError(
+                f"{self.folder / STATE}: was begun with seed {self.generator.initial_seed()}, found train.seed "
+                f"{self.config.train.seed}; resume with the same --seed, or train into a new folder"
+            )
         log.info("resumed at step %d", self.course.step)
 
     def _meaning(self) -> str:
@@ -309,7 +321,7 @@ class Fit:
         # whoever ends first may end the others
         self.ranks.highest(0)
         log.warning("%s at step %d; the state is saved", signal.Signals(number).name, self.course.step)
-        raise Preempted if number == signal.SIGTERM else KeyboardInterrupt
+        raise end_asked_by(number)
 
     def _draw(self) -> Batch:
         start = time.perf_counter()
@@ -478,23 +490,12 @@ def _told_to_end() -> Iterator[Callable[[], int]]:
     SIGTERM after SIGINT counts as SIGTERM; more signals change nothing: the state is saved as soon as it can be.
     """
     told = [0]
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
 
-    def hear(number: int, _: object) -> None:
+    def hear(number: int) -> None:
         told[0] = max(told[0], number)
 
-    # whoever ignores a signal (nohup) has a reason; None: a handler that Python does not know
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    heard = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    try:
-        for number in heard:
-            signal.signal(number, hear)
+    with hearing_signals(hear):
         yield lambda: told[0]
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -116,10 +116,11 @@ def segment_cases(
     run = _Run(segmenters, tuple(cases), folder, open_record(folder, segmenters), forget_peak=forget_peak)
     with heeding_signals(run.interrupt):
         results = run.to_the_end(progress)
-    if run.interrupted:
-        undone = sum(r.status == "not_done" for r in results)
-        log.warning("stopped by a signal: %d of %d cases are not done; the same command goes on", undone, len(results))
-        raise KeyboardInterrupt
+        if run.interrupted:
+            undone = sum(r.status == "not_done" for r in results)
+            log.warning(
+                "stopped by a signal: %d of %d cases are not done; the same command goes on", undone, len(results)
+            )
     return results
 
 

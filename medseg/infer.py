@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from medseg.device import (
 )
 from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
-from medseg.model import Model, check_choices, chosen_settings, read_model
+from medseg.model import BEST, Model, check_choices, chosen_settings, read_best, read_model
 from medseg.networks import check_patch
 from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
@@ -52,10 +52,10 @@ class InferOptions:
 
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
-    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those that helped when training
-    ended. `devices`: cases are dealt to these, in place of `device`. `save_probabilities`: for folders of cases, write
-    them beside the masks. `settings` are laid over the model's: sections network (`output_stride`, with the weights as
-    they are), windows and postprocess.
+    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those that surely helped when
+    training ended. `devices`: cases are dealt to these, in place of `device`. `save_probabilities`: for folders of
+    cases, write them beside the masks. `settings` are laid over the model's: sections network (`output_stride`, with
+    the weights as they are), windows and postprocess.
     """
 
     device: str = "auto"
@@ -63,7 +63,7 @@ class InferOptions:
     precision: str = "auto"
     engine: Engine = "torch"
     window: Literal["auto", "whole"] | tuple[int, ...] = "auto"
-    tta: Literal["none", "flip", "scale", "auto"] = "none"
+    tta: Literal["none", "flip", "scale", "auto"] = "auto"
     overlap: float | None = None
     shard: tuple[int, int] = (1, 1)
     overwrite: bool = False
@@ -242,17 +242,36 @@ def read_quality(model: Model) -> QualityModel | None:
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
     """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`.
 
-    A name of `medseg.list_models()` stands for that model, unless a folder of that name exists.
+    A name of `medseg.list_models()` stands for that model, unless a folder of that name exists; the folder of a
+    cross-validation, given alone, for the models and settings that it chose.
 
     What calibration chose for it on held-back cases is used unless `options` say otherwise.
     """
     options = options or InferOptions()
     paths = [find_model(folder) for folder in folders]
+    paths, options = _chosen_by_crossval(paths, options)
     chosen = chosen_settings(paths, _wanted_choices(options))
     for path in paths:
         check_choices(path, chosen)
     settings = overlay(chosen, options.settings)
     return Segmenter([read_model(path, settings) for path in paths], options)
+
+
+def _chosen_by_crossval(paths: list[Path], options: InferOptions) -> tuple[list[Path], InferOptions]:
+    """The models that a cross-validation chose, its settings under those of `options`; else both as they are."""
+    found = {path: best for path in paths if (best := read_best(path)) is not None}
+    if not found:
+        return paths, options
+    if len(paths) > 1:
+        # what was chosen for some models was not judged with others
+        raise ModelError(
+            f"{next(iter(found))}: holds the choice of a cross-validation; give it alone, or its run folders"
+        )
+    ((folder, best),) = found.items()
+    models = [folder / model for model in best.models]
+    for model in models:
+        check_choices(model, best.settings, f"{folder / BEST}: `settings`")
+    return models, replace(options, settings=overlay(best.settings, options.settings))
 
 
 def _check_windows(model: Model, windows: WindowsConfig) -> None:

@@ -54,9 +54,8 @@ class Journal:
         write_text(self._path, text.getvalue())
         # written row by row: the usual writer's thread would die of a full disk without anybody's knowledge
         self._events = EventsWriter(str(folder / "events"))
-        if rows:
-            # later steps of an earlier file are not to be shown
-            self._happened(int(rows[-1][1]) + 1, session_log=SessionLog(status=SessionLog.START))
+        # later steps of an earlier file are not to be shown
+        self._happened(int(rows[-1][1]) + 1 if rows else 0, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> Journal:
         return self

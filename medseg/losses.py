@@ -1,7 +1,7 @@
 """What training minimises: cross-entropy + soft Dice, for labels and for regions; nothing of the logits' size is kept.
 
 Everything a loss is made of are sums over voxels. They are taken in chunks, in float64, with gradients written by
-hand: beside the logits themselves at most two numbers a voxel wait for the way back, and the only volume made is the
+hand: beside the logits themselves one number a voxel waits for the way back, and the only volume made is the
 gradient.
 """
 
@@ -105,7 +105,7 @@ def _label_sums(config: LossConfig, data: DataConfig, logits: torch.Tensor, labe
 class _LabelSums(torch.autograd.Function):
     """The sums of `_Sums` over a softmax, background included.
 
-    Kept are the logits as they came, their log-sum-exp, and log p of the target.
+    Kept are the logits as they came and log p of the target.
     """
 
     @staticmethod
@@ -117,29 +117,24 @@ class _LabelSums(torch.autograd.Function):
         overlap = flat.new_zeros(batch * channels, dtype=torch.float64)
         predicted = flat.new_zeros(batch, channels, dtype=torch.float64)
         reference, entropy, weight = (torch.zeros_like(x) for x in (overlap, overlap[0], overlap[0]))
-        log_sum, log_target = flat.new_empty(2, batch, voxels, dtype=_working_type(flat))
+        log_target = flat.new_empty(batch, voxels, dtype=_working_type(flat))
         first = channels * torch.arange(batch, device=flat.device)[:, None]
         for part in _chunks(flat):
-            z = _scores(flat, part)
             valid, index = _valid_index(target[:, part])
-            here = valid.to(z.dtype)
-            largest = z.amax(1)
-            p = (z - largest[:, None]).exp_()
-            scale = p.sum(1)
-            at = largest + scale.log()
-            log_p = z.gather(1, index[:, None])[:, 0] - at
-            predicted += p.mul_((here / scale)[:, None]).sum(-1)
+            all_p = _scores(flat, part).log_softmax(1)
+            log_p = all_p.gather(1, index[:, None])[:, 0].masked_fill_(~valid, 0)
+            log_target[:, part] = log_p
+            uneven = all_p.mean(1).masked_fill_(~valid, 0) if config.label_smoothing else None
+            here = valid.to(log_p.dtype)
+            predicted += all_p.exp_().mul_(here[:, None]).sum(-1)
             bins = (index + first).flatten()
             overlap.scatter_add_(0, bins, (log_p.exp() * here).flatten().double())
-            reference.scatter_add_(0, bins, here.flatten().double())
+            # single precision counts the voxels of a chunk exactly
+            reference += here.new_zeros(len(reference)).scatter_add_(0, bins, here.flatten())
             w = _entropy_weight(config, here, None if edge is None else edge[:, part])
             weight += w.sum(dtype=torch.float64)
-            uneven = z.mean(1) - at if config.label_smoothing else None
             entropy += (w * _entropy(config, log_p, uneven)).sum(dtype=torch.float64)
-            # an infinite sum makes every probability of an ignored voxel 0 on the way back
-            log_sum[:, part] = at.masked_fill_(~valid, torch.inf)
-            log_target[:, part] = log_p.masked_fill_(~valid, 0)
-        ctx.save_for_backward(logits, target, log_sum, log_target, *(() if edge is None else (edge,)))
+        ctx.save_for_backward(logits, target, log_target, *(() if edge is None else (edge,)))
         ctx.config = config
         shape = (batch, channels)
         reference = reference.view(shape)
@@ -149,19 +144,18 @@ class _LabelSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, target, log_sum, log_target, *rest = ctx.saved_tensors
+        logits, target, log_target, *rest = ctx.saved_tensors
         config: LossConfig = ctx.config
         flat = logits.flatten(2)
         gradient = torch.empty_like(flat)
-        g_entropy, g_overlap, g_predicted = (grads[n].to(log_sum.dtype) for n in (0, 2, 3))
+        g_entropy, g_overlap, g_predicted = (grads[n].to(log_target.dtype) for n in (0, 2, 3))
         smoothing = config.label_smoothing
         for part in _chunks(flat):
             valid, index = _valid_index(target[:, part])
-            z = _scores(flat, part)
-            log_p, here = log_target[:, part], valid.to(z.dtype)
+            log_p, here = log_target[:, part], valid.to(log_target.dtype)
             w = g_entropy * _entropy_weight(config, here, rest[0][:, part] if rest else None)
             w = w * _focal_slope(config, log_p)
-            p = z.sub(log_sum[:, None, part]).exp_()
+            p = _scores(flat, part).softmax(1).mul_(here[:, None])
             # with a = ∂loss/∂p: ∂loss/∂z = p (a − Σ p a), and (p − target) of cross-entropy beside it
             change = p * g_predicted[:, :, None]
             inside = log_p.exp() * here * g_overlap.gather(1, index)
@@ -323,7 +317,8 @@ def _working_type(scores: torch.Tensor) -> torch.dtype:
 
 
 def _chunks(flat: torch.Tensor) -> Iterator[slice]:
-    """Cuts the voxels of (B, K, V) into parts of about `CHUNK` scores."""
-    batch, channels, voxels = flat.shape
-    size = max(1, CHUNK.get(flat.device.type, CHUNK["cuda"]) // (batch * channels))
+    """Cuts the voxels of (B, K, V) into equal parts of about `CHUNK` scores."""
+    voxels = flat.shape[2]
+    parts = max(1, round(flat.numel() / CHUNK.get(flat.device.type, CHUNK["cuda"])))
+    size = max(1, -(-voxels // parts))
     return (slice(start, start + size) for start in range(0, voxels, size))

@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -24,6 +24,8 @@ from medseg.writers import atomic_path, write_text
 
 SCHEMA_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+# what `medseg-crossval` chose, and its record: in a folder that holds run folders
+BEST, CROSSVAL = "best.json", "crossval.json"
 
 # what may be changed in a trained model: whole sections, or the keys that keep the meaning of its weights
 CHANGEABLE: dict[str, tuple[str, ...]] = {
@@ -114,14 +116,62 @@ def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, 
     return overlay({}, *made)
 
 
-def check_choices(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises `ModelError` where what calibration is said to have chosen does not fit the model in `folder`."""
+def check_choices(folder: Path, settings: Mapping[str, Any], source: str | None = None) -> None:
+    """Raises `ModelError` where the settings that were chosen for the model in `folder` do not fit it.
+
+    `source`: where they stand; left out, what calibration wrote into model.json.
+    """
     try:
         changed(_config_of(folder, read_description(folder)), settings)
     except ConfigError as error:
         raise ModelError(
-            f"{folder / DESCRIPTION}: `inference` does not fit the model ({error}); copy it again"
+            f"{source or f'{folder / DESCRIPTION}: `inference`'} does not fit the model ({error}); copy it again"
         ) from error
+
+
+class Best(Section):
+    """What a cross-validation chose for new cases: run folders below its own, to be averaged, and their settings."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    schema_version: Literal[1]
+    models: tuple[str, ...] = Field(min_length=1)
+    settings: dict[str, dict[str, Any]]
+
+
+def read_best(folder: Path) -> Best | None:
+    """The choice of the cross-validation in `folder`; None where none is there, or the folder is itself a model's.
+
+    Raises `ModelError` where it is damaged, names something outside the folder, or has no choice yet.
+    """
+    file = folder / BEST
+    if (folder / DESCRIPTION).exists():
+        return None
+    if not file.is_file():
+        if (folder / CROSSVAL).is_file():
+            raise ModelError(
+                f"{folder}: a cross-validation without {BEST}: a fold is missing or has failed; repeat its "
+                "`medseg-crossval`, or give one of the run folders in it"
+            )
+        return None
+    try:
+        best = Best.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else str(error)
+        raise ModelError(
+            f"{file}: is damaged ({where or 'no JSON'}); repeat its `medseg-crossval`, which writes it anew"
+        ) from error
+    for n, model in enumerate(best.models):
+        if not _lies_below(model):
+            raise ModelError(f"{file}: model {model!r}, expected the path of a run folder below {folder}")
+        if model in best.models[:n]:
+            raise ModelError(f"{file}: model {model!r} is there twice; repeat its `medseg-crossval`")
+    return best
+
+
+def _lies_below(path: str) -> bool:
+    # as on Windows too: a folder comes from anywhere
+    return not PureWindowsPath(path).anchor and ".." not in PureWindowsPath(path).parts
 
 
 class _Choice(Section):

@@ -19,6 +19,8 @@ from medseg.networks import build_bare
 UNSEEN = ("strides", "output_stride", "dilations", "multi_grid", "norm", "leak", "aspp_rates", "upsampling", "scales")
 # structures that look this many times larger or smaller than those that were learnt want a word
 FAR_SPACING = 1.5
+# so many names are told in one line
+MOST_NAMES = 12
 # labels and channels that a network is built with in addition, to see what grows: more than any width, so that no layer
 # comes or goes because two numbers happen to be equal
 MORE = 10007
@@ -60,6 +62,8 @@ def source_config(file: Path) -> Config | None:
 def differences(there: Config, here: Config) -> tuple[Difference, ...]:
     """What the weights of a run with configuration `there` meet otherwise in a run with configuration `here`."""
     found = [
+        _difference("data.spatial_dims", there.data.spatial_dims, here.data.spatial_dims),
+        _kind(there.data, here.data),
         _difference("labels", _labels(there.data), _labels(here.data)),
         _difference("channels", there.data.channels, here.data.channels),
         _spacing(there.preprocess, here.preprocess),
@@ -92,7 +96,7 @@ class Namesakes:
         same_kind = there.is_regions == here.is_regions
         shared = [n for n in self.names_here if n in self.names_there and same_kind]
         self._rows = [(self.names_there.index(n), self.names_here.index(n)) for n in shared]
-        self._said = _label_words(shared, [n for n in self.names_here if n not in shared])
+        self._said = _label_words(shared, [n for n in self.names_here if n not in shared], same_kind=same_kind)
         self._mixing, self._new_channels = _mixing(there.channels, here.channels)
         self._grows_in, self._grows_out = _growth(shapes, more_in), _growth(shapes, more_out)
 
@@ -198,17 +202,19 @@ def _mix(kernel: Tensor, mixing: Tensor, block: int, length: int) -> Tensor | No
     return torch.cat((kernel[:, :base], mixed), dim=1)
 
 
-def _label_words(shared: Sequence[str], new: Sequence[str]) -> str:
+def _label_words(shared: Sequence[str], new: Sequence[str], *, same_kind: bool) -> str:
+    if not same_kind:
+        return "regions and labels do not stand for each other"
     if not shared:
         return "no label has a namesake here"
-    return f"labels taken over: {', '.join(shared)}" + (f"; new: {', '.join(new)}" if new else "")
+    return f"labels taken over: {_listed(shared)}" + (f"; new: {_listed(new)}" if new else "")
 
 
 def _channel_words(mixing: Tensor, new: Sequence[str]) -> list[str]:
     here, there = mixing.shape
     if here == there and torch.equal(mixing, torch.eye(here)):
         return []
-    if bool(((mixing == 0) | (mixing == 1)).all()) and bool((mixing.sum(dim=0) <= 1).all()):
+    if bool(((mixing == 0) | (mixing == 1)).all()) and all(bool((mixing.sum(dim=d) <= 1).all()) for d in (0, 1)):
         return ["channels taken over by name" + (f"; new: {', '.join(new)}" if new else "")]
     return [f"{there} input channels dealt out to {here}"]
 
@@ -225,6 +231,12 @@ def _difference(what: str, there: Any, here: Any) -> Difference | None:
     return None if there == here else Difference(what, _text(there), _text(here))
 
 
+def _kind(there: DataConfig, here: DataConfig) -> Difference | None:
+    """A region's score says nothing of its neighbours', a label's does: neither stands for the other."""
+    one, other = ("regions, which may overlap" if d.is_regions else "labels, which do not" for d in (there, here))
+    return None if one == other else Difference("what is segmented", one, other, far=True)
+
+
 def _spacing(there: PreprocessConfig, here: PreprocessConfig) -> Difference | None:
     a, b = there.spacing_mm, here.spacing_mm
     if a == b:
@@ -237,9 +249,16 @@ def _labels(data: DataConfig) -> list[str]:
     return sorted(data.foreground)
 
 
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
 def _normalisation(intensity: Any) -> dict[str, Any]:
     return {k: v for k, v in intensity.model_dump(mode="json").items() if v is not None}
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MOST_NAMES:
+        return f"[{_listed([_text(v) for v in value])}]"
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False).replace('"', "")

@@ -27,7 +27,15 @@ from medseg.config import (
 from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
 from medseg.fingerprint import Fingerprint
-from medseg.networks import build_bare, can_be_thinned, check_patch, default_config, fit_to_patch, halvings
+from medseg.networks import (
+    build_bare,
+    can_be_thinned,
+    check_patch,
+    default_config,
+    fit_to_patch,
+    halvings,
+    stride_by_axis,
+)
 from medseg.networks.receptive import count, fit_width
 
 log = logging.getLogger(__name__)
@@ -315,13 +323,15 @@ def _network(
     reasons: dict[str, str],
 ) -> NetworkConfig:
     stride: int = usual.output_stride
+    patch = windows.patch_size
     strides = _strides(len(usual.channels), preprocess.spacing_mm)
-    while stride > 2 and any(p < 4 * s for p, s in zip(windows.patch_size, _by_axis(stride, strides, windows))):
+    base = usual.model_copy(update={"strides": strides})
+    while stride > 2 and any(p < 4 * s for p, s in zip(patch, stride_by_axis(base, len(patch)))):
         stride //= 2
-    base = NetworkConfig.model_validate(usual.model_dump() | {"output_stride": stride})
+        base = NetworkConfig.model_validate(base.model_dump() | {"output_stride": stride})
     if strides is not None:
         reasons["network.strides"] = "a coarse axis is halved only once the others have caught up with it"
-    feature = tuple(max(1, p // s) for p, s in zip(windows.patch_size, _by_axis(stride, strides, windows)))
+    feature = tuple(max(1, p // s) for p, s in zip(patch, stride_by_axis(base, len(patch))))
     reasons["network.aspp_rates"] = (
         f"rates 2 4 6 or 3 6 9, capped by the feature map of {_text(feature)} that a patch gives"
     )
@@ -331,7 +341,7 @@ def _network(
             f"the largest label is {max(sizes.values()):.1f} voxels across (median), less than a stride of 4; "
             "patches are smaller in turn"
         )
-    return fit_to_patch(base.model_copy(update={"strides": strides}), windows.patch_size)
+    return fit_to_patch(base, patch)
 
 
 def _other_network(
@@ -392,14 +402,6 @@ def _other_network(
         shape=windows.patch_size,
         multiply_adds=target,
     )
-
-
-def _by_axis(stride: int, strides: Sequence[Sequence[int]] | None, windows: WindowsConfig) -> tuple[int, ...]:
-    """What an output stride is on each axis, where `strides` halve some axes later than others."""
-    axes = len(windows.patch_size)
-    if strides is None:
-        return (stride,) * axes
-    return tuple(int(np.prod([step[axis] for step in strides[: stride.bit_length() - 1]])) for axis in range(axes))
 
 
 def _strides(steps_wanted: int, spacing_mm: Sequence[float] | None) -> tuple[tuple[int, ...], ...] | None:

@@ -127,7 +127,7 @@ def load_pretrained(
     Raises `ConfigError` for a path that cannot be it, `ModelError` for a file that is damaged, needs code to be read or
     holds no kernel that fits; nothing is changed then.
     """
-    file = _file(Path(path))
+    file = weights_file(Path(path))
     there, here = read_weights(file), network.state_dict()
     _refuse_whole_numbers(file, there)
     source = None if config is None else source_config(file)
@@ -159,7 +159,7 @@ def inherited_network(path: Path, given: Mapping[str, Any], *, spatial_dims: int
 
     `given` alone where that is another network, where the images have other dimensions, or of a file from elsewhere.
     """
-    source = source_config(_file(path))
+    source = source_config(weights_file(path))
     if source is None or source.data.spatial_dims != spatial_dims:
         return dict(given)
     theirs = source.network.model_dump(mode="json")
@@ -205,7 +205,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises `ConfigError` for a path that cannot be it, `ModelError` for a file that is damaged or needs code to be read.
     """
-    file = _file(path)
+    file = weights_file(path)
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; expected .safetensors, {', '.join(TORCH_FILES)} or a run folder")
     if file.suffix == ".safetensors":
@@ -228,7 +228,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _unwrap(file, content)
 
 
-def _file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file of weights that `path` stands for: itself, a run folder's, or that of a model that comes with medseg."""
     # a name stands for a model that comes with medseg; what is neither is told as a missing file
     folder = find_model(path) if str(path) in model_names() else path
     return folder / WEIGHTS if folder.is_dir() else path

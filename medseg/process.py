@@ -66,24 +66,48 @@ def _forget_peak_memory() -> bool:
 
 
 @contextmanager
-def heeding_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop`; a second one ends the process at once. In the main thread only."""
+def hearing_signals(hear: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `hear` with their number instead of what they did before. In the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # whoever ignores a signal (nohup) has a reason; None: a handler that Python does not know
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    heeded = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-
-    def once(number: int, frame: Any) -> None:
-        for other in heeded:
-            signal.signal(other, signal.SIG_DFL)
-        stop()
-
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = {number: handler for number, handler in before.items() if _may_be_heard(handler)}
     try:
-        for number in heeded:
-            signal.signal(number, once)
+        for number in heard:
+            signal.signal(number, lambda told, _: hear(told))
         yield
     finally:
-        for number, handler in heeded.items():
+        for number, handler in heard.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def heeding_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls `stop`, a second one ends the process at once.
+
+    After the block the first one raises what it asks for: `KeyboardInterrupt`, or `Preempted` for SIGTERM.
+    """
+    told: list[int] = []
+
+    def once(number: int) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):
+            if _may_be_heard(signal.getsignal(other)):
+                signal.signal(other, signal.SIG_DFL)
+        told.append(number)
+        stop()
+
+    with hearing_signals(once):
+        yield
+    if told:
+        raise end_asked_by(told[0])
+
+
+def end_asked_by(number: int) -> KeyboardInterrupt:
+    """What a signal raises when the work is in order."""
+    return Preempted() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+def _may_be_heard(handler: Any) -> bool:
+    # whoever ignores a signal (nohup) has a reason; None: a handler that Python does not know
+    return handler not in (signal.SIG_IGN, None)

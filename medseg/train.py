@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -21,10 +21,10 @@ from medseg.cases import Case, Dataset, fold_split
 from medseg.check import check_dataset
 from medseg.config import Config, NetworkConfig, TrainConfig, dump_yaml, make_config, overlay, read_yaml
 from medseg.datasets import read_dataset
-from medseg.device import choose_device, describe
+from medseg.device import choose_device, describe, free_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
-from medseg.fingerprint import measure
+from medseg.fingerprint import data_sha256, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
@@ -36,15 +36,17 @@ from medseg.pretrained import Pretrained, inherited_network, load_pretrained, re
 from medseg.process import Preempted
 from medseg.progress import Progress, silent
 from medseg.ranks import Ranks
-from medseg.readers import file_sha256
 from medseg.report import Report, report_pairs
 from medseg.state import STATE
 from medseg.versions import versions
-from medseg.writers import is_disk_full, write_text
+from medseg.writers import is_disk_full, remove_stale_temporaries, write_text
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
+CONFIG, CACHE = "config.yaml", "cache"
 # there is such a file where SIGTERM ended a training, with the number of what was asked
 PREEMPTED = "preempted"
 # a configuration without one of these is laid over the plan of the data set
@@ -143,9 +145,11 @@ def _train(
     training, validation = fold_split(data, options.fold, folds=options.folds)
     seconds: dict[str, float] = {}
     with _log_file(folder) if ranks.first else nullcontext():
+        if ranks.first:
+            _tidy(folder)
         _log_beginning(training, validation, config, options, ranks)
         with _stage(seconds, "preprocess"):
-            prepared, held_back = _prepare((training, validation), config, folder / "cache", ranks, progress)
+            prepared, held_back = _prepare((training, validation), config, folder / CACHE, ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
             record = ranks.led(lambda: _data_record(data, training, validation, options, progress))
@@ -183,10 +187,15 @@ def _train(
 
 
 def plan(
-    dataset: str | Path, *, settings: Mapping[str, Any] | None = None, device: str = "auto", progress: Progress = silent
+    dataset: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    pretrained: Path | None = None,
+    progress: Progress = silent,
 ) -> Plan:
     """The configuration that `train` would use for `dataset`, each choice with its reason."""
-    options = TrainOptions(settings=settings or {})
+    options = TrainOptions(settings=settings or {}, pretrained=pretrained)
     return plan_run(read_dataset(Path(dataset)), options, {}, device=choose_device(device), progress=progress)
 
 
@@ -216,7 +225,14 @@ def plan_run(
     measured = measure(data, progress=progress)
     if options.pretrained is not None:
         network = inherited_network(options.pretrained, network, spatial_dims=measured.spatial_dims)
-    made = make_plan(data, measured, device=device.type, network=network, published=published)
+    made = make_plan(
+        data,
+        measured,
+        device=device.type,
+        memory_bytes=free_bytes(device),
+        network=network,
+        published=published,
+    )
     config = make_config(overlay(made.config.model_dump(mode="json"), values), source=source)
     return replace(made, config=_changed(config, changes))
 
@@ -281,6 +297,13 @@ def _log_beginning(
     log.info("versions: %s", json.dumps(versions(*DECISIVE)))
     log.info("seed %d, %d processes", config.train.seed, ranks.size)
     log.info("%d training cases, %d validation cases, %s", len(training), len(validation), describe(ranks.device))
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the halves of files that killed trainings left in the run folder and its cache."""
+    for place in (folder, folder / CACHE):
+        for name in remove_stale_temporaries(place) if place.is_dir() else []:
+            log.info("removed %s, which a killed run has left", name)
 
 
 @contextmanager
@@ -363,12 +386,18 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def _log_file(folder: Path) -> Iterator[None]:
-    """Everything that is logged also goes into log.txt."""
+    """Everything that is logged also goes into log.txt, which one training at a time holds.
+
+    Raises `ConfigError` where the folder cannot be written, or another training is writing into it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handler = _LogFile(folder / "log.txt", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another -o") from error
+    if handler.stream is not None and _is_held_by_another(handler.stream):
+        handler.close()
+        raise ConfigError(f"{folder}: another training is writing into it; wait for its end, or choose another -o")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("medseg")
     level = logger.level
@@ -380,6 +409,20 @@ def _log_file(folder: Path) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
+
+
+def _is_held_by_another(file: TextIO) -> bool:
+    """Whether another process holds the file; else this one does, until it is closed or the process ends."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError as error:
+        # some network file systems have no locks
+        log.debug("%s cannot be held (%s)", file.name, error.strerror)
+    return False
 
 
 @contextmanager
@@ -454,14 +497,9 @@ def _validate(
 def _data_record(
     data: Dataset, training: Sequence[Case], validation: Sequence[Case], options: TrainOptions, progress: Progress
 ) -> dict[str, Any]:
-    files = [p for c in sorted(training, key=lambda c: c.id) for p in (*c.images, c.label) if p is not None]
-    digest = hashlib.sha256()
-    for n, path in enumerate(files):
-        progress("hash", n, len(files), path.name)
-        digest.update(file_sha256(path).encode())
     return {
         "data_set": data.path.resolve().name,
-        "data_sha256": digest.hexdigest(),
+        "data_sha256": data_sha256(training, progress=progress),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "fold": options.fold,

@@ -68,9 +68,11 @@ def vote_of_others(choices: Mapping[int, Postprocess], fold: int) -> dict[str, A
 def choose_cleaning(plain: Method, cleaned: Method, groups: Groups | None = None) -> tuple[Method, str]:
     """The cleaned masks where they surely help, and why."""
     gain = difference(cleaned.outcome, plain.outcome, groups=groups)
-    chosen = cleaned if _pays(gain) else plain
+    lacking = len(cleaned.outcome.without_mask) > len(plain.outcome.without_mask)
+    chosen = cleaned if _pays(gain) and not lacking else plain
     which = "is used" if chosen is cleaned else "is left out"
-    return chosen, f"{plain.name}: post-processing {which}: {_words(gain)}{_condition(gain)}"
+    why = ", it lacks masks" if lacking else _condition(gain)
+    return chosen, f"{plain.name}: post-processing {which}: {_words(gain)}{why}"
 
 
 def choose_single(methods: Sequence[Method], groups: Groups | None = None) -> tuple[Method, str]:

@@ -92,6 +92,7 @@ def make_best(
     keys = ("largest_component", "min_size_mm3", "fill_holes") if own else ()
     planned = parts[0].config.postprocess.model_dump(mode="json")
     settings = {**{key: planned[key] for key in keys}, **wanted}
+    ending = ".png" if parts[0].config.data.spatial_dims == 2 else ".nii.gz"
     return {
         "schema_version": SCHEMA_VERSION,
         "method": chosen.name,
@@ -100,7 +101,8 @@ def make_best(
         "settings": {"postprocess": settings} if settings else {},
         "dice": dict(dice),
         "reasons": list(reasons),
-        "command": _command(folder, models, settings),
+        # the folder stands for the models and settings above
+        "command": shlex.join(["medseg", "infer", f"SCAN{ending}", "-m", str(folder), "-o", "masks"]),
     }
 
 
@@ -180,15 +182,6 @@ def _fold_row(fold: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
         fixed(fold["peak_memory_mb"], 0),
         where or "–",
     ]
-
-
-def _command(folder: Path, models: Sequence[str], settings: Mapping[str, Any]) -> str:
-    words = ["medseg", "infer", "SCAN.nii.gz"]
-    for model in models:
-        words += ["-m", str(folder / model)]
-    for key, value in settings.items():
-        words += ["--set", f"postprocess.{key}={json.dumps(value, ensure_ascii=False)}"]
-    return shlex.join([*words, "-o", "masks"])
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,17 +20,21 @@ from rich.markup import escape
 import medseg
 from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import err, out, shown_progress
-from medseg_pipelines.collecting import REPORT, Network, collect
+from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
 from medseg_pipelines.crossrecord import PAGE, methods_table
 from medseg_pipelines.digest import checked
-from medseg_pipelines.folds import CONFIG, Digests, Fold, look, train_fold
+from medseg_pipelines.folds import CONFIG, Fold, Weights, look, train_fold
+from medseg_pipelines.judging import CLEANED, JUDGED
 from medseg_pipelines.locks import held, holder_of, publish
 from medseg_pipelines.trials import first_difference
 
 log = logging.getLogger("medseg.crossval")
 
 OK, SOME_FAILED, USAGE, TERMINATED, INTERRUPTED = 0, 1, 2, 75, 130
-LIBRARY = "monai."
+
+CACHE = "cache"
+# beside the folders of the networks
+TAKEN = (CACHE, JUDGED, REPORT, OTHERS, COMPARISON)
 
 app = typer.Typer(
     name="medseg-crossval",
@@ -120,19 +125,22 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     Raises `ConfigError` or `DataError` before anything is trained, `KeyboardInterrupt` once the state is saved.
     """
     asked = _asked(options)
+    weights = None if options.pretrained is None else _weights(options.pretrained)
     data = checked(dataset).dataset
     number = options.folds if data.folds is None else len(data.folds)
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
     if options.only_fold is not None:
         medseg.fold_split(data, options.only_fold, folds=options.folds)
     configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
-    digests, folds = Digests(), []
+    # a file is in most of the folds
+    read_once = cache(medseg.file_sha256)
+    digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
+    folds = []
     for name, config in configs.items():
         for k, (training, held_back) in enumerate(splits):
-            place, digest = folder / name / f"fold_{k}", digests.of(training)
-            given = options.device, None if options.pretrained is None else options.pretrained.resolve()
-            parts = tuple(training), tuple(held_back), digest, options.folds
-            folds.append((name, Fold(k, place, dataset, config, *parts, *given)))
+            place = folder / name / f"fold_{k}"
+            parts = tuple(training), tuple(held_back), digests[k], options.folds
+            folds.append((name, Fold(k, place, dataset, config, *parts, options.device, weights)))
     # what cannot be gone on with is told before anything is trained
     for _, fold in folds:
         look(fold)
@@ -172,6 +180,12 @@ def run(arguments: list[str]) -> int:
             log.debug("traceback", exc_info=True)
             err.print(f"[red]error:[/red] {escape(str(error))}")
             return USAGE
+        except OSError as error:
+            # a disk that is full, away or not to be written; what is whole is gone on from
+            log.debug("traceback", exc_info=True)
+            where = error.filename if error.filename is not None else "a file"
+            err.print(f"[red]error:[/red] {escape(str(where))}: {error.strerror or error}; see to it and go on")
+            return SOME_FAILED
     return OK
 
 
@@ -226,17 +240,24 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
             ask = ask if network is None else medseg.overlay(ask, {"network": {"name": network}})
             section = medseg.make_config({"network": ask.get("network", {})}, source=str(file or "--set")).network
             medseg.check_settings(section)
-            if options.pretrained is not None and ask.get("network") and not section.name.startswith(LIBRARY):
-                # weights from elsewhere fit the published width
-                width = {"width": medseg.default_config(section.name).width}
-                ask = medseg.overlay(ask, {"network": width | ask["network"]})
             name = section.name
             if file is not None and len(options.configs) > 1:
                 name = file.stem if network is None else f"{file.stem}-{name}"
+            if name in TAKEN or "+" in name or name.endswith(CLEANED):
+                raise medseg.ConfigError(
+                    f"{file}: {name} would be mixed up with what a cross-validation writes; give the file another name"
+                )
             if name in asked:
                 raise medseg.ConfigError(f"{name}: given twice, and both would be written into the folder of this name")
             asked[name] = ask
     return asked
+
+
+def _weights(path: Path) -> Weights:
+    file = medseg.weights_file(path).resolve()
+    if not file.is_file():
+        raise medseg.ConfigError(f"--pretrained {path}: no such file, nor a run folder or a name of `medseg models`")
+    return Weights(file, medseg.file_sha256(file))
 
 
 def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Path, options: Options) -> medseg.Config:
@@ -248,7 +269,17 @@ def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Pat
     there = next((p for p in (file, *sorted(file.parent.glob(f"fold_*/{CONFIG}"))) if p.is_file()), None)
     if there is None:
         with shown_progress() as progress:
-            made = medseg.plan(dataset, settings=ask, device=options.device, progress=progress)
+            made = medseg.plan(
+                dataset, settings=ask, device=options.device, pretrained=options.pretrained, progress=progress
+            )
+        data = made.config.data
+        # a network that cannot be is told once and leaves nothing behind
+        medseg.build_network(
+            made.config.network,
+            spatial_dims=data.spatial_dims,
+            in_channels=len(data.channels),
+            out_channels=data.out_channels,
+        )
         text = medseg.dump_yaml(made.config, made.reasons)
     else:
         _refuse_other_settings(there, ask)
@@ -283,7 +314,7 @@ def _train(folds: Sequence[tuple[str, Fold]], folder: Path) -> dict[Path, str]:
             elif not _done(fold, place, failed):
                 out.print(escape(f"{place}: training; its log is {fold.folder / 'log.txt'}"))
                 start = time.monotonic()
-                reason = train_fold(fold, lock, cache=folder / "cache")
+                reason = train_fold(fold, lock, cache=folder / CACHE)
                 if reason is not None:
                     failed[fold.folder] = reason
                     err.print(f"{place}: [red]failed:[/red] {escape(reason)}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,14 @@ QUIET_S = 300.0
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A file that every fold begins with."""
+
+    file: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Fold:
     """What is to be trained and judged: `data_sha256` is over the files of `training`, as model.json has it."""
 
@@ -34,7 +41,7 @@ class Fold:
     data_sha256: str
     folds: int
     device: str
-    pretrained: Path | None = None
+    pretrained: Weights | None = None
 
     @property
     def lock(self) -> Path:
@@ -52,8 +59,23 @@ class Fold:
             "fold": self.number,
             "folds": self.folds,
             "device": self.device,
-            "pretrained": None if self.pretrained is None else str(self.pretrained),
+            "pretrained": None if self.pretrained is None else str(self.pretrained.file),
+            "pretrained_sha256": self._begins_with,
         }
+
+    @property
+    def _begins_with(self) -> str | None:
+        return None if self.pretrained is None else self.pretrained.sha256
+
+    def refuse_other_weights(self, began_with: str | None) -> None:
+        """Raises `ConfigError` where what is in the folder began with other weights; SHA-256, None: with none."""
+        if began_with != self._begins_with:
+            there = "random weights" if began_with is None else f"the weights {_short(began_with)}"
+            asked = "none" if self.pretrained is None else f"{self.pretrained.file} ({_short(self.pretrained.sha256)})"
+            raise medseg.ConfigError(
+                f"{self.folder}: began with {there}, but {asked} asked; give the --pretrained of before, or choose "
+                "another -o"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,22 +91,6 @@ class Found:
         """The post-processing that was chosen when the training ended, on the cases that it held back."""
         chosen = self.description.get("inference", {}).get("postprocess", {}).get("settings", {})
         return dict(chosen.get("postprocess", {}))
-
-
-class Digests:
-    """SHA-256 over the files of cases, each file read once for all folds."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def of(self, cases: Sequence[medseg.Case]) -> str:
-        """As `training.data_sha256` of model.json: over those of images and labels in the order of the cases' names."""
-        digest = hashlib.sha256()
-        for path in _files(cases):
-            if path not in self._known:
-                self._known[path] = medseg.file_sha256(path)
-            digest.update(self._known[path].encode())
-        return digest.hexdigest()
 
 
 def look(fold: Fold) -> Found:
@@ -110,6 +116,7 @@ def look(fold: Fold) -> Found:
         return Found("missing") if resumable else Found("damaged", _delete(fold, broken))
     _refuse_other_settings(fold, config)
     _refuse_other_data(fold, learnt, held_back)
+    fold.refuse_other_weights((training.get("pretrained") or {}).get("sha256"))
     judged = (fold.folder / VALIDATION / "report" / "summary.json").is_file()
     if not judged and resumable:
         return _elsewhere(fold) or Found("missing")
@@ -180,6 +187,8 @@ def _look_at_begun(fold: Fold) -> Found:
             f"{fold.folder}: begun with other data ({_short(job.get('data_sha256'))} there, {_short(fold.data_sha256)} "
             "now); choose another -o, or delete it"
         )
+    if job is not None:
+        fold.refuse_other_weights(job.get("pretrained_sha256"))
     config = fold.folder / CONFIG
     if config.is_file() and (fold.folder / STATE).is_file():
         _refuse_other_settings(fold, medseg.read_config(config))
@@ -214,11 +223,6 @@ def _refuse_other_data(fold: Fold, learnt: str, held_back: Sequence[str]) -> Non
             f"{fold.folder}: trained on other data (SHA-256 {_short(learnt)} there, {_short(fold.data_sha256)} now); "
             "choose another -o, or bring the data back"
         )
-
-
-def _files(cases: Sequence[medseg.Case]) -> Iterator[Path]:
-    for case in sorted(cases, key=lambda c: c.id):
-        yield from (path for path in (*case.images, case.label) if path is not None)
 
 
 def _delete(fold: Fold, what: str) -> str:

@@ -16,6 +16,7 @@ from medseg_pipelines.folds import VALIDATION, Fold, Found, case_seconds, mask_o
 log = logging.getLogger("medseg.crossval")
 
 Masks = dict[str, Path]
+JUDGED, CLEANED = "judged", "-cleaned"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Judge:
     """Makes masks where they are missing, below `folder`/judged, and judges them. Finished masks are not made again."""
 
     def __init__(self, folder: Path, groups: Mapping[str, str], device: str, progress: Any) -> None:
-        self._folder = folder / "judged"
+        self._folder = folder / JUDGED
         self._groups = groups
         self._device = device
         self._progress = progress
@@ -66,9 +67,11 @@ class Judge:
         return self._judge(Method(network.name, (network.name,), _NOTHING), network, masks, failures)
 
     def cleaned(self, network: Trained, plain: Judged) -> Judged | None:
-        """Each fold's masks cleaned as the other folds would have it; None where no fold would do anything."""
+        """Each fold's masks cleaned as the other folds would have it; None where new cases would not be cleaned."""
+        elected = vote(list(network.choices.values()))
         votes = {fold.number: vote_of_others(network.choices, fold.number) for fold in network.folds}
-        if not any(votes.values()):
+        # of half of the folds the others may be more than half: what is judged then is not what new cases get
+        if not elected or not any(votes.values()):
             return None
         masks, failures = self._plain_masks(network)
         for fold, found in network.backwards:
@@ -78,8 +81,8 @@ class Judge:
             elif wanted:
                 place = self._folder / network.name / "cleaned" / fold.folder.name
                 masks |= self._segment((fold,), place, wanted, fold.held_back, failures)
-        name = f"{network.name}-cleaned"
-        method = Method(name, (network.name,), _NOTHING, vote(list(network.choices.values())), cleaned=True)
+        name = f"{network.name}{CLEANED}"
+        method = Method(name, (network.name,), _NOTHING, elected, cleaned=True)
         return self._judge(method, network, masks, failures)
 
     def ensemble(self, networks: Sequence[Trained], *, like: Method, choices: Mapping[int, Any]) -> Judged:

@@ -164,7 +164,8 @@ def _held_by_the_living(path: Path, holder: Mapping[str, Any] | None) -> bool:
 def _lives(path: Path, holder: Mapping[str, Any]) -> bool:
     if holder.get("machine") == _machine():
         known = [(holder.get(k), holder.get(f"{k}_began")) for k in ("process", "worker")]
-        return any(isinstance(p, int) and _process_lives(p, began) for p, began in known)
+        # 0 and below are no process but groups of them
+        return any(isinstance(p, int) and 0 < p < 2**31 and _process_lives(p, began) for p, began in known)
     age = age_s(path)
     return age is not None and age <= STALE_S
 

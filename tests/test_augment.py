@@ -406,6 +406,13 @@ def test_gamma_keeps_mean_and_deviation_and_constant_images(what: str) -> None:
     assert not change_intensity(draws, torch.zeros(3, 1, 4, 4, 4)).any()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1)])
+def test_a_single_voxel_stays_finite_whatever_is_done(shape: tuple[int, ...]) -> None:
+    config = AugmentConfig(**{"flip_axes": ()} | dict.fromkeys(CHANGES, 1))
+    draws = draw(config, patch_size=shape, spacing_mm=torch.ones(3, len(shape)), channels=1, generator=seeded())
+    assert change_intensity(draws, torch.randn(3, 1, *shape, generator=seeded(1))).isfinite().all()
+
+
 def test_gamma_bends_the_dark_and_inverted_gamma_the_bright() -> None:
     image = torch.linspace(0, 1, 101).reshape(1, 1, 101)
     steps = {}

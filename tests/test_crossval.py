@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from skimage.io import imread, imsave
+from test_ship import ABOUT
 
 import medseg
 from medseg import calibrate
@@ -25,9 +27,10 @@ from medseg_pipelines import choice, collecting, folds
 from medseg_pipelines.choice import Method, choose_cleaning, choose_ensemble, choose_single, vote, vote_of_others
 from medseg_pipelines.compare import Outcome
 from medseg_pipelines.crossval import INTERRUPTED, OK, SOME_FAILED, TERMINATED, USAGE, run
-from medseg_pipelines.folds import Digests, Fold, Found, look
+from medseg_pipelines.folds import Fold, Found, Weights, look
 from medseg_pipelines.judging import Judge, Trained
 from medseg_pipelines.locks import STALE_S, Lock, age_s, held, holder_of, publish, take
+from medseg_pipelines.ship import ship
 
 # ---- votes and choices
 
@@ -75,6 +78,14 @@ def test_masks_are_cleaned_only_where_that_surely_helps(by: tuple[float, ...], k
     chosen, reason = choose_cleaning(plain, cleaned)
     assert (chosen is cleaned) is kept
     assert said in reason
+
+
+def test_a_cleaning_that_lacks_masks_is_left_out() -> None:
+    plain, cleaned = scored("net", BASE), scored("net-cleaned", shifted(0.01, 0.02)[:-1], cleaned=True)
+    cleaned = replace(cleaned, outcome=replace(cleaned.outcome, without_mask=("case5",)))
+    chosen, reason = choose_cleaning(plain, cleaned)
+    assert chosen is plain
+    assert "it lacks masks" in reason
 
 
 def test_two_cases_are_too_few_to_clean_by() -> None:
@@ -210,6 +221,13 @@ def test_a_number_that_went_to_another_process_keeps_no_lock(tmp_path: Path) -> 
     assert take(path) is not None
 
 
+@pytest.mark.parametrize("number", [0, -1, 2**80, "7", None])
+def test_a_number_that_is_no_process_keeps_no_lock(tmp_path: Path, number: Any) -> None:
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(process=number, process_began=None))
+    assert take(path) is not None
+
+
 @pytest.mark.parametrize(("still_s", "free"), [(0.5 * STALE_S, False), (2 * STALE_S, True)])
 def test_the_lock_of_another_machine_falls_when_its_pulse_is_still(
     tmp_path: Path, dead: int, still_s: float, free: bool
@@ -301,7 +319,7 @@ def make_fold(dataset: Path, out: Path, number: int, *, name: str = "net", folds
     data = medseg.check_dataset(dataset).dataset
     training, held_back = medseg.fold_split(data, number, folds=folds)
     place = out / name / f"fold_{number}"
-    digest = Digests().of(training)
+    digest = medseg.data_sha256(training)
     return Fold(number, place, dataset, CONFIG, tuple(training), tuple(held_back), digest, folds, "cpu")
 
 
@@ -383,6 +401,32 @@ def test_a_fold_that_was_begun_with_other_data_is_refused(dataset: Path, tmp_pat
     (fold.folder / "job.json").write_text(json.dumps({"data_sha256": "other"}))
     with pytest.raises(medseg.ConfigError, match="begun with other data"):
         look(fold)
+
+
+def test_a_fold_that_began_with_other_weights_is_refused(dataset: Path, tmp_path: Path) -> None:
+    plain = make_fold(dataset, tmp_path / "out", 0)
+    tuned = replace(plain, pretrained=Weights(tmp_path / "a.pt", "aa" * 32))
+    other = replace(plain, pretrained=Weights(tmp_path / "b.pt", "bb" * 32))
+    leave(plain)
+    with pytest.raises(medseg.ConfigError, match=r"began with random weights, but .*a\.pt \(aaaaaaaaaaaa…\) asked"):
+        look(tuned)
+    change_description(plain, pretrained={"file": "a.pt", "sha256": "aa" * 32})
+    assert look(tuned).state == "done"
+    with pytest.raises(medseg.ConfigError, match=r"began with the weights aaaaaaaaaaaa…, but .*b\.pt"):
+        look(other)
+    # left out, the folds that are missing would begin with nothing
+    with pytest.raises(medseg.ConfigError, match="but none asked; give the --pretrained of before"):
+        look(plain)
+
+
+def test_a_fold_that_was_begun_with_other_weights_is_refused(dataset: Path, tmp_path: Path) -> None:
+    plain = make_fold(dataset, tmp_path / "out", 0)
+    tuned = replace(plain, pretrained=Weights(tmp_path / "a.pt", "aa" * 32))
+    tuned.folder.mkdir(parents=True)
+    (tuned.folder / "job.json").write_text(json.dumps(tuned.job))
+    assert look(tuned).state == "missing"
+    with pytest.raises(medseg.ConfigError, match="began with the weights aaaaaaaaaaaa…, but none asked"):
+        look(plain)
 
 
 def test_a_fold_that_held_back_other_cases_is_refused(dataset: Path, tmp_path: Path) -> None:
@@ -474,6 +518,16 @@ def test_a_fold_is_cleaned_as_the_others_would_have_it(dataset: Path, tmp_path: 
     assert cleaned.method.postprocess == {"fill_holes": ["core"]}
 
 
+def test_what_new_cases_would_not_get_is_not_judged(dataset: Path, tmp_path: Path) -> None:
+    # one fold of two fills holes: to the other that is all votes there are, to new cases half of them
+    made = [make_fold(dataset, tmp_path / "out", n) for n in range(2)]
+    leave(made[0], choices={"postprocess": {"fill_holes": ["core"]}})
+    leave(made[1])
+    network = Trained("net", tuple(made), tuple(look(fold) for fold in made))
+    bench = Bench(tmp_path / "out")
+    assert bench.cleaned(network, bench.plain(network)) is None
+
+
 def test_every_case_is_judged_once_by_the_first_fold_that_held_it_back(dataset: Path, tmp_path: Path) -> None:
     first, second = (make_fold(dataset, tmp_path / "out", n) for n in range(2))
     both = replace(second, held_back=(*second.held_back, first.held_back[0]))
@@ -552,7 +606,7 @@ def test_folds_that_are_there_are_collected_into_one_report(
     assert best["models"] == ["unet/fold_0", "unet/fold_1"]
     said = capsys.readouterr().out
     assert best["command"] in said
-    assert f"-m {out}/unet/fold_0 -m {out}/unet/fold_1" in best["command"]
+    assert best["command"] == f"medseg infer SCAN.png -m {out} -o masks"
     assert "| 0 | 0." in (out / "crossval.md").read_text()
 
 
@@ -607,7 +661,7 @@ def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
     assert len(best["models"]) == 4
 
 
-def test_a_chosen_cleaning_is_in_the_command_and_what_is_not_chosen_is_taken_back(
+def test_what_folds_chose_for_themselves_and_is_not_chosen_is_taken_back(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collecting, "_compare", lambda *_: None)
@@ -624,7 +678,6 @@ def test_a_chosen_cleaning_is_in_the_command_and_what_is_not_chosen_is_taken_bac
     best = json.loads((out / "best.json").read_text())
     # one of two folds is no majority: its own choice is not for new cases
     assert best["settings"] == {"postprocess": {"largest_component": [], "min_size_mm3": {}, "fill_holes": []}}
-    assert "--set 'postprocess.fill_holes=[]'" in best["command"]
 
 
 def test_a_damaged_fold_costs_no_other_and_there_is_no_best(
@@ -668,6 +721,7 @@ def test_a_mask_that_cannot_be_read_is_named(
         (["--networks", "unett"], "unett"),
         (["--networks", "unet,unet"], "given twice"),
         (["-c", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--pretrained", "nowhere"], "--pretrained nowhere: no such file"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_touched(
@@ -678,6 +732,40 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(
     assert run(command(dataset, out, *arguments)) == USAGE
     assert said in capsys.readouterr().err
     assert sorted(out.rglob("fold_*/**/*")) == before
+
+
+@pytest.mark.parametrize("name", ["report", "cache", "unet-cleaned", "a+b"])
+def test_settings_of_a_name_that_is_taken_are_refused(
+    name: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{n}.yaml" for n in (name, "other")]
+    for file in files:
+        file.write_text("network:\n  name: unet\n")
+    words = [word for file in files for word in ("-c", str(file))]
+    assert run([str(dataset), "-o", str(tmp_path / "out"), *words]) == USAGE
+    assert f"{name} would be mixed up" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_cannot_be_is_told_once_and_leaves_nothing(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(dataset), "-o", str(tmp_path / "out"), "--folds", "2", "--device", "cpu"]
+    assert run([*words, "--set", "network.channels=[4,8]"]) == USAGE
+    assert "network.output_stride 8 is not possible" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_cannot_be_written_is_one_message(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "cv/collect.lock")
+
+    out = left(unet=1)
+    monkeypatch.setattr("medseg_pipelines.locks.take", refuse)
+    assert run(command(dataset, out)) == SOME_FAILED
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cv/collect.lock: Read-only file system")
 
 
 def test_settings_that_say_what_is_there_go_on(dataset: Path, left: Callable[..., Path]) -> None:
@@ -826,11 +914,20 @@ def test_folds_from_elsewhere_and_from_here_become_one_report(
     assert (out / "judged" / name / "again" / "fold_1" / gone.name).is_file()
     again = record_of(out)
     assert again["methods"][0]["dice"] == record["methods"][0]["dice"]
-    # the models together take a new case
-    models = [out / model for model in again["best"]["models"]]
+    # the folder takes a new case: its models together
     image = tiny_run.dataset / "images" / "case0.nii.gz"
-    options = medseg.InferOptions(device="cpu", settings=again["best"]["settings"])
-    assert [r.status for r in medseg.infer([image], models, tmp_path / "masks", options)] == ["done"]
+    options = medseg.InferOptions(device="cpu")
+    assert [r.status for r in medseg.infer([image], [out], tmp_path / "masks", options)] == ["done"]
+    used = json.loads((tmp_path / "masks" / "run.json").read_text())["settings"]["models"]
+    trained = [fold["weights_sha256"] for fold in again["networks"][0]["folds"]]
+    assert (used, again["best"]["models"]) == (trained, [f"{name}/fold_0", f"{name}/fold_1"])
+    # and a model may ship with the figures of its record
+    about = tmp_path / "about.yaml"
+    about.write_text(json.dumps(ABOUT))
+    made = ship(out / name / "fold_0", out / "crossval.json", tmp_path / "egg", about=about)
+    figures = {label: figure.mean for label, figure in made.card.dice.items()}
+    assert figures == {label: figure["mean"] for label, figure in record["methods"][0]["labels"].items()}
+    assert "2-fold cross-validation of the same recipe, 4 cases of 4 patients" in made.card.judged
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medseg.device import choose_device, choose_precision, describe, memory_format
+from medseg.device import choose_device, choose_precision, describe, free_bytes, memory_format
 from medseg.errors import ConfigError
 
 
@@ -69,3 +69,9 @@ def test_memory_formats() -> None:
         torch.channels_last,
         torch.channels_last_3d,
     ]
+
+
+def test_free_memory_comes_in_whole_gib_and_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 2**30 + 12345, 8 * 2**30))
+    assert free_bytes(torch.device("cuda", 0)) == 7 * 2**30
+    assert free_bytes(torch.device("cpu")) is None

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,17 @@ def test_a_second_signal_while_the_state_is_written_changes_nothing(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_signal_while_the_last_state_is_written_ends_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, state: Any) -> None:
+        write_state(folder, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "write_state", interrupted)
+    with pytest.raises(medseg.Preempted):
+        noise_fit(tmp_path, noise_config()).run(silent)
+    assert read_state(tmp_path)["course"]["step"] == 6
+
+
 def test_a_signal_ends_a_validation_which_is_then_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
     fit = noise_fit(tmp_path / "parts", noise_config())
@@ -177,20 +189,36 @@ def test_two_fits_with_one_seed_are_one_and_another_seed_is_another(tmp_path: Pa
     assert other.losses != one.losses
 
 
+def test_settings_of_the_optimiser_are_those_asked_for_last(state: Path) -> None:
+    fit = noise_fit(state.parent, noise_config(train={"weight_decay": 0.5}), resume=True)
+    assert {group["weight_decay"] for group in fit.optimizer.param_groups} == {0.5}
+
+
 # ---- a state that cannot be believed
 
 
-def _refusal(folder: Path) -> str:
+def test_another_seed_is_refused(state: Path) -> None:
+    assert "was begun with seed 0, found train.seed 1" in _refusal(state.parent, noise_config(train={"seed": 1}))
+
+
+def _refusal(folder: Path, config: medseg.Config | None = None) -> str:
     with pytest.raises(medseg.ConfigError) as caught:
-        noise_fit(folder, noise_config(), resume=True)
+        noise_fit(folder, config or noise_config(), resume=True)
     return str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fit that was run to its end. Shared: read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    noise_fit(folder, noise_config()).run(silent)
+    return folder
+
+
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
-    """The file of a fit that was run to its end, in `tmp_path`."""
-    noise_fit(tmp_path, noise_config()).run(silent)
-    return tmp_path / STATE
+def state(finished: Path, tmp_path: Path) -> Path:
+    """Its file, to be changed, in `tmp_path`."""
+    return Path(shutil.copy(finished / STATE, tmp_path / STATE))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

@@ -759,7 +759,7 @@ def test_the_record_says_what_was_done_with_what(tmp_path: Path, model: Path) ->
     assert told == {
         "models": [weights],
         "window": "auto",
-        "tta": "none",
+        "tta": "auto",
         "overlap": None,
         "precision": "32",
         "engine": "torch",

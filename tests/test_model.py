@@ -6,17 +6,28 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_model
+from tiny import EXACT, tiny_config, tiny_model
 
 from medseg.config import DataConfig
 from medseg.errors import ConfigError, ModelError
-from medseg.model import COLOURS, changed, label_names, label_table, new_network, read_model, save_model
+from medseg.infer import load_model
+from medseg.model import (
+    COLOURS,
+    changed,
+    label_names,
+    label_table,
+    new_network,
+    read_model,
+    record_choices,
+    save_model,
+)
 
 
 def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -243,3 +254,74 @@ def test_weights_that_do_not_fit_another_stride_are_told(tmp_path: Path) -> None
 def test_an_output_stride_that_the_encoder_cannot_have_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"network.output_stride 8 is not possible.*it can have 2, 4"):
         read_model(tiny_model(tmp_path), {"network": {"output_stride": 8}})
+
+
+# ---- what a cross-validation chose
+
+
+def chosen(folder: Path, **changes: Any) -> Path:
+    """A folder of `medseg-crossval`: two models that clean for themselves, and a choice that takes that back."""
+    for n in range(2):
+        run = tiny_model(folder / "net" / f"fold_{n}", seed=n)
+        record_choices(run, {"postprocess": {"settings": {"postprocess": {"fill_holes": ["core"]}}}})
+    best = {
+        "schema_version": 1,
+        "models": ["net/fold_0", "net/fold_1"],
+        "settings": {"postprocess": {"fill_holes": [], "min_size_mm3": {"shell": 4.0}}},
+        "command": "not read",
+    }
+    (folder / "best.json").write_text(json.dumps(best | changes))
+    return folder
+
+
+def test_the_folder_of_a_cross_validation_stands_for_what_it_chose(tmp_path: Path) -> None:
+    segmenter = load_model(chosen(tmp_path / "cv"), options=EXACT)
+    assert [m.sha256 for m in segmenter.models] == [
+        read_model(tmp_path / "cv" / "net" / f"fold_{n}").sha256 for n in range(2)
+    ]
+    assert segmenter.config.postprocess.fill_holes == ()
+    assert segmenter.config.postprocess.min_size_mm3 == {"shell": 4.0}
+
+
+def test_settings_that_are_given_go_over_those_of_a_cross_validation(tmp_path: Path) -> None:
+    options = replace(EXACT, settings={"postprocess": {"fill_holes": ["shell"]}})
+    postprocess = load_model(chosen(tmp_path), options=options).config.postprocess
+    assert (postprocess.fill_holes, postprocess.min_size_mm3) == (("shell",), {"shell": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schema_version": 2}, r"best\.json: is damaged \(schema_version\)"),
+        ({"models": []}, r"is damaged \(models\)"),
+        ({"settings": {"postprocess": 1}}, r"is damaged \(settings\.postprocess\)"),
+        ({"models": ["../net/fold_0"]}, r"model '\.\./net/fold_0', expected the path of a run folder below"),
+        ({"models": ["/net/fold_0"]}, "model '/net/fold_0', expected"),
+        ({"models": ["C:net"]}, "model 'C:net', expected"),
+        ({"models": ["net/fold_0", "net/fold_0"]}, "is there twice"),
+        ({"models": ["net/fold_0", "net/fold_7"]}, "fold_7: no such folder"),
+        ({"settings": {"data": {"labels": {"x": 1}}}}, r"best\.json: `settings` does not fit the model .*data\.labels"),
+        ({"settings": {"postprocess": {"fill_holes": ["yolk"]}}}, r"best\.json: `settings` does not fit .*yolk"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        load_model(chosen(tmp_path / "cv", **changes), options=EXACT)
+
+
+def test_a_choice_that_is_no_json_is_named(tmp_path: Path) -> None:
+    chosen(tmp_path).joinpath("best.json").write_text("{")
+    with pytest.raises(ModelError, match=r"best\.json: is damaged"):
+        load_model(tmp_path, options=EXACT)
+
+
+def test_a_cross_validation_without_a_choice_is_told(tmp_path: Path) -> None:
+    chosen(tmp_path).joinpath("best.json").rename(tmp_path / "crossval.json")
+    with pytest.raises(ModelError, match=r"a cross-validation without best\.json: a fold is missing or has failed"):
+        load_model(tmp_path, options=EXACT)
+
+
+def test_a_choice_is_not_mixed_with_other_models(tmp_path: Path) -> None:
+    folder = chosen(tmp_path)
+    with pytest.raises(ModelError, match="holds the choice of a cross-validation; give it alone"):
+        load_model(folder, folder / "net" / "fold_0", options=EXACT)

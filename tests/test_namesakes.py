@@ -110,7 +110,7 @@ def test_regions_and_labels_are_not_taken_for_each_other(tmp_path: Path) -> None
     skipped = {r.key_here: r.why for r in found.rows if r.outcome == "skipped"}
     assert skipped == dict.fromkeys(
         ("head.classifier.weight", "head.classifier.bias"),
-        "no label has a namesake here: left as initialised",
+        "regions and labels do not stand for each other: left as initialised",
     )
 
 
@@ -181,3 +181,30 @@ def test_a_spacing_far_from_the_learnt_one_is_marked(spacing: tuple[float, ...] 
     there, here = (tiny_config(preprocess={"spacing_mm": s}) for s in ((1, 1, 1), spacing))
     (difference,) = differences(there, here)
     assert difference.far is far
+
+
+def test_regions_where_labels_were_learnt_are_marked() -> None:
+    labels = with_labels("shell", "core")
+    regions = tiny_config(data={"labels": {"shell": [1, 2], "core": [2]}, "region_values": [1, 2]})
+    (difference,) = differences(regions, labels)
+    assert difference.far
+    assert "regions, which may overlap where the weights were learnt, labels, which do not here" in str(difference)
+
+
+def test_pictures_where_volumes_were_learnt_are_told() -> None:
+    flat = tiny_config(
+        data={"spatial_dims": 2}, windows={"patch_size": [8, 8]}, augment={"rotation_deg": [9.0], "flip_axes": []}
+    )
+    assert str(differences(tiny_config(), flat)[0]) == "data.spatial_dims: 3 where the weights were learnt, 2 here"
+
+
+def test_channels_that_are_added_up_are_not_said_to_have_namesakes(tmp_path: Path) -> None:
+    *_, found = carry(tmp_path, with_channels("a", "b", "c"), with_channels("x", "y"))
+    assert {r.why for r in found.rows if r.outcome == "adapted"} == {"3 input channels dealt out to 2"}
+
+
+def test_of_many_labels_the_first_are_told() -> None:
+    many = with_labels(*(f"l{n:03}" for n in range(200)))
+    (difference,) = differences(many, with_labels("shell"))
+    assert "l011 and 188 more] where" in str(difference)
+    assert len(str(difference)) < 200

@@ -424,6 +424,13 @@ class TestParticulars:
         # maps of 32 × 16 voxels: (n − 1) // 2 is 15 and 7
         assert fit_to_patch(default_config("deeplabv2"), (256, 128)).aspp_rates == (6, (12, 7), (15, 7))
 
+    def test_rates_are_capped_by_the_stride_of_each_axis(self) -> None:
+        # maps of 16 × 16 × 12 voxels: (n − 1) // 2 is 7, 7 and 5; at a stride of 4 all over it would be 1 on the last
+        strides = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
+        config = default_config("deeplabv3plus").model_copy(update={"strides": strides, "output_stride": 4})
+        fitted = fit_to_patch(config.model_copy(update={"aspp_rates": (2, 4, 6)}), (64, 64, 12))
+        assert fitted.aspp_rates == (2, 4, (6, 6, 5))
+
     @pytest.mark.parametrize(
         ("name", "steps"),
         [("unet", 2), ("residual_unet", 2), ("deeplabv3_cascade", 6), ("deconvnet", 5), ("dilated_stack", 0)],

@@ -175,6 +175,20 @@ def test_a_process_that_is_killed_ends_all(two_devices) -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+@pytest.mark.parametrize("how", ["exit 75", "kill -TERM $$"])
+def test_a_process_told_to_end_leaves_none_behind_that_no_signal_reaches(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "SECONDS_TO_END", 0.1)
+    deaf, told = subprocess.Popen(["sleep", "20"]), subprocess.Popen(["sh", "-c", how])
+    try:
+        assert processes._watch([deaf, told]) == 75
+        assert deaf.poll() is None
+    finally:
+        deaf.kill()
+        deaf.wait()
+
+
 @pytest.mark.parametrize(("rank", "rows"), [(0, [0, 1]), (1, [2, 3]), (2, [4, 5, 6])])
 def test_rows_are_shared_out(rank: int, rows: list[int]) -> None:
     ranks = Ranks(torch.device("cpu"))
@@ -204,6 +218,9 @@ def test_slurm_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None
     assert (found.global_rank(), found.world_size(), found.local_rank()) == (3, 4, 1)
     assert (processes.rank(), processes.is_one_of_several()) == (3, True)
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert environment() is None
-    assert (processes.rank(), processes.is_one_of_several()) == (0, False)
+    # one task, and a shell on a node, whose commands srun did not start
+    for name, value in (("SLURM_NTASKS", "1"), ("SLURM_JOB_NAME", "bash")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            assert environment() is None
+            assert (processes.rank(), processes.is_one_of_several()) == (0, False)

@@ -23,9 +23,10 @@ import pytest
 import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import medseg
+from medseg import cli
 from medseg.config import settings_from
 from medseg.fit import Fit, what_fits
 from medseg.patches import PatchSampler
@@ -58,15 +59,21 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _scalars(path: Path) -> dict[str, dict[int, float]]:
-    """Value by step by name in a file of TensorBoard events: records of length, 4 bytes, event, 4 bytes."""
-    content, found, at = path.read_bytes(), {}, 0
+def _events(path: Path) -> Iterator[Event]:
+    """Of a file of TensorBoard: records of length, 4 bytes, event, 4 bytes."""
+    content, at = path.read_bytes(), 0
     while at < len(content):
         length = int.from_bytes(content[at : at + 8], "little")
-        event = Event.FromString(content[at + 12 : at + 12 + length])
+        yield Event.FromString(content[at + 12 : at + 12 + length])
+        at += length + 16
+
+
+def _scalars(path: Path) -> dict[str, dict[int, float]]:
+    """Value by step by name."""
+    found: dict[str, dict[int, float]] = {}
+    for event in _events(path):
         for value in event.summary.value:
             found.setdefault(value.tag, {})[event.step] = value.simple_value
-        at += length + 16
     return found
 
 
@@ -115,6 +122,12 @@ def test_metrics_and_events_tell_the_same(tiny_run) -> None:
     events = _scalars(next(tiny_run.folder.glob("events.*")))
     assert events["loss"][2] == pytest.approx(float(row["loss"]), rel=1e-5)
     assert events["dice/label_1"][2] == pytest.approx(float(row["dice_label_1"]), abs=1e-5)
+
+
+def test_events_of_a_training_that_was_killed_before_are_not_shown(tiny_run) -> None:
+    events = _events(next(tiny_run.folder.glob("events.*")))
+    # TensorBoard drops what earlier files say of this step and later
+    assert [e.step for e in events if e.session_log.status == SessionLog.START] == [0]
 
 
 def test_the_validation_report_judges_the_written_masks(tiny_run) -> None:
@@ -556,6 +569,57 @@ def test_what_a_cluster_ends_goes_on_with_the_same_command_line(
     out, err = third.communicate(timeout=240)
     assert third.returncode == 2
     assert "holds a training run already" in err
+
+
+def test_sigterm_in_the_last_validation_is_no_interruption_by_hand(
+    train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = tiny_dataset(cases=2)
+
+    def told(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise medseg.DataError("dropped")
+
+    monkeypatch.setattr(medseg.Segmenter, "segment_prepared", told)
+    with pytest.raises(medseg.Preempted):
+        train(dataset)
+    monkeypatch.undo()
+    # the same command line goes on
+    run = train(dataset)
+    assert (run.steps, [result.status for result in run.results]) == (2, ["done"])
+
+
+def test_sigterm_before_the_training_is_reached_asks_to_be_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*_: Any, **__: Any) -> None:
+        cli._end(signal.SIGTERM, None)
+
+    monkeypatch.setattr(cli.training, "settings_of", told)
+    monkeypatch.setattr(cli.training, "log", lambda _: None)
+    assert cli.run(["train", "data", "-o", "run"]) == 75
+    assert "the same command line goes on" in capsys.readouterr().err
+
+
+def test_two_trainings_into_one_folder_are_refused(tmp_path: Path) -> None:
+    refused = pytest.raises(medseg.ConfigError, match="another training is writing into it")
+    with TRAIN._log_file(tmp_path), refused, TRAIN._log_file(tmp_path):
+        pass
+    # the first one has ended
+    with TRAIN._log_file(tmp_path):
+        pass
+
+
+def test_halves_of_files_that_a_kill_left_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").mkdir()
+    old = time.time() - 7200
+    left = [tmp_path / name for name in (".last.medseg-{0}-1-{0}{0}.pt", "cache/.a.medseg-{0}-1-{0}{0}.safetensors")]
+    for path in left:
+        path = Path(str(path).format("0" * 8))
+        path.touch()
+        os.utime(path, (old, old))
+    TRAIN._tidy(tmp_path)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
 def test_another_command_line_does_not_go_on_with_what_a_cluster_ended(

@@ -116,8 +116,9 @@ def _bend(image: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
     spread = (high - low).clamp(min=1e-6)
     bent = ((image - low) / spread) ** _spread(gamma, image)
-    sd, mean = torch.std_mean(image, axes, keepdim=True)
-    bent_sd, bent_mean = torch.std_mean(bent, axes, keepdim=True)
+    # of one voxel too
+    sd, mean = torch.std_mean(image, axes, correction=0, keepdim=True)
+    bent_sd, bent_mean = torch.std_mean(bent, axes, correction=0, keepdim=True)
     factor = sd / bent_sd.clamp(min=1e-6)
     return torch.addcmul(mean - bent_mean * factor, bent, factor)
 

@@ -14,12 +14,17 @@ import typer
 from rich.markup import escape
 
 import medseg
+from medseg import Preempted
 from medseg.cli import evaluation, inference, networks, processes, training
 from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE
 from medseg.terminal import err, out
 
 # the one verb whose processes work together, and which a cluster may end and start again
 TRAIN = ["train"]
+ENDINGS = {
+    PREEMPTED: "told to end; the same command line goes on from here",
+    INTERRUPTED: "interrupted; what was finished is valid",
+}
 
 app = typer.Typer(
     name="medseg",
@@ -85,9 +90,12 @@ def run(arguments: list[str]) -> int:
         app(arguments, prog_name="medseg", obj=arguments)
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else USAGE
-        return _interrupted(arguments) if code == INTERRUPTED else code
-    except KeyboardInterrupt:
-        return _interrupted(arguments)
+        if code == PREEMPTED:
+            # of the processes that this one started
+            return _told(arguments, code)
+        return _interrupted(arguments, done) if code == INTERRUPTED else code
+    except KeyboardInterrupt as told:
+        return _interrupted(arguments, told)
     except medseg.MedsegError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         rank = _rank(arguments)
@@ -107,13 +115,13 @@ def run(arguments: list[str]) -> int:
 def _end(number: int, frame: FrameType | None) -> None:
     """A signal becomes a `KeyboardInterrupt`, but for imports: C++ aborts the process or reports an import twice."""
     arguments = sys.argv[1:]
-    preempted = number == signal.SIGTERM and arguments[:1] == TRAIN
+    asked = Preempted() if number == signal.SIGTERM else KeyboardInterrupt()
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             # nothing that is worth waiting for is under way
-            os._exit(PREEMPTED if preempted else _interrupted(arguments))
+            os._exit(_interrupted(arguments, asked))
         frame = frame.f_back
-    raise medseg.Preempted if preempted else KeyboardInterrupt
+    raise asked
 
 
 def _rank(arguments: list[str]) -> int:
@@ -121,7 +129,15 @@ def _rank(arguments: list[str]) -> int:
     return processes.rank() if arguments[:1] == TRAIN else 0
 
 
-def _interrupted(arguments: list[str]) -> int:
-    if not _rank(arguments):
-        err.print("interrupted; what was finished is valid")
-    return INTERRUPTED
+def _interrupted(arguments: list[str], error: BaseException | None) -> int:
+    """The exit code of work that a signal ended. `error`: what the signal raised, or what came of it."""
+    while error is not None and not isinstance(error, Preempted):
+        error = error.__cause__ or error.__context__
+    return _told(arguments, INTERRUPTED if error is None or arguments[:1] != TRAIN else PREEMPTED)
+
+
+def _told(arguments: list[str], code: int) -> int:
+    """Say, once for all processes, that a signal ended the work; the code that was given."""
+    if not _rank(arguments) and not processes.has_a_starter():
+        err.print(ENDINGS[code])
+    return code

@@ -51,7 +51,11 @@ def infer(
     model: Annotated[
         list[Path],
         typer.Option(
-            "-m", "--model", metavar="RUN|NAME", help="Run folder, or a name of `medseg models`; several: an ensemble."
+            "-m",
+            "--model",
+            metavar="RUN|NAME",
+            help="Run folder, or a name of `medseg models`; several: an ensemble. Or a folder of medseg-crossval: what "
+            "it chose.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for masks and run.json.")],
@@ -68,9 +72,9 @@ def infer(
         Tta,
         typer.Option(
             help="Average over copies of the image. flip: mirrored; scale: of other sizes as well; auto: those that "
-            "helped when training ended. Each copy costs as much as the image."
+            "surely helped when training ended; none: the fastest. Each copy costs as much as the image."
         ),
-    ] = Tta.none,
+    ] = Tta.auto,
     overlap: Annotated[
         float | None,
         typer.Option(help="Share of a window that its neighbour covers too, 0 to below 1; left out: the model's own."),

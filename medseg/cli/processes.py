@@ -19,18 +19,25 @@ OURS = "medseg"
 # what a process has to say when another one failed, it says within this time
 SECONDS_TO_END = 10.0
 SECONDS_BETWEEN_LOOKS = 0.1
+# of a process that was told to end before it could listen
+TOLD_TOO_EARLY = {-signal.SIGTERM: PREEMPTED, -signal.SIGINT: INTERRUPTED}
 
 
 def rank() -> int:
     """The number of this process among those that torchrun, SLURM or `start` started; 0 where it is alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ.get("RANK", 0))
-    return int(os.environ.get("SLURM_PROCID", 0)) if int(os.environ.get("SLURM_NTASKS", 1)) > 1 else 0
+    return int(os.environ.get("SLURM_PROCID", 0)) if _is_one_of_srun() else 0
 
 
 def is_one_of_several() -> bool:
     """Whether others were started together with this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ or _is_one_of_srun()
+
+
+def has_a_starter() -> bool:
+    """Whether `start` started this process, and waits for its end."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == OURS
 
 
 def start(arguments: Sequence[str], count: int) -> int:
@@ -76,8 +83,14 @@ def start(arguments: Sequence[str], count: int) -> int:
 
 def end_with_the_one_that_started_us() -> None:
     """Of the processes of `start`: without it nobody would end the others when one fails, or tell them of a signal."""
-    if os.environ.get("TORCHELASTIC_RUN_ID") == OURS:
+    if has_a_starter():
         threading.Thread(target=_wait_for_the_end_of_input, daemon=True).start()
+
+
+def _is_one_of_srun() -> bool:
+    # a shell on a node is told of as many tasks as were asked for, and so are its commands, each of which is alone
+    by_hand = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return not by_hand and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _wait_for_the_end_of_input() -> None:
@@ -101,9 +114,13 @@ def _tell(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     deadline = None
     while True:
-        codes = {n: code for n, process in enumerate(processes) if (code := process.poll()) is not None}
-        failed = [code for code in codes.values() if code not in (OK, PREEMPTED, INTERRUPTED)]
-        if failed and deadline is None:
+        codes = {
+            n: TOLD_TOO_EARLY.get(code, code)
+            for n, process in enumerate(processes)
+            if (code := process.poll()) is not None
+        }
+        # one that was told to end may leave another in a call that no signal reaches, such as finding each other
+        if any(code != OK for code in codes.values()) and deadline is None:
             deadline = time.monotonic() + SECONDS_TO_END
         # those that do not end by themselves have nothing to say
         if len(codes) == len(processes) or (deadline is not None and time.monotonic() > deadline):

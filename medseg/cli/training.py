@@ -12,7 +12,6 @@ from rich.markup import escape
 import medseg
 from medseg.cli import processes
 from medseg.cli.shared import (
-    PREEMPTED,
     AnyDevice,
     DatasetArg,
     Device,
@@ -26,7 +25,7 @@ from medseg.cli.shared import (
     settings_of,
     silence,
 )
-from medseg.terminal import err, out, shown_progress
+from medseg.terminal import out, shown_progress
 
 
 def demo(
@@ -140,15 +139,8 @@ def train(
         devices=devices,
         command=shlex.join(["medseg", *arguments]) if arguments else None,
     )
-    try:
-        with shown_progress() as progress:
-            run = medseg.train(
-                dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress
-            )
-    except medseg.Preempted as told:
-        if not processes.rank():
-            err.print("told to end; the same command line goes on from here")
-        raise typer.Exit(PREEMPTED) from told
+    with shown_progress() as progress:
+        run = medseg.train(dataset, output, time_budget=time_budget, epochs=epochs, options=options, progress=progress)
     if run.rank:
         return
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())

@@ -17,7 +17,7 @@ from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
 from medseg.networks import encoders
 from medseg.networks._blocks import Axes
-from medseg.networks._encoder import Encoder
+from medseg.networks._encoder import Encoder, stride_by_axis
 from medseg.networks.aspp import cap_rates
 from medseg.networks.resnet import quieten
 from medseg.networks.scales import MultiScale
@@ -33,6 +33,7 @@ __all__ = [
     "fit_to_patch",
     "halvings",
     "list_networks",
+    "stride_by_axis",
 ]
 
 
@@ -152,7 +153,7 @@ def list_networks() -> tuple[str, ...]:
 def _cap(config: NetworkConfig, patch_size: Axes) -> NetworkConfig:
     if "aspp_rates" not in default_config(config.name).model_fields_set:
         return config
-    feature = tuple(max(1, p // config.output_stride) for p in patch_size)
+    feature = tuple(max(1, p // s) for p, s in zip(patch_size, stride_by_axis(config, len(patch_size))))
     return config.model_copy(update={"aspp_rates": cap_rates(config.aspp_rates, feature)})
 
 

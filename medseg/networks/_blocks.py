@@ -294,7 +294,8 @@ def enlarge(maps: Tensor, strides: Axes, shape: Axes) -> Tensor:
         return maps
     if maps.requires_grad and maps.device.type == "cpu" and not (_is_tracing() or torch.compiler.is_compiling()):
         for axis in reversed(range(len(strides))):
-            maps = _Stretch.apply(maps, axis, strides[axis])  # type: ignore[no-untyped-call]
+            if strides[axis] > 1:
+                maps = _Stretch.apply(maps, axis, strides[axis])  # type: ignore[no-untyped-call]
             maps = maps.narrow(axis + 2, 0, shape[axis])
         return maps
     for axis, stride in enumerate(strides, start=2):

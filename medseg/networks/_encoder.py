@@ -112,6 +112,14 @@ def strides_of(config: NetworkConfig, steps: Sequence[str], spatial_dims: int) -
     return strides
 
 
+def stride_by_axis(config: NetworkConfig, spatial_dims: int) -> Axes:
+    """What `output_stride` is on each axis, where `strides` halve some axes later than others."""
+    if config.strides is None:
+        return (config.output_stride,) * spatial_dims
+    reached = (_cumulative(config.strides[:n], spatial_dims) for n in range(len(config.strides) + 1))
+    return [axes for axes in reached if max(axes) <= config.output_stride][-1]
+
+
 def _cumulative(strides: Sequence[Axes], spatial_dims: int) -> Axes:
     total: Axes = (1,) * spatial_dims
     for stride in strides:

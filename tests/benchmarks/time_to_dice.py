@@ -1,11 +1,11 @@
-"""Dice after a given training time, with defaults, on real data: the figures that README.md quotes.
+"""Dice after given training times, with defaults, on real data: the figures that README.md quotes.
 
-    python tests/benchmarks/time_to_dice.py DATASET --minutes 10 -o tests/benchmarks/results/NAME.json
-    python tests/benchmarks/time_to_dice.py DATASET --finished RUN -o tests/benchmarks/results/NAME.json
+    python tests/benchmarks/time_to_dice.py DATASET --minutes 5 10 20 --runs FOLDER -o RESULT.json
 
-The first form trains fold 0 through the command line, as a user would; the second collects from a run that the same
-command line made on this machine. Kept are Dice of the held-back cases at full resolution with its interval, steps,
-seconds, machine and versions. Run it on an idle machine.
+Each time is a training of its own through the command line, as a user would type it, judged on the held-back cases of
+the fold at full resolution. Kept are Dice with its interval, steps, seconds by stage, what was chosen for inference,
+machine and versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run it on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -14,47 +14,65 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from machine import machine
 
 
 def main() -> None:
-    """Train, read the report, write the result."""
+    """Train what is missing, read the reports, write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--finished", type=Path, metavar="RUN", help="collect from this run folder, train nothing")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        run = arguments.finished or train(arguments, Path(temporary) / "run")
-        summary = json.loads((run / "validation" / "report" / "summary.json").read_text())
-        model = json.loads((run / "model.json").read_text())
-    budget = model["config"]["train"]["time_budget_s"]
+    rows = []
+    for fold in arguments.folds:
+        for minutes in arguments.minutes:
+            run = arguments.runs / f"fold_{fold}_{minutes:g}min"
+            command = train(arguments.dataset, run, fold, minutes, arguments.device)
+            rows.append(read(run) | {"fold": fold, "minutes": minutes, "command": command})
+            write(arguments, rows)
+
+
+def train(dataset: Path, run: Path, fold: int, minutes: float, device: str) -> str:
+    """Train with defaults unless the run is finished; the command line, with names in place of paths."""
+    options = ["--fold", str(fold), "--time-budget", f"{minutes:g}m", "--device", device]
+    if not (run / "validation" / "report" / "summary.json").is_file():
+        command = [sys.executable, "-m", "medseg", "train", str(dataset), "-o", str(run), *options, "--resume"]
+        subprocess.run(command, check=True)
+    return " ".join(["medseg train DATASET -o RUN", *options])
+
+
+def read(run: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    summary = json.loads((run / "validation" / "report" / "summary.json").read_text())
+    model = json.loads((run / "model.json").read_text())
+    return {
+        "mean_dice": summary["foreground"]["dice"]["mean"],
+        "dice": {name: label["dice"] for name, label in summary["labels"].items()},
+        "training": {k: v for k, v in model["training"].items() if k not in ("validation_cases", "command")},
+        "copies": model["inference"].get("tta"),
+        "windows": model["inference"].get("windows"),
+        "versions": model["versions"],
+    }
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The result so far."""
     result = {
         "data_set": arguments.dataset.name,
-        "command": f"medseg train DATASET -o RUN --fold 0 --time-budget {budget:.0f}s --device {arguments.device}",
-        "dice": {name: label["dice"] for name, label in summary["labels"].items()},
-        "foreground": summary["foreground"]["dice"],
-        "training": {k: v for k, v in model["training"].items() if k != "validation_cases"},
+        "runs": rows,
         "machine": machine(),
-        "versions": model["versions"],
         "date": date.today().isoformat(),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def train(arguments: argparse.Namespace, run: Path) -> Path:
-    """Train fold 0 with defaults through the command line; the run folder."""
-    command = [sys.executable, "-m", "medseg", "train", str(arguments.dataset), "-o", str(run), "--fold", "0"]
-    command += ["--time-budget", f"{arguments.minutes}m", "--device", arguments.device]
-    subprocess.run(command, check=True)
-    return run
 
 
 if __name__ == "__main__":
