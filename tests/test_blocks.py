@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg.networks._blocks import Chain, InstanceNorm, Style, conv_norm_act, enlarge, gather_pixels, norm_act
+from medseg.networks._blocks import Chain, Dropout, InstanceNorm, Style, conv_norm_act, enlarge, gather_pixels, norm_act
 
 
 def image(*shape: int) -> Tensor:
@@ -66,3 +66,18 @@ def test_gathered_pixels_are_channels_last() -> None:
     gathered = gather_pixels(torch.tensor([[[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]]), (2, 2))
     assert gathered.squeeze().tolist() == [[1, 5], [2, 6], [3, 0], [4, 0]]
     assert gathered.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dropout_draws_alike_in_any_memory_layout() -> None:
+    layer = Dropout(0.25)
+    maps = torch.rand(2, 4, 3, 5, 6) + 0.5
+    drawn = []
+    for form in (torch.contiguous_format, torch.channels_last_3d):
+        torch.manual_seed(3)
+        drawn.append(layer(maps.to(memory_format=form)))
+    assert torch.equal(drawn[0], drawn[1])
+    kept = drawn[0] != 0
+    torch.testing.assert_close(drawn[0][kept], maps[kept] / 0.75)
+    # 720 numbers: five standard deviations
+    assert abs(float(kept.float().mean()) - 0.75) < 5 * (0.75 * 0.25 / maps.numel()) ** 0.5
+    assert layer.eval()(maps) is maps

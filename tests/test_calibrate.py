@@ -211,10 +211,10 @@ def test_inference_does_what_was_chosen_unless_told_otherwise(tmp_path: Path) ->
     assert config_of(run, settings={"postprocess": {"largest_component": []}}).postprocess.largest_component == ()
 
 
-def test_copies_are_used_on_request_alone(tmp_path: Path) -> None:
+def test_copies_that_helped_are_used_unless_others_are_asked_for(tmp_path: Path) -> None:
     run = chosen(tmp_path / "run", windows={}, tta={"windows": {"scales": [1.0, 0.75]}})
-    assert config_of(run).windows.scales == (1.0,)
-    assert config_of(run, tta="auto").windows.scales == (1.0, 0.75)
+    assert config_of(run).windows.scales == (1.0, 0.75)
+    assert config_of(run, tta="none").windows.scales == (1.0,)
     assert config_of(run, tta="auto", overlap=0.25).windows.scales == (1.0, 0.75)
     assert config_of(run, tta="flip").windows.flip_axes == (0, 1, 2)
     sided = tiny_model(tmp_path / "sided", tiny_config(data={"labels": {"left": 3, "right": 7}}))

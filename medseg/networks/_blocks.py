@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medseg.config import NetworkConfig
+from medseg.device import memory_format
 from medseg.errors import ConfigError, DataError
 from medseg.networks._dilated import DilatedConv3d
 
@@ -228,6 +229,21 @@ def conv_norm_act(
         kernel, stride, dilation = 1, 1, 1
     layers.append(make_conv(dims, in_channels, out_channels, kernel, stride=stride, dilation=dilation, bias=bias))
     return Chain(*layers, make_norm(style, out_channels), style.rectifier())
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose draws depend on the seed and the shape alone.
+
+    torch draws in the order of memory, and which order a map has depends on the convolution kernels that it came from:
+    on the processor, on how many threads there are.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, *spatial) with a share p of the numbers 0 and the others larger by 1 / (1 − p); unchanged in eval."""
+        if not self.training or not self.p:
+            return maps
+        mask = torch.empty_like(maps, memory_format=memory_format(maps.ndim - 2))
+        return maps * mask.bernoulli_(1 - self.p).div_(1 - self.p)
 
 
 def make_classifier(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

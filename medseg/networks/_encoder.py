@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, CoarseHead, check_input, initialise, least_shape, times
+from medseg.networks._blocks import Axes, CoarseHead, Dropout, check_input, initialise, least_shape, times
 
 
 class Encoder(nn.Module):
@@ -45,7 +45,7 @@ class EncoderClassifier(nn.Module):
         self.in_channels = in_channels
         self.encoder = encoder
         self.min_shape = encoder.min_shape
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.classifier = CoarseHead(encoder.out_channels[-1], out_channels, encoder.strides[-1], config.upsampling)
         initialise(self)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medseg.config import NetworkConfig
 from medseg.errors import ConfigError
-from medseg.networks._blocks import Axes, Rate, Style, conv_norm_act, make_conv, make_norm, per_axis
+from medseg.networks._blocks import Axes, Dropout, Rate, Style, conv_norm_act, make_conv, make_norm, per_axis
 from medseg.networks._encoder import Encoder
 
 
@@ -50,7 +50,7 @@ class ASPP(nn.Module):
         self.project = make_conv(style.spatial_dims, joined, out_channels, 1, bias=style.norm == "none")
         self.norm = make_norm(style, out_channels)
         self.act = style.rectifier()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, in_channels, *spatial) → (B, out_channels, *spatial)."""
@@ -129,9 +129,9 @@ class SummedASPP(nn.Module):
         self.branches = nn.ModuleList(
             nn.Sequential(
                 conv_norm_act(style, in_channels, hidden_channels, 3, dilation=rate, separable=separable),
-                nn.Dropout(dropout),
+                Dropout(dropout),
                 conv_norm_act(style, hidden_channels, hidden_channels, 1),
-                nn.Dropout(dropout),
+                Dropout(dropout),
                 # one bias is enough for a sum
                 make_conv(style.spatial_dims, hidden_channels, out_channels, 1, bias=number == 0),
             )
