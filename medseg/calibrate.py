@@ -22,6 +22,7 @@ from medseg.errors import DataError
 from medseg.infer import SCALES, make_scorer
 from medseg.metrics import counts, dice
 from medseg.model import new_network
+from medseg.networks import stride_by_axis
 from medseg.networks.aspp import pools_locally
 from medseg.plan import sided_label
 from medseg.postprocess import LEAST_CASES, choose, clean
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 # of two ways whose Dice differs by less, the faster is used
 MARGIN = 0.001
-# what is slower must raise Dice by more than this, and surely so
+# what takes twice the time must raise Dice by more than this, and surely so
 LEAST_GAIN = 0.0005
 # share by which two times must differ to mean anything
 NOISE = 0.1
@@ -124,7 +125,7 @@ def calibrate(
     tta = _choose_copies(bench, windows[-1])
     return {
         "windows": _record(windows),
-        "tta": _record(tta, only=("flip_axes", "scales")),
+        "tta": _record(tta, only=("flip_axes", "shifts", "scales")),
         "postprocess": _choose_postprocess(bench, windows[-1]),
         "quality": _learn_quality(bench, windows[-1], training, QUALITY_SHARE * budget_s),
     }
@@ -284,7 +285,7 @@ class _Bench:
         return pools_locally(self._with_settings(settings))
 
     def _changed(self, settings: Settings) -> Config:
-        return make_config(overlay(self.config.model_dump(mode="json"), settings), source="calibration")
+        return _laid_over(self.config, settings)
 
     def _with_settings(self, settings: Settings) -> torch.nn.Module:
         if "network" not in settings:
@@ -331,22 +332,40 @@ def _window_ways(bench: _Bench) -> Iterator[tuple[str, Settings]]:
 
 
 def _choose_copies(bench: _Bench, base: Trial) -> list[Trial]:
-    """All trials, the chosen one last: mirrored copies, then other sizes, each kept where it surely helped."""
+    """All trials, the chosen one last: mirrored copies, moved ones, other sizes, each kept where it surely helped."""
     trials, chosen = [base], base
     axes = [] if sided_label(bench.config.data) else list(bench.config.augment.flip_axes)
-    ways: list[tuple[str, int, dict[str, Any]]] = [("scale", len(SCALES), {"scales": list(SCALES)})]
-    if axes:
-        ways.insert(0, ("flip", 2 ** len(axes), {"flip_axes": axes}))
-    for name, factor, changes in ways:
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("flip", {"flip_axes": axes}),
+        ("shift", {"shifts": shifts_within(stride_by_axis(bench.config.network, bench.config.data.spatial_dims))}),
+        ("scale", {"scales": list(SCALES)}),
+    ]
+    for name, changes in ways:
         settings = overlay(chosen.settings, {"windows": changes})
+        factor = _copies(bench.config, settings) / _copies(bench.config, chosen.settings)
+        if factor == 1:
+            # no axis to mirror along, or no stride to move within
+            continue
         trial = bench.run(name, settings, expected=factor * chosen.seconds)
         if trial is None:
-            break
+            continue
         trials.append(trial)
         mean, interval = trial.gain(chosen)
-        if mean > LEAST_GAIN and interval is not None and interval[0] > 0:
+        if mean > LEAST_GAIN * math.log2(factor) and interval is not None and interval[0] > 0:
             chosen = trial
     return [*(t for t in trials if t is not chosen), chosen]
+
+
+def shifts_within(strides: Sequence[int]) -> list[list[int]]:
+    """Three moves, in voxels by axis, that with none at all meet each axis's stride at its four quarters."""
+    quarters = ((1, 2, 3), (2, 3, 1), (3, 1, 2))
+    moves = [[stride * part // 4 for stride, part in zip(strides, parts)] for parts in quarters]
+    return [move for move in moves if any(move)]
+
+
+def _copies(config: Config, settings: Settings) -> int:
+    """How many copies of a window a network sees with these settings."""
+    return len(views(_laid_over(config, settings).windows))
 
 
 def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
@@ -361,7 +380,7 @@ def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
     )
     settings: dict[str, Any] = {"postprocess": dict(found.settings)} if found.settings else {}
     if settings:
-        config = make_config(overlay(bench.config.model_dump(mode="json"), settings), source="calibration")
+        config = _laid_over(bench.config, settings)
         cleaned = [
             case_dice(data, clean(config.postprocess, labels.copy(), values, spacing_mm=case.grid.spacing_mm), case)
             for labels, case in seen
@@ -388,6 +407,10 @@ def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], bud
         model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
     measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
     return {"settings": {}, "measured": measured, "flip_axes": axes, "model": model.model_dump(mode="json")}
+
+
+def _laid_over(config: Config, settings: Settings) -> Config:
+    return make_config(overlay(config.model_dump(mode="json"), settings), source="calibration")
 
 
 def _reference(case: Prepared) -> Labels:

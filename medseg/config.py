@@ -304,6 +304,9 @@ class WindowsConfig(Section):
     """Windows in one go; null: as many as memory takes on a GPU, a few megabytes of scores on a CPU."""
     flip_axes: tuple[int, ...] = ()
     """Axes along which copies are mirrored, in all combinations; scores are averaged."""
+    shifts: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ()
+    """Copies moved by so many voxels along each axis, so that the strides of the network meet other voxels; those that
+    are mirrored and those that are moved take turns."""
     scales: tuple[PositiveFloat, ...] = Field((1.0,), min_length=1)
     """Sizes of copies that the network sees, 1 the image itself; scores are averaged."""
     skip_air: Literal["auto", "on", "off"] = "auto"
@@ -380,6 +383,7 @@ class Config(Section):
             ("windows.tile_size", self.windows.tile_size),
             ("windows.halo", self.windows.halo),
             *((f"network.strides[{n}]", s) for n, s in enumerate(self.network.strides or ())),
+            *((f"windows.shifts[{n}]", s) for n, s in enumerate(self.windows.shifts)),
         ):
             if value is not None and len(value) != dims:
                 raise ValueError(f"{where} has {len(value)} numbers, expected {dims} (data.spatial_dims)")

@@ -210,7 +210,8 @@ class Segmenter:
         """Whether the copies of this run are those whose agreement the estimate of Dice has learnt to read."""
         windows = self.config.windows
         learnt = self.models[0].description.get("inference", {}).get("quality", {}).get("flip_axes")
-        alike = len(self.models) == 1 and windows.scales == (1.0,) and list(windows.flip_axes) == learnt
+        plain = windows.scales == (1.0,) and not windows.shifts
+        alike = len(self.models) == 1 and plain and list(windows.flip_axes) == learnt
         return alike and bool(learnt)
 
     def _refined(self, pieces: Iterator[Piece], prepared: Prepared, seconds: dict[str, float]) -> torch.Tensor:

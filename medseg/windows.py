@@ -36,10 +36,14 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class View:
-    """A copy of a window that a network looks at: mirrored along `flips`, then resized by `scale`."""
+    """A copy of a window that a network looks at: mirrored along `flips`, resized by `scale`, moved by `shift` voxels.
+
+    It is moved into a border of 0, which a volume smaller than a patch has too, so that no voxel of it is lost.
+    """
 
     flips: tuple[int, ...] = ()
     scale: float = 1.0
+    shift: tuple[int, ...] = ()
 
     def scores(self, scorer: Scorer, windows: torch.Tensor) -> torch.Tensor:
         """What `scorer` says of the view of `windows` (B, C, *S), turned and sized back: (B, K, *S)."""
@@ -49,15 +53,25 @@ class View:
         if self.scale != 1:
             # never below 2: a norm over one voxel has nothing to normalise
             seen = _resized(seen, [max(2, round(n * self.scale)) for n in size])
+        if any(self.shift):
+            seen = functional.pad(seen, [n for s in reversed(self.shift) for n in (s, 0)])
         scores = scorer(seen)
+        if any(self.shift):
+            scores = scores[(slice(None), slice(None), *(slice(s, None) for s in self.shift))]
         scores = _resized(scores.float(), size) if self.scale != 1 else scores
         return scores.flip(dims) if dims else scores
 
 
 def views(config: WindowsConfig) -> tuple[View, ...]:
-    """All views that `config` asks for, the plain one first."""
+    """All views that `config` asks for, the plain one first.
+
+    Mirrored and moved copies are not combined one with all, which would take long, but in turns: each kind as often.
+    """
     subsets = [flips for n in range(len(config.flip_axes) + 1) for flips in itertools.combinations(config.flip_axes, n)]
-    return tuple(View(flips, scale) for scale in config.scales for flips in subsets)
+    shifts = ((), *config.shifts)
+    turns = range(math.lcm(len(subsets), len(shifts)))
+    turned = [(subsets[n % len(subsets)], shifts[n % len(shifts)]) for n in turns]
+    return tuple(View(flips, scale, shift) for scale in config.scales for flips, shift in turned)
 
 
 @dataclass(frozen=True)

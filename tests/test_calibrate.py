@@ -22,6 +22,7 @@ from medseg.calibrate import (
     case_dice,
     label_case,
     quick_dice,
+    shifts_within,
 )
 from medseg.config import Config, DataConfig
 from medseg.errors import ModelError
@@ -139,6 +140,28 @@ def test_copies_are_used_where_they_surely_help() -> None:
     assert found[-1].settings == {"windows": {"flip_axes": [0]}}
 
 
+def test_copies_moved_within_the_stride_are_mirrored_in_turn() -> None:
+    base = trial("base", 0.8, 1.0, spread=0.05)
+    ways = {"flip": Trial("flip", {}, base.dice + 0.01, 2.0), "shift": Trial("shift", {}, base.dice + 0.02, 4.0)}
+    there = bench(ways, flip_axes=[0])
+    found = _choose_copies(there, base)
+    assert there.asked == ["flip", "shift", "scale"]
+    assert found[-1].settings == {"windows": {"flip_axes": [0], "shifts": shifts_within((2, 2, 2))}}
+
+
+def test_four_times_the_time_must_bring_twice_the_least_gain() -> None:
+    base = trial("base", 0.8, 1.0)
+    for gain, name in ((0.0009, "base"), (0.0011, "shift")):
+        there = bench({"shift": Trial("shift", {}, base.dice + gain, 4.0)}, flip_axes=[])
+        assert _choose_copies(there, base)[-1].name == name
+
+
+def test_moves_meet_every_quarter_of_a_stride() -> None:
+    assert shifts_within((4, 4, 4)) == [[1, 2, 3], [2, 3, 1], [3, 1, 2]]
+    assert shifts_within((1, 16)) == [[0, 8], [0, 12], [0, 4]]
+    assert shifts_within((1, 1)) == []
+
+
 @pytest.mark.parametrize(
     "change", [0.0004, np.array([[0.03], [-0.02], [0.02], [-0.025], [0.03], [-0.02], [0.02], [-0.02]])]
 )
@@ -152,7 +175,7 @@ def test_labels_that_tell_sides_apart_are_never_mirrored() -> None:
     there = bench({"scale": None}, flip_axes=[0])
     there.config = tiny_config(data={"labels": {"kidney_left": 3, "kidney_right": 7}}, augment={"flip_axes": [0]})
     _choose_copies(there, trial("base", 0.8, 1.0))
-    assert there.asked == ["scale"]
+    assert there.asked == ["shift", "scale"]
 
 
 def test_what_there_is_no_time_for_is_left_out() -> None:

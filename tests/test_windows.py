@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,8 +217,8 @@ def slope(axis: int) -> torch.Tensor:
     return (torch.arange(size) - (size - 1) / 2).reshape([size if a == axis else 1 for a in range(3)])
 
 
-def with_views(scorer: Scorer, *flip_axes: int, scales: Sequence[float] = (1.0,)) -> Ensemble:
-    return Ensemble((scorer,), views(WindowsConfig(flip_axes=flip_axes, scales=tuple(scales))))
+def with_views(scorer: Scorer, *flip_axes: int, **copies: Any) -> Ensemble:
+    return Ensemble((scorer,), views(WindowsConfig(flip_axes=flip_axes, **copies)))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -262,6 +262,42 @@ def test_copies_of_other_sizes_come_back_at_the_size_of_the_window() -> None:
 def test_views_are_all_pairs_of_flips_and_sizes() -> None:
     found = views(WindowsConfig(flip_axes=(0,), scales=(1.0, 0.75)))
     assert found == (View(), View((0,)), View((), 0.75), View((0,), 0.75))
+
+
+def test_a_moved_copy_comes_back_whole_to_where_it_was() -> None:
+    seen = []
+
+    def watch(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows.clone())
+        return windows
+
+    volume = a_volume(*PATCH)
+    found = predict(WindowsConfig(patch_size=PATCH), volume, with_views(watch, shifts=((1, 0, 3),)))
+    assert torch.allclose(found, volume, atol=1e-6)
+    assert seen[1].shape[2:] == (PATCH[0] + 1, PATCH[1], PATCH[2] + 3)
+    assert torch.equal(seen[1][:, :, 1:, :, 3:], volume[None])
+    assert not seen[1][:, :, :1].any()
+    assert not seen[1][..., :3].any()
+
+
+def test_moved_copies_turn_what_the_stride_of_a_network_leaves_behind() -> None:
+    volume = torch.zeros(1, 8, 8)
+    pattern = torch.arange(8.0) % 4
+
+    def striped(windows: torch.Tensor) -> torch.Tensor:
+        return windows + (torch.arange(windows.shape[-1]) % 4).float()
+
+    config = WindowsConfig(patch_size=(8, 8))
+    assert torch.equal(predict(config, volume, striped)[0, 0], pattern)
+    moved = predict(config, volume, with_views(striped, shifts=((0, 1), (0, 2), (0, 3))))
+    assert torch.allclose(moved, torch.full((1, 8, 8), 1.5))
+
+
+def test_mirrored_and_moved_copies_take_turns() -> None:
+    found = views(WindowsConfig(flip_axes=(0,), shifts=((1, 2), (2, 3), (3, 1))))
+    assert found == (View(), View((0,), 1.0, (1, 2)), View((), 1.0, (2, 3)), View((0,), 1.0, (3, 1)))
+    # every mirrored copy once plain and once moved, where their numbers are no multiples of each other
+    assert len(views(WindowsConfig(flip_axes=(0,), shifts=((1, 2), (2, 3))))) == 6
 
 
 def test_several_networks_give_their_mean_batch_by_batch() -> None:
