@@ -51,6 +51,8 @@ CONFIG, CACHE = "config.yaml", "cache"
 PREEMPTED = "preempted"
 # a configuration without one of these is laid over the plan of the data set
 PLANNED = ("data", "preprocess", "network", "windows")
+# cases to train on, cases held back
+Folds = tuple[Sequence[Case], Sequence[Case]]
 
 
 @dataclass(frozen=True)
@@ -139,17 +141,16 @@ def _train(
     options = ranks.led(lambda: _begun(folder, options, asked))
     resumed = options.resume and ranks.led((folder / STATE).is_file)
     weights = None if resumed else options.pretrained
-    data, made = ranks.led(lambda: _planned(dataset, options, end, weights, ranks.device, progress))
-    config = made.config
+    data, made, folds = ranks.led(lambda: _planned(dataset, options, end, weights, ranks.device, progress))
+    config, (training, validation) = made.config, folds
     ranks.rows(config.train.batch_size)
-    training, validation = fold_split(data, options.fold, folds=options.folds)
     seconds: dict[str, float] = {}
     with _log_file(folder) if ranks.first else nullcontext():
         if ranks.first:
             _tidy(folder)
         _log_beginning(training, validation, config, options, ranks)
         with _stage(seconds, "preprocess"):
-            prepared, held_back = _prepare((training, validation), config, folder / CACHE, ranks, progress)
+            prepared, held_back = _prepare(folds, config, folder / CACHE, ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
             record = ranks.led(lambda: _data_record(data, training, validation, options, progress))
@@ -279,15 +280,16 @@ def _planned(
     weights: Path | None,
     device: torch.device,
     progress: Progress,
-) -> tuple[Dataset, Plan]:
+) -> tuple[Dataset, Plan, Folds]:
+    """The cases, what is made of them, and which of them are trained on and held back."""
     if weights is not None:
         # a file that cannot be read is told before the data set is
         read_weights(weights)
     data = read_dataset(Path(dataset))
     made = plan_run(data, options, end, device=device, progress=progress)
-    fold_split(data, options.fold, folds=options.folds)
+    folds = fold_split(data, options.fold, folds=options.folds)
     _check_network(made.config, weights)
-    return data, made
+    return data, made, folds
 
 
 def _log_beginning(
@@ -442,7 +444,7 @@ def _preflight(data: Dataset, progress: Progress) -> None:
 
 
 def _prepare(
-    folds: tuple[Sequence[Case], Sequence[Case]], config: Config, cache: Path, ranks: Ranks, progress: Progress
+    folds: Folds, config: Config, cache: Path, ranks: Ranks, progress: Progress
 ) -> tuple[list[Prepared], list[Prepared]]:
     """Both folds on the network's grid; the processes share the work, and the cache of what is ready.
 
@@ -487,7 +489,7 @@ def _validate(
     data = segmenter.config.data
     report = report_pairs(
         [(c.id, masks.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None],
-        EvaluateOptions({n: data.labels[n] for n in data.foreground}, data.ignore_value),
+        EvaluateOptions(data.labels),
         groups={c.id: c.group for c in cases},
     )
     report.save(out / "report")

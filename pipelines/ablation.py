@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
 import medseg
+from medseg.cli.shared import log as log_to_terminal
+from medseg.cli.shared import new_app
+from medseg.terminal import err, out
 from medseg_pipelines.claims import Claim, choose_claims
 from medseg_pipelines.digest import checked, data_sha256
 from medseg_pipelines.discs import FOLDS, make_discs
@@ -36,15 +37,7 @@ GENERAL = ("network", "loss", "train")
 # settings of the training that have an option of their own
 OPTION_FOR = {"seed": "--seeds", "epochs": "--time-budget", "time_budget_s": "--time-budget"}
 
-app = typer.Typer(
-    name="medseg-ablation",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+app = new_app("medseg-ablation")
 
 
 class Equal(str, Enum):
@@ -96,7 +89,7 @@ def ablation(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")] = False,
 ) -> None:
     """Train every network alike on one data set; write ablation.json, .csv, .md, .html. Finished runs stay."""
-    _log(verbose)
+    log_to_terminal(verbose)
     options = Options(
         networks=None if networks is None else tuple(n.strip() for n in networks.split(",") if n.strip()),
         claims=choose_claims(claims),
@@ -270,13 +263,6 @@ def _tell(number: int, total: int, result: TrialResult, record: Mapping[str, Any
 
 def _warn(text: str) -> None:
     err.print(f"[yellow]left out:[/yellow] {escape(text)}")
-
-
-def _log(verbose: bool) -> None:
-    logger = logging.getLogger("medseg")
-    logger.handlers.clear()
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    logger.addHandler(RichHandler(console=err, show_time=False, show_path=verbose, markup=False))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rich.markup import escape
 
 import medseg
 from medseg.cli.shared import log as log_to_terminal
+from medseg.cli.shared import new_app
 from medseg.terminal import err, out, shown_progress
 from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
 from medseg_pipelines.crossrecord import PAGE, methods_table
@@ -36,13 +37,7 @@ CACHE = "cache"
 # beside the folders of the networks
 TAKEN = (CACHE, JUDGED, REPORT, OTHERS, COMPARISON)
 
-app = typer.Typer(
-    name="medseg-crossval",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_app("medseg-crossval")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import medseg
 from medseg_pipelines.locks import Lock, age_s
 from medseg_pipelines.processes import attempt, link_cache, read_json, reason_of
-from medseg_pipelines.trial import DESCRIPTION, FAILURE, JOB, OK, RESULT, STATE, WRONG
+from medseg_pipelines.trial import DESCRIPTION, FAILURE, JOB, OK, RESULT, STATE, WRONG, make_job
 from medseg_pipelines.trials import ATTEMPTS, first_difference
 
 CONFIG, WEIGHTS, LOG = "config.yaml", "model.safetensors", "log.txt"
@@ -51,14 +51,15 @@ class Fold:
     @property
     def job(self) -> dict[str, Any]:
         """What is written into job.json for the process that trains."""
-        return {
-            "medseg": medseg.__version__,
-            "dataset": str(self.dataset.resolve()),
-            "data_sha256": self.data_sha256,
-            "config": self.config.model_dump(mode="json"),
-            "fold": self.number,
-            "folds": self.folds,
-            "device": self.device,
+        job = make_job(
+            self.dataset,
+            self.data_sha256,
+            self.config,
+            fold=self.number,
+            folds=self.folds,
+            device=self.device,
+        )
+        return job | {
             "pretrained": None if self.pretrained is None else str(self.pretrained.file),
             "pretrained_sha256": self._begins_with,
         }

@@ -143,7 +143,7 @@ class Judge:
         self._progress("evaluate", 0, 1, method.name)
         report = medseg.report_pairs(
             [(c.id, masks.get(c.id), c.label, c.images[0]) for c in cases.values() if c.label is not None],
-            medseg.EvaluateOptions({n: data.labels[n] for n in data.foreground}, data.ignore_value),
+            medseg.EvaluateOptions(data.labels),
             groups=self._groups,
         )
         failures = {**failures, **{f.case: f.reason for f in report.failures}}

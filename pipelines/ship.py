@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import medseg
+from medseg.cli.shared import new_app
+from medseg.terminal import err, out
 from medseg_pipelines.markdown import markdown_table
 
 log = logging.getLogger("medseg.ship")
@@ -21,15 +22,7 @@ USAGE = 2
 CARDS = Path(__file__).parent / "cards"
 PAGE, DESCRIPTION = "README.md", "model.json"
 
-app = typer.Typer(
-    name="medseg_pipelines.ship",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+app = new_app("medseg_pipelines.ship")
 
 
 @app.command(

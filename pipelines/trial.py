@@ -35,6 +35,21 @@ def main() -> None:
     sys.exit(run(Path(sys.argv[1])))
 
 
+def make_job(
+    dataset: Path, data_sha256: str, config: medseg.Config, *, fold: int, folds: int, device: str
+) -> dict[str, Any]:
+    """What is written into job.json for the process that trains."""
+    return {
+        "medseg": medseg.__version__,
+        "dataset": str(dataset.resolve()),
+        "data_sha256": data_sha256,
+        "config": config.model_dump(mode="json"),
+        "fold": fold,
+        "folds": folds,
+        "device": device,
+    }
+
+
 def run(folder: Path) -> int:
     """Do what job.json in `folder` asks and write result.json or failure.json; the code for the exit.
 

@@ -12,7 +12,7 @@ from typing import Any
 import medseg
 from medseg_pipelines.processes import attempt as _attempt
 from medseg_pipelines.processes import link_cache, read_json, reason_of
-from medseg_pipelines.trial import FAILURE, JOB, OK, RESULT, STATE, WRONG
+from medseg_pipelines.trial import FAILURE, JOB, OK, RESULT, STATE, WRONG, make_job
 
 ATTEMPTS = 2
 # a trial that takes this many times its training time, and the pause on top, hangs
@@ -36,15 +36,14 @@ class Trial:
     @property
     def job(self) -> dict[str, Any]:
         """What is to be done, as it is written into job.json."""
-        return {
-            "medseg": medseg.__version__,
-            "dataset": str(self.dataset.resolve()),
-            "data_sha256": self.data_sha256,
-            "config": self.config.model_dump(mode="json"),
-            "fold": self.fold,
-            "folds": self.folds,
-            "device": self.device,
-        }
+        return make_job(
+            self.dataset,
+            self.data_sha256,
+            self.config,
+            fold=self.fold,
+            folds=self.folds,
+            device=self.device,
+        )
 
     @property
     def limit_s(self) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from medseg.config import AugmentConfig
 from medseg.grid import Grid
-from medseg.patches import Batch, PatchSampler, Shelf, cut, foreground_locations, locations
+from medseg.patches import PatchSampler, Shelf, cut, foreground_locations, locations
 from medseg.preprocess import IGNORE_INDEX, Prepared
 
 SHAPE = (9, 12, 15)
@@ -286,9 +286,3 @@ def test_a_case_without_label_is_no_training_case() -> None:
     bare = Prepared("c", case.image, None, case.grid, case.source, case.raw)
     with pytest.raises(ValueError, match="c was prepared without its label"):
         sampler([bare]).draw()
-
-
-def test_a_batch_moves_as_a_whole() -> None:
-    batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 2), ("c",)).to(torch.device("meta"))
-    assert {batch.image.device.type, batch.label.device.type} == {"meta"}
-    assert batch.cases == ("c",)

@@ -16,7 +16,7 @@ from rich.markup import escape
 import medseg
 from medseg import Preempted
 from medseg.cli import evaluation, inference, networks, processes, training
-from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE
+from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE, new_app
 from medseg.terminal import err, out
 
 # the one verb whose processes work together, and which a cluster may end and start again
@@ -26,15 +26,10 @@ ENDINGS = {
     INTERRUPTED: "interrupted; what was finished is valid",
 }
 
-app = typer.Typer(
-    name="medseg",
+app = new_app(
+    "medseg",
     help="Medical image segmentation: from a folder of scans to masks and a Dice report.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    # plain help: the framed one cuts off names of options at 80 columns
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -36,6 +36,19 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+def new_app(name: str, **more: Any) -> typer.Typer:
+    """A command line of medseg; tracebacks and completion are not its business."""
+    return typer.Typer(
+        name=name,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        # plain help: the framed one cuts off names of options at 80 columns
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **more,
+    )
+
+
 def log(verbose: bool) -> None:
     """What the work logs goes to the terminal: warnings, or all of it."""
     logger = logging.getLogger("medseg")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from medseg.config import NetworkConfig
 from medseg.device import memory_format
 from medseg.errors import ConfigError, DataError
-from medseg.networks._dilated import DilatedConv3d
+from medseg.networks._dilated import DilatedConv3d, is_recorded
 
 Axes = tuple[int, ...]
 """One number for each spatial axis."""
@@ -180,7 +180,7 @@ class _ChannelsLastNorm(torch.autograd.Function):
 
 
 def _keeps_channels_last(maps: Tensor) -> bool:
-    if _is_tracing() or torch.compiler.is_compiling() or maps.device.type != "cpu":
+    if is_recorded() or maps.device.type != "cpu":
         return False
     return maps.shape[1] >= WIDE and maps.stride(1) == 1
 
@@ -308,7 +308,7 @@ def enlarge(maps: Tensor, strides: Axes, shape: Axes) -> Tensor:
     """
     if max(strides) == 1:
         return maps
-    if maps.requires_grad and maps.device.type == "cpu" and not (_is_tracing() or torch.compiler.is_compiling()):
+    if maps.requires_grad and maps.device.type == "cpu" and not is_recorded():
         for axis in reversed(range(len(strides))):
             if strides[axis] > 1:
                 maps = _Stretch.apply(maps, axis, strides[axis])  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ class DilatedConv3d(nn.Conv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = input.device.type
         trained = torch.is_grad_enabled() and weight.requires_grad
-        if bias is not None or not (device == "cuda" or (device == "cpu" and trained)) or _is_recorded():
+        if bias is not None or not (device == "cuda" or (device == "cpu" and trained)) or is_recorded():
             return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
         if torch.is_autocast_enabled(device):
             number = torch.get_autocast_dtype(device)
@@ -268,6 +268,6 @@ def _padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     return tuple(d * (k // 2) for d, k in zip(dilation, kernel))
 
 
-def _is_recorded() -> bool:
-    # a trace and a compiled graph hold what torch calls a convolution
+def is_recorded() -> bool:
+    """Whether a trace or a compiled graph is made, which holds what torch calls a convolution, and no size of ours."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_compiling())  # type: ignore[attr-defined,no-untyped-call]

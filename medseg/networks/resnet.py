@@ -221,7 +221,7 @@ class DilatedResNet(Encoder):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C, *spatial) → maps as announced."""
-        maps = [self.act(self.bn1(self.conv1(images)))]
+        maps = [norm_act(self.bn1, self.act, self.conv1(images))]
         current = self.maxpool(maps[0])
         for name in self.layers:
             current = self.get_submodule(name)(current)

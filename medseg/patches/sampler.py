@@ -35,10 +35,6 @@ class Batch:
     label: torch.Tensor
     cases: tuple[str, ...]
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        return Batch(self.image.to(device), self.label.to(device), self.cases)
-
 
 class PatchSampler:
     """Makes batches of prepared cases. Every case comes equally often: cases are dealt like cards, then reshuffled.
@@ -86,11 +82,6 @@ class PatchSampler:
             generator=self._generator,
         )
         return self._make(chosen[self._rows], starts[self._rows], draws.rows(self._rows))
-
-    @property
-    def cases(self) -> tuple[str, ...]:
-        """The cases that patches are cut from."""
-        return tuple(case.id for case in self._cases)
 
     def state(self) -> list[int]:
         """What, beside the generator's own state, decides the next batches."""

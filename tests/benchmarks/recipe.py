@@ -98,11 +98,9 @@ def run_one(arguments: argparse.Namespace, settings: list[str], fold: int, cache
             cases = [c for c in read_dataset(arguments.dataset).cases if c.id in held_back]
             segmenter = medseg.load_model(folder, options=medseg.InferOptions(device="cpu", tta="flip"))
             results = medseg.segment_cases(segmenter, cases, masks)
-            data = run.config.data
-            labels = {n: data.labels[n] for n in data.foreground}
             outputs = {r.case: masks / r.output for r in results if r.output}
             pairs = [(c.id, outputs.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None]
-            mirrored = dice_of(medseg.report_pairs(pairs, medseg.EvaluateOptions(labels, data.ignore_value)))
+            mirrored = dice_of(medseg.report_pairs(pairs, medseg.EvaluateOptions(run.config.data.labels)))
     return {
         "steps": run.steps,
         "processor_seconds": round(seconds, 1),
