@@ -67,29 +67,32 @@ def matrix_names(network: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """(rows, columns) with the same singular vectors and singular values brought near 1 (0.7 to 1.2; 0 stays 0).
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(…, rows, columns) with the same singular vectors and singular values brought near 1 (0.7 to 1.2; 0 stays 0).
 
     Every step of the iteration is a polynomial of the Gram matrix, so that all of them are done in its size, the
     smaller of the two, and the large matrix is multiplied only at the beginning and at the end.
     """
-    scaled = matrix / (matrix.norm() + TINY)
-    tall = scaled.shape[0] > scaled.shape[1]
-    gram = scaled.T @ scaled if tall else scaled @ scaled.T
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scaled = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + TINY)
+    tall = scaled.shape[-2] > scaled.shape[-1]
+    gram = scaled.mT @ scaled if tall else scaled @ scaled.mT
     a, b, c = QUINTIC
-    product = one
-    for _ in range(STEPS):
-        factor = a * one + b * gram + c * (gram @ gram)
-        product = factor @ product
-        gram = factor @ gram @ factor
-        # rounding must not let it drift from what a Gram matrix is
-        gram = (gram + gram.T) / 2
+    first = a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    product: Tensor | None = None
+    for number in range(1, STEPS + 1):
+        factor = (gram @ gram).mul_(c).add_(gram, alpha=b).add_(first)
+        product = factor if product is None else factor @ product
+        if number < STEPS:
+            gram = factor @ gram @ factor
+            # rounding must not let it drift from what a Gram matrix is
+            gram = (gram + gram.mT).mul_(0.5)
     made: Tensor = scaled @ product if tall else product @ scaled
     return made
 
 
 def _move_matrices(group: dict[str, Any], weights: list[Tensor], states: list[dict[str, Any]]) -> None:
+    # matrices of one size are made orthogonal together: many small products are slower than a few large ones
+    alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
     for weight, state in zip(weights, states):
         gradient = weight.grad
         if gradient is None:
@@ -100,9 +103,13 @@ def _move_matrices(group: dict[str, Any], weights: list[Tensor], states: list[di
         momentum.lerp_(gradient, 1 - group["momentum"])
         # one step ahead (Nesterov)
         ahead = gradient.lerp(momentum, group["momentum"]).flatten(1).float()
-        size = group["lr"] * RMS * max(ahead.shape) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(orthogonal(ahead).reshape(weight.shape).to(weight.dtype), alpha=-size)
+        alike.setdefault(tuple(ahead.shape), []).append((weight, ahead))
+    for shape, found in alike.items():
+        size = group["lr"] * RMS * max(shape) ** 0.5
+        moves = orthogonal(torch.stack([ahead for _, ahead in found]))
+        for (weight, _), move in zip(found, moves):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(move.reshape(weight.shape).to(weight.dtype), alpha=-size)
 
 
 def _move_vectors(group: dict[str, Any], weights: list[Tensor], states: list[dict[str, Any]]) -> None:

@@ -29,6 +29,12 @@ def test_orthogonal_is_the_published_iteration(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(orthogonal(matrix), _directly(matrix), rtol=1e-6, atol=1e-7)
 
 
+def test_a_stack_is_done_matrix_by_matrix() -> None:
+    stack = torch.randn(3, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    stack[1] *= 1000
+    torch.testing.assert_close(orthogonal(stack), torch.stack([orthogonal(m) for m in stack]))
+
+
 def test_orthogonal_keeps_directions_and_evens_out_sizes() -> None:
     generator = torch.Generator().manual_seed(1)
     left, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
