@@ -52,10 +52,10 @@ class InferOptions:
 
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
-    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those that surely helped when
-    training ended. `devices`: cases are dealt to these, in place of `device`. `save_probabilities`: for folders of
-    cases, write them beside the masks. `settings` are laid over the model's: sections network (`output_stride`, with
-    the weights as they are), windows and postprocess.
+    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those, and copies moved within
+    the network's stride, that surely helped when training ended. `devices`: cases are dealt to these, in place of
+    `device`. `save_probabilities`: for folders of cases, write them beside the masks. `settings` are laid over the
+    model's: sections network (`output_stride`, with the weights as they are), windows and postprocess.
     """
 
     device: str = "auto"

@@ -71,8 +71,9 @@ def infer(
     tta: Annotated[
         Tta,
         typer.Option(
-            help="Average over copies of the image. flip: mirrored; scale: of other sizes as well; auto: those that "
-            "surely helped when training ended; none: the fastest. Each copy costs as much as the image."
+            help="Average over copies of the image. flip: mirrored; scale: of other sizes as well; auto: those, "
+            "and moved ones, that surely helped when training ended; none: the fastest. Each copy costs as much as the "
+            "image."
         ),
     ] = Tta.auto,
     overlap: Annotated[
