@@ -61,6 +61,18 @@ SMALLEST = 2.0
 # a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
 SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)", re.IGNORECASE)
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+# what changes pictures more than the images of a scanner
+UNCALIBRATED: dict[str, Any] = {
+    "p_intensity": 0.8,
+    "brightness": 0.4,
+    "contrast": (0.6, 1.5),
+    "p_gamma": 0.4,
+    "p_blur": 0.2,
+    "p_low_resolution": 0.2,
+    "p_bias_field": 0.3,
+    "stretch": 0.15,
+    "shear": 0.1,
+}
 # what is given of a network and decides how the rest of it is planned
 SHAPING = {"encoder", "channels"}
 
@@ -433,7 +445,10 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
         axes = ()
         reasons["augment.flip_axes"] = f"label `{sided}` tells sides apart: never mirrored"
     if fingerprint.spatial_dims == 2:
-        return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes)
+        if fingerprint.pictures:
+            reasons["augment.p_intensity"] = "pictures: brightness, contrast and shape vary from device to device"
+        more = UNCALIBRATED if fingerprint.pictures else {}
+        return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes, **more)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)
     if spacing.max() > ANISOTROPIC * spacing.min():
         coarse = int(spacing.argmax())

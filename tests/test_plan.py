@@ -372,6 +372,14 @@ def test_labels_without_a_side_are_mirrored_from_left_to_right(name: str) -> Non
     assert found.config.preprocess.orient
 
 
+def test_pictures_are_changed_more_than_slices() -> None:
+    pictures, slices = plan(PICTURES), plan(replace(PICTURES, pictures=False))
+    assert pictures.config.augment.brightness == 2 * slices.config.augment.brightness
+    assert pictures.config.augment.p_bias_field > 0 == slices.config.augment.p_bias_field
+    assert "device" in pictures.reasons["augment.p_intensity"]
+    assert "augment.p_intensity" not in slices.reasons
+
+
 def test_pictures_are_mirrored_from_left_to_right_only() -> None:
     assert plan(PICTURES).config.augment.flip_axes == (1,)
 
