@@ -193,7 +193,7 @@ class NetworkConfig(Section):
 class AugmentConfig(Section):
     """Random changes of a training batch; `p_…` are probabilities per sample, pairs are the ranges drawn from."""
 
-    p_affine: Fraction = 0.5
+    p_affine: Fraction = 0.25
     """The others stay as sharp as the images of inference are: interpolation blurs."""
     rotation_deg: tuple[float, ...] = (20.0, 20.0, 20.0)
     """Largest angle about each axis (2D: one angle)."""
