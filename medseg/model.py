@@ -105,14 +105,15 @@ def record_choices(folder: Path, choices: Mapping[str, Any]) -> None:
 def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
     """The settings that calibration chose for the models in `folders`, of its choices those in `names`.
 
-    Of an ensemble only the choices that are the same for all. Raises `ModelError`.
+    Of an ensemble the copies that most of its models chose, and of all else what is the same for all. Raises
+    `ModelError`.
     """
     made: list[Any] = []
     inference = [_read_choices(folder) for folder in folders]
     for name in names:
         found = [choices[name].settings for choices in inference if name in choices]
         if found and len(found) == len(folders):
-            made.append(_common(found))
+            made.append(_usual(found) if name == "tta" else _common(found))
     return overlay({}, *made)
 
 
@@ -190,6 +191,19 @@ def _read_choices(folder: Path) -> dict[str, _Choice]:
         raise ModelError(
             f"{folder / DESCRIPTION}: `inference.{where}` is damaged; copy the run folder again"
         ) from error
+
+
+def _usual(found: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The settings that more than half have: a copy that helped most models is no risk for the others."""
+    settings: dict[str, Any] = {}
+    for section in sorted({section for each in found for section in each}):
+        values = [each.get(section, {}) for each in found]
+        for key in sorted({key for value in values for key in value}):
+            there = [value[key] for value in values if key in value]
+            most = max(there, key=there.count)
+            if 2 * there.count(most) > len(found):
+                settings.setdefault(section, {})[key] = most
+    return settings
 
 
 def _common(found: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:

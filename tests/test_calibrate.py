@@ -259,6 +259,16 @@ def test_an_ensemble_does_what_all_of_its_models_chose(tmp_path: Path) -> None:
     assert chosen_settings([one, three], ["windows"]) == {}
 
 
+def test_an_ensemble_looks_at_the_copies_that_most_of_its_models_chose(tmp_path: Path) -> None:
+    flips, moves = {"flip_axes": [0]}, {"shifts": [[1, 1, 1]]}
+    wanted: list[dict[str, Any]] = [flips | moves, flips, flips | moves | {"scales": [1.0, 0.75]}, {}]
+    runs = [chosen(tmp_path / str(n), windows={}, tta={"windows": w} if w else {}) for n, w in enumerate(wanted)]
+    assert chosen_settings(runs[:3], ["tta"]) == {"windows": flips | moves}
+    # two of four are not most
+    assert chosen_settings(runs, ["tta"]) == {"windows": flips}
+    assert config_of(*runs[:3]).windows.shifts == ((1, 1, 1),)
+
+
 def test_of_limits_that_differ_an_ensemble_takes_the_smallest(tmp_path: Path) -> None:
     runs = [
         chosen(

@@ -3,6 +3,7 @@
     python tests/benchmarks/recipe.py DATASET VARIANTS.yaml -o RESULT.json --folds 0 1 --steps 600
 
 VARIANTS.yaml maps a name to settings (`section.key=value`); `usual` has none and is what the others are compared with.
+All of them lie over the plan of the data set, or over what `--base` makes of it.
 Each variant is trained by `medseg.train` on every fold and judged on the fold's held-back cases at full resolution,
 without copies and with those mirrored along the axes that training mirrors. Steps, not seconds, end a training, so that
 other work on the machine changes nothing but its duration; the processor time of each, validation included, stands
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("variants", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--base", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="settings of all variants")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
@@ -55,7 +57,7 @@ def main() -> None:
         cache.mkdir()
         while (job := claim(arguments, variants)) is not None:
             name, fold = job
-            run = run_one(arguments, variants[name], fold, cache)
+            run = run_one(arguments, [*arguments.base, *variants[name]], fold, cache)
             with result_of(arguments.output) as result:
                 result["runs"][f"{name}, fold {fold}"] = {"variant": name, "fold": fold, **run}
                 result["table"] = table(result["runs"], variants)
@@ -69,6 +71,7 @@ def claim(arguments: argparse.Namespace, variants: dict[str, list[str]]) -> tupl
             data_set=arguments.dataset.name,
             steps=arguments.steps,
             threads=arguments.threads,
+            base=arguments.base,
             variants=variants,
             machine=machine(),
         )
