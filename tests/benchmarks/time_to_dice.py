@@ -3,7 +3,7 @@
     python tests/benchmarks/time_to_dice.py DATASET --minutes 5 10 20 --runs FOLDER -o RESULT.json
 
 Each time is a training of its own through the command line, as a user would type it, judged on the held-back cases of
-the fold at full resolution. Kept are Dice with its interval, steps, seconds by stage, what was chosen for inference,
+the fold at full resolution. Kept are Dice with its interval and its course, steps, seconds by stage, what was chosen for inference,
 machine and versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run it on an idle
 machine.
 """
@@ -11,6 +11,7 @@ machine.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -57,10 +58,18 @@ def read(run: Path) -> dict[str, Any]:
         "mean_dice": summary["foreground"]["dice"]["mean"],
         "dice": {name: label["dice"] for name, label in summary["labels"].items()},
         "training": {k: v for k, v in model["training"].items() if k not in ("validation_cases", "command")},
+        "course": read_course(run / "metrics.csv"),
         "copies": model["inference"].get("tta"),
         "windows": model["inference"].get("windows"),
         "versions": model["versions"],
     }
+
+
+def read_course(file: Path) -> list[dict[str, float]]:
+    """Step, second and Dice on the network's grid of every look at held-back cases while training."""
+    with file.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["dice"]]
+    return [{key: float(row[key]) for key in ("step", "seconds", "dice")} for row in rows]
 
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
