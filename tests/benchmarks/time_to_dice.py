@@ -3,9 +3,9 @@
     python tests/benchmarks/time_to_dice.py DATASET --minutes 5 10 20 --runs FOLDER -o RESULT.json
 
 Each time is a training of its own through the command line, as a user would type it, judged on the held-back cases of
-the fold at full resolution. Kept are Dice with its interval and its course, steps, seconds by stage, what was chosen for inference,
-machine and versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run it on an idle
-machine.
+the fold at full resolution. Kept are Dice with its interval and its course, steps, seconds by stage, what was chosen
+for inference, machine and versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run
+it on an idle machine.
 """
 
 from __future__ import annotations
