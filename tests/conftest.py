@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 MakeDataset = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hears_interruptions() -> None:
+    # a shell starts what runs in its background deaf to ctrl-C, and so would be all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
