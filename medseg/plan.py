@@ -431,10 +431,12 @@ def _strides(steps_wanted: int, spacing_mm: Sequence[float] | None) -> tuple[tup
 def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
     sided = sided_label(data)
     axes: tuple[int, ...] = (0,)
+    more: dict[str, Any] = {}
     reasons["augment.flip_axes"] = "from left to right only: bodies are nearly symmetric that way and no other"
     if fingerprint.pictures:
-        axes = (1,)
+        axes, more = (1,), UNCALIBRATED
         reasons["augment.flip_axes"] = "pictures: left and right only, up and down carry meaning (depth)"
+        reasons["augment.p_intensity"] = "pictures: brightness, contrast and shape vary from device to device"
     elif fingerprint.spatial_dims == 2:
         axes = (0, 1)
         reasons["augment.flip_axes"] = "slices in no known direction: mirrored both ways"
@@ -445,9 +447,6 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
         axes = ()
         reasons["augment.flip_axes"] = f"label `{sided}` tells sides apart: never mirrored"
     if fingerprint.spatial_dims == 2:
-        if fingerprint.pictures:
-            reasons["augment.p_intensity"] = "pictures: brightness, contrast and shape vary from device to device"
-        more = UNCALIBRATED if fingerprint.pictures else {}
         return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes, **more)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)
     if spacing.max() > ANISOTROPIC * spacing.min():

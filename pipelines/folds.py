@@ -52,12 +52,7 @@ class Fold:
     def job(self) -> dict[str, Any]:
         """What is written into job.json for the process that trains."""
         job = make_job(
-            self.dataset,
-            self.data_sha256,
-            self.config,
-            fold=self.number,
-            folds=self.folds,
-            device=self.device,
+            self.dataset, self.data_sha256, self.config, fold=self.number, folds=self.folds, device=self.device
         )
         return job | {
             "pretrained": None if self.pretrained is None else str(self.pretrained.file),

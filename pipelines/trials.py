@@ -37,12 +37,7 @@ class Trial:
     def job(self) -> dict[str, Any]:
         """What is to be done, as it is written into job.json."""
         return make_job(
-            self.dataset,
-            self.data_sha256,
-            self.config,
-            fold=self.fold,
-            folds=self.folds,
-            device=self.device,
+            self.dataset, self.data_sha256, self.config, fold=self.fold, folds=self.folds, device=self.device
         )
 
     @property

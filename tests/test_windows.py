@@ -217,6 +217,17 @@ def slope(axis: int) -> torch.Tensor:
     return (torch.arange(size) - (size - 1) / 2).reshape([size if a == axis else 1 for a in range(3)])
 
 
+class Watch:
+    """A scorer that keeps what it saw, and gives it back."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, windows: torch.Tensor) -> torch.Tensor:
+        self.seen.append(windows.clone())
+        return windows
+
+
 def with_views(scorer: Scorer, *flip_axes: int, **copies: Any) -> Ensemble:
     return Ensemble((scorer,), views(WindowsConfig(flip_axes=flip_axes, **copies)))
 
@@ -232,29 +243,19 @@ def test_a_flip_is_undone_before_the_mean(axis: int) -> None:
 
 
 def test_all_combinations_of_flips_count_once() -> None:
-    seen = []
-
-    def watch(windows: torch.Tensor) -> torch.Tensor:
-        seen.append(windows.clone())
-        return windows
-
+    watch = Watch()
     volume = a_volume(*PATCH)
     predict(WindowsConfig(patch_size=PATCH), volume, with_views(watch, 0, 2))
     wanted = [volume[None].flip(dims) if dims else volume[None] for dims in ((), (2,), (4,), (2, 4))]
-    assert len(seen) == 4
-    assert all(torch.equal(a, b) for a, b in zip(seen, wanted))
+    assert len(watch.seen) == 4
+    assert all(torch.equal(a, b) for a, b in zip(watch.seen, wanted))
 
 
 def test_copies_of_other_sizes_come_back_at_the_size_of_the_window() -> None:
-    seen = []
-
-    def watch(windows: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(windows.shape[2:]))
-        return windows
-
+    watch = Watch()
     ramp = torch.arange(16.0).expand(1, 16, 16)
     found = predict(WindowsConfig(patch_size=(16, 16)), ramp, with_views(watch, scales=(1.0, 0.75, 1.25)))
-    assert seen == [(16, 16), (12, 12), (20, 20)]
+    assert [tuple(w.shape[2:]) for w in watch.seen] == [(16, 16), (12, 12), (20, 20)]
     # a ramp survives linear resizing but for its ends
     assert torch.allclose(found[:, :, 2:-2], ramp[:, :, 2:-2], atol=1e-4)
 
@@ -265,19 +266,14 @@ def test_views_are_all_pairs_of_flips_and_sizes() -> None:
 
 
 def test_a_moved_copy_comes_back_whole_to_where_it_was() -> None:
-    seen = []
-
-    def watch(windows: torch.Tensor) -> torch.Tensor:
-        seen.append(windows.clone())
-        return windows
-
+    watch = Watch()
     volume = a_volume(*PATCH)
     found = predict(WindowsConfig(patch_size=PATCH), volume, with_views(watch, shifts=((1, 0, 3),)))
     assert torch.allclose(found, volume, atol=1e-6)
-    assert seen[1].shape[2:] == (PATCH[0] + 1, PATCH[1], PATCH[2] + 3)
-    assert torch.equal(seen[1][:, :, 1:, :, 3:], volume[None])
-    assert not seen[1][:, :, :1].any()
-    assert not seen[1][..., :3].any()
+    assert watch.seen[1].shape[2:] == (PATCH[0] + 1, PATCH[1], PATCH[2] + 3)
+    assert torch.equal(watch.seen[1][:, :, 1:, :, 3:], volume[None])
+    assert not watch.seen[1][:, :, :1].any()
+    assert not watch.seen[1][..., :3].any()
 
 
 def test_moved_copies_turn_what_the_stride_of_a_network_leaves_behind() -> None:

@@ -102,6 +102,7 @@ def run(arguments: list[str]) -> int:
     except Exception:
         if arguments[:1] != TRAIN or not processes.is_one_of_several():
             raise
+        # a defect, told as Python would: but its own way out waits for the other processes
         traceback.print_exc()
         return SOME_FAILED
     return OK
