@@ -276,6 +276,7 @@ def _with_splits(dataset: Dataset, path: Path) -> Dataset:
         for c in strangers
     ]
     for number, fold in enumerate(folds):
+        _refuse_repetition(path, number, fold)
         _refuse_leak(path, number, fold, known)
     kept = tuple(Fold(tuple(c for c in f.train if c in known), tuple(c for c in f.val if c in known)) for f in folds)
     return replace(dataset, folds=kept, problems=(*dataset.problems, *problems))
@@ -300,6 +301,15 @@ def _with_fold_column(dataset: Dataset) -> Dataset:
     for number, fold in enumerate(folds):
         _refuse_leak(dataset.path, number, fold, known)
     return replace(dataset, folds=folds)
+
+
+def _refuse_repetition(path: Path, number: int, fold: Fold) -> None:
+    for part, names in (("train", fold.train), ("val", fold.val)):
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        if repeated:
+            raise DataError(
+                f"{path}: fold {number} names {repeated[0]} more than once in {part}, expected once; correct the split"
+            )
 
 
 def _refuse_leak(path: Path, number: int, fold: Fold, known: Mapping[str, Case]) -> None:

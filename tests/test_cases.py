@@ -126,6 +126,15 @@ def test_split_file_with_a_case_on_both_sides_is_refused(tmp_path: Path) -> None
         read_dataset(root)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_case_named_twice_in_one_part_of_a_fold_is_refused(tmp_path: Path, part: str) -> None:
+    root = nnunet(tmp_path)
+    fold = {"train": ["c0"], "val": ["c1"]}
+    (root / "splits_final.json").write_text(json.dumps([fold | {part: ["c2", "c2"]}]))
+    with pytest.raises(DataError, match=f"fold 0 names c2 more than once in {part}"):
+        read_dataset(root)
+
+
 def test_decathlon_folder(tmp_path: Path) -> None:
     touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b.nii.gz")
     describe(
