@@ -193,8 +193,8 @@ class NetworkConfig(Section):
 class AugmentConfig(Section):
     """Random changes of a training batch; `p_…` are probabilities per sample, pairs are the ranges drawn from."""
 
-    p_affine: Fraction = 0.25
-    """The others stay as sharp as the images of inference are: interpolation blurs."""
+    p_affine: Fraction = 0.5
+    """The others stay as sharp as the images of inference are: interpolation blurs, if little."""
     rotation_deg: tuple[float, ...] = (20.0, 20.0, 20.0)
     """Largest angle about each axis (2D: one angle)."""
     scale: PositiveRange = (0.8, 1.25)
@@ -273,7 +273,7 @@ class TrainConfig(Section):
     deterministic: bool = False
     save_every_s: PositiveFloat = 120.0
     validation_share: Fraction = 0.05
-    """Largest share of the time that validation while training may take."""
+    """Largest share of a time budget that validation while training may take."""
     calibration_share: Fraction = 0.15
     """Time after training, as a share of it, in which windows, copies and post-processing are chosen, and what Dice to
     expect of a case is learnt."""
@@ -393,9 +393,10 @@ class Config(Section):
                 f"preprocess.intensity has {len(self.preprocess.intensity)} entries, expected one for each of the "
                 f"{len(self.data.channels)} data.channels"
             )
-        if dims == 3 and len(self.augment.rotation_deg) != 3:
+        angles = len(self.augment.rotation_deg)
+        if (dims == 3 and angles != 3) or (dims == 2 and not angles):
             raise ValueError(
-                f"augment.rotation_deg has {len(self.augment.rotation_deg)} numbers, expected one per axis"
+                f"augment.rotation_deg has {angles} numbers, expected one {'per axis' if dims == 3 else 'angle'}"
             )
         for where, axes in (
             ("augment.flip_axes", self.augment.flip_axes),

@@ -447,7 +447,7 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
         axes = ()
         reasons["augment.flip_axes"] = f"label `{sided}` tells sides apart: never mirrored"
     if fingerprint.spatial_dims == 2:
-        return AugmentConfig(rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes, **more)
+        return AugmentConfig(p_affine=0.25, rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes, **more)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)
     if spacing.max() > ANISOTROPIC * spacing.min():
         coarse = int(spacing.argmax())

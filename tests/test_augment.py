@@ -88,7 +88,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("shape", [(29,), (23, 31), (13, 22, 17)])
 @pytest.mark.parametrize("edge", [False, True])
-def test_an_affine_is_that_of_scipy(shape: tuple[int, ...], edge: bool) -> None:
+def test_an_affine_is_that_of_scipy_between_voxels_and_midpoints(shape: tuple[int, ...], edge: bool) -> None:
     n = len(shape)
     image, label = a_case(*shape)
     patch, matrix = (8, 6, 5)[:n], oblique(n)
@@ -98,14 +98,48 @@ def test_an_affine_is_that_of_scipy(shape: tuple[int, ...], edge: bool) -> None:
     linear = matrix[:, :n].double().numpy()
     offset = np.array(centre) + matrix[:, n].double().numpy() - linear @ np.array(middle(patch))
     for channel, found in zip(image, new_image):
-        # scipy's "constant" does not blend the outermost voxel with what is outside; a frame of zeros does
-        framed = np.pad(channel.numpy(), 2)
-        wanted = affine_transform(framed, linear, offset + 2, patch, order=1, mode="constant")
+        # one voxel of zeros around it, so that the outermost is blended with what is outside
+        finer = with_midpoints(np.pad(channel.numpy().astype(np.float64), 1))
+        wanted = affine_transform(finer, 2 * linear, 2 * (offset + 1), patch, order=1, mode="nearest")
         assert np.allclose(found.numpy(), wanted, atol=2e-5)
-    framed = np.pad(label.numpy(), 2)
-    wanted = affine_transform(framed, linear, offset + 2, patch, order=0, mode="constant")
-    assert np.array_equal(new_label.numpy(), wanted)
+    framed = np.pad(label.numpy(), 1)
+    shares = np.stack(
+        [
+            affine_transform((framed == v) * 1.0, linear, offset + 1, patch, order=1, mode="nearest")
+            for v in np.unique(framed)
+        ]
+    )
+    # float32 positions may turn a tie
+    first, second = np.sort(shares, axis=0)[[-1, -2]]
+    clear = first - second > 1e-4
+    assert clear.mean() > 0.99
+    wanted = np.unique(framed)[shares.argmax(axis=0)]
+    assert np.array_equal(new_label.numpy()[clear], wanted[clear])
     assert edge == bool((new_image == 0).any())
+
+
+def with_midpoints(array: np.ndarray) -> np.ndarray:
+    """Between each two voxels along each axis the cubic through four."""
+    for axis in range(array.ndim):
+        x = np.moveaxis(array, axis, 0)
+        ends = np.concatenate([x[:1], x, x[-1:]])
+        finer = np.empty((2 * len(x) - 1, *x.shape[1:]))
+        finer[::2] = x
+        finer[1::2] = (9 * (ends[1:-2] + ends[2:-1]) - ends[:-3] - ends[3:]) / 16
+        array = np.moveaxis(finer, 0, axis)
+    return array
+
+
+def test_a_turned_ramp_and_parabola_stay_what_they_are() -> None:
+    # a cubic goes through them; between midpoints a line leaves a parabola by 1/32 of its second difference at most
+    x = torch.arange(24.0) - 11.5
+    for power, most in ((1, 1e-4), (2, 2 / 32 * 1.01)):
+        image = (x**power)[None, :, None].expand(1, 24, 24).contiguous()
+        angle = torch.full((1, 1), 0.3)
+        new, _ = moved(affine(rotations(angle, 2)[0], (0.2, -0.1)), image, image[0].int(), (8, 8), middle((24, 24)))
+        p = torch.arange(8.0) - 3.5
+        row = np.cos(0.3) * p[:, None] - np.sin(0.3) * p[None] + 0.2
+        assert float((new[0] - row**power).abs().max()) < most
 
 
 @pytest.mark.parametrize(
@@ -177,11 +211,11 @@ def test_a_patch_reads_what_the_case_has_however_far_it_reaches() -> None:
 
 def test_the_box_is_no_larger_than_the_patch_needs() -> None:
     matrix = affine(torch.diag(torch.tensor([2.0, 0.5])), (0.0, 1.0))
-    # rows 20 ± 9; columns 31 ± 2.25, rounded outwards
-    assert source_box(matrix, [20, 30], (10, 10), (99, 99)) == ((11, 28), (19, 7))
+    # rows 20 ± 9; columns 31 ± 2.25, rounded outwards; one more on either side for the cubic
+    assert source_box(matrix, [20, 30], (10, 10), (99, 99)) == ((10, 27), (21, 9))
     # beyond the edge one voxel of zeros, and no more
-    assert source_box(matrix, [2, 30], (10, 10), (99, 99)) == ((-1, 28), (13, 7))
-    assert source_box(matrix, [-50, 30], (10, 10), (99, 99)) == ((-1, 28), (1, 7))
+    assert source_box(matrix, [2, 30], (10, 10), (99, 99)) == ((-1, 27), (14, 9))
+    assert source_box(matrix, [-50, 30], (10, 10), (99, 99)) == ((-1, 27), (1, 9))
 
 
 def test_threads_do_not_change_a_patch() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+# what lies midway between two voxels, by the cubic through them and their neighbours (Keys 1981, a = −1/2)
+MIDWAY = (-1 / 16, 9 / 16, 9 / 16, -1 / 16)
+# it reads so many voxels more on either side
+MARGIN = 1
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -20,8 +26,8 @@ def source_box(matrix: torch.Tensor, centre: Sequence[float], patch_size: Sequen
     reach = (matrix[:, :-1].abs() @ torch.tensor([(p - 1) / 2 for p in patch_size])).tolist()
     start, size = [], []
     for middle, shift, half, whole in zip(centre, matrix[:, -1].tolist(), reach, shape):
-        first = min(max(math.floor(middle + shift - half), -1), whole)
-        last = min(max(math.ceil(middle + shift + half), -1), whole)
+        first = min(max(math.floor(middle + shift - half) - MARGIN, -1), whole)
+        last = min(max(math.ceil(middle + shift + half) + MARGIN, -1), whole)
         start.append(first)
         size.append(last - first + 1)
     return tuple(start), tuple(size)
@@ -36,20 +42,21 @@ def resample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The patch (C, *patch_size), (*patch_size) of `image` (C, *S) float32 and `label` (*S), n = 1, 2 or 3 dimensions.
 
-    Position p of the patch, in voxels from its middle, reads `centre` + matrix · (p, 1); the image linearly, the label
-    the nearest voxel, so that it keeps its values and type. Beyond the box its outermost voxels go on: `source_box`
-    puts what is outside the case there.
+    Position p of the patch, in voxels from its middle, reads `centre` + matrix · (p, 1); the image linearly
+    between its voxels and what a cubic puts midway between them, which blurs it little; the label what linear
+    interpolation of each label by itself would give the most, so that it keeps its values and type. Beyond the box its
+    outermost voxels go on: `source_box` puts what is outside the case there.
     """
     if is_whole(matrix, centre, patch_size):
         return _copy(matrix, centre, image, label, patch_size)
     n = len(patch_size)
     matrix = torch.cat([matrix[:, :n], matrix[:, n:] + torch.tensor(centre)[:, None]], dim=1)
-    new_label = _nearest(_positions(matrix, patch_size, label.device), label).reshape(tuple(patch_size))
-    # voxels → −1…1 between the outer faces, the last axis first
-    size = torch.tensor(label.shape)[:, None]
-    theta = matrix * (2 / size)
-    theta[:, n:] += 1 / size - 1
+    new_label = _weightiest(_positions(matrix, patch_size, label.device), label).reshape(tuple(patch_size))
+    # voxels → −1…1 between the centres of the outermost, the last axis first
+    theta = matrix * (2 / (torch.tensor(label.shape) - 1).clamp(min=1))[:, None]
+    theta[:, n:] -= 1
     where = _positions(theta.flip(0), patch_size, image.device)
+    image = _with_midpoints(image)
     if n == 1:
         # grid_sample begins at two dimensions
         where, image = F.pad(where, (0, 1))[:, None], image[..., None, :]
@@ -57,7 +64,7 @@ def resample(
     slabs = _slabs(len(where)) if where.device.type == "cpu" else 1
     where = where.view(slabs, -1, *where.shape[1:])
     source = image.expand(slabs, *image.shape)
-    moved = F.grid_sample(source, where, mode="bilinear", padding_mode="border", align_corners=False)
+    moved = F.grid_sample(source, where, mode="bilinear", padding_mode="border", align_corners=True)
     return moved.movedim(1, 0).reshape(len(image), *patch_size), new_label
 
 
@@ -89,19 +96,57 @@ def _positions(matrix: torch.Tensor, patch_size: Sequence[int], device: torch.de
     return (lines[:, None] + across).view(*patch_size, n)
 
 
-def _nearest(position: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """(V,) the voxels of `label` nearest to `position` (*P, n)."""
-    voxel = position.round().clamp_(min=0)
-    last = torch.tensor(label.shape, dtype=torch.float32, device=label.device) - 1
-    # limits for a whole line at a time
-    lines = voxel.view(-1, voxel.shape[-2] * len(last))
-    torch.minimum(lines, last.repeat(voxel.shape[-2]), out=lines)
-    voxel = voxel.view(-1, len(last))
-    # whole numbers, which a float32 does not hold beyond 2^24
-    index = voxel[:, 0].to(torch.int32)
-    for axis in range(1, len(last)):
-        index = index.mul_(label.shape[axis]).add_(voxel[:, axis].to(torch.int32))
-    return label.reshape(-1).index_select(0, index)
+def _with_midpoints(image: torch.Tensor) -> torch.Tensor:
+    """(C, *S) → (C, *(2S − 1)): the voxels, and between each two of them what a cubic says is there."""
+    far, near, next_, beyond = MIDWAY
+    for axis in range(1, image.ndim):
+        size = image.shape[axis]
+        line = torch.arange(-1, size + 1, device=image.device).clamp_(0, size - 1)
+        longer = image.index_select(axis, line)
+        around = [longer.narrow(axis, start, size - 1) for start in range(4)]
+        midway = torch.mul(around[0], far).add_(around[1], alpha=near)
+        midway.add_(around[2], alpha=next_).add_(around[3], alpha=beyond)
+        first = image.narrow(axis, 0, 1)
+        pairs = torch.stack([midway, image.narrow(axis, 1, size - 1)], dim=axis + 1).flatten(axis, axis + 1)
+        image = torch.cat([first, pairs], dim=axis)
+    return image
+
+
+def _weightiest(position: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """(V,) of the labels of the voxels around each `position` (*P, n) that with the greatest sum of linear weights."""
+    n = label.ndim
+    position = position.reshape(-1, n)
+    first = position.floor()
+    # what the lower and the upper voxel along each axis add to the index, in whole numbers, which a float32 does not
+    # hold beyond 2^24
+    parts: list[tuple[torch.Tensor, ...]] = []
+    stride = 1
+    for axis in reversed(range(n)):
+        last = label.shape[axis] - 1
+        both = (first[:, axis].add(side).clamp_(0, last).to(torch.int32).mul_(stride) for side in (0, 1))
+        parts.insert(0, tuple(both))
+        stride *= last + 1
+    flat, corners = label.reshape(-1), list(itertools.product((0, 1), repeat=n))
+    around = []
+    for corner in corners:
+        index = parts[0][corner[0]]
+        for part, side in zip(parts[1:], corner[1:]):
+            index = index + part[side]
+        around.append(flat.index_select(0, index))
+    found = around[0].clone()
+    # nearly all positions lie inside one label
+    mixed = torch.zeros(len(found), dtype=torch.bool, device=label.device)
+    for values in around[1:]:
+        mixed |= values != found
+    at = mixed.nonzero()[:, 0]
+    values = torch.stack([v[at] for v in around])
+    upper = position[at] - first[at]
+    sides = torch.stack([1 - upper, upper])
+    axes = torch.arange(n, device=label.device)
+    weights = torch.stack([sides[torch.tensor(c, device=label.device), :, axes].prod(dim=0) for c in corners])
+    sums = torch.stack([((values == value) * weights).sum(dim=0) for value in values])
+    found[at] = values.gather(0, sums.argmax(dim=0, keepdim=True))[0]
+    return found
 
 
 def _copy(
