@@ -106,7 +106,7 @@ def calibrate(
     training: Sequence[Prepared],
     device: torch.device,
     precision: str,
-    budget_s: float,
+    budget_s: float | None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """The choices for a trained `network`, for model.json: `windows`, `tta`, `postprocess`, each with its table.
@@ -114,12 +114,14 @@ def calibrate(
     And `quality`, the way to an expected Dice, which knows what the images of `training` are like.
 
     Takes about `budget_s` seconds, at least one look at `LEAST_CASES` cases; with fewer cases nothing is chosen, and
-    what there was no time to try is not chosen.
+    what there was no time to try is not chosen. None: the clock decides nothing, so that the same network and cases
+    have the same choices; everything is tried on all cases, and of equals the plainest is taken, not the fastest.
     """
     if len(cases) < LEAST_CASES:
         log.info("%d cases held back: too few to choose windows, copies or post-processing by", len(cases))
         return {}
-    bench = _Bench(config, network, cases, device, precision, (1 - QUALITY_SHARE) * budget_s, progress)
+    trying_s, quality_s = (None if budget_s is None else s * budget_s for s in (1 - QUALITY_SHARE, QUALITY_SHARE))
+    bench = _Bench(config, network, cases, device, precision, trying_s, progress)
     usual = bench.first()
     windows = _choose_windows(bench, usual)
     tta = _choose_copies(bench, windows[-1])
@@ -127,19 +129,20 @@ def calibrate(
         "windows": _record(windows),
         "tta": _record(tta, only=("flip_axes", "shifts", "scales")),
         "postprocess": _choose_postprocess(bench, windows[-1]),
-        "quality": _learn_quality(bench, windows[-1], training, QUALITY_SHARE * budget_s),
+        "quality": _learn_quality(bench, windows[-1], training, quality_s),
     }
 
 
 def quick_dice(
     config: Config, network: torch.nn.Module, cases: Sequence[Prepared], device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Mean Dice of each label on the network's grid: a guide, not the report."""
+    """Mean Dice of each label that any of the cases has, on the network's grid: a guide, not the report."""
     scorer = make_scorer(network, config.data, device, precision)
     found = np.array([case_dice(config.data, label_case(config, c, scorer, device), c) for c in cases])
     return {
-        name: float(np.nanmean(column)) if np.isfinite(column).any() else 0.0
+        name: float(np.nanmean(column))
         for name, column in zip(config.data.foreground, found.T)
+        if np.isfinite(column).any()
     }
 
 
@@ -193,7 +196,7 @@ class _Bench:
         cases: Sequence[Prepared],
         device: torch.device,
         precision: str,
-        budget_s: float,
+        budget_s: float | None,
         progress: Progress,
     ) -> None:
         self.config = config
@@ -207,6 +210,14 @@ class _Bench:
 
     def first(self) -> Trial:
         """The way of training, on as many cases, spread evenly, as leave time for the others."""
+        if self._budget_s is not None:
+            self._choose_cases(self._budget_s)
+        trial = self.run("as in training", {})
+        if trial is None:
+            raise RuntimeError("the first trial is never left out")
+        return trial
+
+    def _choose_cases(self, budget_s: float) -> None:
         start = time.perf_counter()
         scorer = self._scorer({})
         # the first case pays for caches too; the second tells the time
@@ -214,19 +225,20 @@ class _Bench:
             begun = time.perf_counter()
             label_case(self.config, case, scorer, self.device)
             each = time.perf_counter() - begun
-        affordable = int(FIRST_SHARE * self._budget_s / each)
+        affordable = int(FIRST_SHARE * budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))
         picked = np.unique(np.linspace(0, len(self.cases) - 1, wanted).round().astype(int))
         self.cases = [self.cases[i] for i in picked]
         log.debug("%.1f s to see what a case takes: %d cases to choose by", time.perf_counter() - start, len(picked))
-        trial = self.run("as in training", {})
-        if trial is None:
-            raise RuntimeError("the first trial is never left out")
-        return trial
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the clock has a say in what is tried and chosen."""
+        return self._budget_s is not None
 
     def run(self, name: str, settings: Settings, *, expected: float = 0.0) -> Trial | None:
         """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
-        left = self._budget_s - (time.perf_counter() - self._began)
+        left = math.inf if self._budget_s is None else self._budget_s - (time.perf_counter() - self._began)
         if expected * len(self.cases) > left and expected:
             log.info("no time left to try %s", name)
             return None
@@ -256,16 +268,17 @@ class _Bench:
             self._progress("calibrate", number, len(self.cases), "post-processing")
             yield label_case(config, case, scorer, self.device), case
 
-    def samples(self, settings: Settings, profile: Profile, budget_s: float) -> list[Sample]:
-        """What the cases teach about the estimate of Dice: as they are, then ever worse till time is up."""
+    def samples(self, settings: Settings, profile: Profile, budget_s: float | None) -> list[Sample]:
+        """What the cases teach about the estimate of Dice: as they are, then ever worse till time is up, or once."""
         config, scorer = self._changed(settings), self._scorer(settings)
         began = time.perf_counter()
         found: list[Sample] = []
-        total = (1 + len(WORSE)) * len(self.cases)
-        for turn in range(1 + len(WORSE)):
+        turns = 2 if budget_s is None else 1 + len(WORSE)
+        total = turns * len(self.cases)
+        for turn in range(turns):
             for number, case in enumerate(self.cases):
                 # every case once as it is and once worse, however long it takes
-                if turn > 1 and time.perf_counter() - began > budget_s:
+                if turn > 1 and budget_s is not None and time.perf_counter() - began > budget_s:
                     return found
                 self._progress("calibrate", turn * len(self.cases) + number, total, "quality")
                 seen, version = case, "as it is"
@@ -307,7 +320,7 @@ def _choose_windows(bench: _Bench, usual: Trial) -> list[Trial]:
             trials.append(trial)
     best = max(trial.mean for trial in trials)
     good = [trial for trial in trials if trial.mean >= best - MARGIN]
-    fastest = min(trial.seconds for trial in good)
+    fastest = min(trial.seconds for trial in good) if bench.is_timed else math.inf
     # the plainer comes first
     chosen = next(trial for trial in good if trial.seconds <= (1 + NOISE) * fastest)
     return [*(t for t in trials if t is not chosen), chosen]
@@ -392,18 +405,20 @@ def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
     return {"settings": settings, "measured": [dict(row) for row in found.table]}
 
 
-def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], budget_s: float) -> dict[str, Any]:
+def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], budget_s: float | None) -> dict[str, Any]:
     """The estimate of Dice, from the cases as they are and worse; with mirrored copies too, where sides are alike."""
     data = bench.config.data
     picked = np.unique(np.linspace(0, len(training) - 1, PROFILED).round().astype(int))
     profile = profile_of((training[i] for i in picked), data)
     axes = [] if sided_label(data) else list(bench.config.augment.flip_axes)[:1]
-    plain = bench.samples(base.settings, profile, budget_s / (3 if axes else 1))
+    plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
+    plain = bench.samples(base.settings, profile, plain_s)
     if not plain:
         return {"settings": {}, "measured": []}
     model = fit_quality(plain, profile)
     if axes:
-        mirrored = bench.samples(overlay(base.settings, {"windows": {"flip_axes": axes}}), profile, 2 * budget_s / 3)
+        flipped = overlay(base.settings, {"windows": {"flip_axes": axes}})
+        mirrored = bench.samples(flipped, profile, None if plain_s is None else 2 * plain_s)
         model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
     measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
     return {"settings": {}, "measured": measured, "flip_axes": axes, "model": model.model_dump(mode="json")}

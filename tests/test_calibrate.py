@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,9 @@ def bench(ways: Mapping[str, Trial | None], **augment: Any) -> Any:
         found = ways.get(name)
         return None if found is None else Trial(name, settings, found.dice, found.seconds)
 
-    return SimpleNamespace(config=config, cases=[a_case(0)], run=run, asked=asked, pools_locally=lambda settings: False)
+    return SimpleNamespace(
+        config=config, cases=[a_case(0)], run=run, asked=asked, pools_locally=lambda settings: False, is_timed=True
+    )
 
 
 # ---- Dice on the network's grid
@@ -208,6 +211,21 @@ def test_everything_that_was_measured_is_recorded(monkeypatch: pytest.MonkeyPatc
     assert all(0 <= row["dice"] <= 1 and row["seconds_a_case"] > 0 for row in found["windows"]["measured"])
     assert {row["name"] for row in found["tta"]["measured"]} >= {"flip", "scale"}
     assert set(found["quality"]["model"]) == {"profile", "plain", "with_members"}
+
+
+def test_without_a_budget_the_clock_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cases = tiny_config(), [a_case(n) for n in range(6)]
+    network = new_network(config)
+    found = []
+    for pace in (1e-3, 1e4):
+        clock = itertools.count()
+        monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: pace * next(clock) ** 2)  # noqa: B023
+        made = calibrate(config, network, cases, training=cases, device=CPU, precision="32", budget_s=None)
+        assert [row["cases"] for row in made["windows"]["measured"]] == [6] * 6
+        found.append(
+            [made[part]["settings"] for part in ("windows", "tta", "postprocess")] + [made["quality"]["model"]]
+        )
+    assert found[0] == found[1]
 
 
 # ---- what inference makes of it
