@@ -385,7 +385,8 @@ def _tell(folder: Path, found: Outcome) -> None:
             for reason in best["reasons"]:
                 out.print(escape(reason))
             out.print(f"For new cases:\n{best['command']}", markup=False)
-        out.print(escape(f"Report: {folder / REPORT / 'report.html'}, {folder / PAGE}"))
+        page = escape(str(folder / PAGE))
+        out.print(page if found.report is None else f"Report: {escape(str(folder / REPORT / 'report.html'))}, {page}")
     for reason in found.waiting:
         out.print(escape(f"waiting: {reason}"))
     if found.waiting:

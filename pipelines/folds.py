@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import medseg
-from medseg_pipelines.locks import Lock, age_s
+from medseg_pipelines.locks import Lock, age_s, is_locked
 from medseg_pipelines.processes import attempt, link_cache, read_json, reason_of
 from medseg_pipelines.trial import DESCRIPTION, FAILURE, JOB, OK, RESULT, STATE, WRONG, make_job
 from medseg_pipelines.trials import ATTEMPTS, first_difference
 
 CONFIG, WEIGHTS, LOG = "config.yaml", "model.safetensors", "log.txt"
 VALIDATION = "validation"
-# a run that keeps no lock, `medseg train` by hand, writes its state more often than this
+# what a run changes while it lives: the cache while it prepares cases, its state every two minutes
+PULSE = (LOG, "cache", STATE)
+# where the disk has no locks, a run by hand that has changed nothing for so long is taken for dead
 QUIET_S = 300.0
 
 
@@ -192,11 +194,15 @@ def _look_at_begun(fold: Fold) -> Found:
 
 
 def _elsewhere(fold: Fold) -> Found | None:
-    """A run that somebody began by hand, and whose log still grows."""
-    age = age_s(fold.folder / LOG) if fold.folder.is_dir() else None
-    if age is None or age > QUIET_S or (fold.folder / JOB).is_file():
+    """A run that somebody began by hand, and that holds its log or still writes."""
+    if not fold.folder.is_dir() or (fold.folder / JOB).is_file():
         return None
-    why = f"{fold.folder}: `medseg train` seems to work on it ({LOG} changed {age:.0f} s ago)"
+    if is_locked(fold.folder / LOG):
+        return Found("elsewhere", f"{fold.folder}: `medseg train` works on it; the same command goes on after its end")
+    age = min((age for name in PULSE if (age := age_s(fold.folder / name)) is not None), default=None)
+    if age is None or age > QUIET_S:
+        return None
+    why = f"{fold.folder}: `medseg train` seems to work on it (it wrote {age:.0f} s ago)"
     return Found("elsewhere", f"{why}; if not, wait till that is {QUIET_S:.0f} s ago")
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from typing import Any
 
 import medseg
 from medseg_pipelines.processes import read_json
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger("medseg.locks")
 
@@ -117,6 +121,20 @@ def publish(path: Path, text: str) -> bool:
     finally:
         whole.unlink(missing_ok=True)
     return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the file with `flock`, as a training does its log; False where the disk has no locks."""
+    if sys.platform == "win32" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        log.debug("%s: cannot be asked for its lock (%s)", path, error.strerror)
+    return False
 
 
 def age_s(path: Path) -> float | None:

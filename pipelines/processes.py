@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from medseg_pipelines.trial import FAILURE, INTERRUPTED
 OUTPUT = "output.txt"
 SECONDS_TO_STOP = 120.0
 SECONDS_BETWEEN_LOOKS = 0.5
+# what torchrun and srun tell a process of the others that were started with it
+TOGETHER = ("TORCHELASTIC_", "SLURM_", "MASTER_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def attempt(
@@ -35,7 +38,9 @@ def attempt(
     command = [sys.executable, "-m", "medseg_pipelines.trial", str(folder)]
     with (folder / OUTPUT).open("ab") as output:
         # a session of its own: Ctrl-C reaches it through this process, exactly once
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=_environment_of_one(), stdout=output, stderr=output, start_new_session=True
+        )
         try:
             if started is not None:
                 started(process.pid)
@@ -75,6 +80,11 @@ def link_cache(link: Path, cache: Path) -> None:
         with contextlib.suppress(OSError):
             link.unlink(missing_ok=True)
             link.symlink_to(cache.resolve(), target_is_directory=True)
+
+
+def _environment_of_one() -> dict[str, str]:
+    """A training of one fold is alone, also where this program is one of several tasks."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(TOGETHER)}
 
 
 def _watch(process: subprocess.Popen[bytes], limit_s: float | None, forbidden: threading.Event | None) -> int:

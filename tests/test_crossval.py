@@ -23,7 +23,7 @@ from test_ship import ABOUT
 
 import medseg
 from medseg import calibrate
-from medseg_pipelines import choice, collecting, folds
+from medseg_pipelines import choice, collecting, folds, processes
 from medseg_pipelines.choice import Method, choose_cleaning, choose_ensemble, choose_single, vote, vote_of_others
 from medseg_pipelines.compare import Outcome
 from medseg_pipelines.crossval import INTERRUPTED, OK, SOME_FAILED, TERMINATED, USAGE, run
@@ -476,6 +476,31 @@ def test_a_run_that_somebody_has_begun_by_hand_is_left_alone_while_its_log_grows
     assert look(fold).state == "elsewhere"
     make_old(log, 2 * folds.QUIET_S)
     assert look(fold).state == "missing"
+    # it is preparing cases, which its log says nothing of
+    (fold.folder / "cache").mkdir()
+    assert look(fold).state == "elsewhere"
+    make_old(fold.folder / "cache", 2 * folds.QUIET_S)
+    assert look(fold).state == "missing"
+
+
+def test_a_run_by_hand_that_holds_its_log_is_left_alone_however_quiet(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    fold.folder.mkdir(parents=True)
+    log, fcntl = fold.folder / "log.txt", pytest.importorskip("fcntl")
+    with log.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        make_old(log, 2 * folds.QUIET_S)
+        assert look(fold).state == "elsewhere"
+    assert look(fold).state == "missing"
+
+
+def test_a_training_of_a_fold_knows_nothing_of_the_other_tasks_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    left = processes._environment_of_one()
+    assert left["OMP_NUM_THREADS"] == "2"
+    assert not [name for name in left if name.startswith(("SLURM", "RANK", "WORLD", "LOCAL", "TORCHELASTIC"))]
 
 
 # ---- masks of other folds' choice
