@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,8 +17,7 @@ from safetensors.torch import save as save_safetensors
 
 from medseg.config import Fraction, Section
 from medseg.errors import ConfigError, ModelError
-from medseg.model import DESCRIPTION, WEIGHTS, Model, read_description, read_model
-from medseg.readers import file_sha256
+from medseg.model import DESCRIPTION, WEIGHTS, Model, chosen_settings, read_description, read_model
 from medseg.writers import atomic_path, write_text
 
 log = logging.getLogger(__name__)
@@ -117,12 +118,14 @@ def make_card(values: Mapping[str, Any], *, source: str) -> ModelCard:
         raise ConfigError(f"{source}: no model card: {wrong}") from error
 
 
-def ship_model(run: Path, out: Path, card: ModelCard) -> ShippedModel:
+def ship_model(run: Path, out: Path, card: ModelCard, *, like: Sequence[Path] = ()) -> ShippedModel:
     """Write the model of a run folder into `out`, small enough to ship: kernels in half precision, and its card.
 
     Norms, biases and statistics stay as they are. What the rounding changes is measured on an image of noise and
-    written down. Raises `ModelError` for a model that changes or weighs too much, `ConfigError` for a card that does
-    not have the model's labels.
+    written down. `like`: run folders of the same recipe that held cases back, as the folds of a cross-validation do. A
+    run that held none back gets the windows and copies that they chose, and the estimate of Dice that the first of them
+    learnt. Raises `ModelError` for a model that changes or weighs too much, `ConfigError` for a card that does not have
+    the model's labels.
     """
     model, description = read_model(run), read_description(run)
     labels = set(model.config.data.foreground)
@@ -135,23 +138,21 @@ def ship_model(run: Path, out: Path, card: ModelCard) -> ShippedModel:
         raise ModelError(f"{run}: {len(content):,} bytes of weights in half precision, expected at most {LARGEST:,}")
     # the names of cases are nobody's business
     training = {k: v for k, v in description["training"].items() if k != "validation_cases"}
-    with atomic_path(out / WEIGHTS) as temporary:
-        temporary.write_bytes(content)
     made = description | {
         "training": training,
         "licence": card.licence,
-        "weights_sha256": file_sha256(out / WEIGHTS),
+        "inference": description.get("inference") or _choices_of(like),
+        "weights_sha256": hashlib.sha256(content).hexdigest(),
         CARD: card.model_dump(mode="json"),
     }
-    _describe(out, made)
-    change = _change(model, read_model(out))
+    change = _change(model, _read_back(content, made))
     if change["voxels_of_another_label"] > LARGEST_CHANGE:
-        for name in (DESCRIPTION, WEIGHTS):
-            (out / name).unlink()
         raise ModelError(
             f"{run}: half precision gives {change['voxels_of_another_label']:.2%} of the voxels of a test image "
             f"another label, expected at most {LARGEST_CHANGE:.1%}; its weights are of very different sizes"
         )
+    with atomic_path(out / WEIGHTS) as temporary:
+        temporary.write_bytes(content)
     _describe(out, made | {"half_precision": change})
     return _shipped(out)
 
@@ -165,6 +166,23 @@ def halved(network: torch.nn.Module) -> dict[str, torch.Tensor]:
         kernel = value.ndim > 2 and value.dtype == torch.float32 and bool((value.abs() <= largest).all())
         found[name] = value.half() if kernel else value
     return found
+
+
+def _choices_of(runs: Sequence[Path]) -> dict[str, Any]:
+    if not runs:
+        return {}
+    chosen = {name: {"settings": chosen_settings(runs, (name,)), "measured": []} for name in ("windows", "tta")}
+    learnt = {key: value for key, value in read_description(runs[0]).get("inference", {}).items() if key == "quality"}
+    return chosen | learnt
+
+
+def _read_back(content: bytes, description: Mapping[str, Any]) -> Model:
+    """The model as whoever installs it will have it; a folder that is there already is not touched."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / WEIGHTS).write_bytes(content)
+        _describe(folder, description)
+        return read_model(folder)
 
 
 def _describe(folder: Path, description: Mapping[str, Any]) -> None:

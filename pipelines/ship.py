@@ -15,10 +15,14 @@ import medseg
 from medseg.cli.shared import new_app
 from medseg.terminal import err, out
 from medseg_pipelines.markdown import markdown_table
+from medseg_pipelines.trials import first_difference
 
 log = logging.getLogger("medseg.ship")
 
 USAGE = 2
+# of the steps of the folds, a run that ships must have at least this share: clocks differ a little
+LEAST_SHARE = 0.9
+LUCK_AND_LENGTH = ("epochs", "time_budget_s", "steps_per_epoch", "seed", "deterministic", "save_every_s", "precision")
 CARDS = Path(__file__).parent / "cards"
 PAGE, DESCRIPTION = "README.md", "model.json"
 
@@ -53,11 +57,13 @@ def ship(run: Path, crossval: Path, folder: Path, *, about: Path | None = None) 
     """
     words = _words(about or CARDS / f"{folder.name}.yaml")
     record = _read_json(crossval)
-    method = _method(record, _read_json(run / DESCRIPTION), crossval, run)
+    network = _network(record, _read_json(run / DESCRIPTION), crossval, run)
+    method = _method(record, network["name"], crossval)
     card = medseg.make_card(
         words | {"dice": _figures(method, crossval), "judged": _judged(record["setup"])}, source=str(crossval)
     )
-    made = medseg.ship_model(run, folder, card)
+    folds = [crossval.parent / network["name"] / f"fold_{fold['fold']}" for fold in network["folds"]]
+    made = medseg.ship_model(run, folder, card, like=folds)
     medseg.write_text(folder / PAGE, page(made, _read_json(folder / DESCRIPTION)))
     return made
 
@@ -96,21 +102,46 @@ def page(model: medseg.ShippedModel, description: Mapping[str, Any]) -> str:
     return f"# {model.name}: {card.title}\n\n" + "\n".join(f"## {head}\n\n{text}\n" for head, text in sections)
 
 
-def _method(record: Mapping[str, Any], description: Mapping[str, Any], crossval: Path, run: Path) -> dict[str, Any]:
-    """How the run's network did alone and without post-processing."""
+def _network(record: Mapping[str, Any], description: Mapping[str, Any], crossval: Path, run: Path) -> Mapping[str, Any]:
+    """The network of the cross-validation that was trained as the run was, on the same data and no longer."""
     if not record.get("complete"):
         raise medseg.ConfigError(f"{crossval}: is not finished; every case has to be judged before a model ships")
-    wanted = {section: description["config"][section] for section in ("data", "preprocess", "network")}
+    training = description["training"]
+    if training["data_set"] != record["setup"]["dataset"]:
+        raise medseg.ConfigError(
+            f"{run}: learnt `{training['data_set']}`, {crossval} is of `{record['setup']['dataset']}`; the Dice would "
+            "be that of other data"
+        )
+    apart = {}
     for network in record["networks"]:
-        if all(network["config"][section] == values for section, values in wanted.items()):
-            for method in record["methods"]:
-                if method["networks"] == [network["name"]] and not method["postprocess"]:
-                    return dict(method)
-    named = ", ".join(network["name"] for network in record["networks"])
+        other = first_difference(_recipe(network["config"]), _recipe(description["config"]))
+        if other is None:
+            longest = max(fold["steps"] for fold in network["folds"])
+            if training["steps"] < LEAST_SHARE * longest:
+                raise medseg.ConfigError(
+                    f"{run}: was trained for {training['steps']} steps, the folds of {crossval} for up to {longest}; "
+                    "train it as long, since the Dice is theirs"
+                )
+            return dict(network)
+        apart[network["name"]] = other
+    named = "; ".join(f"{name}: {what}" for name, what in apart.items())
     raise medseg.ConfigError(
-        f"{run}: its data, preprocess and network sections are not those of a network in {crossval} ({named}); the "
-        "Dice would be that of another recipe"
+        f"{run}: was not trained as any network in {crossval} ({named}); the Dice would be another's"
     )
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how good a model becomes, but for luck and for how long it was trained."""
+    train = {key: value for key, value in config["train"].items() if key not in LUCK_AND_LENGTH}
+    return {**config, "train": train}
+
+
+def _method(record: Mapping[str, Any], network: str, crossval: Path) -> dict[str, Any]:
+    """How a network did alone and without the post-processing of other folds."""
+    for method in record["methods"]:
+        if method["networks"] == [network] and not method["postprocess"]:
+            return dict(method)
+    raise medseg.ConfigError(f"{crossval}: does not tell how `{network}` did alone; collect it again")
 
 
 def _figures(method: Mapping[str, Any], crossval: Path) -> dict[str, Any]:
@@ -126,7 +157,8 @@ def _figures(method: Mapping[str, Any], crossval: Path) -> dict[str, Any]:
 def _judged(setup: Mapping[str, Any]) -> str:
     return (
         f"{setup['folds']}-fold cross-validation of the same recipe, {setup['cases']} cases of {setup['patients']} "
-        "patients, each judged by a model that has not seen it; 95 % bootstrap interval over patients"
+        "patients, each judged by a model that has not learnt it; windows and copies of them were chosen on the same "
+        "cases; 95 % bootstrap interval over patients"
     )
 
 

@@ -14,7 +14,7 @@ from tiny import tiny_config
 from typer.testing import CliRunner
 
 import medseg
-from medseg.model import new_network, save_model
+from medseg.model import new_network, read_description, record_choices, save_model
 from medseg_pipelines.ship import CARDS, app, ship
 
 ABOUT = {key: value for key, value in WORDS.items() if key not in ("dice", "judged")}
@@ -27,6 +27,12 @@ TRAINING = {
     "seconds": 1210.4,
     "device": "a laptop",
     "precision": "32",
+}
+CHOICES = {
+    "windows": {"settings": {"windows": {"overlap": 0.25}}, "measured": [{"name": "overlap 0.25"}]},
+    "tta": {"settings": {"windows": {"shifts": [[1, 1, 1]]}}, "measured": []},
+    "postprocess": {"settings": {"postprocess": {"fill_holes": ["core"]}}, "measured": []},
+    "quality": {"settings": {}, "measured": [], "flip_axes": [], "model": {"some": "model"}},
 }
 
 
@@ -58,8 +64,11 @@ def crossval(tmp_path: Path, run: Path) -> Callable[..., Path]:
         same = config | {"train": config["train"] | {"time_budget_s": 7.0}}
         record: dict[str, Any] = {
             "complete": True,
-            "setup": {"folds": 5, "cases": 12, "patients": 9},
-            "networks": [{"name": "other", "config": other}, {"name": "egg", "config": same}],
+            "setup": {"dataset": "eggs", "folds": 2, "cases": 12, "patients": 9},
+            "networks": [
+                {"name": "other", "config": other, "folds": []},
+                {"name": "egg", "config": same, "folds": [{"fold": n, "steps": 310 + n} for n in range(2)]},
+            ],
             "methods": [
                 method("egg + other", ["egg", "other"], 0.95),
                 method("egg, cleaned", ["egg"], 0.93, {"fill_holes": ["core"]}),
@@ -68,6 +77,10 @@ def crossval(tmp_path: Path, run: Path) -> Callable[..., Path]:
             ],
         }
         change(record)
+        for n in range(2):
+            fold = tmp_path / "egg" / f"fold_{n}"
+            save_model(new_network(tiny_config()), tiny_config(), fold, training=TRAINING, licence="unknown")
+            record_choices(fold, CHOICES)
         path = tmp_path / "crossval.json"
         path.write_text(json.dumps(record))
         return path
@@ -84,13 +97,13 @@ def test_the_dice_is_that_of_the_network_alone(run: Path, about: Path, crossval:
     made = ship(run, crossval(), tmp_path / "models" / "egg", about=about)
     assert made.card.dice["shell"].mean == 0.9
     assert made.card.dice["core"].model_dump() == pytest.approx({"mean": 0.8, "low": 0.78, "high": 0.81, "cases": 12})
-    assert made.card.judged.startswith("5-fold cross-validation of the same recipe, 12 cases of 9 patients")
+    assert made.card.judged.startswith("2-fold cross-validation of the same recipe, 12 cases of 9 patients")
     assert medseg.list_models(tmp_path / "models")[0].card == made.card
 
 
 def test_the_card_says_all_that_one_has_to_know(run: Path, about: Path, crossval: Any, tmp_path: Path) -> None:
-    made = ship(run, crossval(), tmp_path / "egg", about=about)
-    text = (tmp_path / "egg" / "README.md").read_text()
+    made = ship(run, crossval(), tmp_path / "made" / "egg", about=about)
+    text = (tmp_path / "made" / "egg" / "README.md").read_text()
     rows = ["| shell | 0.900 | 0.880 to 0.910 | 12 |", "| core | 0.800 | 0.780 to 0.810 | 12 |"]
     said = [
         *rows,
@@ -100,15 +113,23 @@ def test_the_card_says_all_that_one_has_to_know(run: Path, about: Path, crossval
     ]
     said += ["medseg infer scan.nii.gz -m egg -o masks", "8 × 8 × 8 voxels at 1 × 1.5 × 2 mm", made.sha256, "torch "]
     assert [words for words in said if words not in text] == []
-    assert "egg_7" not in text + (tmp_path / "egg" / "model.json").read_text()
-    assert sorted(p.name for p in (tmp_path / "egg").iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    assert "egg_7" not in text + (tmp_path / "made" / "egg" / "model.json").read_text()
+    assert sorted(p.name for p in (tmp_path / "made" / "egg").iterdir()) == [
+        "README.md",
+        "model.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda r: r.update(complete=False), "is not finished"),
-        (lambda r: r["networks"].pop(), r"not those of a network in .*crossval\.json \(other\)"),
+        (lambda r: r["networks"].pop(), r"not trained as any network in .*crossval\.json \(other: network.norm: "),
+        (lambda r: r["networks"][1]["config"]["augment"].update(p_affine=1), r"egg: augment.p_affine: 1 there"),
+        (lambda r: r["networks"][1]["config"]["train"].update(batch_size=9), r"egg: train.batch_size: 9 there"),
+        (lambda r: r["setup"].update(dataset="hens"), r"learnt `eggs`, .* is of `hens`"),
+        (lambda r: r["networks"][1]["folds"][1].update(steps=400), r"300 steps, the folds of .* for up to 400"),
         (lambda r: r["methods"][2]["labels"]["core"].update(ci95=None), "no interval for `core`; judge more cases"),
         (lambda r: r["methods"][2]["labels"].pop("core"), "its labels are core, shell, the card has Dice of shell"),
     ],
@@ -117,15 +138,27 @@ def test_a_judgement_that_is_not_of_this_model_is_refused(
     run: Path, about: Path, crossval: Any, tmp_path: Path, change: Callable[[dict[str, Any]], object], words: str
 ) -> None:
     with pytest.raises(medseg.ConfigError, match=words):
-        ship(run, crossval(change), tmp_path / "egg", about=about)
-    assert not (tmp_path / "egg").exists()
+        ship(run, crossval(change), tmp_path / "made" / "egg", about=about)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_run_that_held_nothing_back_infers_as_the_folds_do(
+    run: Path, about: Path, crossval: Any, tmp_path: Path
+) -> None:
+    ship(run, crossval(), tmp_path / "made" / "egg", about=about)
+    chosen = read_description(tmp_path / "made" / "egg")["inference"]
+    assert chosen["windows"]["settings"] == {"windows": {"overlap": 0.25}}
+    assert chosen["tta"]["settings"] == {"windows": {"shifts": [[1, 1, 1]]}}
+    assert chosen["quality"] == CHOICES["quality"]
+    # the Dice of the card is that without cleaning
+    assert "postprocess" not in chosen
 
 
 def test_the_command(run: Path, about: Path, crossval: Any, tmp_path: Path) -> None:
-    asked = [str(run), str(crossval()), "-o", str(tmp_path / "egg")]
+    asked = [str(run), str(crossval()), "-o", str(tmp_path / "made" / "egg")]
     done = CliRunner().invoke(app, [*asked, "--about", str(about)])
     assert done.exit_code == 0
-    assert (tmp_path / "egg" / "README.md").is_file()
+    assert (tmp_path / "made" / "egg" / "README.md").is_file()
     assert CliRunner().invoke(app, asked).exit_code == 2
 
 
