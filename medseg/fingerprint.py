@@ -19,6 +19,8 @@ from medseg.readers import file_sha256, is_picture, read_geometry, read_images, 
 MAX_MEASURED = 100
 # voxels of each case that intensities are measured on
 SAMPLED = 5000
+# of a SHA-256, enough to tell the images of one data set from those of another
+DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ def data_sha256(
         progress("hash", n, len(files), path.name)
         digest.update(file_digest(path).encode())
     return digest.hexdigest()
+
+
+def image_digests(cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256) -> dict[str, str]:
+    """A digest of the image files of each of `cases` by its name: the same image has the same under any name."""
+    return {
+        case.id: hashlib.sha256("".join(map(file_digest, case.images)).encode()).hexdigest()[:DIGITS] for case in cases
+    }
 
 
 def _spatial_dims(cases: Sequence[Case]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from medseg.errors import ConfigError, DataError, TrainingError
 from medseg.journal import Journal, Row
 from medseg.losses import loss as loss_of
 from medseg.model import new_network
-from medseg.optimise import learning_rate, make_optimizer, set_rates
+from medseg.optimise import average_weights, learning_rate, make_optimizer, set_rates
 from medseg.patches import Batch, PatchSampler
 from medseg.preprocess import Prepared
 from medseg.pretrained import Pretrained, load_pretrained
@@ -40,7 +40,7 @@ from medseg.state import STATE, read_state, write_state
 
 log = logging.getLogger(__name__)
 
-# validation while training is spread over about this many moments of a time budget
+# validation while training is spread over about this many moments
 MOMENTS = 8
 # one bad batch in a night is an accident, several in a row are not: then the weights or the settings are the reason
 BAD_BATCHES = 3
@@ -51,7 +51,7 @@ class Course:
     """How far a fit is, all of it kept in the state. Seconds are those of the loop; `losses` those of this epoch.
 
     `rows`: how many metrics.csv has. `skipped`: batches without a finite loss or gradient; `bad`: the last of them in a
-    row. `watched`: held-back cases that are validated on; `best_dice` −1 before the first time.
+    row. `watched`: held-back cases that are validated on; `dice`: of the last time, None before the first.
     """
 
     step: int = 0
@@ -63,16 +63,18 @@ class Course:
     bad: int = 0
     watched: int | None = None
     validated_at: int = -1
-    best_dice: float = -1.0
+    dice: float | None = None
     losses: list[float] = field(default_factory=list)
 
 
 class Fit:
-    """One fit: network, optimiser, course, random streams, best weights. `run` goes to the end.
+    """One fit: network, optimiser, course, random streams, averaged weights. `run` goes to the end.
 
-    The weights that count are those with the best Dice on `validation`, on the network's grid; without it, the last.
-    It begins with the state in `folder` where `resume` says so, else with those of `weights` as far as they fit, else
-    with random ones. Raises `ConfigError` where the state is damaged or belongs to another configuration.
+    The weights that count are the average of those on the way, see `average_weights`; `validation` is looked at to show
+    how they do, and chooses nothing: what it says when they are done is about cases that had no part in them. `learnt`:
+    SHA-256 of the files of `training`, so that a state is not gone on with on others. A fit begins with the state in
+    `folder` where `resume` says so, else with the weights of the file `weights` as far as they fit, else with random
+    ones. Raises `ConfigError` where the state is damaged or belongs to another configuration.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class Fit:
         folder: Path,
         ranks: Ranks,
         *,
+        learnt: str = "",
         weights: Path | None = None,
         resume: bool = False,
     ) -> None:
         self.config = config
+        self.learnt = learnt
         self.folder = folder
         self.ranks = ranks
         self.device = ranks.device
@@ -94,7 +98,6 @@ class Fit:
         self.validation = validation
         self.precision = choose_precision(config.train.precision, self.device)
         self.course = Course()
-        self.best: dict[str, torch.Tensor] | None = None
         torch.manual_seed(config.train.seed)
         self.generator = torch.Generator().manual_seed(config.train.seed)
         hold_memory()
@@ -107,6 +110,7 @@ class Fit:
             self._check(state)
             self._from, self._loaded = state["pretrained"], frozenset(state["loaded"])
         network = to_memory_format(ranks.spread(network, config.train.batch_size), config.data.spatial_dims)
+        self.averaged = average_weights(network)
         optimizer = make_optimizer(config.train, network, loaded=self._loaded)
         self.fabric = ranks.fabric(self.precision)
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
@@ -144,7 +148,7 @@ class Fit:
         return self.course.waiting / max(1e-9, self.course.elapsed - self.course.validating)
 
     def run(self, progress: Progress) -> torch.nn.Module:
-        """Train to the end of the schedule and return the network with the weights that count.
+        """Train to the end of the schedule and return the network with averaged weights.
 
         Raises `TrainingError` for losses that are not finite, memory that runs out and a full disk, `KeyboardInterrupt`
         or `Preempted` after the step in which the signal came; the state in the folder is whole then.
@@ -163,7 +167,7 @@ class Fit:
                 if self._ends_an_epoch():
                     validation_s = self._end_epoch(journal, told)
                 elif self.progress < 1:
-                    self._learn(self._draw())
+                    self._learn()
                     self._show(progress)
                 else:
                     break
@@ -176,9 +180,7 @@ class Fit:
         log.info("%d steps waited for data %.1f %% of their time", course.step, 100 * self.waiting_share)
         if course.skipped:
             log.warning("%d batches had no finite loss or gradient and were skipped; see log.txt", course.skipped)
-        if self.best is not None:
-            self.network.load_state_dict(self.best)
-        network: torch.nn.Module = self.network.module
+        network: torch.nn.Module = self.averaged.module
         return network
 
     def record(self) -> dict[str, Any]:
@@ -193,7 +195,7 @@ class Fit:
             "device": describe(self.device),
             "devices": self.ranks.size,
             "precision": self.precision,
-            "best_dice_while_training": None if self.best is None else round(course.best_dice, 4),
+            "dice_while_training": None if course.dice is None else round(course.dice, 4),
             "pretrained": self._from,
         }
 
@@ -206,12 +208,13 @@ class Fit:
             {
                 "course": asdict(self.course),
                 "held_back": [case.id for case in self.validation],
+                "learnt": self.learnt,
                 "meaning": self._meaning(),
                 "pretrained": self._from,
                 "loaded": sorted(self._loaded),
                 "network": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
+                "averaged": self.averaged.state_dict(),
                 "deck": self.sampler.state(),
                 "generator": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
@@ -244,6 +247,11 @@ class Fit:
                 f"{path}: was trained with other cases, or another data, preprocess, network or windows section; "
                 "resume with the configuration of the run, or train into a new folder"
             )
+        if state["learnt"] != self.learnt:
+            raise ConfigError(
+                f"{path}: was trained on other files under the same names (SHA-256 {state['learnt'][:12]}… there, "
+                f"{self.learnt[:12]}… now); bring them back, or train into a new folder"
+            )
 
     def _go_on(self, state: dict[str, Any]) -> None:
         try:
@@ -255,7 +263,7 @@ class Fit:
             # a state brings its settings with it, but those of this configuration are recorded
             for group, settings in zip(self.optimizer.param_groups, asked):
                 group.update(settings)
-            self.best = state["best"] if self.ranks.first else None
+            self.averaged.load_state_dict(state["averaged"])
             self.sampler.load_state(state["deck"])
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["torch"])
@@ -304,7 +312,7 @@ class Fit:
     def _show(self, progress: Progress) -> None:
         course = self.course
         if course.step % 10 == 0 and course.losses:
-            dice = f", Dice {course.best_dice:.3f}" if course.best_dice >= 0 else ""
+            dice = "" if course.dice is None else f", Dice {course.dice:.3f}"
             text = f"loss {np.mean(course.losses[-50:]):.3f}{dice}"
             progress("train", self.progress * self.total, self.total, text)
 
@@ -329,9 +337,9 @@ class Fit:
         self.course.waiting += time.perf_counter() - start
         return batch
 
-    def _learn(self, batch: Batch) -> None:
+    def _learn(self) -> None:
         try:
-            value = self._try_step(batch)
+            value = self._try_step(self._draw())
             if value is not None:
                 self.course.losses.append(value)
             return
@@ -339,7 +347,7 @@ class Fit:
             if not is_out_of_memory(error):
                 raise
         # outside the handler: its traceback would keep the tensors that did not fit
-        raise TrainingError(self._out_of_memory())
+        self._end_without_memory(self._what_would_fit())
 
     def _try_step(self, batch: Batch) -> float | None:
         """One step; its loss, or None for a batch that must not move the weights."""
@@ -362,6 +370,7 @@ class Fit:
             self._skip(batch, f"the loss is {value}" if not np.isfinite(value) else "the gradient is not finite")
             return None
         self.optimizer.step()
+        self.averaged.update_parameters(self.network.module)
         course.step += 1
         course.bad = 0
         return value
@@ -375,25 +384,39 @@ class Fit:
         cases = ", ".join(case for part in self.ranks.gathered(batch.cases) for case in part)
         advice = "look at these cases with `medseg check`, lower train.learning_rate, or use --precision 32"
         if course.bad >= BAD_BATCHES:
+            self.save()
             raise TrainingError(
                 f"{what} at step {course.step} and in the {BAD_BATCHES - 1} batches before; the last batch held "
                 f"{cases}: {advice}, then go on with --resume"
             )
         log.warning("%s at step %d; this batch of %s is skipped: %s", what, course.step, cases, advice)
 
-    def _out_of_memory(self) -> str:
+    def _end_without_memory(self, advice: str) -> NoReturn:
+        """Raises `TrainingError`; the state is whole."""
+        self.save()
+        settings, patch = self.config.train, list(self.config.windows.patch_size)
+        raise TrainingError(
+            f"out of memory on {describe(self.device)} at step {self.course.step}, with train.batch_size "
+            f"{settings.batch_size} and windows.patch_size {patch}; the state is saved: {advice}"
+        )
+
+    def _what_would_fit(self) -> str:
+        """What to do where a step did not fit into memory."""
         self.optimizer.zero_grad(set_to_none=True)
         release_memory(self.device)
-        settings, patch = self.config.train, list(self.config.windows.patch_size)
-        asked = f"out of memory on {describe(self.device)} with train.batch_size {settings.batch_size} and "
         if self.ranks.size > 1:
             # an attempt of one process alone would wait for the others for ever
-            return f"{asked}windows.patch_size {patch} on {self.ranks.size} processes; make one smaller with --set"
+            return "go on with --resume and a smaller --set train.batch_size"
         fits = what_fits(self.config, self._dry_step)
-        advice = "not even the smallest patch fits"
-        if fits:
-            advice = f"train.batch_size={fits[0]} with windows.patch_size={list(fits[1])} fits"
-        return f"{asked}windows.patch_size {patch}; {advice} (change it with --set)"
+        if fits is None:
+            return "not even the smallest patch fits; train a smaller network (network.width) into a new folder"
+        batch, patch = fits
+        if patch == self.config.windows.patch_size:
+            return f"train.batch_size={batch} fits: go on with --resume --set train.batch_size={batch}"
+        return (
+            f"train.batch_size={batch} with windows.patch_size={list(patch)} fits (change it with --set), into a new "
+            "folder: weights of another patch are another model"
+        )
 
     def _dry_step(self, batch_size: int, patch_size: Sequence[int]) -> None:
         """One forward and backward pass on zeros; its gradients are thrown away."""
@@ -402,14 +425,18 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _validate_if_time(self, told: Callable[[], int]) -> dict[str, float] | None:
-        """Dice of each label on held-back cases, where the share of time for it allows; keeps the best weights.
+        """Dice of each label on held-back cases, where it is time for it: as often as their share of a time budget
+        allows, or at `MOMENTS` of a number of epochs, since the clock must change nothing there.
 
         None where the training was told to end meanwhile.
         """
         course, settings = self.course, self.config.train
         by_clock = settings.time_budget_s is not None
-        due = self.progress >= 1 or not by_clock or course.validating <= settings.validation_share * course.elapsed
-        if not due:
+        if by_clock:
+            due = course.validating <= settings.validation_share * course.elapsed
+        else:
+            due = MOMENTS * course.step // self.total > MOMENTS * max(0, course.validated_at) // self.total
+        if not due and self.progress < 1:
             return {}
         start = time.perf_counter()
         scores = self.ranks.led(lambda: self._validate(by_clock, told)) if self.validation else {}
@@ -430,10 +457,13 @@ class Fit:
             scores = self._dice([self.validation[i] for i in picked], told)
         except _ToldToEndError:
             return None
-        mean = float(np.mean(list(scores.values())))
-        if mean > course.best_dice:
-            course.best_dice = mean
-            self.best = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._end_without_memory(
+                "it ran out while held-back cases were judged; free memory, and go on with --resume"
+            )
+        course.dice = float(np.mean(list(scores.values()))) if scores else None
         return scores
 
     def _count_watched(self, told: Callable[[], int]) -> int:
@@ -447,7 +477,7 @@ class Fit:
 
     def _dice(self, cases: Sequence[Prepared], told: Callable[[], int]) -> dict[str, float]:
         one_by_one = cast(Sequence[Prepared], _until_told(cases, told))
-        return quick_dice(self.config, self.network.module, one_by_one, self.device, self.precision)
+        return quick_dice(self.config, self.averaged.module, one_by_one, self.device, self.precision)
 
 
 def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -> tuple[int, tuple[int, ...]] | None:

@@ -1,16 +1,20 @@
-"""How weights are moved: the optimiser, its groups, and the learning rate over a schedule; no loop, no loss."""
+"""How weights are moved and averaged: optimiser, groups, learning rate over a schedule; no loop, no loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from medseg.config import TrainConfig
 from medseg.muon import MATRIX, VECTOR, Muon, matrix_names
 
 POWER = 0.9
+AVERAGE_POWER = 4
+"""The average then lies a sixth of all steps behind: what came in the first half weighs 3 % of it."""
 
 
 def make_optimizer(
@@ -48,6 +52,25 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
         # the first step must move too, so the rise begins at a hundredth
         return config.learning_rate * max(0.01, progress / config.warm_up)
     return float(config.learning_rate * (1 - (progress - config.warm_up) / (1 - config.warm_up + 1e-9)) ** POWER)
+
+
+def average_weights(network: torch.nn.Module) -> AveragedModel:
+    """The average of the weights of `network` and of its running statistics over all steps, the later the heavier.
+
+    Step t counts as t^`AVERAGE_POWER`: a power function average (Karras et al. 2024, arXiv:2312.02696), which knows
+    nothing of how long training will be; `update_parameters` after every step.
+    """
+    return AveragedModel(network, multi_avg_fn=_average, use_buffers=True)
+
+
+def _average(averages: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int) -> None:
+    """Move `averages` of `steps` steps towards one more."""
+    if not averages[0].is_floating_point():
+        # a number of batches
+        for average, value in zip(averages, current):
+            average.copy_(value)
+        return
+    torch._foreach_lerp_(list(averages), list(current), 1 - (1 - 1 / (float(steps) + 1)) ** (AVERAGE_POWER + 1))
 
 
 def _groups(

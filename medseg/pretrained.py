@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from medseg.config import Config, overlay
 from medseg.errors import ConfigError, ModelError
-from medseg.model import WEIGHTS
+from medseg.model import DESCRIPTION, WEIGHTS, read_description
 from medseg.namesakes import Difference, Namesakes, differences, source_config
 from medseg.networks.fcn import UpConvolution
 from medseg.networks.vgg import VGG16
@@ -86,7 +86,12 @@ class Pretrained:
     def record(self) -> dict[str, Any]:
         """What model.json says of it."""
         counts = Counter(row.outcome for row in self.rows)
-        return {"file": self.path.name, "sha256": self.sha256, **{name: counts[name] for name in get_args(Outcome)}}
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            **{name: counts[name] for name in get_args(Outcome)},
+            "images_sha256": sorted(learnt_images(self.path)),
+        }
 
     def summary(self) -> str:
         """One line, and one more for each thing that differs from where the weights were learnt."""
@@ -226,6 +231,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ModelError(_unreadable(file, error)) from error
     return _unwrap(file, content)
+
+
+def learnt_images(path: Path) -> frozenset[str]:
+    """What a medseg run was trained on, digests as `image_digests` gives them, and what its own first weights were.
+
+    Empty for weights from elsewhere: nobody knows. Raises `ModelError` where the run's description is damaged.
+    """
+    folder = weights_file(path).parent
+    if not (folder / DESCRIPTION).is_file():
+        return frozenset()
+    training = read_description(folder).get("training", {})
+    before = training.get("pretrained") or {}
+    return frozenset(training.get("images_sha256", ())) | frozenset(before.get("images_sha256", ()))
 
 
 def weights_file(path: Path) -> Path:

@@ -15,7 +15,7 @@ from medseg.writers import atomic_path
 
 STATE = "last.pt"
 # raised whenever a state holds something else than before
-VERSION = 2
+VERSION = 3
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state in the run `folder`, on the CPU. Raises `ConfigError` where it is damaged or of another version."""
     path = folder / STATE
     refused = f"{path}: cannot be resumed, because it is"
-    anew = "copy it again from where it is whole, or remove it and train anew"
+    anew = "copy it again from where it is whole, or train into a new folder"
     try:
         # torch looks at the sums of its parts only where they do not fit together
         damaged = zipfile.ZipFile(path).testzip()

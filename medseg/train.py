@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -24,7 +25,7 @@ from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe, free_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
-from medseg.fingerprint import data_sha256, measure
+from medseg.fingerprint import data_sha256, image_digests, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
@@ -32,10 +33,11 @@ from medseg.model import DECISIVE, WEIGHTS, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
 from medseg.plan import Plan, make_plan
 from medseg.preprocess import Prepared, prepare_cached
-from medseg.pretrained import Pretrained, inherited_network, load_pretrained, read_weights
+from medseg.pretrained import Pretrained, inherited_network, learnt_images, load_pretrained, read_weights
 from medseg.process import Preempted
 from medseg.progress import Progress, silent
 from medseg.ranks import Ranks
+from medseg.readers import file_sha256
 from medseg.report import Report, report_pairs
 from medseg.state import STATE
 from medseg.versions import versions
@@ -153,19 +155,23 @@ def _train(
             prepared, held_back = _prepare(folds, config, folder / CACHE, ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
-            record = ranks.led(lambda: _data_record(data, training, validation, options, progress))
-        fit = Fit(config, prepared, held_back, folder, ranks, weights=weights, resume=resumed)
+            record = ranks.led(lambda: _data_record(data, folds, options, weights, progress))
+        bytes_learnt = record["data_sha256"]
+        fit = Fit(config, prepared, held_back, folder, ranks, learnt=bytes_learnt, weights=weights, resume=resumed)
         # after the state was read, which refuses a configuration that it does not belong to
         ranks.led(lambda: write_text(folder / CONFIG, dump_yaml(config, made.reasons)))
         with _stage(seconds, "train"):
             network = fit.run(progress)
         ranks.part()
-        steps, share = fit.course.step, fit.waiting_share
+        steps, waiting = fit.course.step, fit.waiting_share
         if not ranks.first:
-            return Run(folder, config, None, (), seconds, steps, waiting_share=share, rank=ranks.rank)
+            return Run(folder, config, None, (), seconds, steps, waiting_share=waiting, rank=ranks.rank)
         with _training_is_done():
             save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
             with _stage(seconds, "calibrate"):
+                share = config.train.calibration_share
+                # without a share only the least is done, whatever the clock says
+                budget_s = None if config.train.deterministic and share else share * fit.course.elapsed
                 choices = calibrate(
                     config,
                     network,
@@ -173,7 +179,7 @@ def _train(
                     training=prepared,
                     device=fit.device,
                     precision=fit.precision,
-                    budget_s=config.train.calibration_share * fit.course.elapsed,
+                    budget_s=budget_s,
                     progress=progress,
                 )
                 record_choices(folder, choices)
@@ -184,7 +190,7 @@ def _train(
                     report, results = _validate(folder, validation, str(fit.device), fit.precision, progress)
         log.info("seconds: %s", json.dumps(seconds))
         (folder / PREEMPTED).unlink(missing_ok=True)
-    return Run(folder, config, report, results, seconds, steps, fit.pretrained, share)
+    return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting)
 
 
 def plan(
@@ -208,8 +214,7 @@ def plan_run(
     Raises `ConfigError` for a wrong key or value before any file is read, `DataError` for a data set with errors.
     """
     changes = overlay(options.settings, {"train": end} if end else {})
-    given, source = options.config, str(options.config)
-    values = {} if given is None else given.model_dump(mode="json") if isinstance(given, Config) else read_yaml(given)
+    values, source = _values(options.config), str(options.config)
     if all(section in values for section in PLANNED):
         config = _changed(make_config(values, source=source), changes)
         _check_clock(config.train.model_dump())
@@ -268,9 +273,19 @@ def _begun(folder: Path, options: TrainOptions, asked: str) -> TrainOptions:
     if marker.is_file() and marker.read_text(encoding="utf-8").strip() == asked:
         options = replace(options, resume=True)
     _check_folder(folder, resume=options.resume)
-    if options.resume and options.config is None and (folder / CONFIG).is_file():
-        options = replace(options, config=folder / CONFIG)
+    if options.resume and (folder / CONFIG).is_file():
+        # not planned again: a plan depends on what memory is free at the moment
+        values = overlay(read_yaml(folder / CONFIG), _values(options.config))
+        source = folder / CONFIG if options.config is None else options.config
+        options = replace(options, config=make_config(values, source=str(source)))
     return options
+
+
+def _values(given: Path | Config | None) -> dict[str, Any]:
+    """What a configuration sets, all of it or some."""
+    if given is None:
+        return {}
+    return given.model_dump(mode="json") if isinstance(given, Config) else read_yaml(given)
 
 
 def _planned(
@@ -357,8 +372,14 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
     """Whether the run folder may be written; it is made later, once there is something to write."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file, expected a folder for the run")
-    if not resume and any((folder / name).is_file() for name in (STATE, WEIGHTS)):
+    state, model = ((folder / name).is_file() for name in (STATE, WEIGHTS))
+    if not resume and (state or model):
         raise ConfigError(f"{folder}: holds a training run already; go on with --resume, or choose another -o")
+    if model and not state:
+        raise ConfigError(
+            f"{folder}: holds a finished model but no {STATE}, without which --resume would train anew and replace it; "
+            "choose another -o"
+        )
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written, because {nearest} is no writable folder; choose another -o")
@@ -497,13 +518,31 @@ def _validate(
 
 
 def _data_record(
-    data: Dataset, training: Sequence[Case], validation: Sequence[Case], options: TrainOptions, progress: Progress
+    data: Dataset, folds: Folds, options: TrainOptions, weights: Path | None, progress: Progress
 ) -> dict[str, Any]:
+    """What model.json says of the data. Raises `ConfigError` where `weights` have learnt what is held back."""
+    training, validation = folds
+    read_once = cache(file_sha256)
+    if weights is not None:
+        _refuse_learnt(weights, image_digests(validation, file_digest=read_once))
     return {
         "data_set": data.path.resolve().name,
-        "data_sha256": data_sha256(training, progress=progress),
+        "data_sha256": data_sha256(training, file_digest=read_once, progress=progress),
+        "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "fold": options.fold,
         "command": options.command,
     }
+
+
+def _refuse_learnt(weights: Path, held_back: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where weights have seen held-back cases, given with their digests: Dice would flatter."""
+    learnt = learnt_images(weights)
+    known = [case for case, digest in held_back.items() if digest in learnt]
+    if known:
+        raise ConfigError(
+            f"{weights}: has learnt {len(known)} of the {len(held_back)} cases held back, first {known[0]}: their "
+            "Dice would say nothing about new cases; hold others back with --fold, use --fold all, or begin "
+            "with other weights"
+        )

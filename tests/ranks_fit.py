@@ -81,7 +81,7 @@ def run_noted(fit: Fit) -> Outcome:
 
     fit._try_step = noted  # type: ignore[method-assign]
     network = fit.run(silent)
-    return Outcome(losses, fit.course.best_dice, weights_of(network))
+    return Outcome(losses, fit.course.dice or 0.0, weights_of(network))
 
 
 def main(folder: Path, all_changes: list[dict[str, Any]]) -> None:

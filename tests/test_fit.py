@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_fit import noise_config, noise_fit, run_noted, weights_of
+from ranks_fit import noise_cases, noise_config, noise_fit, run_noted, weights_of
 
 import medseg
 from medseg import fit as module
 from medseg.fit import BAD_BATCHES, Fit
+from medseg.optimise import AVERAGE_POWER
 from medseg.progress import silent
+from medseg.ranks import Ranks
 from medseg.state import STATE, VERSION, read_state, write_state
 
 
@@ -244,6 +246,13 @@ def test_a_state_of_another_version_is_refused(state: Path, version: int | None)
     )
 
 
+def test_a_state_of_other_files_under_the_same_names_is_refused(state: Path) -> None:
+    ranks = Ranks(torch.device("cpu"))
+    write_state(state.parent, read_state(state.parent) | {"learnt": "0a0a" * 16})
+    with pytest.raises(medseg.ConfigError, match=r"was trained on other files under the same names \(SHA-256 0a0a"):
+        Fit(noise_config(), noise_cases(5), noise_cases(1), state.parent, ranks, learnt="bb" * 32, resume=True)
+
+
 # ---- bad batches
 
 
@@ -262,13 +271,13 @@ def test_what_a_bad_batch_leaves_behind_is_nothing(tmp_path: Path) -> None:
     fit = noise_fit(tmp_path, noise_config())
     _poison(fit, 0)
     before = weights_of(fit.network.module)
-    fit._learn(fit.sampler.draw())
+    fit._learn()
     assert (fit.course.skipped, fit.course.losses) == (1, [])
     assert weights_of(fit.network.module) == before
 
 
 def test_bad_batches_in_a_row_end_the_fit_and_leave_a_state(tmp_path: Path) -> None:
-    config = noise_config(train={"save_every_s": 1e-9})
+    config = noise_config()
     fit = noise_fit(tmp_path, config)
     drawn = _poison(fit, *range(3, 3 + BAD_BATCHES))
     with pytest.raises(medseg.TrainingError, match="the loss is nan at step 3 and in the 2 batches before") as caught:
@@ -313,8 +322,7 @@ def test_a_full_disk_ends_the_fit_and_keeps_the_state_before(tmp_path: Path, mon
 
 
 def test_memory_that_runs_out_leaves_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = noise_config(train={"save_every_s": 1e-9})
-    fit = noise_fit(tmp_path, config)
+    fit = noise_fit(tmp_path, noise_config())
     loss = module.loss_of
 
     def short(*arguments: Any, **more: Any) -> torch.Tensor:
@@ -323,7 +331,8 @@ def test_memory_that_runs_out_leaves_a_state(tmp_path: Path, monkeypatch: pytest
         return loss(*arguments, **more)
 
     monkeypatch.setattr(module, "loss_of", short)
-    with pytest.raises(medseg.TrainingError, match=r"out of memory on cpu.* with train.batch_size 2 and .* fits"):
+    advice = r"train.batch_size=1 fits: go on with --resume --set train.batch_size=1"
+    with pytest.raises(medseg.TrainingError, match=rf"out of memory on cpu.* at step 3, with .*: {advice}"):
         fit.run(silent)
     monkeypatch.undo()
     smaller = noise_config(train={"batch_size": 1})
@@ -331,6 +340,78 @@ def test_memory_that_runs_out_leaves_a_state(tmp_path: Path, monkeypatch: pytest
     assert rest.course.step == 3
     rest.run(silent)
     assert rest.course.step == 6
+
+
+@pytest.mark.parametrize("where", ["the draw", "validation"])
+def test_memory_that_runs_out_beside_the_steps_leaves_a_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    fit = noise_fit(tmp_path, noise_config())
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if where == "the draw":
+        _before_draw(fit, 2, _raise(full))
+    else:
+        monkeypatch.setattr(module, "quick_dice", lambda *_: _raise(full)())
+    with pytest.raises(medseg.TrainingError, match=r"out of memory on .* at step 2, .* the state is saved: .*--resume"):
+        fit.run(silent)
+    monkeypatch.undo()
+    rest = noise_fit(tmp_path, noise_config(), resume=True)
+    assert rest.course.step == 2
+    rest.run(silent)
+    assert rest.course.step == 6
+
+
+# ---- what the weights are
+
+
+def test_the_weights_are_the_average_of_those_of_all_steps_the_later_the_heavier(tmp_path: Path) -> None:
+    fit = noise_fit(tmp_path, noise_config())
+    seen = []
+    step = fit._try_step
+
+    def noted(batch: Any) -> float | None:
+        value = step(batch)
+        seen.append({k: v.double().clone() for k, v in fit.network.module.named_parameters()})
+        return value
+
+    fit._try_step = noted  # type: ignore[method-assign]
+    network = fit.run(silent)
+    assert len(seen) == 6
+    # the average of t steps is moved by 1 − (1 − 1/t)^(γ+1) towards step t
+    shares = [1.0]
+    for t in range(2, 7):
+        new = 1 - (1 - 1 / t) ** (AVERAGE_POWER + 1)
+        shares = [s * (1 - new) for s in shares] + [new]
+    assert shares == sorted(shares)
+    for name, found in network.named_parameters():
+        wanted = sum(share * weights[name] for share, weights in zip(shares, seen))
+        assert torch.allclose(found.double(), wanted, atol=1e-6)
+    batches = {int(v) for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+    assert batches == {6}
+
+
+def test_looks_at_held_back_cases_choose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
+    dice = iter([0.9, 0.2, 0.1])
+    monkeypatch.setattr(module, "quick_dice", lambda *_: {"label_1": next(dice)})
+    other = run_noted(noise_fit(tmp_path / "other", noise_config()))
+    assert other.weights == whole.weights
+    assert other.dice == 0.1
+
+
+def test_there_are_a_few_looks_however_many_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "quick_dice", lambda *_: {"label_1": 0.5})
+    noise_fit(tmp_path, noise_config(train={"epochs": 20, "steps_per_epoch": 1})).run(silent)
+    looked = [int(row["step"]) for row in _rows(tmp_path) if row["dice"]]
+    assert looked == [3, 5, 8, 10, 13, 15, 18, 20]
+
+
+def test_a_label_that_no_held_back_case_has_is_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "quick_dice", lambda *_: {})
+    fit = noise_fit(tmp_path, noise_config())
+    fit.run(silent)
+    assert fit.course.dice is None
+    assert fit.record()["dice_while_training"] is None
 
 
 # ---- the time that steps wait

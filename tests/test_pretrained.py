@@ -547,6 +547,7 @@ def test_the_table_has_a_line_for_every_key(tmp_path: Path) -> None:
         "loaded": 1,
         "adapted": 1,
         "skipped": 1,
+        "images_sha256": [],
         "fresh": 1,
     }
 

@@ -27,7 +27,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import medseg
 from medseg import cli
+from medseg.cases import fold_split
 from medseg.config import settings_from
+from medseg.datasets import read_dataset
 from medseg.fit import Fit, what_fits
 from medseg.patches import PatchSampler
 from medseg.train import parse_duration
@@ -277,23 +279,6 @@ def test_durations_that_are_none(text: str) -> None:
         parse_duration(text)
 
 
-def test_the_best_weights_are_kept(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    dice = iter([0.2, 0.9, 0.4])
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def scores(config: Any, network: torch.nn.Module, *_: Any) -> dict[str, float]:
-        seen.append({k: v.clone() for k, v in network.state_dict().items()})
-        return {"label_1": next(dice)}
-
-    monkeypatch.setattr(MODULE, "quick_dice", scores)
-    run = train(tiny_dataset(cases=2), "train.validation_share=1", epochs=3)
-    assert [row["dice"] for row in _rows(run.folder)] == ["0.2", "0.9", "0.4"]
-    kept = load_file(run.folder / "model.safetensors")
-    assert all(torch.equal(kept[k], v) for k, v in seen[1].items())
-    assert not all(torch.equal(kept[k], v) for k, v in seen[2].items())
-    assert _description(run.folder)["training"]["best_dice_while_training"] == 0.9
-
-
 def test_the_same_seed_gives_the_same_weights(train: Train, tiny_dataset) -> None:
     dataset = tiny_dataset(cases=2)
     one, two, other = (
@@ -428,7 +413,7 @@ def test_out_of_memory_says_which_batch_fits(train: Train, tiny_dataset, monkeyp
     with pytest.raises(medseg.TrainingError, match="out of memory on cpu") as caught:
         train(tiny_dataset(cases=2), "train.batch_size=5", fold="all")
     assert "train.batch_size 5" in str(caught.value)
-    assert "train.batch_size=2 with windows.patch_size=[16, 16, 16] fits" in str(caught.value)
+    assert "train.batch_size=2 fits: go on with --resume --set train.batch_size=2" in str(caught.value)
 
 
 def test_out_of_memory_says_which_patch_fits(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,6 +666,59 @@ def test_resume_does_not_train_on_the_cases_held_back(train: Train, tiny_dataset
     with pytest.raises(medseg.ConfigError, match="cases held back that are not the 1 of this fold"):
         train(dataset, fold=0, epochs=2, resume=True)
     assert (first.folder / "config.yaml").read_bytes() == before
+
+
+def test_resume_without_a_state_does_not_replace_a_finished_model(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2)
+    run = train(dataset, fold="all")
+    before = _weights(run.folder)
+    (run.folder / "last.pt").unlink()
+    with pytest.raises(medseg.ConfigError, match=r"finished model but no last\.pt, .* would train anew and replace it"):
+        train(dataset, fold="all", epochs=2, resume=True)
+    assert _weights(run.folder) == before
+
+
+def test_resume_refuses_files_that_have_changed(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2, form="nnunet")
+    train(dataset, fold="all")
+    _relabel(dataset, lambda a: np.roll(a, 3, axis=0), json.loads((dataset / "dataset.json").read_text())["labels"])
+    with pytest.raises(medseg.ConfigError, match="was trained on other files under the same names"):
+        train(dataset, fold="all", epochs=2, resume=True)
+
+
+def test_weights_that_have_learnt_a_held_back_case_are_refused(train: Train, tiny_dataset, tmp_path: Path) -> None:
+    dataset = tiny_dataset(cases=4)
+    held_back = {c.id for c in fold_split(read_dataset(dataset), 0, folds=2)[1]}
+    first = train(dataset, fold=1, name="first")
+    with pytest.raises(
+        medseg.ConfigError, match=r"first: has learnt 2 of the 2 cases held back, first case\d"
+    ) as caught:
+        train(dataset, fold=0, name="second", pretrained=first.folder)
+    assert any(case in str(caught.value) for case in held_back)
+    # those that they were held back from, and what comes after them
+    third = train(dataset, fold=1, name="third", pretrained=first.folder)
+    other = train(dataset, fold="all", name="other", pretrained=third.folder)
+    learnt = _description(other.folder)["training"]
+    assert len(learnt["images_sha256"]) == 4
+    assert set(learnt["pretrained"]["images_sha256"]) < set(learnt["images_sha256"])
+
+
+def test_resume_with_a_part_of_a_configuration_does_not_plan_again(
+    tiny_dataset, tmp_path: Path, tiny_settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, dataset = tmp_path / "part.yaml", tiny_dataset(cases=2)
+    part.write_text("train: {learning_rate: 0.0321}\n")
+    options = medseg.TrainOptions(config=part, settings=settings_from(tiny_settings), fold="all")
+    medseg.train(dataset, tmp_path / "run", epochs=1, options=options)
+
+    def planned(*_: Any, **__: Any) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(TRAIN, "make_plan", planned)
+    part.write_text("train: {learning_rate: 0.0123}\n")
+    again = medseg.TrainOptions(config=part, fold="all", resume=True)
+    run = medseg.train(dataset, tmp_path / "run", epochs=2, options=again)
+    assert (run.config.train.learning_rate, run.steps) == (0.0123, 2 * run.config.train.steps_per_epoch)
 
 
 @pytest.mark.parametrize("change", ["data.labels={b: 2, a: 1}", "preprocess.spacing_mm=[2,2,2]"])
