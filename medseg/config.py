@@ -264,7 +264,8 @@ class TrainConfig(Section):
     """What the learning rate of weights from elsewhere is multiplied by."""
     freeze_share: Fraction = 0.1
     """Share of the schedule in which weights from elsewhere stand still, if the network has others: until those have
-    learnt something, what they ask for only spoils what was learnt before (Kumar et al. 2022, arXiv:2202.10054)."""
+    learnt something, what they ask for only spoils what was learnt before (Kumar et al. 2022, arXiv:2202.10054).
+    Running statistics of batch norms follow the new data all the while."""
     clip_gradient: PositiveFloat = 5.0
     foreground_fraction: Fraction = 0.33
     """Share of patches centred on a labelled voxel, the label drawn evenly from those in the case."""
