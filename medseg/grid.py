@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +134,23 @@ def axis_maps(from_grid: Grid, to_grid: Grid) -> tuple[AxisMap, ...]:
     return tuple(
         AxisMap(int(s), _snap(float(linear[s, t])), _snap(float(relative[s, n]))) for t, s in enumerate(strongest)
     )
+
+
+def turned(array: npt.NDArray[Any], grid: Grid, like: Grid) -> tuple[npt.NDArray[Any], Grid]:
+    """`array` (*grid.shape) with its axes in the order and direction of `like`, and the grid it then lies on.
+
+    Nothing is resampled: shape, spacing and place may still differ. Raises `GeometryError` for oblique grids.
+    """
+    n = grid.spatial_dims
+    change = np.zeros((n + 1, n + 1))
+    change[n, n] = 1
+    for axis, along in enumerate(axis_maps(grid, like)):
+        flipped = along.scale < 0
+        change[along.source, axis] = -1 if flipped else 1
+        change[along.source, n] = grid.shape[along.source] - 1 if flipped else 0
+    order = [int(np.flatnonzero(change[:n, axis])[0]) for axis in range(n)]
+    moved = np.flip(array.transpose(order), tuple(axis for axis in range(n) if change[:n, axis].sum() < 0))
+    return moved, Grid(moved.shape, grid.affine @ change)
 
 
 def axis_weights(size_from: int, size_to: int, *, scale: float, offset: float, kernel: Kernel) -> Array:

@@ -11,7 +11,7 @@ from geometry import oblique, orientations, reorient
 
 from medseg import grid as grid_module
 from medseg.errors import GeometryError
-from medseg.grid import Grid, axis_weights, resample, resample_labels
+from medseg.grid import Grid, axis_weights, resample, resample_labels, turned
 
 SPACING = (0.9, 1.7, 3.1)
 
@@ -35,6 +35,22 @@ def strongest(scores: torch.Tensor) -> torch.Tensor:
 
 
 # ---- grids
+
+
+def test_axes_are_turned_to_those_of_another_grid_and_voxels_stay_where_they_are() -> None:
+    array = np.arange(4 * 5 * 7).reshape(4, 5, 7)
+    for order, flipped in orientations():
+        other, affine = reorient(array, source().affine, order, flipped)
+        moved, grid = turned(other, Grid(other.shape, affine), source())
+        np.testing.assert_array_equal(moved, array)
+        np.testing.assert_allclose(grid.affine, source().affine, atol=1e-12)
+
+
+def test_a_grid_of_another_size_and_place_is_turned_too() -> None:
+    like = Grid((9, 9, 9), source().affine @ np.diag([-2.0, 1, 1, 1]))
+    moved, grid = turned(np.arange(140).reshape(4, 5, 7), source(), like)
+    assert moved[0, 0, 0] == 3 * 35
+    np.testing.assert_allclose(grid.affine[:, 3], source().affine @ [3, 0, 0, 1])
 
 
 def test_spacing_of_an_oblique_grid_is_the_length_of_its_axes() -> None:
