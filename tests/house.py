@@ -24,7 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     )
 )
 FACE, TOP = 10, 11
-FILE_LIBRARIES = {"pydicom", "nibabel", "SimpleITK", "PIL"}
+FILE_LIBRARIES = {"pydicom", "nibabel", "SimpleITK", "PIL", "highdicom"}
 MAX_LINES = 600
 
 

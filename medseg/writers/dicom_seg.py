@@ -1,0 +1,186 @@
+"""A label map becomes a DICOM Segmentation (BINARY, one segment per label) that refers to its image series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset
+from pydicom.sr.coding import Code
+
+from medseg.errors import GeometryError
+from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
+from medseg.writers import atomic_path
+from medseg.writers.anatomy import CODES, Anatomy, anatomy_of
+from medseg.writers.dicom_source import Source, source_of, voxels_on
+from medseg.writers.provenance import Algorithm, complete_segments
+
+# beside the series of the scanner, whose numbers rarely are so large
+SERIES_NUMBER = 1000
+# axes further from a right angle make no frames of a segmentation: 0.06 degrees
+SHEAR_TOLERANCE = 1e-3
+_LONG_STRING = 64
+
+
+def write_dicom_seg(
+    path: Path, segmentation: Segmentation, source: Sequence[Dataset], *, algorithm: Algorithm, revision: int = 1
+) -> Path:
+    """Writes `segmentation` as a DICOM SEG of the series whose headers are `source`; gives back `path`.
+
+    `source`: all slices in any order, or one multi-frame object; pixels need not be loaded. The label map may have its
+    axes in another order or direction. Every named label becomes a segment, also one that this case does not have; the
+    number of a segment is its label value where the values are 1, 2, 3, …, else its rank (DICOM allows no gaps) with
+    the value in its description. Frames without a voxel are left out, but for those of the first and the last plane:
+    they keep the extent of the grid. Dates are those of the series, UIDs follow from source, revision and model: the
+    same input gives the same bytes.
+
+    Raises `DataError` for a source without UIDs, `GeometryError` for a label map on another grid.
+    """
+    segments = complete_segments(segmentation)
+    series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
+    voxels = voxels_on(series, segmentation)
+    made = _segmentation(series, _ranked(voxels, segments), segments)
+    with atomic_path(path) as temporary:
+        made.save_as(temporary, enforce_file_format=True)
+    return path
+
+
+def _ranked(voxels: npt.NDArray[np.uint16], segments: Sequence[SegmentInfo]) -> npt.NDArray[Any]:
+    """Segment numbers in place of values."""
+    table = np.zeros(max(s.value for s in segments) + 1, np.uint8 if len(segments) < 256 else np.uint16)
+    table[[segment.value for segment in segments]] = np.arange(1, len(segments) + 1)
+    return np.asarray(table[voxels])
+
+
+def _segmentation(series: Source, numbers: npt.NDArray[Any], segments: Sequence[SegmentInfo]) -> Dataset:
+    origin, algorithm = series.origin, series.origin.algorithm
+    # highdicom leaves out empty frames, all or none: the two that keep the extent are marked, and cleared below
+    ends = [k for k in sorted({0, len(numbers) - 1}) if not numbers[k].any()]
+    numbers[ends, 0, 0] = 1
+    date, time = series.date_and_time
+    try:
+        volume = hd.Volume(
+            numbers,
+            _frames_affine(series),
+            coordinate_system="PATIENT",
+            frame_of_reference_uid=series.first.FrameOfReferenceUID,
+        )
+        made = hd.seg.Segmentation(
+            source_images=series.headers,
+            pixel_array=volume,
+            segmentation_type="BINARY",
+            segment_descriptions=[_description(n, s, algorithm) for n, s in enumerate(segments, 1)],
+            series_instance_uid=origin.uid("SEG", "series"),
+            series_number=series.series_number + SERIES_NUMBER,
+            sop_instance_uid=origin.uid("SEG", "instance"),
+            instance_number=1,
+            manufacturer="medseg",
+            manufacturer_model_name=algorithm.name[:_LONG_STRING],
+            software_versions=algorithm.version[:_LONG_STRING],
+            device_serial_number=algorithm.model_sha256[:_LONG_STRING] or "none",
+            series_description=f"Segmentation by {algorithm.name}"[:_LONG_STRING],
+            content_label="SEGMENTATION",
+            content_description=f"{len(segments)} labels",
+            specific_character_set="ISO_IR 192",
+            content_date=date,
+            content_time=time,
+            series_date=date,
+            series_time=time,
+        )
+    finally:
+        numbers[ends, 0, 0] = 0
+    _clear(made, series, ends)
+    return _repeatable(made, origin.uid("SEG", "dimensions"))
+
+
+def _frames_affine(series: Source) -> npt.NDArray[np.float64]:
+    """(plane, row, column) → LPS mm. Raises `GeometryError` where the planes are not stacked at right angles."""
+    affine = series.planes.affine
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.abs(directions.T @ directions - np.eye(3)).max() > SHEAR_TOLERANCE:
+        raise GeometryError(
+            "planes that are shifted against each other found (a tilted gantry), expected a stack at right angles; "
+            "a DICOM SEG holds none: write RTSTRUCT or NIfTI"
+        )
+    # exactly at right angles: rounded positions are not, and highdicom looks closely
+    normal = np.cross(directions[:, 0], directions[:, 1])
+    affine = affine.copy()
+    affine[:3, 2] = normal * (affine[:3, 2] @ normal)
+    return np.asarray(affine[:, [2, 1, 0, 3]])
+
+
+def _description(number: int, segment: SegmentInfo, algorithm: Algorithm) -> hd.seg.SegmentDescription:
+    anatomy = anatomy_of(segment.name)
+    made = hd.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=_long_string(segment.name) or f"label {segment.value}",
+        segmented_property_category=_code(anatomy.category),
+        segmented_property_type=_code(anatomy.meaning),
+        algorithm_type=algorithm.kind,
+        algorithm_identification=_identification(algorithm),
+        display_color=hd.color.CIELabColor.from_rgb(*(int(segment.colour[n : n + 2], 16) for n in (1, 3, 5))),
+    )
+    _add_side(made, anatomy)
+    if segment.value != number:
+        made.SegmentDescription = VALUE_NOTE.format(segment.value)
+    return made
+
+
+def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
+    hashes = {"model_sha256": algorithm.model_sha256, "config_sha256": algorithm.config_sha256}
+    return hd.AlgorithmIdentificationSequence(
+        name=algorithm.name[:_LONG_STRING],
+        family=Code("123110", "DCM", "Artificial Intelligence"),
+        version=algorithm.version[:_LONG_STRING],
+        source="medseg",
+        parameters={key: value for key, value in hashes.items() if value} or None,
+    )
+
+
+def _add_side(made: Dataset, anatomy: Anatomy) -> None:
+    if anatomy.side:
+        kind = made.SegmentedPropertyTypeCodeSequence[0]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.from_code(_code(anatomy.side))]
+
+
+def _code(meaning: str) -> Code:
+    return Code(CODES[meaning], "SCT", meaning[0].upper() + meaning[1:])
+
+
+def _long_string(text: str) -> str:
+    """What the value of an LO may be: one line, no backslash (it parts values), 64 characters."""
+    words = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/")).split()
+    return " ".join(words)[:_LONG_STRING].strip()
+
+
+def _clear(made: Dataset, series: Source, ends: Sequence[int]) -> None:
+    """Takes the mark out of the first frame of the planes `ends`."""
+    if not ends:
+        return
+    pixels = bytearray(made.PixelData)
+    size = made.Rows * made.Columns
+    normal = np.cross(series.planes.affine[:3, 0], series.planes.affine[:3, 1])
+    normal /= np.linalg.norm(normal)
+    heights = [
+        float(np.dot(item.PlanePositionSequence[0].ImagePositionPatient, normal))
+        for item in made.PerFrameFunctionalGroupsSequence
+    ]
+    for k in ends:
+        frame = int(np.argmin(np.abs(np.asarray(heights) - series.planes.planes[k].position @ normal)))
+        byte, bit = divmod(frame * size, 8)
+        pixels[byte] &= ~(1 << bit) & 0xFF
+    made.PixelData = bytes(pixels)
+
+
+def _repeatable(made: Dataset, dimensions_uid: str) -> Dataset:
+    """Without what highdicom takes from the clock and from chance."""
+    del made.InstanceCreationDate, made.InstanceCreationTime
+    for item in [*made.DimensionOrganizationSequence, *made.DimensionIndexSequence]:
+        item.DimensionOrganizationUID = dimensions_uid
+    for item in made.get("ContributingEquipmentSequence", []):
+        item.pop("ContributionDateTime", None)
+    return made

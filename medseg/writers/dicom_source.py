@@ -1,0 +1,166 @@
+"""The image series that a DICOM object refers to: checked, made complete, and the label map laid on its planes.
+
+Imports pydicom: this module is imported where DICOM is written, never by the package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset
+from pydicom.uid import UID
+
+from medseg.errors import DataError, GeometryError
+from medseg.grid import ROUNDING_TOLERANCE, turned
+from medseg.readers.dicom_planes import Planes, planes_of
+from medseg.readers.segments import Segmentation
+from medseg.writers.provenance import Algorithm, Origin, labels_sha256
+
+_UIDS = {
+    "SOPInstanceUID": "SOP Instance UID",
+    "SOPClassUID": "SOP Class UID",
+    "StudyInstanceUID": "Study Instance UID",
+    "SeriesInstanceUID": "Series Instance UID",
+    "FrameOfReferenceUID": "Frame of Reference UID",
+}
+# every object of a study has these, empty where unknown (type 2)
+_TYPE_2 = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+    "PositionReferenceIndicator",
+)
+_PATTERNS = {
+    "PatientBirthDate": r"\d{8}",
+    "PatientSex": r"[MFO]",
+    "StudyDate": r"\d{8}",
+    "StudyTime": r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?",
+}
+PIXELS = 0x7FE0
+_DATES = ("Series", "Acquisition", "Content", "Study")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A series that can be referred to: complete headers, and the planes they make in order along the normal."""
+
+    planes: Planes
+    origin: Origin
+
+    @property
+    def first(self) -> Dataset:
+        """A header for what all have in common."""
+        return self.planes.planes[0].header
+
+    @property
+    def headers(self) -> list[Dataset]:
+        """Every object once, in the order of the planes."""
+        return list({id(plane.header): plane.header for plane in self.planes.planes}.values())
+
+    @property
+    def series_number(self) -> int:
+        """That of the series, or 0."""
+        text = str(self.first.get("SeriesNumber") or "0")
+        return int(text) if re.fullmatch(r"\d{1,6}", text) else 0
+
+    @property
+    def date_and_time(self) -> tuple[str, str]:
+        """When the series was made, as DA and TM.
+
+        What is derived from it carries this date and not that of its computation, so that it has the same bytes
+        whenever it is made.
+        """
+        for kind in _DATES:
+            date, time = str(self.first.get(f"{kind}Date") or ""), str(self.first.get(f"{kind}Time") or "")
+            if re.fullmatch(r"\d{8}", date):
+                return date, time if re.fullmatch(_PATTERNS["StudyTime"], time) else "000000"
+        return "19700101", "000000"
+
+
+def source_of(
+    headers: Sequence[Dataset], segmentation: Segmentation, *, algorithm: Algorithm, revision: int = 1
+) -> Source:
+    """The series of `headers` as the source of `segmentation`.
+
+    Raises `DataError` where a header cannot be referred to (blank, broken or repeated UIDs, several series or
+    patients), `GeometryError` where its planes make no volume.
+    """
+    if not headers:
+        raise DataError("no headers found, expected those of the image series that the labels belong to")
+    for header in headers:
+        for keyword, words in _UIDS.items():
+            _check_uid(header, keyword, words)
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID"):
+        values = {str(header.get(keyword) or "") for header in headers}
+        if len(values) > 1:
+            # a patient's number does not belong into a message
+            raise DataError(f"{len(values)} values of {keyword} found, expected one; give the slices of one series")
+    instances = [str(header.SOPInstanceUID) for header in headers]
+    if len(set(instances)) < len(instances):
+        raise DataError("a SOP Instance UID found twice, expected one per object; remove the copies")
+    origin = Origin(
+        str(headers[0].SeriesInstanceUID), tuple(instances), revision, algorithm, labels_sha256(segmentation)
+    )
+    planes = planes_of(headers)
+    # what stands in sequences too; all that objects of ours copy is copied from the first header
+    planes.planes[0].header.decode()
+    complete = {id(header): _complete(header) for header in headers}
+    held = tuple(replace(plane, header=complete[id(plane.header)]) for plane in planes.planes)
+    return Source(replace(planes, planes=held), origin)
+
+
+def voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.uint16]:
+    """The label map as (plane, row, column) of `source`, turned and flipped as needed, never resampled.
+
+    Raises `GeometryError` where it does not have exactly the voxels of the series, up to `ROUNDING_TOLERANCE` of one.
+    """
+    want = source.planes.grid
+    hint = "give the series the labels were made on, or resample them to it"
+    if segmentation.grid.spatial_dims != 3:
+        raise GeometryError(f"label map of {segmentation.grid.spatial_dims} axes found, expected 3; {hint}")
+    try:
+        array, grid = turned(segmentation.array, segmentation.grid, want)
+    except GeometryError as error:
+        raise GeometryError(f"label map {segmentation.grid} is turned against the series {want}; {hint}") from error
+    if not grid.matches(want, tolerance=ROUNDING_TOLERANCE):
+        raise GeometryError(f"label map {segmentation.grid} found, expected the grid {want} of the series; {hint}")
+    return np.ascontiguousarray(array.T, dtype=np.uint16)
+
+
+def _check_uid(header: Dataset, keyword: str, words: str) -> None:
+    value = str(header.get(keyword) or "")
+    if not UID(value).is_valid or not value:
+        what = f"{words} {value!r}" if value else f"blank {words}"
+        raise DataError(
+            f"{what} found in the source series, expected a valid UID: an object without one cannot be referred to; "
+            "write NIfTI instead, or get the series from the archive again"
+        )
+
+
+def _complete(header: Dataset) -> Dataset:
+    """A copy in UTF-8 with all that an object of its study must have, and nothing there that no one could read."""
+    made = Dataset()
+    for element in header:
+        if element.tag.group != PIXELS and element.tag.group % 2 == 0:
+            made.add_new(element.tag, element.VR, element.value)
+    # the text is decoded by now: from here on it is Unicode, whatever the scanner wrote
+    made.SpecificCharacterSet = "ISO_IR 192"
+    for keyword in _TYPE_2:
+        value: Any = made.get(keyword)
+        pattern = _PATTERNS.get(keyword)
+        if value is None or (pattern and not re.fullmatch(pattern, str(value))):
+            setattr(made, keyword, "")
+    made.PatientName = str(made.PatientName)
+    made.ReferringPhysicianName = str(made.ReferringPhysicianName)
+    return made
