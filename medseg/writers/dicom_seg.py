@@ -16,14 +16,13 @@ from medseg.errors import GeometryError
 from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
 from medseg.writers import atomic_path
 from medseg.writers.anatomy import CODES, Anatomy, anatomy_of
-from medseg.writers.dicom_source import Source, source_of, voxels_on
+from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on
 from medseg.writers.provenance import Algorithm, complete_segments
 
 # beside the series of the scanner, whose numbers rarely are so large
 SERIES_NUMBER = 1000
 # axes further from a right angle make no frames of a segmentation: 0.06 degrees
 SHEAR_TOLERANCE = 1e-3
-_LONG_STRING = 64
 
 
 def write_dicom_seg(
@@ -79,10 +78,10 @@ def _segmentation(series: Source, numbers: npt.NDArray[Any], segments: Sequence[
             sop_instance_uid=origin.uid("SEG", "instance"),
             instance_number=1,
             manufacturer="medseg",
-            manufacturer_model_name=algorithm.name[:_LONG_STRING],
-            software_versions=algorithm.version[:_LONG_STRING],
-            device_serial_number=algorithm.model_sha256[:_LONG_STRING] or "none",
-            series_description=f"Segmentation by {algorithm.name}"[:_LONG_STRING],
+            manufacturer_model_name=long_string(algorithm.name),
+            software_versions=long_string(algorithm.version),
+            device_serial_number=long_string(algorithm.model_sha256) or "none",
+            series_description=long_string(f"Segmentation by {algorithm.name}"),
             content_label="SEGMENTATION",
             content_description=f"{len(segments)} labels",
             specific_character_set="ISO_IR 192",
@@ -117,7 +116,7 @@ def _description(number: int, segment: SegmentInfo, algorithm: Algorithm) -> hd.
     anatomy = anatomy_of(segment.name)
     made = hd.seg.SegmentDescription(
         segment_number=number,
-        segment_label=_long_string(segment.name) or f"label {segment.value}",
+        segment_label=long_string(segment.name) or f"label {segment.value}",
         segmented_property_category=_code(anatomy.category),
         segmented_property_type=_code(anatomy.meaning),
         algorithm_type=algorithm.kind,
@@ -133,9 +132,9 @@ def _description(number: int, segment: SegmentInfo, algorithm: Algorithm) -> hd.
 def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
     hashes = {"model_sha256": algorithm.model_sha256, "config_sha256": algorithm.config_sha256}
     return hd.AlgorithmIdentificationSequence(
-        name=algorithm.name[:_LONG_STRING],
+        name=long_string(algorithm.name),
         family=Code("123110", "DCM", "Artificial Intelligence"),
-        version=algorithm.version[:_LONG_STRING],
+        version=long_string(algorithm.version),
         source="medseg",
         parameters={key: value for key, value in hashes.items() if value} or None,
     )
@@ -149,12 +148,6 @@ def _add_side(made: Dataset, anatomy: Anatomy) -> None:
 
 def _code(meaning: str) -> Code:
     return Code(CODES[meaning], "SCT", meaning[0].upper() + meaning[1:])
-
-
-def _long_string(text: str) -> str:
-    """What the value of an LO may be: one line, no backslash (it parts values), 64 characters."""
-    words = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/")).split()
-    return " ".join(words)[:_LONG_STRING].strip()
 
 
 def _clear(made: Dataset, series: Source, ends: Sequence[int]) -> None:

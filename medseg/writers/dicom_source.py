@@ -48,6 +48,7 @@ _PATTERNS = {
     "StudyTime": r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?",
 }
 PIXELS = 0x7FE0
+LONG_STRING = 64
 _DATES = ("Series", "Acquisition", "Content", "Study")
 
 
@@ -136,6 +137,12 @@ def voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.uint
     if not grid.matches(want, tolerance=ROUNDING_TOLERANCE):
         raise GeometryError(f"label map {segmentation.grid} found, expected the grid {want} of the series; {hint}")
     return np.ascontiguousarray(array.T, dtype=np.uint16)
+
+
+def long_string(text: str) -> str:
+    """What the value of an LO may be: one line, no backslash (it parts values), 64 characters."""
+    words = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/")).split()
+    return " ".join(words)[:LONG_STRING].strip()
 
 
 def _check_uid(header: Dataset, keyword: str, words: str) -> None:

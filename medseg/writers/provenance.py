@@ -17,6 +17,7 @@ from medseg.readers.segments import Segmentation, SegmentInfo
 
 # of all UIDs of ours: the name space of DICOM's identifiers by RFC 4122 is that of ISO OIDs
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_OID, "medseg")
+IMPLEMENTATION_UID = f"2.25.{_NAMESPACE.int}"
 MAX_VALUE = 65535
 
 
