@@ -344,6 +344,7 @@ def test_codes_are_those_of_the_standard() -> None:
         ("lung_middle_lobe_right", "middle lobe of right lung", ""),
         ("heart_atrium_left", "left atrium", ""),
         ("kidneys", "kidney", ""),
+        ("rib_left_11", "rib", "left"),
         ("liver_tumor", "neoplasm", ""),
         ("Anterior", "anatomical structure", ""),
         ("left and right lung", "anatomical structure", ""),

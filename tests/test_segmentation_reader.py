@@ -72,6 +72,24 @@ def test_label_map_of_another_program(tmp_path: Path, kind: str) -> None:
     assert found.array.dtype == np.uint8
 
 
+def test_compressed_label_map(tmp_path: Path) -> None:
+    seg = pydicom.dcmread(by_highdicom(tmp_path / "plain.dcm", two_masks(), "LABELMAP"))
+    # pydicom's own encoder: that of GDCM aborts the process where SimpleITK, which has a GDCM in it, is loaded too
+    seg.compress(pydicom.uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+    seg.save_as(path := tmp_path / "seg.dcm")
+    np.testing.assert_array_equal(read_segmentation(path).array, as_map(two_masks())[..., 1:5])
+
+
+def test_deflated_files_are_refused_unread(tmp_path: Path) -> None:
+    path = written(tmp_path / "seg.dcm")
+    seg = pydicom.dcmread(path)
+    seg.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    seg.save_as(path)
+    assert is_dicom_segmentation(path)
+    with pytest.raises(DataError, match=r"seg\.dcm: a deflated file"):
+        read_segmentation(path)
+
+
 def test_planes_that_are_not_stored_are_background(tmp_path: Path) -> None:
     masks = two_masks()
     masks[..., 2:4] = 0

@@ -16,7 +16,9 @@ import numpy.typing as npt
 import pydicom
 from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.utils import iter_pixels
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
@@ -34,10 +36,10 @@ Overlap = Literal["refuse", "first", "last"]
 def is_dicom_segmentation(path: Path) -> bool:
     """Whether `path` is a DICOM Segmentation, from its first bytes."""
     try:
-        header = pydicom.dcmread(path, specific_tags=["SOPClassUID"], stop_before_pixels=True)
+        meta = read_file_meta_info(path)
     except (InvalidDicomError, OSError):
         return False
-    return str(header.get("SOPClassUID", "")) in SEGMENTATION_CLASSES
+    return str(meta.get("MediaStorageSOPClassUID", "")) in SEGMENTATION_CLASSES
 
 
 def read_segmentation(
@@ -55,6 +57,7 @@ def read_segmentation(
     `GeometryError` where the frames make no regular grid.
     """
     try:
+        _refuse_deflated(path)
         header = pydicom.dcmread(path)
         return _read(header, like, threshold, overlap)
     except MedsegError as error:
@@ -65,6 +68,13 @@ def read_segmentation(
         # pydicom has no exception of its own for a broken file
         text = " ".join(str(error).split())
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {text}); export or copy it again") from error
+
+
+def _refuse_deflated(path: Path) -> None:
+    """Raises `DataError` before a small file becomes a large one in memory."""
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        raise DataError("a deflated file found, expected another transfer syntax; convert it, say with `dcmconv +te`")
 
 
 def _read(header: Dataset, like: Grid | None, threshold: float | None, overlap: Overlap) -> Segmentation:

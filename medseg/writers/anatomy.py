@@ -226,6 +226,8 @@ def anatomy_of(name: str) -> Anatomy:
     spine = re.fullmatch(r"vertebrae? ([ctl]\d{1,2})", " ".join(words))
     if spine and f"{spine[1]} vertebra" in CODES:
         return Anatomy("anatomical structure", f"{spine[1]} vertebra")
+    # nor is a rib's number a part of what it is
+    words = [word for word in words if "rib" not in words or not word.isdigit()]
     whole = _meaning(words)
     if whole in _SIDED:
         return Anatomy(_category(whole), whole)

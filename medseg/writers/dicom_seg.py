@@ -83,7 +83,7 @@ def _segmentation(series: Source, numbers: npt.NDArray[Any], segments: Sequence[
             device_serial_number=long_string(algorithm.model_sha256) or "none",
             series_description=long_string(f"Segmentation by {algorithm.name}"),
             content_label="SEGMENTATION",
-            content_description=f"{len(segments)} labels",
+            content_description="One segment per label",
             specific_character_set="ISO_IR 192",
             content_date=date,
             content_time=time,
