@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         read_yaml,
         settings_from,
     )
+    from medseg.convert import Converted, convert
     from medseg.demo import demo
     from medseg.errors import (
         ConfigError,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from medseg.plan import Plan
     from medseg.pretrained import Pretrained, load_pretrained, weights_file
     from medseg.process import Preempted
-    from medseg.readers import file_sha256
+    from medseg.readers import SeriesOptions, file_sha256
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
@@ -54,6 +55,7 @@ _HOME = {
     "Comparison": "compare",
     "Config": "config",
     "ConfigError": "errors",
+    "Converted": "convert",
     "DataError": "errors",
     "EvaluateOptions": "evaluate",
     "Finding": "check",
@@ -71,6 +73,7 @@ _HOME = {
     "Report": "report",
     "Run": "train",
     "Segmenter": "infer",
+    "SeriesOptions": "readers",
     "ShippedModel": "shipped",
     "Summary": "statistics",
     "TrainOptions": "train",
@@ -81,6 +84,7 @@ _HOME = {
     "check_dataset": "check",
     "check_settings": "networks",
     "compare": "compare",
+    "convert": "convert",
     "data_sha256": "fingerprint",
     "default_config": "networks",
     "demo": "demo",
@@ -120,6 +124,7 @@ __all__ = [
     "Comparison",
     "Config",
     "ConfigError",
+    "Converted",
     "DataError",
     "EvaluateOptions",
     "Finding",
@@ -137,6 +142,7 @@ __all__ = [
     "Report",
     "Run",
     "Segmenter",
+    "SeriesOptions",
     "ShippedModel",
     "Summary",
     "TrainOptions",
@@ -148,6 +154,7 @@ __all__ = [
     "check_dataset",
     "check_settings",
     "compare",
+    "convert",
     "data_sha256",
     "default_config",
     "demo",

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 import medseg
 from medseg import Preempted
-from medseg.cli import evaluation, inference, networks, processes, training
+from medseg.cli import conversion, evaluation, inference, networks, processes, training
 from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE, new_app
 from medseg.terminal import err, out
 
@@ -57,6 +57,7 @@ _VERBS = (
     (inference.infer, "medseg infer scans/ -m runs/first -o masks/ --tta flip"),
     (evaluation.evaluate, "medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first"),
     (evaluation.compare, "medseg compare ours=runs/a/report theirs=runs/b/report -o comparison/"),
+    (conversion.convert, "medseg convert dicom/ -o ct.nii.gz"),
     (networks.inspect, "medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png"),
     (networks.models, "medseg models"),
 )

@@ -27,6 +27,17 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; repeatable.")
 ]
 
+SeriesUid = Annotated[
+    str | None,
+    typer.Option(metavar="UID", help="DICOM: which series, where there are several; `medseg check` lists them."),
+]
+ResampleTilt = Annotated[
+    bool, typer.Option("--resample-tilt", help="DICOM: shift the planes of a tilted gantry onto an upright grid.")
+]
+ResampleGaps = Annotated[
+    bool, typer.Option("--resample-gaps", help="DICOM: interpolate missing planes and unequal distances linearly.")
+]
+
 
 class Precision(str, Enum):
     """Number formats of `--precision`."""

@@ -1,4 +1,4 @@
-"""Files become arrays with a grid: one door for all formats; DICOM series and the formats' details live beside it."""
+"""Files become arrays with a grid: one door for all formats, whose details live beside it, DICOM series included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ import numpy.typing as npt
 from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE
 from medseg.readers import image2d, itk, nifti
+from medseg.readers import series as dicom_series
 from medseg.readers._image import Geometry, Image, LabelMap, NiftiHeader
+from medseg.readers.archive import is_archive
+from medseg.readers.dicom_files import holds_dicom
+from medseg.readers.series import Series, SeriesOptions
 
 __all__ = [
     "ENDINGS",
@@ -24,6 +28,8 @@ __all__ = [
     "Image",
     "LabelMap",
     "NiftiHeader",
+    "Series",
+    "SeriesOptions",
     "file_sha256",
     "finite_or_raise",
     "is_image_file",
@@ -109,12 +115,20 @@ def read_image(
 
 
 def read_images(
-    paths: Sequence[Path], *, spatial_dims: int | None = None, channels: int | None = None, finite: bool = True
+    paths: Sequence[Path],
+    *,
+    spatial_dims: int | None = None,
+    channels: int | None = None,
+    finite: bool = True,
+    series: Series | None = None,
 ) -> Image:
     """All channels of a case: one file that holds them all, or one file per channel on one grid.
 
-    Raises as `read_image`, and `GeometryError` where the files lie on different grids.
+    `series`: the DICOM series that is meant, in place of `paths`. Raises as `read_image`, and `GeometryError` where the
+    files lie on different grids.
     """
+    if series is not None:
+        return _read_chosen(series, spatial_dims=spatial_dims, channels=channels)
     if len(paths) == 1:
         return read_image(paths[0], spatial_dims=spatial_dims, channels=channels, finite=finite)
     if not paths or (channels is not None and len(paths) != channels):
@@ -163,6 +177,14 @@ def finite_or_raise(image: Image, path: Path) -> None:
         )
 
 
+def _read_chosen(chosen: Series, *, spatial_dims: int | None, channels: int | None) -> Image:
+    with _named(chosen.source):
+        image = dicom_series.read_series(chosen, spatial_dims=spatial_dims, channels=channels)
+    if channels is not None and channels != 1:
+        raise DataError(f"{chosen.source}: 1 channel found, expected {channels}; give one file per channel")
+    return image
+
+
 def _read(
     path: Path, *, spatial_dims: int | None, channels: int | None, labels: bool
 ) -> tuple[npt.NDArray[Any], Geometry]:
@@ -188,8 +210,8 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _format(path: Path) -> _Format:
-    if path.is_dir():
-        raise DataError(f"{path}: a folder found, expected an image file; turn a DICOM series into one first")
+    if path.is_dir() or is_archive(path):
+        return dicom_series
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
     if path.stat().st_size == 0:
@@ -198,7 +220,9 @@ def _format(path: Path) -> _Format:
     for module in (nifti, itk, image2d):
         if ending in module.ENDINGS:
             return module
-    raise DataError(f"{path}: ending not known, expected one of {', '.join(ENDINGS)}")
+    if holds_dicom(path):
+        return dicom_series
+    raise DataError(f"{path}: ending not known, expected DICOM or one of {', '.join(ENDINGS)}")
 
 
 def _whole_numbers(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Label maps become files that are whole or not there; DICOM objects have writers of their own."""
+"""Label maps and images become files that are whole or not there; DICOM objects have writers of their own."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ __all__ = [
     "is_disk_full",
     "label_ending",
     "remove_stale_temporaries",
+    "write_image",
     "write_label",
     "write_text",
 ]
 
 log = logging.getLogger(__name__)
 
+# of whole images, not masks
+IMAGE_ENDINGS = (".nii.gz", ".nii")
 # of a temporary file: machine, process, which of our imports in it, which file of those
 _TEMPORARY = re.compile(r"\..*\.medseg-([0-9a-f]{8})-([0-9]+)-([0-9a-f]{8})[0-9a-f]{8}(\..*)?", re.DOTALL)
 _THIS_IMPORT = uuid.uuid4().hex[:8]
@@ -71,6 +74,20 @@ def write_label(
             image2d.write(temporary, stored, names)
         else:
             nifti.write(temporary, stored, geometry, names)
+    return path
+
+
+def write_image(path: Path, image: Image) -> Path:
+    """Writes `image` as NIfTI (`.nii.gz` or `.nii`) in its own type; several channels are a fourth axis.
+
+    Gives back `path`. What the reader has said of it (`geometry.warnings`) goes into the header as JSON: an extension of
+    code 6 (comment). The same input gives the same bytes. Raises `DataError` for another ending and a folder that
+    cannot be written.
+    """
+    if split_ending(path.name)[1].lower() not in IMAGE_ENDINGS:
+        raise DataError(f"{path}: images are written as {' or '.join(IMAGE_ENDINGS)}; choose one of these")
+    with atomic_path(path) as temporary:
+        nifti.write_image(temporary, image.array, image.geometry)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Label maps and probabilities as NIfTI with the placing of another file; names and renaming are the package's."""
+"""Label maps, probabilities and images as NIfTI, placed as another file is; names and renaming are the package's."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def write_channels(
     _write(path, header, (p.reshape(p.shape + (1,) * (3 - p.ndim), order="F") for p in planes))
 
 
+def write_image(path: Path, array: npt.NDArray[Any], geometry: Geometry) -> None:
+    """Writes `array` (C, *S) in its own type; several channels are a fourth axis. Same input, same bytes.
+
+    The warnings of `geometry` go into the header as JSON.
+    """
+    notes = json.dumps({"notes": list(geometry.warnings)}, ensure_ascii=False) if geometry.warnings else None
+    channels = None if len(array) == 1 else len(array)
+    header = _header(array.dtype, geometry, notes, channels=channels)
+    volumes = (channel.reshape(channel.shape + (1,) * (3 - channel.ndim)) for channel in array)
+    _write(path, header, (v[:, :, k : k + TILE[1]] for v in volumes for k in range(0, v.shape[2], TILE[1])))
+
+
 def _write(path: Path, header: Any, planes: Iterable[npt.NDArray[Any]]) -> None:
     with path.open("wb") as raw:
         if path.name.endswith(".gz"):
@@ -67,7 +79,7 @@ def _in_file_order(planes: npt.NDArray[Any]) -> memoryview:
     return turned.data
 
 
-def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str, *, channels: int | None = None) -> Any:
+def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str | None, *, channels: int | None = None) -> Any:
     import nibabel as nib
 
     kept = geometry.header
@@ -87,7 +99,8 @@ def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str, *, channels:
     header["scl_slope"], header["scl_inter"] = np.nan, np.nan
     header["cal_max"] = 0
     header["descrip"] = b"medseg"
-    header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT_CODE, comment.encode()))
+    if comment is not None:
+        header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT_CODE, comment.encode()))
     header["vox_offset"] = header.single_vox_offset + header.extensions.get_sizeondisk()
     return header
 

@@ -1,0 +1,95 @@
+"""Zip archives of DICOM files, read in place: nothing is ever unpacked onto the disk, and no name in them is used."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from medseg.errors import DataError
+
+# what all members may unpack to: a CT of 4000 slices; and one member: an enhanced multi-frame file of as much
+MOST_BYTES = 8 * 2**30
+MOST_MEMBER_BYTES = 4 * 2**30
+MOST_MEMBERS = 100_000
+# deflate shrinks scans 2 to 4 times and empty ones 1000 times; more than this is no scan once it is large
+MOST_EXPANSION = 200
+SMALL_BYTES = 2**28
+
+
+def is_archive(path: Path) -> bool:
+    """Whether `path` is a zip archive, by its ending and its first bytes."""
+    if path.suffix.lower() != ".zip" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+class Archive:
+    """An open zip archive whose members are known by their number; encrypted ones and folders are none."""
+
+    def __init__(self, path: Path, file: zipfile.ZipFile) -> None:
+        self._path, self._file = path, file
+        self._infos = file.infolist()
+        self._check()
+
+    def members(self) -> Iterator[tuple[int, str]]:
+        """Number and last part of the name of every file in it; the name is only for a look at its ending."""
+        for number, info in enumerate(self._infos):
+            if not info.is_dir():
+                yield number, info.filename.replace("\\", "/").rsplit("/", 1)[-1]
+
+    def read(self, number: int) -> BinaryIO:
+        """The content of a member in memory: never more than its declared size. Raises `DataError`."""
+        info = self._infos[number]
+        if info.flag_bits & 1:
+            raise DataError(f"{self._path}: encrypted members found, expected none; unpack it first")
+        try:
+            with self._file.open(info) as member:
+                content = member.read(info.file_size + 1)
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"{self._path}: member {number + 1} is damaged ({error}); make the archive again"
+            ) from error
+        except Exception as error:
+            # zlib.error and its like have no common class
+            raise DataError(f"{self._path}: member {number + 1} cannot be unpacked; make the archive again") from error
+        if len(content) != info.file_size:
+            raise DataError(
+                f"{self._path}: member {number + 1} unpacks to {len(content)} bytes, expected {info.file_size}; "
+                "make the archive again"
+            )
+        return io.BytesIO(content)
+
+    def _check(self) -> None:
+        if len(self._infos) > MOST_MEMBERS:
+            raise DataError(
+                f"{self._path}: {len(self._infos)} members found, expected at most {MOST_MEMBERS}; split it"
+            )
+        total = sum(i.file_size for i in self._infos)
+        largest = max((i.file_size for i in self._infos), default=0)
+        if total > MOST_BYTES or largest > MOST_MEMBER_BYTES:
+            raise DataError(
+                f"{self._path}: it would unpack to {total / 2**30:.1f} GiB (largest member {largest / 2**30:.1f} GiB), "
+                f"expected at most {MOST_BYTES // 2**30} and {MOST_MEMBER_BYTES // 2**30} GiB; split it"
+            )
+        # the members share the bytes of the file: so a bomb whose members overlap is found too
+        if total > SMALL_BYTES and total > MOST_EXPANSION * self._path.stat().st_size:
+            raise DataError(
+                f"{self._path}: {self._path.stat().st_size} bytes would unpack to {total}, expected at most "
+                f"{MOST_EXPANSION} times as many; give the series as a folder if you trust it"
+            )
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """The archive at `path`, checked before anything is unpacked. Raises `DataError`."""
+    try:
+        file = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise DataError(f"{path}: not a readable zip archive ({error}); make it again") from error
+    with file:
+        yield Archive(path, file)

@@ -1,0 +1,328 @@
+"""DICOM headers → frames: what every image plane says of its place and its values, classic and enhanced alike.
+
+What headers say of themselves is judged here; whether the frames make up a volume is judged in dicom_stack.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg.errors import DataError, GeometryError
+from medseg.readers.dicom_files import DicomFile, header_value
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+Array = npt.NDArray[np.float64]
+
+# elements that this module and the grouping of files look at
+TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "PatientID"),
+    *("Modality", "ImageType", "SeriesNumber", "AcquisitionNumber", "Rows", "Columns", "NumberOfFrames"),
+    *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LossyImageCompression"),
+    *("ImagesInAcquisition", "NumberOfSlices", "NumberOfSeriesRelatedInstances"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+)
+# of values that mean something, the photometric interpretation is how to show them: they are never inverted
+QUANTITATIVE = ("CT", "MR", "PT", "NM")
+# 8.6 GB of float32: as many voxels as preprocessing takes
+MOST_VOXELS = 2**31
+# pixel spacings that differ by less make half a pixel on an image of 5000
+SPACING_SHARE = 1e-4
+# direction cosines are written with six or more digits; three are taken: a tenth of a degree
+COSINE_TOLERANCE = 1e-3
+# images resampled from others keep the count of those
+_RESLICED = ("REFORMATTED", "MPR", "RESAMPLED", "CPR", "AVERAGE", "MIN_IP", "MAX_IP", "PROJECTION IMAGE")
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One image plane: the `index`-th of file number `file`.
+
+    `position` (3,), `orientation` (2, 3): of rows and of columns, LPS mm; `spacing_mm`: between rows, between columns;
+    `slope`, `intercept`: of the rescaling, 1 and 0 where there is none.
+    """
+
+    file: int
+    index: int
+    position: Array
+    orientation: Array
+    spacing_mm: tuple[float, float]
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @property
+    def normal(self) -> Array:
+        """Unit vector to the next plane, right-handed with rows and columns."""
+        return np.asarray(np.cross(*self.orientation))
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """All planes of a series, and what they have in common: `shape` is (rows, columns)."""
+
+    frames: tuple[Frame, ...]
+    shape: tuple[int, int]
+    warnings: tuple[str, ...] = ()
+
+
+def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str) -> Frames:
+    """The planes of a series. `headers`: one for each of `files`; `where`: what messages call the series.
+
+    Raises `DataError` or `GeometryError` for what cannot be one volume whatever the positions are: several patients,
+    colour, a mosaic, a localizer, CT without rescale, another size or spacing, images without a position.
+    """
+    _refuse_mixtures(headers, where)
+    _refuse_contents(files, headers, where)
+    frames: list[Frame] = []
+    for number, (file, header) in enumerate(zip(files, headers)):
+        frames += _frames(file, number, header)
+    _refuse_geometries(frames, where)
+    shape = (int(headers[0].Rows), int(headers[0].Columns))
+    if len(frames) * shape[0] * shape[1] > MOST_VOXELS:
+        raise DataError(
+            f"{where}: {len(frames)} frames of {shape[0]} × {shape[1]} found, expected at most {MOST_VOXELS:,} voxels; "
+            "correct the header"
+        )
+    return Frames(tuple(frames), shape, tuple(_notes(headers, where, len(frames))))
+
+
+def plane_distance(file: DicomFile, header: Dataset) -> tuple[float, str]:
+    """What a single plane says of the distance to the next one, in mm, and which element says it.
+
+    Raises `GeometryError` where none does.
+    """
+    for name in ("SpacingBetweenSlices", "SliceThickness"):
+        for groups in (header_value(header, "SharedFunctionalGroupsSequence") or [], [header]):
+            for holder in (*groups, *(header_value(header, "PerFrameFunctionalGroupsSequence") or [])[:1]):
+                value = _numbers([holder], "PixelMeasuresSequence", name, 1)
+                if value is not None and value[0] > 0:
+                    return float(value[0]), name
+    raise GeometryError(
+        f"{file}: a single plane without SpacingBetweenSlices and SliceThickness found, expected several planes or one "
+        "of these; give the whole series"
+    )
+
+
+# ---- what a series may not mix or be
+
+
+def _refuse_mixtures(headers: Sequence[Dataset], where: str) -> None:
+    for name, what, fix in (
+        ("PatientID", "patients", "sort the files by patient"),
+        ("StudyInstanceUID", "studies", "sort the files by study"),
+        ("Modality", "modalities", "sort the files by modality"),
+        ("FrameOfReferenceUID", "frames of reference (coordinate systems)", "reconstruct them in one"),
+    ):
+        count = len({str(header_value(h, name) or "") for h in headers})
+        if count > 1:
+            # the values themselves are a patient's
+            raise DataError(f"{where}: images of {count} {what} found in one series ({name}), expected one; {fix}")
+    for name in ("Rows", "Columns", "BitsAllocated", "PixelRepresentation"):
+        values = sorted({int(header_value(h, name) or 0) for h in headers})
+        if len(values) > 1:
+            raise GeometryError(
+                f"{where}: {name} {' and '.join(map(str, values))} found, expected one value; choose files of one scan"
+            )
+
+
+def _refuse_contents(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str) -> None:
+    for file, header in zip(files, headers):
+        kinds = _image_type(header)
+        samples, colour = (
+            header_value(header, "SamplesPerPixel") or 1,
+            header_value(header, "PhotometricInterpretation"),
+        )
+        if int(samples) != 1 or colour not in ("MONOCHROME1", "MONOCHROME2"):
+            raise DataError(
+                f"{file}: {colour or 'no'} pixels with {samples} values each found (a capture? a coloured map?), "
+                "expected one grey value a pixel; give the original images"
+            )
+        if "MOSAIC" in kinds:
+            raise DataError(
+                f"{file}: a mosaic of {header.Rows} × {header.Columns} found, whose tiles are the slices, expected one "
+                "slice an image; export it as enhanced multi-frame, or convert it with a tool that unpacks mosaics"
+            )
+        bits = int(header_value(header, "BitsAllocated") or 0)
+        if bits not in (8, 16, 32):
+            raise DataError(f"{file}: {bits} bits a pixel found, expected 8, 16 or 32; give the original images")
+        if header_value(header, "ModalityLUTSequence") is not None:
+            raise DataError(f"{file}: a table of modality values found, expected slope and intercept; export it anew")
+    scouts = [file for file, header in zip(files, headers) if "LOCALIZER" in _image_type(header)]
+    if scouts:
+        raise DataError(
+            f"{where}: {len(scouts)} of {len(files)} images are localizers, first {scouts[0]}, expected none; "
+            f"{'choose another series' if len(scouts) == len(files) else 'remove them from the folder'}"
+        )
+    names = Counter(str(header_value(h, "SOPInstanceUID") or "") for h in headers)
+    twice = [n for n, count in names.items() if n and count > 1]
+    if twice:
+        same = [str(f) for f, h in zip(files, headers) if str(h.SOPInstanceUID) == twice[0]]
+        raise DataError(
+            f"{where}: {len(twice)} images are there twice, such as {same[0]} and {same[1]}, expected each once; "
+            "remove the copies"
+        )
+
+
+def _refuse_geometries(frames: Sequence[Frame], where: str) -> None:
+    if not frames:
+        raise DataError(f"{where}: no frame found, expected at least one")
+    first = frames[0]
+    orientations = _distinct([f.orientation.ravel() for f in frames], lambda a, b: np.abs(a - b).max() <= 1e-4)
+    if len(orientations) > 1:
+        angle = np.degrees(np.arccos(np.clip(abs(np.cross(*orientations[1].reshape(2, 3)) @ first.normal), 0, 1)))
+        raise GeometryError(
+            f"{where}: {len(orientations)} orientations found (the first two {angle:.1f} degrees apart), expected one; "
+            "sort the files by orientation (a localizer?)"
+        )
+    spacings = _distinct(
+        [np.asarray(f.spacing_mm) for f in frames], lambda a, b: np.abs(a / b - 1).max() <= SPACING_SHARE
+    )
+    if len(spacings) > 1:
+        told = " and ".join(f"{s[0]:.6g} × {s[1]:.6g}" for s in spacings[:3])
+        raise GeometryError(f"{where}: pixel spacings {told} mm found, expected one; choose files of one scan")
+
+
+def _distinct(values: Sequence[Array], same: Callable[[Array, Array], bool]) -> list[Array]:
+    found: list[Array] = []
+    for value in values:
+        if not any(same(value, other) for other in found):
+            found.append(value)
+    return found
+
+
+def _notes(headers: Sequence[Dataset], where: str, frames: int) -> list[str]:
+    """What is odd but usable. Raises `DataError` where a count says that images are missing."""
+    notes = []
+    header = headers[0]
+    if header_value(header, "PhotometricInterpretation") == "MONOCHROME1":
+        modality = str(header_value(header, "Modality") or "")
+        kept = modality in QUANTITATIVE
+        notes.append(
+            f"MONOCHROME1: values of {modality} are kept as they are, only their display is inverted"
+            if kept
+            else "MONOCHROME1: inverted, so that bright is high"
+        )
+    if any(str(header_value(h, "LossyImageCompression") or "") == "01" for h in headers):
+        notes.append("the images were compressed with loss")
+    missing = _missing(headers, frames)
+    if missing is not None:
+        name, count = missing
+        found = f"{frames} of {count} images found ({name} says {count})"
+        if any(kind in _RESLICED for kind in _image_type(header)):
+            notes.append(f"{found}; the count may be that of the images these were made of")
+        else:
+            raise DataError(f"{where}: {found}, expected all; fetch the series again, some of it is missing")
+    return notes
+
+
+def _missing(headers: Sequence[Dataset], frames: int) -> tuple[str, int] | None:
+    """The element that knows of more images than there are, and its count."""
+    acquisitions = {str(header_value(h, "AcquisitionNumber") or "") for h in headers}
+    for name in ("NumberOfSeriesRelatedInstances", "NumberOfSlices", "ImagesInAcquisition"):
+        counts = {str(header_value(h, name) or "") for h in headers}
+        # a count of the acquisition says nothing of a series of several
+        if len(counts) != 1 or (name == "ImagesInAcquisition" and len(acquisitions) > 1):
+            continue
+        told = counts.pop()
+        if told.isdecimal() and int(told) > (len(headers) if name.endswith("Instances") else frames):
+            return name, int(told)
+    return None
+
+
+# ---- one file
+
+
+def _frames(file: DicomFile, number: int, header: Dataset) -> list[Frame]:
+    count = int(header_value(header, "NumberOfFrames") or 1)
+    if count < 1 or count * int(header.Rows) * int(header.Columns) > MOST_VOXELS:
+        raise DataError(f"{file}: {count} frames of {header.Rows} × {header.Columns} found; correct the header")
+    own = header_value(header, "PerFrameFunctionalGroupsSequence")
+    if own is None:
+        if count > 1:
+            raise GeometryError(
+                f"{file}: {count} frames without positions found, expected one for each; a film or a screen capture "
+                "is no volume"
+            )
+        return [_frame(file, number, 0, header, [header])]
+    if len(own) != count:
+        raise DataError(f"{file}: {len(own)} of {count} frames described, expected all; copy the file again")
+    shared = header_value(header, "SharedFunctionalGroupsSequence") or []
+    return [_frame(file, number, n, header, [groups, *shared[:1], header]) for n, groups in enumerate(own)]
+
+
+def _frame(file: DicomFile, number: int, index: int, header: Dataset, groups: list[Any]) -> Frame:
+    position = _numbers(groups, "PlanePositionSequence", "ImagePositionPatient", 3)
+    orientation = _numbers(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    spacing = _numbers(groups, "PixelMeasuresSequence", "PixelSpacing", 2)
+    for value, name in (
+        (position, "ImagePositionPatient"),
+        (orientation, "ImageOrientationPatient"),
+        (spacing, "PixelSpacing"),
+    ):
+        if value is None:
+            raise GeometryError(
+                f"{file}: no {name} found, expected finite numbers; only images that know their place make a volume "
+                "(a projection, a photograph or a capture does not)"
+            )
+    if position is None or orientation is None or spacing is None:
+        raise GeometryError(f"{file}: no place found")
+    if spacing.min() <= 0:
+        raise GeometryError(f"{file}: PixelSpacing {spacing.tolist()} mm found, expected above 0; correct the header")
+    return Frame(
+        number,
+        index,
+        position,
+        _unit(file, orientation.reshape(2, 3)),
+        (float(spacing[0]), float(spacing[1])),
+        *_rescale(file, header, groups),
+    )
+
+
+def _unit(file: DicomFile, orientation: Array) -> Array:
+    lengths = np.linalg.norm(orientation, axis=1)
+    if np.abs(lengths - 1).max() > COSINE_TOLERANCE or abs(orientation[0] @ orientation[1]) > COSINE_TOLERANCE:
+        raise GeometryError(
+            f"{file}: ImageOrientationPatient {orientation.ravel().tolist()} found, expected two perpendicular unit "
+            "vectors; correct the header"
+        )
+    return np.asarray(orientation / lengths[:, None])
+
+
+def _rescale(file: DicomFile, header: Dataset, groups: list[Any]) -> tuple[float, float]:
+    slope = _numbers(groups, "PixelValueTransformationSequence", "RescaleSlope", 1)
+    intercept = _numbers(groups, "PixelValueTransformationSequence", "RescaleIntercept", 1)
+    if header_value(header, "Modality") == "CT" and (slope is None or intercept is None):
+        raise DataError(
+            f"{file}: CT without RescaleSlope and RescaleIntercept found, expected both: without them values are not "
+            "Hounsfield units; export the original images"
+        )
+    found = (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
+    if found[0] == 0:
+        raise DataError(f"{file}: RescaleSlope 0 found, expected another number; export the original images")
+    return found
+
+
+def _numbers(groups: list[Any], sequence: str, name: str, count: int) -> Array | None:
+    """The numbers of an element, from the first of `groups` that has it: a frame's own, the shared, the file's."""
+    for group in groups:
+        for holder in (*(header_value(group, sequence) or [])[:1], group):
+            value = header_value(holder, name)
+            if value is None:
+                continue
+            numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
+            return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else None
+    return None
+
+
+def _image_type(header: Dataset) -> list[str]:
+    value = header_value(header, "ImageType")
+    return [str(v).upper() for v in ([value] if isinstance(value, str) else value or [])]
