@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medseg.cases import Case, fold_split
-    from medseg.check import Finding, Findings, check_dataset
+    from medseg.check import Finding, Findings, SeriesFacts, check_dataset, check_series
     from medseg.compare import Comparison, compare
     from medseg.config import (
         Config,
@@ -73,6 +73,7 @@ _HOME = {
     "Report": "report",
     "Run": "train",
     "Segmenter": "infer",
+    "SeriesFacts": "check",
     "SeriesOptions": "readers",
     "ShippedModel": "shipped",
     "Summary": "statistics",
@@ -82,6 +83,7 @@ _HOME = {
     "at_output_stride": "networks",
     "build_network": "networks",
     "check_dataset": "check",
+    "check_series": "check",
     "check_settings": "networks",
     "compare": "compare",
     "convert": "convert",
@@ -142,6 +144,7 @@ __all__ = [
     "Report",
     "Run",
     "Segmenter",
+    "SeriesFacts",
     "SeriesOptions",
     "ShippedModel",
     "Summary",
@@ -152,6 +155,7 @@ __all__ = [
     "at_output_stride",
     "build_network",
     "check_dataset",
+    "check_series",
     "check_settings",
     "compare",
     "convert",

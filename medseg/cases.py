@@ -1,4 +1,7 @@
-"""What a data set consists of: cases, channels, label names, folds, and the inputs of inference; no file is opened."""
+"""What a data set consists of: cases, channels, label names, folds, and the inputs of inference.
+
+Of DICOM alone files are opened: their headers say which series they are of.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import ENDINGS, is_image_file, split_ending
+from medseg.readers import ENDINGS, Series, SeriesOptions, is_image_file, split_ending
+from medseg.readers.archive import is_archive
+from medseg.readers.dicom_files import holds_dicom
+from medseg.readers.series import Found, find_series
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +31,17 @@ MOST_CLASHES = 5
 
 @dataclass(frozen=True)
 class Case:
-    """One case: `images` holds one file per channel, or one file with all channels. `group`: cases of one patient."""
+    """One case: `images` holds one file per channel, or one file with all channels. `group`: cases of one patient.
+
+    `series`: the DICOM series that is meant in `images`, a folder, an archive or a file.
+    """
 
     id: str
     images: tuple[Path, ...]
     label: Path | None
     group: str
     fold: int | None = None
+    series: Series | None = None
 
 
 @dataclass(frozen=True)
@@ -125,14 +135,16 @@ def fold_split(
     return train, validation
 
 
-def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
-    """Cases in files and folders (not their subfolders, unless these hold DICOM files: a series counts as one file).
+def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions | None = None) -> list[Case]:
+    """Cases in files and folders: not in their subfolders, unless these hold DICOM files: then one for each series.
 
     Files CASE_0000, CASE_0001, … of one folder are channels of CASE where every file of it ends so and no number is
-    beyond `channels`. What is given twice, in whatever spelling, is taken once, as it was spelled first. Raises
-    `ConfigError` where nothing is found or two inputs would share a name.
+    beyond `channels`. What is given twice, in whatever spelling, is taken once, as it was spelled first. A series has
+    the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is found or two
+    inputs would share a name.
     """
     by_folder: dict[Path, dict[str, Path]] = {}
+    dicom: dict[Path, Path] = {}
     for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path}: no such file or folder; check the path")
@@ -140,16 +152,31 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int) -> list[Case]:
         if not found:
             raise ConfigError(f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}")
         for file in found:
+            if not is_image_file(file) or file.is_dir():
+                dicom.setdefault(file.resolve(), file)
+                continue
             # the file itself is not resolved: links of two names to one file are two cases, or two channels
             by_folder.setdefault(file.parent.resolve(), {}).setdefault(file.name, file)
-    by_name: dict[str, dict[tuple[Path, ...], tuple[Path, ...]]] = {}
+    by_name: dict[str, dict[object, Case]] = {}
     for files in by_folder.values():
         for name, images in _by_case(list(files.values()), channels):
-            by_name.setdefault(name, {}).setdefault(tuple(image.resolve() for image in images), images)
+            key = tuple(image.resolve() for image in images)
+            by_name.setdefault(name, {}).setdefault(key, Case(name, images, None, name))
+    for case in _dicom_cases(list(dicom.values()), series or SeriesOptions()):
+        by_name.setdefault(case.id, {}).setdefault((case.images, case.series), case)
     if not by_name:
-        raise ConfigError("no input given; give files or folders")
-    _refuse_clashes({name: list(found.values()) for name, found in by_name.items()})
-    return [Case(name, next(iter(found.values())), None, name) for name, found in by_name.items()]
+        wanted = series.uid if series is not None else None
+        raise ConfigError(f"no series {wanted} in the inputs" if wanted else "no input given; give files or folders")
+    _refuse_clashes({name: [case.images for case in found.values()] for name, found in by_name.items()})
+    return [next(iter(found.values())) for found in by_name.values()]
+
+
+def dicom_cases(path: Path) -> list[Case]:
+    """One case for each DICOM series in a folder, archive or file, named as `infer_inputs` does; none for other data.
+
+    `series` is None where files cannot be read or are no images: reading such a case says why.
+    """
+    return _dicom_cases([f for f in _input_files(path) if f.is_dir() or not is_image_file(f)], SeriesOptions())
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -162,25 +189,64 @@ def images_in(folder: Path) -> list[Path]:
 
 def _input_files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path] if is_image_file(path) or _is_dicom(path) else []
+        return [path] if is_image_file(path) or holds_dicom(path) else []
     images = images_in(path)
     if images:
         return images
-    if _holds_dicom(path):
+    inside = sorted(f for f in path.iterdir() if not f.name.startswith("."))
+    if any(f.is_file() and not is_archive(f) and holds_dicom(f) for f in inside):
         return [path]
-    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".") and _holds_dicom(f))
+    return [f for f in inside if (f.is_dir() or is_archive(f)) and holds_dicom(f)]
 
 
-def _holds_dicom(folder: Path) -> bool:
-    return any(_is_dicom(f) for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+def _dicom_cases(sources: Sequence[Path], options: SeriesOptions) -> list[Case]:
+    """Cases of the series in folders, archives and files; files of one folder are taken together."""
+    files: dict[Path, list[Path]] = defaultdict(list)
+    for source in sources:
+        if source.is_file() and not is_archive(source):
+            files[source.parent].append(source)
+    cases = []
+    for source in sources:
+        if source.is_dir() or is_archive(source):
+            cases += _series_cases(source, (), options)
+    for folder, some in files.items():
+        cases += _series_cases(some[0] if len(some) == 1 else folder, some, options)
+    return cases
 
 
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".ima"):
-        return True
-    # DICOM PS3.10: 128 bytes of anything, then the mark
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+def _series_cases(source: Path, only: Sequence[Path], options: SeriesOptions) -> list[Case]:
+    name = _stem(source)
+    try:
+        found = find_series(source, only)
+    except DataError as error:
+        # told when the case is read, so that it costs no other
+        log.info("%s", error)
+        return [Case(name, (source,), None, name)]
+    if found.unreadable or not found.series:
+        return [Case(name, (source,), None, name)]
+    names = _series_names(found, name)
+    return [
+        Case(name, (source,), None, name, series=replace(series, options=options))
+        for name, series in zip(names, found.series)
+        if options.uid in (None, series.key)
+    ]
+
+
+def _series_names(found: Found, name: str) -> list[str]:
+    """A name for each series: of its folder where it has that for itself, else with digits made of its UID."""
+    if len(found.series) == 1:
+        return [name]
+    folders = [series.folder.resolve() for series in found.series]
+    alone = [
+        folder != found.source.resolve()
+        and not any(folder == o or folder in o.parents for o in [*folders[:n], *folders[n + 1 :]])
+        for n, folder in enumerate(folders)
+    ]
+    plain = [folder.name if own else name for folder, own in zip(folders, alone)]
+    return [
+        base if own and plain.count(base) == 1 else f"{base}-{series.digits}"
+        for base, own, series in zip(plain, alone, found.series)
+    ]
 
 
 def _refuse_clashes(inputs: Mapping[str, Sequence[tuple[Path, ...]]]) -> None:

@@ -1,4 +1,4 @@
-"""The look at every file of a data set before any work: findings and facts; nothing is changed or repaired here."""
+"""The look at every file of a data set, or at DICOM series, before any work: findings and facts; nothing is changed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medseg.cases import Case, Dataset
+from medseg.cases import Case, Dataset, dicom_cases
 from medseg.datasets import read_dataset
 from medseg.errors import DataError
 from medseg.grid import ROUNDING_TOLERANCE, Grid
 from medseg.progress import Progress, silent
-from medseg.readers import Image, LabelMap, finite_or_raise, is_picture, read_image, read_label
+from medseg.readers import Image, LabelMap, finite_or_raise, is_picture, read_image, read_images, read_label
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,54 @@ def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Pro
     found += _outliers(facts)
     found += _unused_labels(dataset, facts)
     return Findings(dataset, tuple(sorted(found, key=lambda f: SEVERITIES.index(f.severity))), facts)
+
+
+@dataclass(frozen=True)
+class SeriesFacts:
+    """What one DICOM series is. `case`: its name in `medseg infer`; `reason`: why it is no volume, empty where it is.
+
+    `key`: what `--series` takes; empty with `modality`, `shape` and `spacing_mm` where its files cannot be read.
+    """
+
+    case: str
+    key: str
+    modality: str
+    files: int
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    warnings: tuple[str, ...]
+    reason: str
+
+
+def check_series(source: Path | str, *, progress: Progress = silent) -> tuple[SeriesFacts, ...]:
+    """Reads every DICOM series in a folder, archive or file, pixels too, and says which are one regular volume.
+
+    Empty where there is a data set in one of the four forms, no DICOM file, or nothing at all.
+    """
+    source = Path(source)
+    if not source.exists() or any((source / name).exists() for name in ("dataset.json", "images", "imagesTr")):
+        return ()
+    cases = dicom_cases(source)
+    facts = []
+    for number, case in enumerate(cases, start=1):
+        facts.append(_series_facts(case))
+        progress("check", number, len(cases), case.id)
+    return tuple(facts)
+
+
+def _series_facts(case: Case) -> SeriesFacts:
+    series = case.series
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
+    reason = ""
+    try:
+        image = read_images(case.images, series=series)
+        shape, spacing, warnings = image.grid.shape, image.grid.spacing_mm, image.geometry.warnings
+    except DataError as error:
+        reason = str(error)
+    key, modality, files = ("", "", 0) if series is None else (series.key, series.modality, len(series.files))
+    return SeriesFacts(case.id, key, modality, files, shape, spacing, warnings, reason)
 
 
 # ---- one case

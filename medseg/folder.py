@@ -23,7 +23,7 @@ from medseg.infer import InferOptions, Segmented, Segmenter, load_model, timed
 from medseg.preprocess import Prepared
 from medseg.process import PeakMemory, heeding_signals
 from medseg.progress import Pace, Progress, silent
-from medseg.readers import file_sha256
+from medseg.readers import Geometry, file_sha256
 from medseg.record import CaseResult, Record, open_record
 from medseg.writers import held_room, is_disk_full, label_ending, remove_stale_temporaries, write_label
 from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
@@ -65,7 +65,7 @@ def infer(
     devices = [_device(name) for name in options.devices] or [options.device]
     # loaded for each device: a network is on one
     first, *others = [load_model(*models, options=replace(options, device=d, devices=())) for d in devices]
-    cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels))
+    cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels), series=options.series)
     if part > len(cases):
         log.warning("shard %d/%d has none of the %d cases", part, parts, len(cases))
     return segment_cases(first, cases[part - 1 :: parts], Path(out), beside=others, forget_peak=True, progress=progress)
@@ -95,7 +95,7 @@ def segment_cases(
             raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
     probabilities = probabilities_path(folder, "").parent
     written = (folder, probabilities) if segmenter.options.save_probabilities else (folder,)
-    parents = {path.parent.resolve() for case in cases for path in case.images if os.path.isfile(path)}
+    parents = {path.parent.resolve() for case in cases for path in _files(case) if os.path.isfile(path)}
     for made in written:
         if made.resolve() in parents:
             raise ConfigError(
@@ -144,6 +144,8 @@ class _Labelled:
     found: Segmented
     peak_memory_mb: float | None
     probabilities: ProbabilityStore | None
+    like: Path | Geometry
+    notes: tuple[str, ...]
 
 
 class _Dropped(BaseException):
@@ -325,7 +327,7 @@ class _Run:
     def _read_one(self, case: Case, seconds: dict[str, float]) -> _Read | None:
         """None for a case that is done already."""
         with timed(seconds, "hash"):
-            inputs = {str(p): file_sha256(p) for p in case.images}
+            inputs = _digests(case)
             if not self._segmenters[0].options.overwrite:
                 probabilities = probabilities_path(self._folder, case.id) if self._saves_probabilities else None
                 earlier = self._record.finished(case.id, _output(self._folder, case), inputs, probabilities)
@@ -365,7 +367,10 @@ class _Run:
             found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick, keep=store)
             # from here on the writer closes it
             kept.pop_all()
-        return _Labelled(read.case, read.inputs, read.seconds, found, self._memory.end(), store)
+        # of a series, the grid that was read: what a file says of itself is read again
+        like = read.case.images[0] if read.case.series is None else Geometry(read.prepared.source)
+        memory = self._memory.end()
+        return _Labelled(read.case, read.inputs, read.seconds, found, memory, store, like, read.prepared.notes)
 
     def _write(self) -> None:
         for labelled in iter(self._labelled.get, None):
@@ -381,8 +386,8 @@ class _Run:
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
             if labelled.probabilities is not None:
-                probabilities = file_sha256(write_probabilities(beside, labelled.probabilities, case.images[0]))
-            write_label(output, found.labels, like=case.images[0], names=self._segmenters[0].label_names)
+                probabilities = file_sha256(write_probabilities(beside, labelled.probabilities, labelled.like))
+            write_label(output, found.labels, like=labelled.like, names=self._segmenters[0].label_names)
         stale = () if probabilities else self._stale([beside], "mask")
         result = CaseResult(
             case.id,
@@ -394,7 +399,7 @@ class _Run:
             output_sha256=file_sha256(output),
             probabilities_sha256=probabilities,
             quality=dict(found.quality),
-            warnings=(*found.warnings, *stale),
+            warnings=(*labelled.notes, *found.warnings, *stale),
             look=found.look,
         )
         self._events.put(result)
@@ -434,6 +439,18 @@ def _device(name: str) -> str:
     except ConfigError as error:
         raise ConfigError(f"--devices {name}: {str(error).removeprefix(f'--device {device}: ')}") from error
     return device
+
+
+def _files(case: Case) -> tuple[Path, ...]:
+    """The files that a case is read from."""
+    return case.images if case.series is None else tuple(f.path for f in case.series.files)
+
+
+def _digests(case: Case) -> dict[str, str]:
+    """SHA-256 by file; of a series one for all its files. A folder without a series has none: reading says why."""
+    if case.series is not None:
+        return {str(case.series.source): case.series.sha256()}
+    return {str(p): file_sha256(p) for p in case.images if not p.is_dir()}
 
 
 def _output(folder: Path, case: Case) -> Path:

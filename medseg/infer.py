@@ -30,6 +30,7 @@ from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
+from medseg.readers import SeriesOptions
 from medseg.readers.probabilities import Channels
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
 from medseg.shipped import find_model
@@ -53,7 +54,8 @@ class InferOptions:
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
     axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those, and copies moved within
-    the network's stride, that surely helped when training ended. `devices`: cases are dealt to these, in place of
+    the network's stride, that surely helped when training ended. `series`: which of several DICOM series, and whether a
+    tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of
     `device`. `save_probabilities`: for folders of cases, write them beside the masks. `settings` are laid over the
     model's: sections network (`output_stride`, with the weights as they are), windows and postprocess.
     """
@@ -69,6 +71,7 @@ class InferOptions:
     overwrite: bool = False
     save_probabilities: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    series: SeriesOptions = field(default_factory=SeriesOptions)
 
 
 @dataclass(frozen=True)

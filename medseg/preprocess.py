@@ -49,7 +49,7 @@ class Prepared:
 
     `image` (C, *S) float32; `label` (*S) uint8: index of the output channel, 255 where ignored; for regions int32,
     the value in the file. `grid` is the network's grid, `source` the file's. `raw` (C, 9): the `PERCENTILES` of the
-    intensities as they are in the file.
+    intensities as they are in the file. `notes`: what was done to a DICOM series to make it a volume, and is odd.
     """
 
     id: str
@@ -58,6 +58,7 @@ class Prepared:
     grid: Grid
     source: Grid
     raw: torch.Tensor
+    notes: tuple[str, ...] = ()
 
 
 class Load(Transform):
@@ -69,7 +70,8 @@ class Load(Transform):
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Raises `DataError` or `GeometryError` naming the file."""
         dims, channels = self.data.spatial_dims, len(self.data.channels)
-        image = read_images(item["image"], spatial_dims=dims, channels=channels)
+        series = item.get("series")
+        image = read_images(item["image"], spatial_dims=dims, channels=channels, series=series)
         grid = image.grid
         # small integers stay what they are until they are resampled: a quarter of the memory
         small = image.array.dtype in (np.int8, np.uint8, np.int16)
@@ -86,6 +88,7 @@ class Load(Transform):
             "image_file": item["image"][0],
             "source": grid,
             "raw": percentiles(image.array),
+            "notes": () if series is None else image.geometry.warnings,
         }
         if "label" in item:
             label = read_label(item["label"], spatial_dims=dims)
@@ -238,7 +241,7 @@ def make_transforms(config: PreprocessConfig, data: DataConfig, *, with_label: b
 
 def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_label: bool) -> Prepared:
     """Read one case and bring it to the network's grid. Raises `DataError` naming the file."""
-    item: dict[str, Any] = {"image": case.images}
+    item: dict[str, Any] = {"image": case.images, "series": case.series}
     if with_label:
         if case.label is None:
             raise DataError(f"{case.id}: no label file found, expected one; run `medseg check`")
@@ -252,7 +255,8 @@ def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_labe
         raise
     grid = grid_of(done["image"])
     label = done["label"].as_tensor()[0].contiguous() if with_label else None
-    return Prepared(case.id, done["image"].as_tensor().contiguous(), label, grid, done["source"], done["raw"])
+    image = done["image"].as_tensor().contiguous()
+    return Prepared(case.id, image, label, grid, done["source"], done["raw"], done["notes"])
 
 
 def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folder: Path) -> Prepared:

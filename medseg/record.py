@@ -194,7 +194,9 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
         "precision": segmenter.precision,
         "engine": options.engine,
     }
-    return dict(json.loads(json.dumps(told)))
+    # left out unless asked for: records of before stay good
+    asked = {name: True for name in ("resample_tilt", "resample_gaps") if getattr(options.series, name)}
+    return dict(json.loads(json.dumps(told | asked)))
 
 
 def _digest(text: str) -> str:

@@ -229,7 +229,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a folder found"):
+    with pytest.raises(DataError, match="no DICOM file found, expected a series"):
         read_image(tmp_path)
 
 

@@ -15,6 +15,9 @@ from medseg.cli.shared import (
     SOME_FAILED,
     Device,
     Precision,
+    ResampleGaps,
+    ResampleTilt,
+    SeriesUid,
     Verbose,
     failed_cases,
     finish,
@@ -46,7 +49,7 @@ class Engine(str, Enum):
 
 def infer(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="Files or folders: NIfTI, NRRD, MHA, PNG, TIFF.")
+        list[Path], typer.Argument(metavar="INPUT...", help="Files or folders: NIfTI, NRRD, MHA, PNG, TIFF, DICOM.")
     ],
     model: Annotated[
         list[Path],
@@ -97,6 +100,9 @@ def infer(
             "where they are there too. `medseg evaluate --probabilities` reads them.",
         ),
     ] = False,
+    series: SeriesUid = None,
+    resample_tilt: ResampleTilt = False,
+    resample_gaps: ResampleGaps = False,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -142,6 +148,7 @@ def infer(
         overwrite=overwrite,
         save_probabilities=save_probabilities,
         settings=settings_of(settings),
+        series=medseg.SeriesOptions(series, resample_tilt, resample_gaps),
     )
     with shown_progress() as progress:
         results = medseg.infer(inputs, model, output, options, progress=progress)

@@ -45,8 +45,17 @@ def demo(
 
 
 def check(dataset: DatasetArg, device: AnyDevice = "auto", verbose: Verbose = False) -> None:
-    """Look at every file before any work: geometry, labels, ranges, pairs, duplicates."""
+    """Look at every file before any work: geometry, labels, ranges, pairs, duplicates.
+
+    DATASET may also be a folder, file or zip archive of DICOM: then its series are listed, with what each is or why it
+    is no volume.
+    """
     log(verbose)
+    with shown_progress() as progress:
+        series = medseg.check_series(dataset, progress=progress)
+    if series:
+        _print_series(dataset, series)
+        return
     with shown_progress() as progress:
         findings = medseg.check_dataset(dataset, progress=progress)
     for finding in findings.findings:
@@ -60,6 +69,23 @@ def check(dataset: DatasetArg, device: AnyDevice = "auto", verbose: Verbose = Fa
         [],
         errors > 0,
     )
+
+
+def _print_series(source: Path, series: Any) -> None:
+    """A table of the series, a line each, and below it why some are refused."""
+    rows = [("case", "modality", "files", "size", "spacing mm", "verdict", "series")]
+    for facts in series:
+        size, spacing = ("×".join(f"{n:.4g}" for n in numbers) or "-" for numbers in (facts.shape, facts.spacing_mm))
+        verdict = "refused" if facts.reason else "noted" if facts.warnings else "volume"
+        rows.append((facts.case, facts.modality or "-", str(facts.files), size, spacing, verdict, facts.key or "-"))
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    for row in rows:
+        out.print(escape("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()), soft_wrap=True)
+    for facts in series:
+        for warning in facts.warnings:
+            out.print(f"[yellow]note on[/yellow] {escape(facts.case)}: {escape(warning)}")
+    refused = [f"{facts.case}: {facts.reason}" for facts in series if facts.reason]
+    finish(f"{source}: {len(series)} series found, {len(refused)} refused", refused)
 
 
 def plan(

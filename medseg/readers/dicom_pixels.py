@@ -82,7 +82,7 @@ def _stored(file: DicomFile, dataset: Dataset, shape: tuple[int, int]) -> Iterat
 
 
 def _decoded(file: DicomFile, dataset: Dataset) -> Iterator[npt.NDArray[Any]]:
-    from pydicom.pixels.decoders import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     syntax = str(dataset.file_meta.TransferSyntaxUID)
     decoder = get_decoder(syntax)
@@ -190,7 +190,7 @@ def _within_bits(file: DicomFile, dataset: Dataset, values: npt.NDArray[Any]) ->
 def _inverted(values: npt.NDArray[Any], dataset: Dataset) -> npt.NDArray[Any]:
     # the bitwise complement within BitsStored: largest becomes smallest
     if values.dtype.kind == "i":
-        return np.invert(values)
+        return np.asarray(np.invert(values))
     top = values.dtype.type(2 ** int(dataset.BitsStored) - 1)
     return np.asarray(top - values)
 
@@ -210,7 +210,7 @@ def _rescaled(stored: npt.NDArray[Any], frame: Frame, dtype: np.dtype[Any]) -> n
     if (frame.slope, frame.intercept) == (1, 0):
         return stored.astype(dtype, copy=False)
     if dtype.kind == "f":
-        return (stored * np.float64(frame.slope) + np.float64(frame.intercept)).astype(dtype)
+        return np.asarray(stored * np.float64(frame.slope) + np.float64(frame.intercept), dtype)
     return np.asarray(stored.astype(np.int64) * int(frame.slope) + int(frame.intercept))
 
 

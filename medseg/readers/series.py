@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from medseg.readers._axes import channels_first, place, spatial_shape
 from medseg.readers._image import Geometry, Image
 from medseg.readers.dicom_files import (
     DicomFile,
+    Listed,
     Unreadable,
     digest,
     header_value,
@@ -101,9 +102,17 @@ class SourceImages:
     resampled: bool
 
 
-def find_series(source: Path) -> Found:
-    """The series in a folder and all below it, a zip archive, or a file. Raises `DataError` where it cannot be read."""
-    listed = list_dicom(source)
+def find_series(source: Path, only: Sequence[Path] = ()) -> Found:
+    """The series in a folder and all below it (of `only` these files in it), a zip archive, or a file.
+
+    Raises `DataError` where it cannot be read.
+    """
+    parts = [list_dicom(path) for path in only or [source]]
+    listed = Listed(
+        tuple(file for part in parts for file in part.files),
+        tuple(file for part in parts for file in part.unreadable),
+        sum(part.others for part in parts),
+    )
     groups: dict[tuple[str, ...], list[tuple[DicomFile, str]]] = {}
     objects: Counter[str] = Counter()
     unreadable = list(listed.unreadable)

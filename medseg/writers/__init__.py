@@ -80,8 +80,8 @@ def write_label(
 def write_image(path: Path, image: Image) -> Path:
     """Writes `image` as NIfTI (`.nii.gz` or `.nii`) in its own type; several channels are a fourth axis.
 
-    Gives back `path`. What the reader has said of it (`geometry.warnings`) goes into the header as JSON: an extension of
-    code 6 (comment). The same input gives the same bytes. Raises `DataError` for another ending and a folder that
+    Gives back `path`. What the reader has said of it (`geometry.warnings`) goes into the header as JSON: an extension
+    of code 6 (comment). The same input gives the same bytes. Raises `DataError` for another ending and a folder that
     cannot be written.
     """
     if split_ending(path.name)[1].lower() not in IMAGE_ENDINGS:
