@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import ENDINGS, Series, SeriesOptions, is_image_file, split_ending
+from medseg.readers import ENDINGS, Series, SeriesOptions, is_image_file, is_picture, split_ending
 from medseg.readers.archive import is_archive
 from medseg.readers.dicom_files import holds_dicom
 from medseg.readers.series import Found, find_series
@@ -189,14 +189,26 @@ def images_in(folder: Path) -> list[Path]:
 
 def _input_files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path] if is_image_file(path) or holds_dicom(path) else []
+        return [path] if is_image_file(path) or _is_dicom(path) else []
     images = images_in(path)
-    if images:
+    if any(not is_picture(file) for file in images):
         return images
     inside = sorted(f for f in path.iterdir() if not f.name.startswith("."))
-    if any(f.is_file() and not is_archive(f) and holds_dicom(f) for f in inside):
+    # scans come with pictures of themselves
+    if any(f.is_file() and not is_archive(f) and _is_dicom(f) for f in inside):
         return [path]
-    return [f for f in inside if (f.is_dir() or is_archive(f)) and holds_dicom(f)]
+    if images:
+        return images
+    return [f for f in inside if (f.is_dir() or is_archive(f)) and _is_dicom(f)]
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        return holds_dicom(path)
+    except DataError as error:
+        # a broken archive, a folder that is closed: told when the case is read, so that it costs no other
+        log.info("%s", error)
+        return True
 
 
 def _dicom_cases(sources: Sequence[Path], options: SeriesOptions) -> list[Case]:

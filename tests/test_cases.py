@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import phantom
 import pytest
+from pydicom import Dataset
 
 from medseg.cases import Case, assign_folds, fold_split, infer_inputs
 from medseg.datasets import read_dataset
 from medseg.errors import ConfigError, DataError
+from medseg.readers import SeriesOptions
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -331,6 +335,50 @@ def test_infer_takes_a_folder_of_dicom_as_one_case(tmp_path: Path) -> None:
         ("s1", (tmp_path / "study/s1",)),
         ("s2", (tmp_path / "study/s2",)),
     ]
+
+
+def test_infer_takes_each_series_of_a_folder_as_a_case(tmp_path: Path) -> None:
+    def other(k: int, ds: Dataset) -> None:
+        phantom.put(ds, SeriesInstanceUID="1.2.9", SOPInstanceUID=f"1.2.9.{k}")
+
+    phantom.series(tmp_path / "scan")
+    phantom.series(tmp_path / "both")
+    phantom.series(tmp_path / "both/later", other)
+    cases = infer_inputs([tmp_path / "scan", tmp_path / "both", tmp_path / "scan"], channels=1)
+    first, second, third = sorted(cases, key=lambda c: c.id)
+    # two share a folder: digits made of the UID, and nothing that stands in the files
+    assert first.series is not None
+    assert first.id == f"both-{first.series.digits}"
+    assert (second.id, third.id) == ("later", "scan")
+    assert third.images == (tmp_path / "scan",)
+    assert [len(c.series.files) for c in cases if c.series] == [5, 5, 5]
+
+
+def test_infer_takes_files_of_a_series_together(tmp_path: Path) -> None:
+    folder = phantom.series(tmp_path / "scan")
+    files = sorted(folder.iterdir())
+    (case,) = infer_inputs(files, channels=1)
+    assert (case.id, case.images) == ("scan", (folder,))
+    assert case.series is not None
+    assert len(case.series.files) == 5
+    assert infer_inputs(files[:1], channels=1)[0].id == "IM03"
+
+
+def test_infer_takes_archives_and_leaves_pictures_of_scans(tmp_path: Path) -> None:
+    folder = phantom.series(tmp_path / "in/scan")
+    (folder / "preview.png").write_bytes(b"-")
+    shutil.make_archive(str(tmp_path / "in/zipped"), "zip", folder)
+    assert sorted(c.id for c in infer_inputs([tmp_path / "in"], channels=1)) == ["scan", "zipped"]
+
+
+def test_infer_takes_the_series_that_is_asked_for(tmp_path: Path) -> None:
+    folder = phantom.series(tmp_path / "scan")
+    options = SeriesOptions(phantom.SERIES, resample_gaps=True)
+    (case,) = infer_inputs([folder], channels=1, series=options)
+    assert case.series is not None
+    assert case.series.options == options
+    with pytest.raises(ConfigError, match=r"no series 1\.9 in the inputs"):
+        infer_inputs([folder], channels=1, series=SeriesOptions("1.9"))
 
 
 @pytest.mark.parametrize("names", [("x/a.nii", "y/a.nii.gz"), ("x/a.nii", "x/a.png")])

@@ -50,13 +50,11 @@ class Archive:
         try:
             with self._file.open(info) as member:
                 content = member.read(info.file_size + 1)
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise DataError(
-                f"{self._path}: member {number + 1} is damaged ({error}); make the archive again"
-            ) from error
         except Exception as error:
-            # zlib.error and its like have no common class
-            raise DataError(f"{self._path}: member {number + 1} cannot be unpacked; make the archive again") from error
+            # zipfile and its unpackers have no common class; their words would show the name of the member
+            raise DataError(
+                f"{self._path}: member {number + 1} is damaged ({type(error).__name__}); make the archive again"
+            ) from error
         if len(content) != info.file_size:
             raise DataError(
                 f"{self._path}: member {number + 1} unpacks to {len(content)} bytes, expected {info.file_size}; "

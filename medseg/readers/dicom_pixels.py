@@ -16,7 +16,7 @@ from medseg.readers.dicom_frames import QUANTITATIVE, Frame
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-# what pydicom, gdcm and pyjpegls decode; deflated ones are refused before they are opened
+# what pydicom and gdcm decode; deflated ones are refused before they are opened
 SYNTAXES = {
     "1.2.840.10008.1.2": "implicit little endian",
     "1.2.840.10008.1.2.1": "explicit little endian",
@@ -31,6 +31,8 @@ SYNTAXES = {
     "1.2.840.10008.1.2.4.90": "JPEG 2000 lossless",
     "1.2.840.10008.1.2.4.91": "JPEG 2000",
 }
+# one decoder each: of the others, pyjpegls takes seconds for a few bytes of a stream that is cut off
+_DECODERS = {"RLE": "pydicom"}
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 # an empty plane may shrink ten thousand times, but no large one has less than this share left
 _SMALL_BYTES, _MOST_EXPANSION = 2**26, 1000
@@ -86,16 +88,22 @@ def _decoded(file: DicomFile, dataset: Dataset) -> Iterator[npt.NDArray[Any]]:
 
     syntax = str(dataset.file_meta.TransferSyntaxUID)
     decoder = get_decoder(syntax)
+    plugin = "" if syntax in _PLAIN else _DECODERS.get(SYNTAXES[syntax], "gdcm")
     try:
         with quiet():
-            for decoded, _ in decoder.iter_array(dataset, raw=True, correct_unused_bits=False):
+            if int(header_value(dataset, "NumberOfFrames") or 1) == 1:
+                # alone, it may be changed in place, which pydicom does to a stream whose sign differs from the header
+                yield decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)[0]
+                return
+            for decoded, _ in decoder.iter_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False):
                 yield decoded
     except DataError:
         raise
     except Exception as error:
         # whatever a codec says of broken data; its words go along in the cause
         raise DataError(
-            f"{file}: its pixels cannot be decoded ({SYNTAXES[syntax]}; cut off or damaged); copy the file again"
+            f"{file}: its pixels cannot be decoded ({SYNTAXES[syntax]}; damaged, or not what the header says); "
+            "copy the file again"
         ) from error
 
 

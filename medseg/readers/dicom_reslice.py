@@ -15,6 +15,9 @@ from medseg.readers.dicom_stack import Stack, base_step_mm
 
 Planes = npt.NDArray[Any]
 
+# of the way to the next plane: so near to one, it is that one
+SAME_SHARE = 1e-3
+
 
 def upright_shape(made: Stack, shape: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns that hold every plane once `set_upright` has shifted them."""
@@ -73,8 +76,7 @@ def fill_gaps(made: Stack, planes: Planes) -> Planes:
         above = int(np.clip(np.searchsorted(made.along_mm, at), 1, len(planes) - 1))
         low, high = made.along_mm[above - 1], made.along_mm[above]
         share = float(np.clip((at - low) / (high - low), 0, 1))
-        near = min(share, 1 - share) * (high - low)
-        if near <= made.tolerance_mm:
+        if min(share, 1 - share) < SAME_SHARE:
             target[:] = planes[above - 1 if share < 0.5 else above]
         else:
             target[:] = _as(planes[above - 1] * (1 - share) + planes[above] * share, planes.dtype)

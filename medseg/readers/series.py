@@ -38,6 +38,12 @@ log = logging.getLogger(__name__)
 
 # DICOM files that hold no image of a patient, but what was made of some or is said about them
 OBJECTS = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "RTRECORD", "SR", "PR", "KO", "REG", "FID", "DOC", "M3D")
+# by the beginnings of their classes: waveforms, presentation states, spectra, raw data and what is registered or
+# segmented, reports, documents, plans, and the index of a disc
+_NO_IMAGES = tuple(
+    f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("9.", "11.", "4.2", "66", "67", "88.", "104.", "481.", "78.")
+)
+_NO_IMAGES += ("1.2.840.10008.1.3.10",)
 _GROUPING = (
     *("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "Rows", "Columns"),
     "SOPClassUID",
@@ -118,8 +124,14 @@ def find_series(source: Path, only: Sequence[Path] = ()) -> Found:
     unreadable = list(listed.unreadable)
     for file, header in _headers(listed.files, unreadable):
         modality = str(header_value(header, "Modality") or "")
-        if header_value(header, "Rows") is None or header_value(header, "Columns") is None or modality in OBJECTS:
-            objects[modality if modality in OBJECTS else "no image"] += 1
+        if modality in OBJECTS or _is_no_image(header):
+            objects[modality or "no image"] += 1
+            continue
+        if header_value(header, "Rows") is None or header_value(header, "Columns") is None:
+            # not to be left out: it could be the last slice of a series
+            unreadable.append(
+                Unreadable(file, "an image without Rows and Columns found: cut off; copy the file again, or remove it")
+            )
             continue
         groups.setdefault(_group(source, file, header), []).append((file, modality))
     series = []
@@ -222,6 +234,12 @@ def _headers(files: Iterable[DicomFile], unreadable: list[Unreadable]) -> Iterab
             yield from read_headers([file], _GROUPING)
         except DataError as error:
             unreadable.append(Unreadable(file, str(error).removeprefix(f"{file}: ")))
+
+
+def _is_no_image(header: Dataset) -> bool:
+    """By the class in the header, or by that of the group before it, which a cut-off file has still."""
+    named = header_value(header, "SOPClassUID") or header_value(header.file_meta, "MediaStorageSOPClassUID") or ""
+    return str(named).startswith(_NO_IMAGES)
 
 
 def _group(source: Path, file: DicomFile, header: Dataset) -> tuple[str, ...]:

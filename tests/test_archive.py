@@ -1,0 +1,108 @@
+"""Zip archives of DICOM: the same volume as the folder, nothing on the disk, and nothing that is made to do harm."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import phantom
+import pytest
+from phantom import VOXELS, series
+
+from medseg.errors import DataError
+from medseg.readers import archive
+from medseg.readers.dicom_files import holds_dicom
+from medseg.readers.series import choose_series, find_series, read_series
+
+
+def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def members(tmp_path: Path, prefix: str = "Canary^Tweety/") -> dict[str, bytes]:
+    return {f"{prefix}{path.name}": path.read_bytes() for path in series(tmp_path / "ct").iterdir()}
+
+
+def test_an_archive_is_the_same_volume_as_its_folder(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "ct.zip", members(tmp_path) | {"readme.txt": b"-", "nested.zip": b"PK\3\4", ".IM9": b"x"})
+    found = choose_series(path)
+    image = read_series(found)
+    np.testing.assert_array_equal(image.array[0], VOXELS.T)
+    np.testing.assert_allclose(image.grid.affine, phantom.ras_affine(), atol=1e-9)
+    assert found.sha256() == choose_series(tmp_path / "ct").sha256()
+    assert find_series(path).others == 2
+
+
+def test_a_series_in_an_archive_in_an_archive_is_ignored(tmp_path: Path) -> None:
+    inner = zipped(tmp_path / "inner.zip", members(tmp_path))
+    assert not holds_dicom(zipped(tmp_path / "outer.zip", {"inner.zip": inner.read_bytes()}))
+
+
+def test_names_in_an_archive_are_never_paths(tmp_path: Path) -> None:
+    evil = dict(
+        zip(("../../evil", "/etc/evil", "C:\\evil", "a/../../../evil", "evil\n\0x"), members(tmp_path).values())
+    )
+    before = sorted(tmp_path.rglob("*"))
+    path = zipped(tmp_path / "evil.zip", evil)
+    np.testing.assert_array_equal(read_series(choose_series(path)).array[0], VOXELS.T)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, path])
+
+
+def test_a_damaged_member_is_told_by_its_number_and_not_by_its_name(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "ct.zip", members(tmp_path), zipfile.ZIP_STORED)
+    content = bytearray(path.read_bytes())
+    # in the pixels of the third member, so that its checksum fails
+    content[content.index(VOXELS[1].tobytes()) + 10] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"ct\.zip: member \d is damaged") as caught:
+        read_series(choose_series(path))
+    assert "Canary" not in str(caught.value)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "bomb.zip", {f"{n}": bytes(2**26) for n in range(5)})
+    assert path.stat().st_size < 2**19
+    with pytest.raises(DataError, match=r"bytes would unpack to 335544320, expected at most 200 times"):
+        find_series(path)
+
+
+def test_a_claim_of_many_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MOST_BYTES", 1000)
+    with pytest.raises(DataError, match="it would unpack to"):
+        find_series(zipped(tmp_path / "ct.zip", members(tmp_path)))
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 3)
+    with pytest.raises(DataError, match="5 members found, expected at most 3"):
+        find_series(tmp_path / "ct.zip")
+
+
+def test_a_member_that_is_larger_than_it_says_is_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "ct.zip", {"a": b"\0" * 128 + b"DICM" + bytes(5000)})
+    content = bytearray(path.read_bytes())
+    # the size in the central directory, which alone is believed
+    at = content.index(b"PK\1\2") + 24
+    content[at : at + 4] = (200).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="member 1"):
+        find_series(path)
+
+
+def test_an_encrypted_member_is_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "ct.zip", {"a": b"\0" * 128 + b"DICM"})
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(mark) + offset] |= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="encrypted members found"):
+        find_series(path)
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4", b"PK\5\6" + bytes(18)])
+def test_what_is_no_whole_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ct.zip"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"not a readable zip archive|no DICOM file found"):
+        choose_series(path)

@@ -1,0 +1,174 @@
+"""Converting: the file that is written, and none where the input is refused; by the library and by the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import phantom
+import pytest
+import SimpleITK
+from phantom import VOXELS, every, series
+from PIL import Image as Picture
+
+import medseg
+from medseg.cli import run
+
+GAP = [0, 2.5, 7.5, 10, 12.5]
+
+
+def test_a_series_becomes_nifti(tmp_path: Path) -> None:
+    done = medseg.convert(series(tmp_path / "ct"), tmp_path / "new/ct.nii.gz")
+    image = nib.load(tmp_path / "new/ct.nii.gz")
+    np.testing.assert_array_equal(np.asarray(image.dataobj), VOXELS.T)
+    assert image.get_data_dtype() == np.int16
+    np.testing.assert_allclose(image.affine, phantom.ras_affine(), atol=1e-5)
+    np.testing.assert_allclose(image.get_qform(), phantom.ras_affine(), atol=1e-4)
+    assert image.header.get_xyzt_units()[0] == "mm"
+    assert (done.shape, done.warnings) == ((8, 6, 5), ())
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["ct.nii.gz"]
+
+
+def test_no_patient_is_in_the_file_and_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct")
+    for name in ("a.nii", "b.nii"):
+        medseg.convert(folder, tmp_path / name)
+    content = (tmp_path / "a.nii").read_bytes()
+    assert content == (tmp_path / "b.nii").read_bytes()
+    assert not any(word in content for word in (b"Canary", b"SECRET", b"1.2.3.4"))
+
+
+def test_what_was_resampled_stands_in_the_file(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct", at=GAP)
+    done = medseg.convert(folder, tmp_path / "ct.nii", series=medseg.SeriesOptions(resample_gaps=True))
+    note = "resampled: 5 planes 2.50 to 5.00 mm apart interpolated to 6 planes 2.50 mm apart"
+    assert done.warnings == (note,)
+    comment = nib.load(tmp_path / "ct.nii").header.extensions[0].get_content()
+    assert json.loads(comment if isinstance(comment, str) else comment.decode().rstrip("\0")) == {"notes": [note]}
+
+
+def test_other_images_become_nifti(tmp_path: Path) -> None:
+    volume = SimpleITK.GetImageFromArray(VOXELS.astype(np.float32))
+    volume.SetSpacing((0.5, 1, 2))
+    SimpleITK.WriteImage(volume, str(tmp_path / "a.mha"))
+    medseg.convert(tmp_path / "a.mha", tmp_path / "a.nii.gz")
+    image = nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(np.asarray(image.dataobj), VOXELS.T)
+    np.testing.assert_allclose(image.affine, np.diag([-0.5, -1, 2, 1]), atol=1e-6)
+
+
+def test_channels_become_a_fourth_axis(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (4, 5, 3)).astype(np.uint8)
+    Picture.fromarray(colours).save(tmp_path / "a.png")
+    medseg.convert(tmp_path / "a.png", tmp_path / "a.nii")
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "a.nii").dataobj)[:, :, 0], colours)
+
+
+# ---- the command
+
+
+def test_the_command_converts_and_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["convert", str(series(tmp_path / "ct")), "-o", str(tmp_path / "ct.nii.gz")])
+    assert code == 0
+    assert "8 × 6 × 5 voxels of 0.75 × 1.5 × 2.5 mm" in capsys.readouterr().out
+
+
+def test_the_command_refuses_with_the_reason_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = series(tmp_path / "ct", at=GAP), tmp_path / "out"
+    out.mkdir()
+    assert run(["convert", str(folder), "-o", str(out / "ct.nii.gz")]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "refused:" in told
+    assert "a gap of 5.00 mm found" in told
+    assert "expected 2.50 mm" in told
+    assert "--resample-gaps" in told
+    assert list(out.iterdir()) == []
+    assert run(["convert", str(folder), "-o", str(out / "ct.nii.gz"), "--resample-gaps"]) == 0
+    assert "note: resampled" in capsys.readouterr().err
+
+
+def test_the_command_chooses_a_series(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    series(tmp_path / "in/a")
+    series(tmp_path / "in/b", lambda k, ds: phantom.put(ds, SeriesInstanceUID="1.2.9", SOPInstanceUID=f"1.2.9.{k + 1}"))
+    line = ["convert", str(tmp_path / "in"), "-o", str(tmp_path / "a.nii")]
+    assert run(line) == 1
+    assert "2 series found" in capsys.readouterr().err
+    assert run([*line, "--series", "1.2.9"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "told"),
+    [
+        ("gone", "a.nii", "no such file or folder"),
+        ("ct", "a.txt", "ending .txt found, expected .nii.gz or .nii"),
+        ("ct", "a", "ending missing found"),
+        ("ct", "", "a folder; choose another -o"),
+        ("a.nii", "a.nii", "the input itself; choose another -o"),
+    ],
+)
+def test_wrong_usage_is_told_and_nothing_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, output: str, told: str
+) -> None:
+    series(tmp_path / "ct")
+    nib.save(nib.Nifti1Image(VOXELS, np.eye(4)), tmp_path / "a.nii")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert run(["convert", str(tmp_path / source), "-o", str(tmp_path / output)]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_words_for_series_are_refused_for_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nib.save(nib.Nifti1Image(VOXELS, np.eye(4)), tmp_path / "a.nii")
+    assert run(["convert", str(tmp_path / "a.nii"), "-o", str(tmp_path / "b.nii"), "--resample-tilt"]) == 2
+    assert "are for DICOM series alone" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medseg.writers import nifti
+
+    def full(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nifti, "_write", full)
+    with pytest.raises(medseg.DataError, match="No space left"):
+        medseg.convert(series(tmp_path / "ct"), tmp_path / "out/ct.nii.gz")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- check
+
+
+def test_check_lists_series_and_fails_where_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    series(tmp_path / "in/good")
+    series(tmp_path / "in/bad", every(SeriesInstanceUID="1.2.9"), at=GAP)
+    (tmp_path / "in/other").mkdir()
+    (tmp_path / "in/other/readme").write_text("-")
+    assert run(["check", str(tmp_path / "in")]) == 1
+    shown = capsys.readouterr()
+    rows = {line.split()[0]: line.split() for line in shown.out.splitlines() if line.strip()}
+    assert rows["good"] == ["good", "CT", "5", "8×6×5", "0.75×1.5×2.5", "volume", phantom.SERIES]
+    assert rows["bad"] == ["bad", "CT", "5", "-", "-", "refused", "1.2.9"]
+    assert "bad: " in shown.err
+    assert "a gap of 5.00 mm" in " ".join(shown.err.split())
+    assert run(["check", str(tmp_path / "in/good")]) == 0
+    assert "1 series found, 0 refused" in capsys.readouterr().out
+
+
+def test_check_tells_of_files_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct")
+    (folder / "cut.dcm").write_bytes(b"\0" * 100)
+    (facts,) = medseg.check_series(folder)
+    assert (facts.case, facts.key, facts.files) == ("ct", "", 0)
+    assert "without its mark" in facts.reason
+
+
+def test_check_leaves_data_sets_to_the_other_look(tmp_path: Path) -> None:
+    series(tmp_path / "images/a")
+    (tmp_path / "labels").mkdir()
+    assert medseg.check_series(tmp_path) == ()
+    assert medseg.check_series(tmp_path / "gone") == ()
