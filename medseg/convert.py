@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg.errors import ConfigError
+from medseg.progress import Progress, silent
 from medseg.readers import SeriesOptions, read_image, read_images, split_ending
 from medseg.readers.dicom_files import holds_dicom
 from medseg.readers.series import choose_series
@@ -26,7 +27,12 @@ class Converted:
 
 
 def convert(
-    source: str | Path, output: str | Path, *, to: str | None = None, series: SeriesOptions | None = None
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str | None = None,
+    series: SeriesOptions | None = None,
+    progress: Progress = silent,
 ) -> Converted:
     """A DICOM series (folder, zip archive, multi-frame file) or any readable image into `output`, whole or not at all.
 
@@ -39,10 +45,10 @@ def convert(
         raise ConfigError(f"{source}: no such file or folder; check the path")
     if output.is_dir() or (output.exists() and output.resolve() == source.resolve()):
         raise ConfigError(f"{output}: {'a folder' if output.is_dir() else 'the input itself'}; choose another -o")
-    return _writer(output, to)(source, output, series or SeriesOptions())
+    return _writer(output, to)(source, output, series or SeriesOptions(), progress)
 
 
-_Writer = Callable[[Path, Path, SeriesOptions], Converted]
+_Writer = Callable[[Path, Path, SeriesOptions, Progress], Converted]
 
 
 def _writer(output: Path, to: str | None) -> _Writer:
@@ -56,9 +62,10 @@ def _writer(output: Path, to: str | None) -> _Writer:
     return writer
 
 
-def _to_nifti(source: Path, output: Path, series: SeriesOptions) -> Converted:
+def _to_nifti(source: Path, output: Path, series: SeriesOptions, progress: Progress) -> Converted:
     if _is_series(source):
-        image = read_images((source,), series=choose_series(source, series))
+        chosen = choose_series(source, series)
+        image = read_images((source,), series=chosen, tick=lambda done, total: progress("read", done, total, ""))
     elif series != SeriesOptions():
         raise ConfigError(
             f"{source}: no DICOM; --series, --resample-tilt and --resample-gaps are for DICOM series alone"

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 import medseg
 from medseg.cli.shared import SOME_FAILED, AnyDevice, ResampleGaps, ResampleTilt, SeriesUid, Verbose, finish, log
-from medseg.terminal import err
+from medseg.terminal import err, shown_progress
 
 
 def convert(
@@ -33,7 +33,8 @@ def convert(
     log(verbose)
     options = medseg.SeriesOptions(series, resample_tilt, resample_gaps)
     try:
-        done = medseg.convert(source, output, series=options)
+        with shown_progress() as progress:
+            done = medseg.convert(source, output, series=options, progress=progress)
     except medseg.DataError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         err.print(f"[red]refused:[/red] {escape(str(error))}")

@@ -19,6 +19,7 @@ from medseg.readers import series as dicom_series
 from medseg.readers._image import Geometry, Image, LabelMap, NiftiHeader
 from medseg.readers.archive import is_archive
 from medseg.readers.dicom_files import holds_dicom
+from medseg.readers.dicom_pixels import Tick, no_tick
 from medseg.readers.series import Series, SeriesOptions
 
 __all__ = [
@@ -121,14 +122,15 @@ def read_images(
     channels: int | None = None,
     finite: bool = True,
     series: Series | None = None,
+    tick: Tick = no_tick,
 ) -> Image:
     """All channels of a case: one file that holds them all, or one file per channel on one grid.
 
-    `series`: the DICOM series that is meant, in place of `paths`. Raises as `read_image`, and `GeometryError` where the
-    files lie on different grids.
+    `series`: the DICOM series that is meant, in place of `paths`; of it `tick` is told files done and in all. Raises as
+    `read_image`, and `GeometryError` where the files lie on different grids.
     """
     if series is not None:
-        return _read_chosen(series, spatial_dims=spatial_dims, channels=channels)
+        return _read_chosen(series, spatial_dims=spatial_dims, channels=channels, tick=tick)
     if len(paths) == 1:
         return read_image(paths[0], spatial_dims=spatial_dims, channels=channels, finite=finite)
     if not paths or (channels is not None and len(paths) != channels):
@@ -177,9 +179,9 @@ def finite_or_raise(image: Image, path: Path) -> None:
         )
 
 
-def _read_chosen(chosen: Series, *, spatial_dims: int | None, channels: int | None) -> Image:
+def _read_chosen(chosen: Series, *, spatial_dims: int | None, channels: int | None, tick: Tick) -> Image:
     with _named(chosen.source):
-        image = dicom_series.read_series(chosen, spatial_dims=spatial_dims, channels=channels)
+        image = dicom_series.read_series(chosen, spatial_dims=spatial_dims, channels=channels, tick=tick)
     if channels is not None and channels != 1:
         raise DataError(f"{chosen.source}: 1 channel found, expected {channels}; give one file per channel")
     return image

@@ -122,6 +122,17 @@ def read_dataset(file: DicomFile, stream: BinaryIO, *, tags: list[str] | None, s
         ) from error
 
 
+def header_value(dataset: Dataset, name: str) -> Any:
+    """The value of an element, or None where it is missing, blank, or cannot be understood."""
+    try:
+        with quiet():
+            value = dataset.get(name)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OverflowError, struct.error):
+        # a damaged value is as good as none: whoever needs it refuses
+        return None
+    return None if value is None or value == "" else value
+
+
 def digest(files: Iterable[DicomFile]) -> str:
     """One SHA-256 for a series: of the files' own digests, sorted, a line each. Names and order do not matter.
 
@@ -211,14 +222,3 @@ def _transfer_syntax(head: bytes) -> str:
             return head[start : start + size].decode("ascii", "replace").strip(" \0")
         at = start + size
     return ""
-
-
-def header_value(dataset: Dataset, name: str) -> Any:
-    """The value of an element, or None where it is missing, blank, or cannot be understood."""
-    try:
-        with quiet():
-            value = dataset.get(name)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OverflowError, struct.error):
-        # a damaged value is as good as none: whoever needs it refuses
-        return None
-    return None if value is None or value == "" else value

@@ -39,6 +39,8 @@ MOST_VOXELS = 2**31
 SPACING_SHARE = 1e-4
 # direction cosines are written with six or more digits; three are taken: a tenth of a degree
 COSINE_TOLERANCE = 1e-3
+# different values that are looked for; each would be compared with all others
+MOST_TOLD = 10
 # images resampled from others keep the count of those
 _RESLICED = ("REFORMATTED", "MPR", "RESAMPLED", "CPR", "AVERAGE", "MIN_IP", "MAX_IP", "PROJECTION IMAGE")
 
@@ -196,6 +198,8 @@ def _distinct(values: Sequence[Array], same: Callable[[Array, Array], bool]) -> 
     for value in values:
         if not any(same(value, other) for other in found):
             found.append(value)
+        if len(found) == MOST_TOLD:
+            break
     return found
 
 

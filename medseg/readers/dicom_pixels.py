@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from medseg.readers.dicom_frames import QUANTITATIVE, Frame
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+Tick = Callable[[int, int], None]
 
 # what pydicom and gdcm decode; deflated ones are refused before they are opened
 SYNTAXES = {
@@ -38,8 +40,14 @@ _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _SMALL_BYTES, _MOST_EXPANSION = 2**26, 1000
 
 
-def read_planes(files: Sequence[DicomFile], frames: Sequence[Frame], shape: tuple[int, int]) -> npt.NDArray[Any]:
-    """The planes (K, rows, columns) in the order of `frames`, rescaled.
+def no_tick(done: int, total: int) -> None:
+    """Nobody watches how many files are read."""
+
+
+def read_planes(
+    files: Sequence[DicomFile], frames: Sequence[Frame], shape: tuple[int, int], *, tick: Tick = no_tick
+) -> npt.NDArray[Any]:
+    """The planes (K, rows, columns) in the order of `frames`, rescaled; `tick` is told after every file.
 
     Integers where slope and intercept of all planes are whole numbers (the smallest of uint8, int16, uint16, int32 that
     holds them), else float32. MONOCHROME1 is inverted, but for CT, MR, PT and NM, whose values mean something. Raises
@@ -51,7 +59,7 @@ def read_planes(files: Sequence[DicomFile], frames: Sequence[Frame], shape: tupl
     used = sorted(by_file)
     planes: npt.NDArray[Any] | None = None
     whole = all(f.slope.is_integer() and f.intercept.is_integer() for f in frames)
-    for number, (file, stream) in zip(used, each_open(files[n] for n in used)):
+    for count, (number, (file, stream)) in enumerate(zip(used, each_open(files[n] for n in used)), start=1):
         dataset = read_dataset(file, stream, tags=None, stop_before_pixels=False)
         places = {frame.index: (place, frame) for place, frame in by_file[number]}
         for index, stored in _stored(file, dataset, shape):
@@ -64,6 +72,7 @@ def read_planes(files: Sequence[DicomFile], frames: Sequence[Frame], shape: tupl
             planes[place] = _rescaled(stored, frame, planes.dtype)
         if places:
             raise DataError(f"{file}: {len(places)} frames without pixels found, expected all; copy the file again")
+        tick(count, len(used))
     if planes is None:
         raise DataError("no plane found, expected at least one")
     return _small(planes)
@@ -89,13 +98,14 @@ def _decoded(file: DicomFile, dataset: Dataset) -> Iterator[npt.NDArray[Any]]:
     syntax = str(dataset.file_meta.TransferSyntaxUID)
     decoder = get_decoder(syntax)
     plugin = "" if syntax in _PLAIN else _DECODERS.get(SYNTAXES[syntax], "gdcm")
+    options: dict[str, Any] = {"raw": True, "decoding_plugin": plugin, "correct_unused_bits": False}
     try:
         with quiet():
             if int(header_value(dataset, "NumberOfFrames") or 1) == 1:
                 # alone, it may be changed in place, which pydicom does to a stream whose sign differs from the header
-                yield decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)[0]
+                yield decoder.as_array(dataset, **options)[0]
                 return
-            for decoded, _ in decoder.iter_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False):
+            for decoded, _ in decoder.iter_array(dataset, **options):
                 yield decoded
     except DataError:
         raise

@@ -27,7 +27,7 @@ from medseg.readers.dicom_files import (
     read_headers,
 )
 from medseg.readers.dicom_frames import TAGS, frames_of, plane_distance
-from medseg.readers.dicom_pixels import read_planes
+from medseg.readers.dicom_pixels import Tick, no_tick, read_planes
 from medseg.readers.dicom_reslice import even_steps, fill_gaps, set_upright, upright_shape
 from medseg.readers.dicom_stack import Stack, affine_of, check_regular, stack
 
@@ -174,14 +174,16 @@ def refuse_unreadable(found: Found) -> None:
         raise DataError(f"{found.unreadable[0]}{f' ({more} more files are like it)' if more else ''}")
 
 
-def read_series(series: Series, *, spatial_dims: int | None = None, channels: int | None = None) -> Image:
+def read_series(
+    series: Series, *, spatial_dims: int | None = None, channels: int | None = None, tick: Tick = no_tick
+) -> Image:
     """A series as a volume (1, I, J, K): columns, rows, planes; RAS affine in mm.
 
-    What is odd or was resampled stands in `geometry.warnings`. Raises `DataError` or `GeometryError` that says what was
-    found, what was expected and what to do: never a wrong volume.
+    What is odd or was resampled stands in `geometry.warnings`. `tick` is told files done and in all. Raises `DataError`
+    or `GeometryError` that says what was found, what was expected and what to do: never a wrong volume.
     """
     laid = _lay_out(series)
-    planes = read_planes(series.files, laid.made.frames, laid.shape)
+    planes = read_planes(series.files, laid.made.frames, laid.shape, tick=tick)
     made = laid.made
     if laid.tilted:
         made, moved = set_upright(made, planes)
