@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ NAMES = (".dcm", ".ima", ".dicom")
 DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95")
 # the transfer syntax stands within a few hundred bytes of the beginning; a file that hides it farther back is refused
 _HEAD_BYTES = 4096
+_WORD = re.compile(r"[A-Z0-9_ ]{1,16}")
 # raw data sets of before 1993 begin with an element of group 0008 up to 0018, or with the meta group
 _RAW_STARTS = (b"\2\0\0\0", *(bytes((8, 0, element, 0)) for element in (0x00, 0x01, 0x05, 0x08, 0x12, 0x16, 0x18)))
 
@@ -131,6 +133,12 @@ def header_value(dataset: Dataset, name: str) -> Any:
         # a damaged value is as good as none: whoever needs it refuses
         return None
     return None if value is None or value == "" else value
+
+
+def header_word(dataset: Dataset, name: str) -> str:
+    """A code such as CT or MONOCHROME2; empty where there is none, `?` for anything else, which is not to be shown."""
+    value = str(header_value(dataset, name) or "").strip()
+    return value if not value or _WORD.fullmatch(value) else "?"
 
 
 def digest(files: Iterable[DicomFile]) -> str:

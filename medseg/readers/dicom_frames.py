@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import DataError, GeometryError
-from medseg.readers.dicom_files import DicomFile, header_value
+from medseg.readers.dicom_files import DicomFile, header_value, header_word
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -141,7 +141,7 @@ def _refuse_contents(files: Sequence[DicomFile], headers: Sequence[Dataset], whe
         kinds = _image_type(header)
         samples, colour = (
             header_value(header, "SamplesPerPixel") or 1,
-            header_value(header, "PhotometricInterpretation"),
+            header_word(header, "PhotometricInterpretation"),
         )
         if int(samples) != 1 or colour not in ("MONOCHROME1", "MONOCHROME2"):
             raise DataError(
@@ -208,7 +208,7 @@ def _notes(headers: Sequence[Dataset], where: str, frames: int) -> list[str]:
     notes = []
     header = headers[0]
     if header_value(header, "PhotometricInterpretation") == "MONOCHROME1":
-        modality = str(header_value(header, "Modality") or "")
+        modality = header_word(header, "Modality")
         kept = modality in QUANTITATIVE
         notes.append(
             f"MONOCHROME1: values of {modality} are kept as they are, only their display is inverted"

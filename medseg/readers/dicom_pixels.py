@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ def _check_streams(file: DicomFile, stored: bytes, frames: int, shape: tuple[int
                     f"{file}: a compressed image of {size[0]} × {size[1]} found, expected {shape[0]} × {shape[1]} as "
                     "its header says; copy the file again"
                 )
-    except (ValueError, EOFError, IndexError) as error:
+    except (ValueError, EOFError, IndexError, struct.error) as error:
         raise DataError(f"{file}: its compressed pixels are cut off or damaged; copy the file again") from error
 
 

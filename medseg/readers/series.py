@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.errors import DataError
+from medseg.errors import DataError, MedsegError
 from medseg.readers._axes import channels_first, place, spatial_shape
 from medseg.readers._image import Geometry, Image
 from medseg.readers.dicom_files import (
@@ -22,8 +23,11 @@ from medseg.readers.dicom_files import (
     Listed,
     Unreadable,
     digest,
+    each_open,
     header_value,
+    header_word,
     list_dicom,
+    read_dataset,
     read_headers,
 )
 from medseg.readers.dicom_frames import TAGS, frames_of, plane_distance
@@ -44,6 +48,7 @@ _NO_IMAGES = tuple(
     f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("9.", "11.", "4.2", "66", "67", "88.", "104.", "481.", "78.")
 )
 _NO_IMAGES += ("1.2.840.10008.1.3.10",)
+_UID = re.compile(r"[0-9.]{1,64}")
 _GROUPING = (
     *("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "Rows", "Columns"),
     "SOPClassUID",
@@ -123,7 +128,7 @@ def find_series(source: Path, only: Sequence[Path] = ()) -> Found:
     objects: Counter[str] = Counter()
     unreadable = list(listed.unreadable)
     for file, header in _headers(listed.files, unreadable):
-        modality = str(header_value(header, "Modality") or "")
+        modality = header_word(header, "Modality")
         if modality in OBJECTS or _is_no_image(header):
             objects[modality or "no image"] += 1
             continue
@@ -137,8 +142,8 @@ def find_series(source: Path, only: Sequence[Path] = ()) -> Found:
     series = []
     for number, (group, members) in enumerate(sorted(groups.items(), key=lambda item: item[1][0][0]), start=1):
         files = tuple(file for file, _ in members)
-        # blank ones are told apart by what else ties their files
-        key = group[0] or f"no-uid-{number}"
+        # blank ones are told apart by what else ties their files; what is no UID is not shown: it may be anything
+        key = group[0] if _UID.fullmatch(group[0]) else f"no-uid-{number}"
         series.append(Series(source, key, members[0][1], files, _common_folder(source, files)))
     return Found(source, tuple(series), dict(objects), tuple(unreadable), listed.others)
 
@@ -231,9 +236,9 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
 
 
 def _headers(files: Iterable[DicomFile], unreadable: list[Unreadable]) -> Iterable[tuple[DicomFile, Dataset]]:
-    for file in files:
+    for file, stream in each_open(files):
         try:
-            yield from read_headers([file], _GROUPING)
+            yield file, read_dataset(file, stream, tags=list(_GROUPING), stop_before_pixels=True)
         except DataError as error:
             unreadable.append(Unreadable(file, str(error).removeprefix(f"{file}: ")))
 
@@ -277,7 +282,16 @@ class _LaidOut:
 def _lay_out(series: Series) -> _LaidOut:
     where, options = str(series.source), series.options
     headers = [header for _, header in read_headers(series.files, TAGS)]
-    told = frames_of(series.files, headers, where)
+    try:
+        told = frames_of(series.files, headers, where)
+    except MedsegError:
+        raise
+    except Exception as error:
+        # an element of another type than the standard says, anywhere
+        raise DataError(
+            f"{where}: headers that cannot be understood found ({type(error).__name__}), expected those of images; "
+            "export the series again"
+        ) from error
     made = stack(told.frames, where)
     notes = list(told.warnings)
     tilted = options.resample_tilt and not made.is_upright
