@@ -17,6 +17,7 @@ from typing import Literal
 from medseg.errors import ConfigError, DataError
 from medseg.readers import ENDINGS, Series, SeriesOptions, is_image_file, is_picture, split_ending
 from medseg.readers.archive import is_archive
+from medseg.readers.dicom_files import ENDINGS as DICOM_ENDINGS
 from medseg.readers.dicom_files import holds_dicom
 from medseg.readers.series import Found, find_series
 
@@ -297,4 +298,5 @@ def _stem(path: Path) -> str:
     if path.is_dir():
         return path.resolve().name
     stem, ending = split_ending(path.name)
-    return stem if ending else path.stem
+    # names of DICOM files are often UIDs: what follows their last dot is no ending
+    return stem if ending else path.stem if path.suffix.lower() in (*DICOM_ENDINGS, ".zip") else path.name

@@ -362,6 +362,8 @@ def test_infer_takes_files_of_a_series_together(tmp_path: Path) -> None:
     assert case.series is not None
     assert len(case.series.files) == 5
     assert infer_inputs(files[:1], channels=1)[0].id == "IM03"
+    uids = [phantom.enhanced(tmp_path / name) for name in ("1.2.3", "1.2.4")]
+    assert [c.id for path in uids for c in infer_inputs([path], channels=1)] == ["1.2.3", "1.2.4"]
 
 
 def test_infer_takes_archives_and_leaves_pictures_of_scans(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # DICOM PS3.10: 128 bytes of anything, then this
 MARK, MARK_AT = b"DICM", 128
-NAMES = (".dcm", ".ima", ".dicom")
+ENDINGS = (".dcm", ".ima", ".dicom")
 # deflated as a whole: a file of 1 MB may inflate to 1 GB before a single element is read
 DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95")
 # the transfer syntax stands within a few hundred bytes of the beginning; a file that hides it farther back is refused
@@ -214,7 +214,7 @@ def _kind(head: bytes, name: str) -> str:
         if syntax in DEFLATED:
             return "deflated as a whole, which is refused (it may inflate without bound); send it uncompressed"
         return "dicom"
-    if name.lower().endswith(NAMES) or head.startswith(_RAW_STARTS):
+    if name.lower().endswith(ENDINGS) or head.startswith(_RAW_STARTS):
         return "DICOM without its mark (DICM at byte 128): cut off, or of before 1993; write it again, or remove it"
     return "other"
 
