@@ -24,7 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     )
 )
 FACE, TOP = 10, 11
-FILE_LIBRARIES = {"pydicom", "nibabel", "SimpleITK", "PIL", "highdicom"}
+FILE_LIBRARIES = {"pydicom", "nibabel", "SimpleITK", "PIL", "highdicom", "gdcm"}
 MAX_LINES = 600
 
 
