@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         read_yaml,
         settings_from,
     )
-    from medseg.convert import Converted, convert
+    from medseg.convert import Converted, ConvertOptions, convert
     from medseg.demo import demo
     from medseg.errors import (
         ConfigError,
@@ -55,6 +55,7 @@ _HOME = {
     "Comparison": "compare",
     "Config": "config",
     "ConfigError": "errors",
+    "ConvertOptions": "convert",
     "Converted": "convert",
     "DataError": "errors",
     "EvaluateOptions": "evaluate",
@@ -126,6 +127,7 @@ __all__ = [
     "Comparison",
     "Config",
     "ConfigError",
+    "ConvertOptions",
     "Converted",
     "DataError",
     "EvaluateOptions",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import phantom
+import pydicom
 import pytest
 import SimpleITK
 from phantom import VOXELS, every, series
@@ -15,6 +17,9 @@ from PIL import Image as Picture
 
 import medseg
 from medseg.cli import run
+from medseg.readers import read_image
+from medseg.readers.nifti import label_names
+from medseg.writers import write_label
 
 GAP = [0, 2.5, 7.5, 10, 12.5]
 
@@ -42,7 +47,9 @@ def test_no_patient_is_in_the_file_and_the_same_input_gives_the_same_bytes(tmp_p
 
 def test_what_was_resampled_stands_in_the_file(tmp_path: Path) -> None:
     folder = series(tmp_path / "ct", at=GAP)
-    done = medseg.convert(folder, tmp_path / "ct.nii", series=medseg.SeriesOptions(resample_gaps=True))
+    done = medseg.convert(
+        folder, tmp_path / "ct.nii", medseg.ConvertOptions(series=medseg.SeriesOptions(resample_gaps=True))
+    )
     note = "resampled: 5 planes 2.50 to 5.00 mm apart interpolated to 6 planes 2.50 mm apart"
     assert done.warnings == (note,)
     comment = nib.load(tmp_path / "ct.nii").header.extensions[0].get_content()
@@ -104,7 +111,9 @@ def test_the_command_chooses_a_series(tmp_path: Path, capsys: pytest.CaptureFixt
     ("source", "output", "told"),
     [
         ("gone", "a.nii", "no such file or folder"),
-        ("ct", "a.txt", "ending .txt found, expected .nii.gz or .nii"),
+        ("ct", "a.txt", "ending .txt found, expected .nii.gz or .nii or .dcm"),
+        ("ct", "a.dcm", "DICOM found, expected a label map"),
+        ("a.nii", "a.dcm", "give their series with --source FOLDER"),
         ("ct", "a", "ending missing found"),
         ("ct", "", "a folder; choose another -o"),
         ("a.nii", "a.nii", "the input itself; choose another -o"),
@@ -138,6 +147,102 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(medseg.DataError, match="No space left"):
         medseg.convert(series(tmp_path / "ct"), tmp_path / "out/ct.nii.gz")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- label maps to DICOM and back
+
+
+def mask_of(folder: Path, path: Path, names: dict[int, str] | None = None) -> np.ndarray:
+    """A mask on the grid of a series, as inference writes it: one ball with another beside it."""
+    image = read_image(folder)
+    i, j, k = np.indices(image.grid.shape)
+    array = ((i - 2) ** 2 + (j - 2) ** 2 + (k - 2) ** 2 < 4).astype(np.uint8)
+    array[5:7, 1:4, 1:3] = 2
+    write_label(path, array, image, names={1: "liver", 2: "left kidney"} if names is None else names)
+    return array
+
+
+def test_a_mask_becomes_a_dicom_seg_and_comes_back(tmp_path: Path) -> None:
+    folder, mask = series(tmp_path / "ct"), tmp_path / "mask.nii.gz"
+    array = mask_of(folder, mask)
+    assert run(["convert", str(mask), "--source", str(folder), "-o", str(tmp_path / "seg.dcm")]) == 0
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.Modality == "SEG"
+    assert [s.SegmentLabel for s in seg.SegmentSequence] == ["liver", "left kidney"]
+    assert {s.SegmentAlgorithmType for s in seg.SegmentSequence} == {"AUTOMATIC"}
+    assert str(seg.PatientName) == "Canary^Tweety"
+    assert run(["convert", str(tmp_path / "seg.dcm"), "-o", str(tmp_path / "back.nii.gz")]) == 0
+    back, before = (nib.as_closest_canonical(nib.load(p)) for p in (tmp_path / "back.nii.gz", mask))
+    np.testing.assert_allclose(back.affine, before.affine, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(before.dataobj))
+    assert label_names(tmp_path / "back.nii.gz") == {1: "liver", 2: "left kidney"}
+    # on the series' own grid, axis by axis
+    line = ["convert", str(tmp_path / "seg.dcm"), "--source", str(folder), "-o", str(tmp_path / "own.nii.gz")]
+    assert run(line) == 0
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "own.nii.gz").dataobj), array)
+
+
+def test_a_mask_becomes_an_rtstruct(tmp_path: Path) -> None:
+    folder, mask, names = series(tmp_path / "ct"), tmp_path / "mask.nii.gz", tmp_path / "names.yaml"
+    mask_of(folder, mask)
+    names.write_text("background: 0\nspleen: 1\nstomach: 2\n")
+    line = ["convert", str(mask), "--source", str(folder), "--labels", str(names), "--to", "rtstruct"]
+    assert run([*line, "-o", str(tmp_path / "rt.dcm")]) == 0
+    made = pydicom.dcmread(tmp_path / "rt.dcm")
+    assert made.Modality == "RTSTRUCT"
+    assert [r.ROIName for r in made.StructureSetROISequence] == ["spleen", "stomach"]
+    known = {f"1.2.3.5.{k + 1}" for k in range(phantom.PLANES)}
+    referred = {
+        image.ReferencedSOPInstanceUID
+        for roi in made.ROIContourSequence
+        for contour in roi.ContourSequence
+        for image in contour.ContourImageSequence
+    }
+    assert referred
+    assert referred <= known
+
+
+def test_a_mask_of_another_program_is_not_said_to_be_ours(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct")
+    array = mask_of(folder, tmp_path / "mask.nii.gz")
+    nib.save(nib.Nifti1Image(array, nib.load(tmp_path / "mask.nii.gz").affine), tmp_path / "other.nii.gz")
+    medseg.convert(tmp_path / "other.nii.gz", tmp_path / "s.dcm", medseg.ConvertOptions(source=folder))
+    segments = pydicom.dcmread(tmp_path / "s.dcm").SegmentSequence
+    assert [(s.SegmentLabel, s.SegmentAlgorithmType) for s in segments] == [
+        ("label 1", "SEMIAUTOMATIC"),
+        ("label 2", "SEMIAUTOMATIC"),
+    ]
+
+
+@pytest.mark.parametrize("to", ["dicom-seg", "rtstruct"])
+@pytest.mark.parametrize(
+    ("edit", "at", "more", "told"),
+    [
+        (lambda k, ds: phantom.put(ds, SOPInstanceUID=""), None, [], "UID"),
+        (None, [5, 7.5, 10, 12.5, 15], [], "grid"),
+        (None, GAP, ["--resample-gaps"], "resampled planes are in no file"),
+    ],
+    ids=["blank UIDs", "another grid", "resampled"],
+)
+def test_a_source_that_cannot_be_referred_to_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, edit: Any, at: Any, more: list[str], told: str
+) -> None:
+    mask_of(series(tmp_path / "ct"), tmp_path / "mask.nii.gz")
+    other = series(tmp_path / "other", *([edit] if edit else []), **({"at": at} if at else {}))
+    line = ["convert", str(tmp_path / "mask.nii.gz"), "--source", str(other), "--to", to, *more]
+    assert run([*line, "-o", str(tmp_path / "out" / "s.dcm")]) == 1
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_words_for_label_maps_are_refused_for_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = series(tmp_path / "ct")
+    assert run(["convert", str(folder), "-o", str(tmp_path / "a.nii"), "--source", str(folder)]) == 2
+    assert "for label maps that become DICOM" in " ".join(capsys.readouterr().err.split())
+    mask_of(folder, tmp_path / "mask.nii.gz")
+    line = ["convert", str(tmp_path / "mask.nii.gz"), "-o", str(tmp_path / "s.dcm"), "--source", str(tmp_path / "gone")]
+    assert run(line) == 2
+    assert "no such file or folder" in " ".join(capsys.readouterr().err.split())
 
 
 # ---- check

@@ -57,7 +57,7 @@ _VERBS = (
     (inference.infer, "medseg infer scans/ -m runs/first -o masks/ --tta flip"),
     (evaluation.evaluate, "medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first"),
     (evaluation.compare, "medseg compare ours=runs/a/report theirs=runs/b/report -o comparison/"),
-    (conversion.convert, "medseg convert dicom/ -o ct.nii.gz"),
+    (conversion.convert, "medseg convert mask.nii.gz --source dicom/ -o seg.dcm"),
     (networks.inspect, "medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png"),
     (networks.models, "medseg models"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from medseg.readers._axes import channels_first, place, spatial_shape
 from medseg.readers._image import Geometry, NiftiHeader
 
 ENDINGS = (".nii.gz", ".nii")
+# of header extensions: text for people
+COMMENT_CODE = 6
 
 PLACING_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
@@ -56,6 +59,36 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
     """Geometry from the header alone. Raises `DataError`, `GeometryError`."""
     with _open(path) as file:
         return _geometry(path, _read_header(path, file), spatial_dims)
+
+
+def label_names(path: Path) -> dict[int, str]:
+    """Name of every value of a mask that medseg wrote, from its header; empty for any other file."""
+    for comment in _comments(path):
+        try:
+            named = json.loads(comment)["labels"]
+            return {int(value): str(name) for value, name in named.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # the comment of another program
+            continue
+    return {}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether medseg wrote the file, as its header says."""
+    if not path.name.lower().endswith(ENDINGS):
+        return False
+    with _open(path) as file:
+        return bytes(_read_header(path, file)["descrip"].tobytes()).rstrip(b"\0") == b"medseg"
+
+
+def _comments(path: Path) -> list[str]:
+    """The texts among the extensions of a NIfTI file (code 6, comment)."""
+    import nibabel as nib
+
+    if not path.name.lower().endswith(ENDINGS):
+        return []
+    found = [e.get_content() for e in nib.load(path).header.extensions if e.get_code() == COMMENT_CODE]
+    return [c if isinstance(c, str) else c.decode("utf-8", "replace").rstrip("\0") for c in found]
 
 
 @contextmanager

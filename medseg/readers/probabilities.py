@@ -17,6 +17,7 @@ import numpy.typing as npt
 from medseg.errors import DataError, MedsegError
 from medseg.grid import Grid
 from medseg.readers import nifti
+from medseg.readers.nifti import COMMENT_CODE
 
 __all__ = ["ENDINGS", "STEPS", "Channels", "Probabilities", "read_probabilities"]
 
@@ -27,7 +28,6 @@ STEPS = 65535
 RANGE_TOLERANCE = 1e-3
 # the array in nnU-Net's file of a case
 _NNUNET_KEY = "probabilities"
-_COMMENT_CODE = 6
 # a header of labels with long names; more is damage
 _MOST_COMMENT_BYTES = 1 << 20
 
@@ -158,7 +158,7 @@ def _comment(file: BufferedIOBase, offset: int) -> bytes:
         if not 8 <= size <= _MOST_COMMENT_BYTES or start + size > offset:
             break
         body = file.read(size - 8)
-        if code == _COMMENT_CODE:
+        if code == COMMENT_CODE:
             return body.rstrip(b"\0")
         start += size
     return b""
