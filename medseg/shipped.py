@@ -136,8 +136,8 @@ def ship_model(run: Path, out: Path, card: ModelCard, *, like: Sequence[Path] = 
     content = save_safetensors(halved(model.network))
     if len(content) > LARGEST:
         raise ModelError(f"{run}: {len(content):,} bytes of weights in half precision, expected at most {LARGEST:,}")
-    # the names of cases are nobody's business
-    training = {k: v for k, v in description["training"].items() if k != "validation_cases"}
+    # the names of cases, and where their files lay, are nobody's business
+    training = {k: v for k, v in description["training"].items() if k not in ("validation_cases", "command")}
     made = description | {
         "training": training,
         "licence": card.licence,

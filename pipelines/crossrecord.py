@@ -120,7 +120,9 @@ def page(record: Mapping[str, Any]) -> str:
     """The record as Markdown: what was decided from, what was decided, and every fold."""
     setup, parts = record["setup"], []
     parts.append(f"# Cross-validation of {line(setup['dataset'])}")
-    parts.append(f"{setup['folds']} folds, {setup['cases']} cases, {setup['patients']} patients.")
+    # a data set that names no patients counts every case as one
+    patients = f", {setup['patients']} patients" if setup["patients"] != setup["cases"] else ""
+    parts.append(f"{setup['folds']} folds, {setup['cases']} cases{patients}.")
     if record["methods"]:
         parts += ["## Methods", methods_table(record["methods"])]
     if record["best"] is not None:

@@ -155,10 +155,13 @@ def _figures(method: Mapping[str, Any], crossval: Path) -> dict[str, Any]:
 
 
 def _judged(setup: Mapping[str, Any]) -> str:
+    # a data set that names no patients counts every case as one
+    named = setup["patients"] != setup["cases"]
+    whose = f" of {setup['patients']} patients" if named else ""
     return (
-        f"{setup['folds']}-fold cross-validation of the same recipe, {setup['cases']} cases of {setup['patients']} "
-        "patients, each judged by a model that has not learnt it; windows and copies of them were chosen on the same "
-        "cases; 95 % bootstrap interval over patients"
+        f"{setup['folds']}-fold cross-validation of the same recipe, {setup['cases']} cases{whose}, each judged by a "
+        "model that has not learnt it; windows and copies of them were chosen on the same cases; 95 % bootstrap "
+        f"interval over {'patients' if named else 'cases'}"
     )
 
 

@@ -952,7 +952,7 @@ def test_folds_from_elsewhere_and_from_here_become_one_report(
     made = ship(out / name / "fold_0", out / "crossval.json", tmp_path / "egg", about=about)
     figures = {label: figure.mean for label, figure in made.card.dice.items()}
     assert figures == {label: figure["mean"] for label, figure in record["methods"][0]["labels"].items()}
-    assert "2-fold cross-validation of the same recipe, 4 cases of 4 patients" in made.card.judged
+    assert "2-fold cross-validation of the same recipe, 4 cases, each judged by" in made.card.judged
 
 
 @pytest.mark.slow

@@ -108,6 +108,7 @@ def test_the_card_says_all_that_one_has_to_know(run: Path, about: Path, crossval
     said = [
         *rows,
         "not for breakfast",
+        "bootstrap interval over patients",
         "CC0-1.0",
         "300 steps in 20 minutes on a laptop, in float32, on 4 cases of `eggs`",
     ]

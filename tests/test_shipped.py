@@ -254,10 +254,25 @@ def test_infer_with_a_name(models: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_every_model_that_ships_is_whole() -> None:
+    models = list_models(Path(medseg.__file__).parent / "models")
+    assert [model.name for model in models] == ["hippocampus"]
     # reads each as a user would: digest, configuration, card
-    for model in list_models(Path(medseg.__file__).parent / "models"):
+    for model in models:
         found = read_model(model.folder)
         assert found.sha256 == model.sha256
         assert model.size <= shipped.LARGEST
         assert set(model.card.dice) == set(found.config.data.foreground)
         assert model.card.licence in (model.folder / "README.md").read_text()
+
+
+def test_the_hippocampus_model_finds_the_hippocampus_of_the_sample_data(tmp_path: Path) -> None:
+    # it has learnt these cases: a mask out of place, mirrored or of other labels would fall far below
+    sample = Path(medseg.__file__).parent / "sample"
+    images = sorted((sample / "imagesTr").glob("*.nii.gz"))[:3]
+    results = medseg.infer(images, ["hippocampus"], tmp_path / "masks", medseg.InferOptions(device="cpu"))
+    assert {r.status for r in results} == {"done"}
+    report = medseg.evaluate(tmp_path / "masks", sample / "labelsTr", medseg.EvaluateOptions(allow_missing=True))
+    judged = report.table[report.table["status"] == "ok"]
+    assert len(judged) == 6
+    assert judged["dice"].min() > 0.8
+    assert all(q["expected"] is not None for r in results for q in r.quality.values())
