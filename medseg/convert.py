@@ -98,9 +98,9 @@ def _to_nifti(source: Path, output: Path, options: ConvertOptions, progress: Pro
 def _segmentation_to_nifti(source: Path, output: Path, options: ConvertOptions) -> Converted:
     from medseg.readers.segmentation import read_segmentation
 
-    images = None if options.source is None else _source_images(options.source, options)
+    images = None if options.source is None else _source_images(options.source, output, options)
     made = read_segmentation(source, like=None if images is None else images.geometry.grid)
-    write_label(output, made.array, Geometry(made.grid), names=made.names)
+    write_label(output, made.array, Geometry(made.grid), names=made.names, inferred=False)
     return Converted(output, made.grid.shape, made.grid.spacing_mm)
 
 
@@ -125,10 +125,10 @@ def _to_dicom(source: Path, output: Path, options: ConvertOptions, write: Callab
         raise ConfigError(
             f"{output}: a DICOM object refers to the images it was made from; give their series with --source FOLDER"
         )
-    label, images = read_label(source, spatial_dims=3), _source_images(options.source, options)
+    label, images = read_label(source, spatial_dims=3), _source_images(options.source, output, options)
     segments = tuple(SegmentInfo(value, name) for value, name in sorted(_names(source, options).items()))
     algorithm = Algorithm(version=versions("medseg")["medseg"])
-    if not nifti.is_ours(source):
+    if not nifti.is_inferred(source):
         # who drew it is not known: that somebody helped claims the least
         algorithm = replace(algorithm, kind="SEMIAUTOMATIC")
     write(output, Segmentation(label.array, label.grid, segments), images.headers, algorithm=algorithm)
@@ -145,9 +145,12 @@ def _names(source: Path, options: ConvertOptions) -> dict[int, str]:
     return {int(v): n for n, v in options.labels.items() if n != BACKGROUND and not isinstance(v, tuple)}
 
 
-def _source_images(source: Path, options: ConvertOptions) -> SourceImages:
+def _source_images(source: Path, output: Path, options: ConvertOptions) -> SourceImages:
     if not source.exists():
         raise ConfigError(f"--source {source}: no such file or folder; check the path")
+    inside = source.is_dir() and source.resolve() in output.resolve().parents
+    if output.exists() and (inside or output.resolve() == source.resolve()):
+        raise ConfigError(f"{output}: one of the images of --source, or beside them; choose another -o")
     images = source_images(source, options.series)
     if images.resampled:
         raise DataError(

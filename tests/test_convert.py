@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,70 @@ def test_a_source_that_cannot_be_referred_to_is_refused(
     assert run([*line, "-o", str(tmp_path / "out" / "s.dcm")]) == 1
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_dicom_seg_says_it_was_made_by_is_not_made_ours(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct")
+    mask_of(folder, tmp_path / "mask.nii.gz")
+    options = medseg.ConvertOptions(source=folder)
+    medseg.convert(tmp_path / "mask.nii.gz", tmp_path / "a.dcm", options)
+    medseg.convert(tmp_path / "a.dcm", tmp_path / "back.nii.gz")
+    medseg.convert(tmp_path / "back.nii.gz", tmp_path / "b.dcm", options)
+    segments = pydicom.dcmread(tmp_path / "b.dcm").SegmentSequence
+    assert {(s.SegmentLabel, s.SegmentAlgorithmType) for s in segments} == {
+        ("liver", "SEMIAUTOMATIC"),
+        ("left kidney", "SEMIAUTOMATIC"),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_mask_whose_ending_lies_about_compression_is_read_as_it_is(tmp_path: Path, zipped: bool) -> None:
+    folder = series(tmp_path / "ct")
+    mask_of(folder, tmp_path / "mask.nii.gz")
+    plain = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
+    other = tmp_path / ("m.nii" if zipped else "m.nii.gz")
+    other.write_bytes(gzip.compress(plain) if zipped else plain)
+    assert label_names(other) == {1: "liver", 2: "left kidney"}
+    medseg.convert(other, tmp_path / "s.dcm", medseg.ConvertOptions(source=folder))
+    assert len(pydicom.dcmread(tmp_path / "s.dcm").SegmentSequence) == 2
+
+
+@pytest.mark.parametrize("given", ["a slice", "the folder"])
+def test_no_image_of_the_source_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str) -> None:
+    folder = series(tmp_path / "ct")
+    mask_of(folder, tmp_path / "mask.nii.gz")
+    some = sorted(folder.iterdir())[2]
+    victim = some.rename(some.with_name("image.dcm"))
+    before = victim.read_bytes()
+    source = victim if given == "a slice" else folder
+    assert run(["convert", str(tmp_path / "mask.nii.gz"), "--source", str(source), "-o", str(victim)]) == 2
+    assert "one of the images of --source" in " ".join(capsys.readouterr().err.split())
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("to", ["dicom-seg", "rtstruct"])
+def test_values_that_cannot_be_read_cost_nothing_and_are_shown_nowhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], to: str
+) -> None:
+    folder = series(tmp_path / "ct")
+    mask_of(folder, tmp_path / "mask.nii.gz")
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        # PatientWeight (0010,1030) DS and PatientAge (0010,1010) AS, behind the patient's number
+        at = content.index(b"\x10\0\x20\0LO")
+        size = int.from_bytes(content[at + 6 : at + 8], "little")
+        end = at + 8 + size
+        junk = b"\x10\0\x10\x10AS\x06\0CANARY" + b"\x10\0\x30\x10DS\x06\0CANARY"
+        path.write_bytes(content[:end] + junk + content[end:])
+    line = ["convert", str(tmp_path / "mask.nii.gz"), "--source", str(folder), "--to", to]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run([*line, "-o", str(tmp_path / "s.dcm"), "-v"]) == 0
+    shown = capfd.readouterr()
+    assert "CANARY" not in (shown.out + shown.err).upper().replace("CANARY^", "")
+    made = pydicom.dcmread(tmp_path / "s.dcm")
+    assert "PatientWeight" not in made
+    assert str(made.PatientName) == "Canary^Tweety"
 
 
 def test_words_for_label_maps_are_refused_for_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

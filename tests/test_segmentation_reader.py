@@ -14,7 +14,7 @@ from dicom_series import LPS_TO_RAS, OBLIQUE, SHAPE, classic, ras
 from geometry import orientations, reorient
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from pydicom.uid import JPEG2000Lossless, RLELossless, generate_uid
 
 from medseg.errors import DataError, GeometryError
 from medseg.grid import Grid
@@ -194,9 +194,29 @@ def name_no_segment(seg: Dataset) -> None:
     seg.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 9
 
 
+def leave_frames_out(seg: Dataset) -> None:
+    seg.NumberOfFrames = 2
+
+
+def claim_compression(seg: Dataset) -> None:
+    seg.BitsAllocated = seg.BitsStored = 8
+    seg.HighBit = 7
+    empty = np.zeros((int(seg.NumberOfFrames), seg.Rows, seg.Columns), np.uint8)
+    seg.compress(RLELossless, empty, encoding_plugin="pydicom", generate_instance_uid=False)
+    # a stream that tells its own size, which a decoder would believe
+    seg.file_meta.TransferSyntaxUID = JPEG2000Lossless
+
+
+def say_a_name_for_a_number(seg: Dataset) -> None:
+    seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence = []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (leave_frames_out, "2 frames with . places found, expected as many of both"),
+        (claim_compression, "JPEG 2000 .* found, expected uncompressed or RLE"),
+        (say_a_name_for_a_number, "no ImageOrientationPatient of 6 numbers"),
         (truncate, "10 bytes of pixels"),
         (move_a_frame, "off planes"),
         (spread_frames, "at most"),

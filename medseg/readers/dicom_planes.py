@@ -155,7 +155,8 @@ def _numbers(groups: Sequence[Dataset], sequence: str, keyword: str, count: int)
     except (TypeError, ValueError):
         numbers = np.zeros(0)
     if numbers.size != count or not np.isfinite(numbers).all():
-        raise GeometryError(f"{keyword} {value!r} found, expected {count} numbers; the image has no place in space")
+        # what stands there may be anything, a name too
+        raise GeometryError(f"no {keyword} of {count} numbers found, expected one; the image has no place in space")
     return numbers
 
 

@@ -21,6 +21,8 @@ from medseg.readers._image import Geometry, NiftiHeader
 ENDINGS = (".nii.gz", ".nii")
 # of header extensions: text for people
 COMMENT_CODE = 6
+# a header of labels with long names; more is damage
+MOST_COMMENT_BYTES = 1 << 20
 
 PLACING_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
@@ -73,22 +75,39 @@ def label_names(path: Path) -> dict[int, str]:
     return {}
 
 
-def is_ours(path: Path) -> bool:
-    """Whether medseg wrote the file, as its header says."""
-    if not path.name.lower().endswith(ENDINGS):
-        return False
-    with _open(path) as file:
-        return bytes(_read_header(path, file)["descrip"].tobytes()).rstrip(b"\0") == b"medseg"
+def is_inferred(path: Path) -> bool:
+    """Whether the file is a mask that a model of medseg made, as its header says; one that was converted is none."""
+    for comment in _comments(path):
+        try:
+            told = json.loads(comment)
+            return "labels" in told and bool(told.get("inferred", True))
+        except (ValueError, TypeError, AttributeError):
+            # the comment of another program
+            continue
+    return False
 
 
 def _comments(path: Path) -> list[str]:
     """The texts among the extensions of a NIfTI file (code 6, comment)."""
-    import nibabel as nib
-
     if not path.name.lower().endswith(ENDINGS):
         return []
-    found = [e.get_content() for e in nib.load(path).header.extensions if e.get_code() == COMMENT_CODE]
-    return [c if isinstance(c, str) else c.decode("utf-8", "replace").rstrip("\0") for c in found]
+    with _open(path) as file:
+        offset = int(_read_header(path, file).get_data_offset())
+        return [body.decode("utf-8", "replace") for body in comments(file, offset)]
+
+
+def comments(file: BufferedIOBase, offset: int) -> Iterator[bytes]:
+    """The comments among the extensions between the header, behind which `file` stands, and the voxels at `offset`."""
+    flag, start = file.read(4), file.tell()
+    while len(flag) == 4 and flag[0] and start + 8 <= offset:
+        head = file.read(8)
+        size, code = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:], "little")
+        if not 8 <= size <= MOST_COMMENT_BYTES or start + size > offset:
+            break
+        body = file.read(size - 8)
+        if code == COMMENT_CODE:
+            yield body.rstrip(b"\0")
+        start += size
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +16,6 @@ import numpy.typing as npt
 from medseg.errors import DataError, MedsegError
 from medseg.grid import Grid
 from medseg.readers import nifti
-from medseg.readers.nifti import COMMENT_CODE
 
 __all__ = ["ENDINGS", "STEPS", "Channels", "Probabilities", "read_probabilities"]
 
@@ -28,8 +26,6 @@ STEPS = 65535
 RANGE_TOLERANCE = 1e-3
 # the array in nnU-Net's file of a case
 _NNUNET_KEY = "probabilities"
-# a header of labels with long names; more is damage
-_MOST_COMMENT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def _read_nifti(path: Path, spatial_dims: int | None) -> Probabilities:
     grid = nifti.read_geometry(path, spatial_dims=spatial_dims).grid
     with nifti._open(path) as file:
         header = nifti._read_header(path, file)
-        comment = _comment(file, int(header.get_data_offset()))
+        comment = next(nifti.comments(file, int(header.get_data_offset())), b"")
     shape = tuple(int(s) for s in header.get_data_shape())
     if len(shape) < 4 or any(s != 1 for s in shape[4:]):
         raise DataError(
@@ -147,21 +143,6 @@ def _scale(path: Path, header: Any) -> tuple[float, float]:
             "write them as real numbers, or set scl_slope"
         )
     return (1.0, 0.0) if slope is None else (float(slope), float(inter))
-
-
-def _comment(file: BufferedIOBase, offset: int) -> bytes:
-    """The first comment among the extensions between the header and the voxels."""
-    flag, start = file.read(4), file.tell()
-    while len(flag) == 4 and flag[0] and start + 8 <= offset:
-        head = file.read(8)
-        size, code = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:], "little")
-        if not 8 <= size <= _MOST_COMMENT_BYTES or start + size > offset:
-            break
-        body = file.read(size - 8)
-        if code == COMMENT_CODE:
-            return body.rstrip(b"\0")
-        start += size
-    return b""
 
 
 def _channels(comment: bytes) -> Channels | None:

@@ -18,16 +18,16 @@ from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.utils import iter_pixels
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
+from medseg.readers.dicom_files import quiet
+from medseg.readers.dicom_frames import MOST_VOXELS
 from medseg.readers.dicom_planes import LPS_TO_RAS, Frame, frames_of, same_orientation, stack_affine
 from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
 
 SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
-# more than any scanner makes: a broken or hostile header must not take the memory
-MAX_VOXELS = 2**32
 _VALUE_NOTE = re.compile(VALUE_NOTE.format(r"(\d{1,5})"))
 
 Overlap = Literal["refuse", "first", "last"]
@@ -57,17 +57,16 @@ def read_segmentation(
     `GeometryError` where the frames make no regular grid.
     """
     try:
-        _refuse_deflated(path)
-        header = pydicom.dcmread(path)
-        return _read(header, like, threshold, overlap)
+        with quiet():
+            _refuse_deflated(path)
+            return _read(pydicom.dcmread(path), like, threshold, overlap)
     except MedsegError as error:
         raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:
-        # pydicom has no exception of its own for a broken file
-        text = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {text}); export or copy it again") from error
+        # pydicom has no exception of its own for a broken file, and quotes what it finds: it may be a patient's
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}); export or copy it again") from error
 
 
 def _refuse_deflated(path: Path) -> None:
@@ -86,7 +85,10 @@ def _read(header: Dataset, like: Grid | None, threshold: float | None, overlap: 
             "a FRACTIONAL segmentation found, expected BINARY or LABELMAP; say from which fraction a voxel counts"
         )
     segments = {int(item.SegmentNumber): _segment(item) for item in header.SegmentSequence}
-    stack = _stack(list(frames_of(header)), int(header.Rows), int(header.Columns))
+    frames = list(frames_of(header))
+    if int(header.NumberOfFrames) != len(frames):
+        raise DataError(f"{header.NumberOfFrames} frames with {len(frames)} places found, expected as many of both")
+    stack = _stack(frames, int(header.Rows), int(header.Columns))
     values = [segment.value for segment in segments.values()]
     if len(set(values)) < len(values):
         raise DataError(f"label values {sorted(values)} found, expected each once")
@@ -124,8 +126,8 @@ def _stack(frames: list[Frame], rows: int, columns: int) -> _Stack:
     step_mm = _step_mm(apart, first.step_mm)
     numbers = (heights - heights.min()) / step_mm
     count = int(np.rint(numbers.max())) + 1
-    if count * rows * columns > MAX_VOXELS:
-        raise GeometryError(f"a grid of {columns} × {rows} × {count} voxels found, expected at most {MAX_VOXELS}")
+    if count * rows * columns > MOST_VOXELS:
+        raise GeometryError(f"a grid of {columns} × {rows} × {count} voxels found, expected at most {MOST_VOXELS}")
     off = np.abs(positions - (lowest + np.rint(numbers)[:, None] * step_mm * normal)).max()
     if off > ROUNDING_TOLERANCE * step_mm:
         raise GeometryError(f"frames {off:.3g} mm off planes every {step_mm:.4g} mm found, expected a regular stack")
@@ -188,7 +190,7 @@ def _fill_masks(
     shared: set[tuple[str, str]] = set()
     rank = {number: n for n, number in enumerate(segments)}
     order = {segment.value: rank[number] for number, segment in segments.items()}
-    for frame, plane, number in zip(_pixels(header), stack.plane_of, numbers):
+    for frame, plane, number in zip(_pixels(header), stack.plane_of, numbers, strict=True):
         segment, there = segments[number], array[plane]
         mask = frame >= least
         taken = mask & (there != 0) & (there != segment.value)
@@ -216,7 +218,7 @@ def _fill_maps(array: npt.NDArray[Any], header: Dataset, stack: _Stack, segments
     padding = header.get("PixelPaddingValue")
     if padding is not None and int(padding) not in segments:
         known[int(padding)] = True
-    for frame, plane in zip(_pixels(header), stack.plane_of):
+    for frame, plane in zip(_pixels(header), stack.plane_of, strict=True):
         if not known[frame].all():
             raise DataError(f"voxels of segment {int(frame[~known[frame]][0])} found, expected one that is described")
         array[plane] = table[frame]
@@ -224,7 +226,11 @@ def _fill_maps(array: npt.NDArray[Any], header: Dataset, stack: _Stack, segments
 
 def _pixels(header: Dataset) -> Iterator[npt.NDArray[Any]]:
     """Frame after frame; bits are unpacked here, since frames of BINARY ones need not begin at a byte."""
-    if int(header.BitsAllocated) != 1 or header.file_meta.TransferSyntaxUID.is_encapsulated:
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated and syntax != RLELossless:
+        # a decoder takes memory by what a stream says of itself
+        raise DataError(f"{syntax.name} found, expected uncompressed or RLE; convert it, say with `dcmdjpeg`")
+    if int(header.BitsAllocated) != 1 or syntax.is_encapsulated:
         yield from iter_pixels(header, raw=True)
         return
     shape = (int(header.Rows), int(header.Columns))

@@ -51,14 +51,19 @@ def label_ending(source: Path) -> str:
 
 
 def write_label(
-    path: Path, array: npt.NDArray[Any], like: Image | Geometry | Path, *, names: Mapping[int, str]
+    path: Path,
+    array: npt.NDArray[Any],
+    like: Image | Geometry | Path,
+    *,
+    names: Mapping[int, str],
+    inferred: bool = True,
 ) -> Path:
     """Writes `array`, integers (*grid.shape) of 0 to 65535, on the grid of `like`; gives back `path`.
 
     `path` ends in `.nii.gz`, `.nii` or `.png`. uint8, or uint16 where a value above 255 is named or there. `names` goes
-    into the header as JSON: a NIfTI extension of code 6 (comment), a PNG text `labels`. The same input gives the same
-    bytes. Raises `DataError` for a folder that cannot be written or values that do not fit, `GeometryError` for another
-    shape.
+    into the header as JSON: a NIfTI extension of code 6 (comment), a PNG text `labels`; so does, in NIfTI, that no
+    model of ours made the labels (`inferred` False). The same input gives the same bytes. Raises `DataError` for a
+    folder that cannot be written or values that do not fit, `GeometryError` for another shape.
     """
     # the axes of the array say whether a file (I, J, 1) is meant as a plane
     geometry = read_geometry(like, spatial_dims=array.ndim) if isinstance(like, Path) else like
@@ -73,7 +78,7 @@ def write_label(
         if ending == ".png":
             image2d.write(temporary, stored, names)
         else:
-            nifti.write(temporary, stored, geometry, names)
+            nifti.write(temporary, stored, geometry, names, inferred=inferred)
     return path
 
 

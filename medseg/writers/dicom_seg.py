@@ -16,7 +16,7 @@ from medseg.errors import GeometryError
 from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
 from medseg.writers import atomic_path
 from medseg.writers.anatomy import CODES, Anatomy, anatomy_of
-from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on
+from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on, written_as
 from medseg.writers.provenance import Algorithm, complete_segments
 
 # beside the series of the scanner, whose numbers rarely are so large
@@ -39,12 +39,13 @@ def write_dicom_seg(
 
     Raises `DataError` for a source without UIDs, `GeometryError` for a label map on another grid.
     """
-    segments = complete_segments(segmentation)
-    series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
-    voxels = voxels_on(series, segmentation)
-    made = _segmentation(series, _ranked(voxels, segments), segments)
-    with atomic_path(path) as temporary:
-        made.save_as(temporary, enforce_file_format=True)
+    with written_as(path, "a DICOM SEG"):
+        segments = complete_segments(segmentation)
+        series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
+        voxels = voxels_on(series, segmentation)
+        made = _segmentation(series, _ranked(voxels, segments), segments)
+        with atomic_path(path) as temporary:
+            made.save_as(temporary, enforce_file_format=True)
     return path
 
 

@@ -5,21 +5,28 @@ Imports pydicom: this module is imported where DICOM is written, never by the pa
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
+from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID
 
-from medseg.errors import DataError, GeometryError
+from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, turned
+from medseg.readers.dicom_files import quiet
 from medseg.readers.dicom_planes import Planes, planes_of
 from medseg.readers.segments import Segmentation
 from medseg.writers.provenance import Algorithm, Origin, labels_sha256
+
+log = logging.getLogger(__name__)
 
 _UIDS = {
     "SOPInstanceUID": "SOP Instance UID",
@@ -114,8 +121,6 @@ def source_of(
         str(headers[0].SeriesInstanceUID), tuple(instances), revision, algorithm, labels_sha256(segmentation)
     )
     planes = planes_of(headers)
-    # what stands in sequences too; all that objects of ours copy is copied from the first header
-    planes.planes[0].header.decode()
     complete = {id(header): _complete(header) for header in headers}
     held = tuple(replace(plane, header=complete[id(plane.header)]) for plane in planes.planes)
     return Source(replace(planes, planes=held), origin)
@@ -139,6 +144,24 @@ def voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.uint
     return np.ascontiguousarray(array.T, dtype=np.uint16)
 
 
+@contextmanager
+def written_as(path: Path, what: str) -> Iterator[None]:
+    """Whatever a library raises over a strange header becomes a `DataError` that names the file and no value.
+
+    pydicom warns of values that are not to the letter, and quotes them: it is kept quiet.
+    """
+    with quiet():
+        try:
+            yield
+        except MedsegError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{path}: cannot be written as {what} ({type(error).__name__}): something in the headers of the source "
+                "series is not as it should be; write NIfTI instead, or get the series from the archive again"
+            ) from error
+
+
 def long_string(text: str) -> str:
     """What the value of an LO may be: one line, no backslash (it parts values), 64 characters."""
     words = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/")).split()
@@ -148,7 +171,8 @@ def long_string(text: str) -> str:
 def _check_uid(header: Dataset, keyword: str, words: str) -> None:
     value = str(header.get(keyword) or "")
     if not UID(value).is_valid or not value:
-        what = f"{words} {value!r}" if value else f"blank {words}"
+        # what stands in its place may be anything, a name too
+        what = f"{words} that is none" if value else f"blank {words}"
         raise DataError(
             f"{what} found in the source series, expected a valid UID: an object without one cannot be referred to; "
             "write NIfTI instead, or get the series from the archive again"
@@ -157,10 +181,7 @@ def _check_uid(header: Dataset, keyword: str, words: str) -> None:
 
 def _complete(header: Dataset) -> Dataset:
     """A copy in UTF-8 with all that an object of its study must have, and nothing there that no one could read."""
-    made = Dataset()
-    for element in header:
-        if element.tag.group != PIXELS and element.tag.group % 2 == 0:
-            made.add_new(element.tag, element.VR, element.value)
+    made = _legible(header)
     # the text is decoded by now: from here on it is Unicode, whatever the scanner wrote
     made.SpecificCharacterSet = "ISO_IR 192"
     for keyword in _TYPE_2:
@@ -170,4 +191,26 @@ def _complete(header: Dataset) -> Dataset:
             setattr(made, keyword, "")
     made.PatientName = str(made.PatientName)
     made.ReferringPhysicianName = str(made.ReferringPhysicianName)
+    return made
+
+
+def _legible(header: Dataset) -> Dataset:
+    """What can be read of a header and of the sequences in it, without pixels and private elements.
+
+    A weight of "70,5" must not cost the object.
+    """
+    made = Dataset()
+    for tag in sorted(header.keys()):
+        if tag.group == PIXELS or tag.group % 2:
+            continue
+        try:
+            element = header[tag]
+            if element.VR == "SQ":
+                value: Any = Items([_legible(item) for item in element.value])
+            else:
+                value = element.value
+            made.add(DataElement(tag, element.VR, value))
+        except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OverflowError) as error:
+            # neither the value nor what pydicom says of it, which quotes it: it may be a patient's
+            log.info("%s cannot be read (%s) and is left out", tag, type(error).__name__)
     return made

@@ -21,9 +21,13 @@ TILE = (8, 16)
 MAX_NIFTI1_AXIS = 32767
 
 
-def write(path: Path, array: npt.NDArray[Any], geometry: Geometry, names: Mapping[int, str]) -> None:
+def write(
+    path: Path, array: npt.NDArray[Any], geometry: Geometry, names: Mapping[int, str], *, inferred: bool = True
+) -> None:
     """Writes `array`, uint8 or uint16, to `path`, zipped where the ending says so. Same input, same bytes."""
-    labels = {"labels": {str(value): names[value] for value in sorted(names)}}
+    labels: dict[str, Any] = {"labels": {str(value): names[value] for value in sorted(names)}}
+    if not inferred:
+        labels["inferred"] = False
     header = _header(array.dtype, geometry, json.dumps(labels, ensure_ascii=False))
     # planes at a time: no second copy of a large mask; the last axis is the slowest of the file
     volume: npt.NDArray[Any] = array.reshape(array.shape + (1,) * (3 - array.ndim))

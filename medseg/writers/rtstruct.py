@@ -16,7 +16,7 @@ from pydicom.uid import UID, ImplicitVRLittleEndian
 from medseg.readers.dicom_planes import Plane
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.writers import atomic_path
-from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on
+from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on, written_as
 from medseg.writers.outlines import outlines
 from medseg.writers.provenance import IMPLEMENTATION_UID, Algorithm, complete_segments
 
@@ -61,13 +61,14 @@ def write_rtstruct(
 
     Raises `DataError` for a source without UIDs, `GeometryError` for a label map on another grid.
     """
-    segments = complete_segments(segmentation)
-    series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
-    voxels = voxels_on(series, segmentation)
-    made = _structure_set(series, segments)
-    made.ROIContourSequence = _roi_contours(series, voxels, segments)
-    with atomic_path(path) as temporary:
-        made.save_as(temporary, enforce_file_format=True)
+    with written_as(path, "an RTSTRUCT"):
+        segments = complete_segments(segmentation)
+        series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
+        voxels = voxels_on(series, segmentation)
+        made = _structure_set(series, segments)
+        made.ROIContourSequence = _roi_contours(series, voxels, segments)
+        with atomic_path(path) as temporary:
+            made.save_as(temporary, enforce_file_format=True)
     return path
 
 
