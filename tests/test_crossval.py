@@ -465,6 +465,7 @@ def test_a_fold_whose_validation_broke_off_is_gone_on_with(dataset: Path, tmp_pa
     leave(fold)
     (fold.folder / "validation" / "report" / "summary.json").unlink()
     (fold.folder / "last.pt").touch()
+    make_old(fold.folder / "last.pt", 2 * folds.QUIET_S)
     assert look(fold).state == "missing"
 
 

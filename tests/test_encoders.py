@@ -278,7 +278,8 @@ class TestBlocks:
         maps = shuffle_pixels(classifier(image(1, classifier.in_channels, 3, 3)), (4, 4))
         blocks = maps.reshape(1, -1, 3, 4, 3, 4)
         # the bias of each sub-pixel is its own, and 0 at the start
-        assert torch.equal(blocks, blocks[:, :, :, :1, :, :1].expand_as(blocks))
+        # processors sum the channels of some outputs in another order: a few roundings of float32 near 1
+        assert torch.allclose(blocks, blocks[:, :, :, :1, :, :1].expand_as(blocks), rtol=0, atol=1e-6)
         assert maps.std() > 0.1
 
     @pytest.mark.parametrize(
