@@ -38,6 +38,9 @@ from pydicom.uid import (
 
 from medseg.errors import DataError, GeometryError
 from medseg.readers import Image, SeriesOptions, read_geometry, read_image
+from medseg.readers.dicom_files import DicomFile
+from medseg.readers.dicom_frames import Frame
+from medseg.readers.dicom_pixels import _rescaled
 from medseg.readers.series import choose_series, find_series, read_series, source_images
 
 TILT, GAPS = SeriesOptions(resample_tilt=True), SeriesOptions(resample_gaps=True)
@@ -152,6 +155,29 @@ def test_integers_stay_integers(tmp_path: Path, voxels: np.ndarray, bits: int, i
     assert image.array[0, :2, 0, 0].tolist() == list(wanted)
 
 
+@pytest.mark.parametrize(("modality", "first"), [("MR", 8), ("CT", 12)])
+def test_planes_of_more_bits_than_the_first_file_do_not_wrap(tmp_path: Path, modality: str, first: int) -> None:
+    # 40000 is more than int16 holds, 300 more than uint8
+    voxels = np.array([[[7, 9]], [[300, 40000]]], np.uint16)
+
+    def edit(k: int, ds: Dataset) -> None:
+        put_pixels(ds, voxels[k], (first, 16)[k])
+        if modality == "CT":
+            ds.RescaleIntercept = -1000
+
+    image = read(series(tmp_path / "mixed", edit, voxels=voxels, modality=modality))
+    wanted = [[7, 300], [9, 40000]] if modality == "MR" else [[-993, -700], [-991, 39000]]
+    assert image.array[0, :, 0].tolist() == wanted
+
+
+def test_values_beyond_the_type_of_the_array_are_refused() -> None:
+    def frame(at: int) -> Frame:
+        return Frame(0, at, np.zeros(3), np.eye(3)[:2], (1.0, 1.0), (0, 255))
+
+    with pytest.raises(DataError, match="values of 0 to 256 found"):
+        _rescaled(DicomFile(Path("a")), np.array([[0, 256]], np.uint16), frame(0), np.dtype(np.uint8))
+
+
 def test_an_enhanced_file_is_put_in_order_with_the_slope_of_each_frame(tmp_path: Path) -> None:
     image = read(phantom.enhanced(tmp_path / "mr.dcm", slopes=[1, 2, 3, 4, 0.5]))
     np.testing.assert_allclose(image.array[0], (VOXELS * np.array([1, 2, 3, 4, 0.5])[:, None, None]).T)
@@ -174,6 +200,15 @@ def test_monochrome1_of_a_presentation_is_inverted_and_said(tmp_path: Path) -> N
     image = read(series(tmp_path / "us", edit, modality="US"))
     np.testing.assert_array_equal(image.array[0], 1023 - voxels.T.astype(int))
     assert "inverted" in image.geometry.warnings[0]
+
+
+def test_monochrome1_of_several_depths_is_refused(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        put_pixels(ds, np.full((ROWS, COLUMNS), k, np.uint16), 12 if k == 3 else 10)
+        ds.PhotometricInterpretation = "MONOCHROME1"
+
+    assert "MONOCHROME1 with BitsStored 10 and 12 found" in refusal(series(tmp_path / "us", edit, modality="US"))
+    assert read(series(tmp_path / "mr", edit, modality="MR")).array[0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_single_plane_takes_its_thickness_and_says_so(tmp_path: Path) -> None:
@@ -269,6 +304,7 @@ def turned(k: int, ds: Dataset) -> None:
         (every(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "expected two perpendicular unit vectors"),
         (only(4, SOPInstanceUID="1.2.3.5.1"), "1 images are there twice"),
         (every(RescaleSlope=0), "RescaleSlope 0 found"),
+        (only(2, BitsStored=None), "BitsStored 0 found, expected 1 to 16"),
         (only(2, HighBit=15, BitsStored=12), "bits stored up to bit 15 of 16"),
     ],
 )

@@ -50,7 +50,8 @@ class Frame:
     """One image plane: the `index`-th of file number `file`.
 
     `position` (3,), `orientation` (2, 3): of rows and of columns, LPS mm; `spacing_mm`: between rows, between columns;
-    `slope`, `intercept`: of the rescaling, 1 and 0 where there is none.
+    `stored`: the lowest and the highest value that its bits can hold; `slope`, `intercept`: of the rescaling, 1 and 0
+    where there is none.
     """
 
     file: int
@@ -58,6 +59,7 @@ class Frame:
     position: Array
     orientation: Array
     spacing_mm: tuple[float, float]
+    stored: tuple[int, int]
     slope: float = 1.0
     intercept: float = 0.0
 
@@ -95,6 +97,12 @@ def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str
             "correct the header"
         )
     return Frames(tuple(frames), shape, tuple(_notes(headers, where, len(frames))))
+
+
+def is_inverted(header: Dataset) -> bool:
+    """Whether low values are to be shown bright, and mean nothing else."""
+    shown = header_value(header, "PhotometricInterpretation")
+    return shown == "MONOCHROME1" and header_value(header, "Modality") not in QUANTITATIVE
 
 
 def plane_distance(file: DicomFile, header: Dataset) -> tuple[float, str]:
@@ -156,8 +164,16 @@ def _refuse_contents(files: Sequence[DicomFile], headers: Sequence[Dataset], whe
         bits = int(header_value(header, "BitsAllocated") or 0)
         if bits not in (8, 16, 32):
             raise DataError(f"{file}: {bits} bits a pixel found, expected 8, 16 or 32; give the original images")
+        if not 1 <= _bits_stored(header) <= bits:
+            raise DataError(f"{file}: BitsStored {_bits_stored(header)} found, expected 1 to {bits}; export it anew")
         if header_value(header, "ModalityLUTSequence") is not None:
             raise DataError(f"{file}: a table of modality values found, expected slope and intercept; export it anew")
+    depths = sorted({_bits_stored(header) for header in headers})
+    if len(depths) > 1 and any(is_inverted(header) for header in headers):
+        raise DataError(
+            f"{where}: MONOCHROME1 with BitsStored {' and '.join(map(str, depths))} found, expected one value: each "
+            "would be inverted about another middle; choose files of one scan"
+        )
     scouts = [file for file, header in zip(files, headers) if "LOCALIZER" in _image_type(header)]
     if scouts:
         raise DataError(
@@ -287,6 +303,7 @@ def _frame(file: DicomFile, number: int, index: int, header: Dataset, groups: li
         position,
         _unit(file, orientation.reshape(2, 3)),
         (float(spacing[0]), float(spacing[1])),
+        _stored_range(header),
         *_rescale(file, header, groups),
     )
 
@@ -299,6 +316,16 @@ def _unit(file: DicomFile, orientation: Array) -> Array:
             "vectors; correct the header"
         )
     return np.asarray(orientation / lengths[:, None])
+
+
+def _bits_stored(header: Dataset) -> int:
+    return int(header_value(header, "BitsStored") or 0)
+
+
+def _stored_range(header: Dataset) -> tuple[int, int]:
+    bits = _bits_stored(header)
+    signed = int(header_value(header, "PixelRepresentation") or 0)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def _rescale(file: DicomFile, header: Dataset, groups: list[Any]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from medseg.errors import DataError
 from medseg.readers.dicom_files import DicomFile, each_open, header_value, quiet, read_dataset
-from medseg.readers.dicom_frames import QUANTITATIVE, Frame
+from medseg.readers.dicom_frames import Frame, is_inverted
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -59,7 +59,6 @@ def read_planes(
         by_file.setdefault(frame.file, []).append((place, frame))
     used = sorted(by_file)
     planes: npt.NDArray[Any] | None = None
-    whole = all(f.slope.is_integer() and f.intercept.is_integer() for f in frames)
     for count, (number, (file, stream)) in enumerate(zip(used, each_open(files[n] for n in used)), start=1):
         dataset = read_dataset(file, stream, tags=None, stop_before_pixels=False)
         places = {frame.index: (place, frame) for place, frame in by_file[number]}
@@ -68,9 +67,8 @@ def read_planes(
                 continue
             place, frame = places.pop(index)
             if planes is None:
-                dtype = _type(dataset, frames) if whole else np.dtype(np.float32)
-                planes = np.empty((len(frames), *shape), dtype)
-            planes[place] = _rescaled(stored, frame, planes.dtype)
+                planes = np.empty((len(frames), *shape), _type(frames))
+            planes[place] = _rescaled(file, stored, frame, planes.dtype)
         if places:
             raise DataError(f"{file}: {len(places)} frames without pixels found, expected all; copy the file again")
         tick(count, len(used))
@@ -82,8 +80,7 @@ def read_planes(
 def _stored(file: DicomFile, dataset: Dataset, shape: tuple[int, int]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """Number and stored values of every frame of a file."""
     _check_before_decoding(file, dataset, shape)
-    invert = header_value(dataset, "PhotometricInterpretation") == "MONOCHROME1"
-    invert = invert and header_value(dataset, "Modality") not in QUANTITATIVE
+    invert = is_inverted(dataset)
     for index, decoded in enumerate(_decoded(file, dataset)):
         if decoded.shape != shape:
             raise DataError(
@@ -214,23 +211,29 @@ def _inverted(values: npt.NDArray[Any], dataset: Dataset) -> npt.NDArray[Any]:
     return np.asarray(top - values)
 
 
-def _type(dataset: Dataset, frames: Sequence[Frame]) -> np.dtype[Any]:
-    """A type that holds whatever could be stored; which it takes in the end is seen when all is read."""
-    bits, signed = int(dataset.BitsStored), int(header_value(dataset, "PixelRepresentation") or 0)
-    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    values = [f.slope * end + f.intercept for f in frames for end in ends]
+def _type(frames: Sequence[Frame]) -> np.dtype[Any]:
+    """A type that holds whatever could be stored in any plane; which it takes in the end is seen when all is read."""
+    if not all(f.slope.is_integer() and f.intercept.is_integer() for f in frames):
+        return np.dtype(np.float32)
+    values = [f.slope * end + f.intercept for f in frames for end in f.stored]
     for kind in (np.uint8, np.int16, np.uint16, np.int32, np.int64):
         if min(values) >= np.iinfo(kind).min and max(values) <= np.iinfo(kind).max:
             return np.dtype(kind)
     return np.dtype(np.float32)
 
 
-def _rescaled(stored: npt.NDArray[Any], frame: Frame, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if (frame.slope, frame.intercept) == (1, 0):
-        return stored.astype(dtype, copy=False)
+def _rescaled(file: DicomFile, stored: npt.NDArray[Any], frame: Frame, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The values of a plane in `dtype`. Raises `DataError` for what an integer type would wrap around."""
     if dtype.kind == "f":
         return np.asarray(stored * np.float64(frame.slope) + np.float64(frame.intercept), dtype)
-    return np.asarray(stored.astype(np.int64) * int(frame.slope) + int(frame.intercept))
+    unscaled = (frame.slope, frame.intercept) == (1, 0)
+    values = stored if unscaled else stored.astype(np.int64) * int(frame.slope) + int(frame.intercept)
+    low, high = int(values.min()), int(values.max())
+    if low < np.iinfo(dtype).min or high > np.iinfo(dtype).max:
+        raise DataError(
+            f"{file}: values of {low} to {high} found, expected what its BitsStored and rescaling allow; export it anew"
+        )
+    return np.asarray(values.astype(dtype, copy=False))
 
 
 def _small(planes: npt.NDArray[Any]) -> npt.NDArray[Any]:
