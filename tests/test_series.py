@@ -25,7 +25,9 @@ from phantom import (
     series,
 )
 from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate, generate_frames
+from pydicom.tag import Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -178,6 +180,35 @@ def test_values_beyond_the_type_of_the_array_are_refused() -> None:
         _rescaled(DicomFile(Path("a")), np.array([[0, 256]], np.uint16), frame(0), np.dtype(np.uint8))
 
 
+def with_text(folder: Path, name: str, text: str) -> Path:
+    """The MR series with `text` as the decimal string of an element of plane 3."""
+
+    def edit(k: int, ds: Dataset) -> None:
+        put(ds, RescaleSlope=2, RescaleIntercept=0)
+        if k == 3:
+            ds[name] = RawDataElement(Tag(name), "DS", len(text), text.encode(), 0, False, True)
+
+    return series(folder, edit, modality="MR")
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+@pytest.mark.parametrize("text", ["nan ", "inf ", "1\\2 ", "Canary", "1,5 "])
+def test_a_rescaling_that_is_no_number_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    told = refusal(with_text(tmp_path / "mr", name, text))
+    assert f"{name} that is not one finite number found" in told
+    assert text.strip() not in told.rpartition("mr/IM")[2]
+
+
+def test_a_frame_s_own_rescaling_is_not_replaced_by_that_of_all(tmp_path: Path) -> None:
+    path = phantom.enhanced(tmp_path / "mr.dcm")
+    ds = dcmread(path)
+    ds.RescaleSlope = 3
+    own = ds.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence[0]
+    own["RescaleSlope"] = RawDataElement(Tag("RescaleSlope"), "DS", 4, b"1\\2 ", 0, False, True)
+    ds.save_as(path)
+    assert "RescaleSlope that is not one finite number found" in refusal(path)
+
+
 def test_an_enhanced_file_is_put_in_order_with_the_slope_of_each_frame(tmp_path: Path) -> None:
     image = read(phantom.enhanced(tmp_path / "mr.dcm", slopes=[1, 2, 3, 4, 0.5]))
     np.testing.assert_allclose(image.array[0], (VOXELS * np.array([1, 2, 3, 4, 0.5])[:, None, None]).T)
@@ -293,6 +324,15 @@ def turned(k: int, ds: Dataset) -> None:
         (only(1, FrameOfReferenceUID="1.2.99"), "images of 2 frames of reference"),
         (every(RescaleSlope=None), "CT without RescaleSlope and RescaleIntercept found"),
         (only(3, RescaleIntercept=None), "CT without RescaleSlope and RescaleIntercept found"),
+        (every(RescaleSlope=None, Modality="OT"), "CT without RescaleSlope and RescaleIntercept found"),
+        (
+            every(RescaleSlope=None, Modality="PT", SOPClassUID="1.2.840.10008.5.1.4.1.1.128"),
+            "PET without RescaleSlope",
+        ),
+        (
+            lambda k, ds: put(ds, Modality="MR", SOPClassUID=phantom.MR, RescaleSlope=2 if k else ""),
+            "RescaleSlope found in 4 of 5 planes, expected it in all or none",
+        ),
         (only(3, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "1 of 5 images are localizers"),
         (every(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "choose another series"),
         (every(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), "a mosaic of 6 × 8 found"),

@@ -41,6 +41,8 @@ SPACING_SHARE = 1e-4
 COSINE_TOLERANCE = 1e-3
 # different values that are looked for; each would be compared with all others
 MOST_TOLD = 10
+_CT_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("2", "2.1", "2.2"))
+_RESCALING = ("RescaleSlope", "RescaleIntercept")
 # images resampled from others keep the count of those
 _RESLICED = ("REFORMATTED", "MPR", "RESAMPLED", "CPR", "AVERAGE", "MIN_IP", "MAX_IP", "PROJECTION IMAGE")
 
@@ -51,7 +53,7 @@ class Frame:
 
     `position` (3,), `orientation` (2, 3): of rows and of columns, LPS mm; `spacing_mm`: between rows, between columns;
     `stored`: the lowest and the highest value that its bits can hold; `slope`, `intercept`: of the rescaling, 1 and 0
-    where there is none.
+    where there is none; `told`: which of these two the header has.
     """
 
     file: int
@@ -62,6 +64,7 @@ class Frame:
     stored: tuple[int, int]
     slope: float = 1.0
     intercept: float = 0.0
+    told: tuple[str, ...] = ()
 
     @property
     def normal(self) -> Array:
@@ -90,6 +93,7 @@ def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str
     for number, (file, header) in enumerate(zip(files, headers)):
         frames += _frames(file, number, header)
     _refuse_geometries(frames, where)
+    _refuse_half_rescaled(frames, where)
     shape = (int(headers[0].Rows), int(headers[0].Columns))
     if len(frames) * shape[0] * shape[1] > MOST_VOXELS:
         raise DataError(
@@ -207,6 +211,16 @@ def _refuse_geometries(frames: Sequence[Frame], where: str) -> None:
     if len(spacings) > 1:
         told = " and ".join(f"{s[0]:.6g} × {s[1]:.6g}" for s in spacings[:3])
         raise GeometryError(f"{where}: pixel spacings {told} mm found, expected one; choose files of one scan")
+
+
+def _refuse_half_rescaled(frames: Sequence[Frame], where: str) -> None:
+    for name in _RESCALING:
+        count = sum(name in frame.told for frame in frames)
+        if 0 < count < len(frames):
+            raise DataError(
+                f"{where}: {name} found in {count} of {len(frames)} planes, expected it in all or none: their values "
+                "are on different scales; export the original images"
+            )
 
 
 def _distinct(values: Sequence[Array], same: Callable[[Array, Array], bool]) -> list[Array]:
@@ -328,30 +342,62 @@ def _stored_range(header: Dataset) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def _rescale(file: DicomFile, header: Dataset, groups: list[Any]) -> tuple[float, float]:
-    slope = _numbers(groups, "PixelValueTransformationSequence", "RescaleSlope", 1)
-    intercept = _numbers(groups, "PixelValueTransformationSequence", "RescaleIntercept", 1)
-    if header_value(header, "Modality") == "CT" and (slope is None or intercept is None):
+def _rescale(file: DicomFile, header: Dataset, groups: list[Any]) -> tuple[float, float, tuple[str, ...]]:
+    """Slope, intercept, and which of them stand in the header; a blank one does not."""
+    found: dict[str, float] = {}
+    for name in _RESCALING:
+        holder = _holder(groups, "PixelValueTransformationSequence", name)
+        if holder is None:
+            continue
+        numbers = _finite(holder, name, 1)
+        if numbers is None:
+            raise DataError(f"{file}: {name} that is not one finite number found; export the original images")
+        found[name] = float(numbers[0])
+    modality = header_value(header, "Modality")
+    if (modality == "CT" or header_value(header, "SOPClassUID") in _CT_CLASSES) and len(found) < len(_RESCALING):
         raise DataError(
             f"{file}: CT without RescaleSlope and RescaleIntercept found, expected both: without them values are not "
             "Hounsfield units; export the original images"
         )
-    found = (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
-    if found[0] == 0:
+    if modality == "PT" and "RescaleSlope" not in found:
+        raise DataError(
+            f"{file}: PET without RescaleSlope found, expected it: each plane is stored on a scale of its own; "
+            "export the original images"
+        )
+    slope, intercept = found.get("RescaleSlope", 1.0), found.get("RescaleIntercept", 0.0)
+    if slope == 0:
         raise DataError(f"{file}: RescaleSlope 0 found, expected another number; export the original images")
-    return found
+    return slope, intercept, tuple(found)
 
 
 def _numbers(groups: list[Any], sequence: str, name: str, count: int) -> Array | None:
-    """The numbers of an element, from the first of `groups` that has it: a frame's own, the shared, the file's."""
+    """The numbers of an element where it is first found; None where it is missing or anything else."""
+    holder = _holder(groups, sequence, name)
+    return None if holder is None else _finite(holder, name, count)
+
+
+def _holder(groups: list[Any], sequence: str, name: str) -> Dataset | None:
+    """The first of `groups` that has an element, blank ones aside: a frame's own, the shared, the file's."""
     for group in groups:
-        for holder in (*(header_value(group, sequence) or [])[:1], group):
-            value = header_value(holder, name)
-            if value is None:
-                continue
-            numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
-            return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else None
+        holders: list[Dataset] = [*(header_value(group, sequence) or [])[:1], group]
+        for holder in holders:
+            # as it was stored: one that cannot be understood is there too
+            stored = holder.get_item(name)
+            if stored is not None and not _is_blank(stored.value):
+                return holder
     return None
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, (bytes, str)) and not value.strip())
+
+
+def _finite(holder: Dataset, name: str, count: int) -> Array | None:
+    try:
+        numbers = np.atleast_1d(np.asarray(header_value(holder, name), dtype=np.float64))
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else None
 
 
 def _image_type(header: Dataset) -> list[str]:
