@@ -235,7 +235,7 @@ def _series_cases(source: Path, only: Sequence[Path], options: SeriesOptions) ->
         # told when the case is read, so that it costs no other
         log.info("%s", error)
         return [Case(name, (source,), None, name)]
-    if found.unreadable or not found.series:
+    if found.unreadable_for(options.uid) or not found.series:
         return [Case(name, (source,), None, name)]
     names = _series_names(found, name)
     return [

@@ -383,6 +383,16 @@ def test_infer_takes_the_series_that_is_asked_for(tmp_path: Path) -> None:
         infer_inputs([folder], channels=1, series=SeriesOptions("1.9"))
 
 
+def test_infer_takes_a_series_beside_a_cut_file_of_another_one(tmp_path: Path) -> None:
+    folder = phantom.series(tmp_path / "scan")
+    cut = phantom.plane(90, phantom.VOXELS[0])
+    phantom.put(cut, SeriesInstanceUID="1.9", Rows=None, Columns=None)
+    cut.save_as(folder / "cut", enforce_file_format=True)
+    (case,) = infer_inputs([folder], channels=1, series=SeriesOptions(phantom.SERIES))
+    assert case.series is not None
+    assert infer_inputs([folder], channels=1)[0].series is None
+
+
 @pytest.mark.parametrize("names", [("x/a.nii", "y/a.nii.gz"), ("x/a.nii", "x/a.png")])
 def test_infer_refuses_one_name_for_two_inputs(tmp_path: Path, names: tuple[str, str]) -> None:
     touch(tmp_path, *names)

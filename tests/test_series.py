@@ -29,6 +29,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.tag import Tag
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
@@ -290,6 +291,58 @@ def test_objects_beside_a_series_are_no_series(tmp_path: Path) -> None:
     assert find_series(folder).objects == {"SEG": 1}
 
 
+NO_IMAGE_CLASSES = (
+    *("1.3.12.2.1107.5.9.1", "1.3.46.670589.11.0.0.12.4", "1.2.840.10008.5.1.4.34.7"),
+    *(f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("68.1", "90.1", "200.1")),
+)
+
+
+def headless(path: Path, name: str, series_uid: str = "1.2.77") -> Path:
+    """A DICOM file of a class without any element of an image."""
+    ds = phantom.plane(90, VOXELS[0], "MR")
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = UID(name)
+    put(ds, SeriesInstanceUID=series_uid, Rows=None, Columns=None, BitsAllocated=None, BitsStored=None, HighBit=None)
+    put(ds, ImagePositionPatient=None, PixelData=None, PixelRepresentation=None)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("name", NO_IMAGE_CLASSES)
+def test_objects_of_any_class_block_no_series(tmp_path: Path, name: str) -> None:
+    folder = series(tmp_path / "ct")
+    headless(folder / "object", name)
+    np.testing.assert_array_equal(read(folder).array[0], VOXELS.T)
+    assert find_series(folder).objects == {"no image": 1}
+
+
+@pytest.mark.parametrize("element", [{"BitsAllocated": 16}, {"ImagePositionPatient": [0, 0, 0]}, {"PixelData": b"00"}])
+def test_an_unknown_class_with_something_of_an_image_is_a_cut_one(tmp_path: Path, element: dict[str, object]) -> None:
+    folder = series(tmp_path / "ct")
+    path = headless(folder / "object", NO_IMAGE_CLASSES[0])
+    ds = dcmread(path)
+    put(ds, **element)
+    if "PixelData" in ds:
+        ds["PixelData"].VR = "OW"
+    ds.save_as(path)
+    assert "an image without Rows and Columns found" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [phantom.MR, "1.2.840.10008.5.1.4.1", "1.2.840.10008.5.1.4.1.1.12.2"])
+def test_an_image_class_without_anything_else_is_a_cut_image(tmp_path: Path, name: str) -> None:
+    folder = series(tmp_path / "ct")
+    headless(folder / "object", name)
+    assert "an image without Rows and Columns found" in refusal(folder)
+
+
+def test_a_cut_image_of_another_series_does_not_block_the_one_asked_for(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct")
+    headless(folder / "object", phantom.MR, "1.2.77")
+    np.testing.assert_array_equal(read(folder, SeriesOptions(phantom.SERIES)).array[0], VOXELS.T)
+    # cut within the UID, it may be one of ours
+    headless(folder / "object", phantom.MR, phantom.SERIES[:5])
+    assert "an image without Rows and Columns found" in refusal(folder, SeriesOptions(phantom.SERIES))
+
+
 # ---- what is no volume
 
 
@@ -408,6 +461,7 @@ def test_no_cut_of_a_file_gives_a_volume(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         if size > 132:
             assert refusal(folder)
+            assert refusal(folder, SeriesOptions(phantom.SERIES))
         else:
             # what has no mark is no DICOM by content; by name it is
             path.rename(folder / "IM03.dcm")

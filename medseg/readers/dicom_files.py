@@ -47,10 +47,11 @@ class DicomFile:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that should be DICOM and cannot be used, and why."""
+    """A file that should be DICOM and cannot be used, and why. `series`: the UID in it, as far as that can be read."""
 
     file: DicomFile
     reason: str
+    series: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"

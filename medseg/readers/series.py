@@ -48,6 +48,10 @@ _NO_IMAGES = tuple(
     f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("9.", "11.", "4.2", "66", "67", "88.", "104.", "481.", "78.")
 )
 _NO_IMAGES += ("1.2.840.10008.1.3.10",)
+# and those of images: a file of one of these without Rows and Columns is cut off; of another class it is no image
+_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}." for n in (1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 20, 30, 77, 128, 130))
+# elements of an image that stand before its pixels
+_OF_IMAGES = ("ImagePositionPatient", "BitsAllocated")
 _UID = re.compile(r"[0-9.]{1,64}")
 _GROUPING = (
     *("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesNumber", "Rows", "Columns"),
@@ -97,6 +101,11 @@ class Found:
     unreadable: tuple[Unreadable, ...]
     others: int
 
+    def unreadable_for(self, uid: str | None) -> tuple[Unreadable, ...]:
+        """The unreadable files that could be slices of the series `uid`, or of any."""
+        # a UID that the end of the file cuts is the beginning of another one
+        return tuple(file for file in self.unreadable if uid is None or uid.startswith(file.series))
+
 
 @dataclass(frozen=True, eq=False)
 class SourceImages:
@@ -133,10 +142,12 @@ def find_series(source: Path, only: Sequence[Path] = ()) -> Found:
             objects[modality or "no image"] += 1
             continue
         if header_value(header, "Rows") is None or header_value(header, "Columns") is None:
+            if not _is_cut_image(file, header):
+                objects["no image"] += 1
+                continue
             # not to be left out: it could be the last slice of a series
-            unreadable.append(
-                Unreadable(file, "an image without Rows and Columns found: cut off; copy the file again, or remove it")
-            )
+            reason = "an image without Rows and Columns found: cut off; copy the file again, or remove it"
+            unreadable.append(Unreadable(file, reason, _series_uid(header)))
             continue
         groups.setdefault(_group(source, file, header), []).append((file, modality))
     series = []
@@ -151,12 +162,12 @@ def find_series(source: Path, only: Sequence[Path] = ()) -> Found:
 def choose_series(source: Path, options: SeriesOptions | None = None) -> Series:
     """The one series in a source, or that of `options.uid`.
 
-    Raises `DataError` for none, several without a choice, and for any DICOM file that cannot be read: it could be a
-    slice of the series.
+    Raises `DataError` for none, several without a choice, and for any DICOM file that cannot be read, unless its header
+    says that it is of another series: it could be a slice of the series.
     """
     options = options or SeriesOptions()
     uid, found = options.uid, find_series(source)
-    refuse_unreadable(found)
+    refuse_unreadable(found, uid)
     if not found.series:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.objects.items()))
         raise DataError(f"{source}: {kinds or 'no DICOM file'} found, expected a series of images; check the path")
@@ -172,11 +183,12 @@ def choose_series(source: Path, options: SeriesOptions | None = None) -> Series:
     )
 
 
-def refuse_unreadable(found: Found) -> None:
-    """Raises `DataError` where DICOM files could not be read: any of them could be a slice of any series."""
-    if found.unreadable:
-        more = len(found.unreadable) - 1
-        raise DataError(f"{found.unreadable[0]}{f' ({more} more files are like it)' if more else ''}")
+def refuse_unreadable(found: Found, uid: str | None = None) -> None:
+    """Raises `DataError` where DICOM files could not be read that could be slices of the series `uid`, or of any."""
+    unreadable = found.unreadable_for(uid)
+    if unreadable:
+        more = len(unreadable) - 1
+        raise DataError(f"{unreadable[0]}{f' ({more} more files are like it)' if more else ''}")
 
 
 def read_series(
@@ -238,19 +250,43 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
 def _headers(files: Iterable[DicomFile], unreadable: list[Unreadable]) -> Iterable[tuple[DicomFile, Dataset]]:
     for file, stream in each_open(files):
         try:
-            yield file, read_dataset(file, stream, tags=list(_GROUPING), stop_before_pixels=True)
+            yield file, read_dataset(file, stream, tags=[*_GROUPING, *_OF_IMAGES], stop_before_pixels=True)
         except DataError as error:
             unreadable.append(Unreadable(file, str(error).removeprefix(f"{file}: ")))
 
 
 def _is_no_image(header: Dataset) -> bool:
-    """By the class in the header, or by that of the group before it, which a cut-off file has still."""
-    named = header_value(header, "SOPClassUID") or header_value(header.file_meta, "MediaStorageSOPClassUID") or ""
-    return str(named).startswith(_NO_IMAGES)
+    return any(name.startswith(_NO_IMAGES) for name in _classes(header)[:1])
+
+
+def _is_cut_image(file: DicomFile, header: Dataset) -> bool:
+    """Whether what has no Rows and Columns must be an image: by its class, or by what it has of one."""
+    classes = _classes(header)
+    # the end of the file may cut the class itself
+    if not classes or any(f"{name}.".startswith(_IMAGES) or _IMAGES[0].startswith(name) for name in classes):
+        return True
+    if any(name in header for name in _OF_IMAGES):
+        return True
+    try:
+        whole = [read_dataset(file, s, tags=["PixelData"], stop_before_pixels=False) for _, s in each_open([file])]
+    except DataError:
+        # damaged behind its header: not known to be harmless
+        return True
+    return any("PixelData" in dataset for dataset in whole)
+
+
+def _classes(header: Dataset) -> list[str]:
+    """The class in the header, and that of the group before it, which a cut-off file has still."""
+    named = (header_value(header, "SOPClassUID"), header_value(header.file_meta, "MediaStorageSOPClassUID"))
+    return [str(name).strip(" \0") for name in named if name is not None]
+
+
+def _series_uid(header: Dataset) -> str:
+    return str(header_value(header, "SeriesInstanceUID") or "").strip(" \0")
 
 
 def _group(source: Path, file: DicomFile, header: Dataset) -> tuple[str, ...]:
-    uid = str(header_value(header, "SeriesInstanceUID") or "").strip(" \0")
+    uid = _series_uid(header)
     if uid:
         return (uid,)
     folder = os.path.relpath(file.path.parent, source) if file.member is None and source.is_dir() else ""
