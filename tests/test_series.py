@@ -442,11 +442,37 @@ def test_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
     assert "Columns 8 and 9 found, expected one value" in refusal(series(tmp_path / "ct", edit))
 
 
-def test_a_count_that_others_may_have_meant_is_only_noted(tmp_path: Path) -> None:
-    folder = series(tmp_path / "ct", every(ImagesInAcquisition=7, ImageType=["DERIVED", "SECONDARY", "REFORMATTED"]))
-    assert "5 of 7 images found" in read(folder).geometry.warnings[0]
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]},
+        {"ImageType": ["DERIVED", "PRIMARY", "AXIAL"]},
+        {"EchoNumbers": 2},
+        {"NumberOfTemporalPositions": 3},
+        {"TemporalPositionIdentifier": 2},
+        {"DiffusionBValue": 1000.0},
+    ],
+)
+def test_a_count_that_others_may_have_meant_is_only_noted(tmp_path: Path, elements: dict[str, object]) -> None:
+    folder = series(tmp_path / "ct", every(ImagesInAcquisition=7, **elements))
+    assert read(folder).geometry.warnings == ("the header counts 7 images in the acquisition, 5 are here",)
+
+
+def test_a_count_of_several_acquisitions_says_nothing(tmp_path: Path) -> None:
     several = series(tmp_path / "two", lambda k, ds: put(ds, ImagesInAcquisition=7, AcquisitionNumber=k % 2))
     assert read(several).geometry.warnings == ()
+
+
+def test_echoes_sorted_apart_as_we_advise_are_read(tmp_path: Path) -> None:
+    # two echoes of five planes
+    folder = series(tmp_path / "mr", every(ImagesInAcquisition=10), modality="MR")
+    assert read(folder).geometry.warnings == ("the header counts 10 images in the acquisition, 5 are here",)
+
+
+@pytest.mark.parametrize("name", ["ImagesInAcquisition", "NumberOfSeriesRelatedInstances", "NumberOfSlices"])
+def test_a_missing_end_slice_is_told_by_the_count(tmp_path: Path, name: str) -> None:
+    folder = series(tmp_path / "ct", every(**{name: PLANES + 1}))
+    assert f"5 of 6 images found ({name} says 6), expected all" in refusal(folder)
 
 
 # ---- damage and malice

@@ -29,6 +29,7 @@ TAGS = (
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LossyImageCompression"),
     *("ImagesInAcquisition", "NumberOfSlices", "NumberOfSeriesRelatedInstances"),
+    *("EchoNumbers", "TemporalPositionIdentifier", "NumberOfTemporalPositions", "DiffusionBValue"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 # of values that mean something, the photometric interpretation is how to show them: they are never inverted
@@ -247,29 +248,46 @@ def _notes(headers: Sequence[Dataset], where: str, frames: int) -> list[str]:
         )
     if any(str(header_value(h, "LossyImageCompression") or "") == "01" for h in headers):
         notes.append("the images were compressed with loss")
-    missing = _missing(headers, frames)
-    if missing is not None:
-        name, count = missing
-        found = f"{frames} of {count} images found ({name} says {count})"
-        if any(kind in _RESLICED for kind in _image_type(header)):
-            notes.append(f"{found}; the count may be that of the images these were made of")
-        else:
-            raise DataError(f"{where}: {found}, expected all; fetch the series again, some of it is missing")
-    return notes
+    return notes + _count_notes(headers, where, frames)
 
 
-def _missing(headers: Sequence[Dataset], frames: int) -> tuple[str, int] | None:
-    """The element that knows of more images than there are, and its count."""
-    acquisitions = {str(header_value(h, "AcquisitionNumber") or "") for h in headers}
-    for name in ("NumberOfSeriesRelatedInstances", "NumberOfSlices", "ImagesInAcquisition"):
-        counts = {str(header_value(h, name) or "") for h in headers}
-        # a count of the acquisition says nothing of a series of several
-        if len(counts) != 1 or (name == "ImagesInAcquisition" and len(acquisitions) > 1):
+def _count_notes(headers: Sequence[Dataset], where: str, frames: int) -> list[str]:
+    """Counts of more images than there are which others may have meant. Raises `DataError` where they mean these."""
+    kinds = _image_type(headers[0])
+    for name, here in (("NumberOfSeriesRelatedInstances", len(headers)), ("NumberOfSlices", frames)):
+        count = _common_count(headers, name)
+        if count is None or count <= here:
             continue
-        told = counts.pop()
-        if told.isdecimal() and int(told) > (len(headers) if name.endswith("Instances") else frames):
-            return name, int(told)
-    return None
+        found = f"{here} of {count} images found ({name} says {count})"
+        if any(kind in _RESLICED for kind in kinds):
+            return [f"{found}; the count may be that of the images these were made of"]
+        raise DataError(f"{where}: {found}, expected all; fetch the series again, some of it is missing")
+    count = _common_count(headers, "ImagesInAcquisition")
+    acquisitions = {str(header_value(h, "AcquisitionNumber") or "") for h in headers}
+    # a count of the acquisition says nothing of a series of several
+    if count is None or count <= frames or len(acquisitions) > 1:
+        return []
+    # an acquisition of several volumes, of which this is one: sorted apart, as we advise where they lie together
+    if "ORIGINAL" not in kinds or count % frames == 0 or any(_is_one_of_several(header) for header in headers):
+        return [f"the header counts {count} images in the acquisition, {frames} are here"]
+    raise DataError(
+        f"{where}: {frames} of {count} images found (ImagesInAcquisition says {count}), expected all; fetch the series "
+        "again, some of it is missing"
+    )
+
+
+def _common_count(headers: Sequence[Dataset], name: str) -> int | None:
+    counts = {str(header_value(h, name) or "") for h in headers}
+    told = counts.pop()
+    return int(told) if not counts and told.isdecimal() else None
+
+
+def _is_one_of_several(header: Dataset) -> bool:
+    """Whether an image is of one of several echoes, time points or diffusion weightings of an acquisition."""
+    if header_value(header, "DiffusionBValue") is not None:
+        return True
+    numbers = ("EchoNumbers", "TemporalPositionIdentifier", "NumberOfTemporalPositions")
+    return any(str(header_value(header, name) or "1") != "1" for name in numbers)
 
 
 # ---- one file
