@@ -434,6 +434,38 @@ def test_time_points_are_counted(tmp_path: Path) -> None:
     assert "10 images at 5 positions found" in refusal(tmp_path / "ct", GAPS)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("EchoTime", (10, 80), "2 values of EchoTime (10, 80) found"),
+        ("InversionTime", (100, 400), "2 values of InversionTime (100, 400)"),
+        ("DiffusionBValue", (0.0, 1000.0), "2 values of DiffusionBValue (0, 1000)"),
+        ("DiffusionBValue", ("", 1000.0), "2 values of DiffusionBValue (none, 1000)"),
+        ("TemporalPositionIdentifier", (1, 2), "2 values of TemporalPositionIdentifier (1, 2)"),
+        ("ContrastBolusAgent", ("", "Canary"), "2 values of ContrastBolusAgent found"),
+        ("ConvolutionKernel", ("Canary", "Tweety"), "2 values of ConvolutionKernel found"),
+    ],
+)
+def test_planes_of_interleaved_scans_are_no_volume(
+    tmp_path: Path, name: str, values: tuple[object, object], told: str
+) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if values[k % 2] != "":
+            put(ds, **{name: values[k % 2]})
+
+    folder = series(tmp_path / "mr", edit, modality="MR")
+    assert told in refusal(folder)
+    assert told in refusal(folder, GAPS)
+
+
+def test_interleaved_packages_of_one_scan_are_a_volume(tmp_path: Path) -> None:
+    # the last digit of the echo time is rounding
+    folder = series(
+        tmp_path / "mr", lambda k, ds: put(ds, AcquisitionNumber=k % 2, EchoTime=10 + k / 1000), modality="MR"
+    )
+    np.testing.assert_array_equal(read(folder).array[0], VOXELS.T)
+
+
 def test_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
     def edit(k: int, ds: Dataset) -> None:
         if k == 3:

@@ -30,6 +30,7 @@ TAGS = (
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LossyImageCompression"),
     *("ImagesInAcquisition", "NumberOfSlices", "NumberOfSeriesRelatedInstances"),
     *("EchoNumbers", "TemporalPositionIdentifier", "NumberOfTemporalPositions", "DiffusionBValue"),
+    *("EchoTime", "InversionTime", "ContrastBolusAgent", "ConvolutionKernel"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 # of values that mean something, the photometric interpretation is how to show them: they are never inverted
@@ -44,6 +45,15 @@ COSINE_TOLERANCE = 1e-3
 MOST_TOLD = 10
 _CT_CLASSES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("2", "2.1", "2.2"))
 _RESCALING = ("RescaleSlope", "RescaleIntercept")
+# what one scan has one value of, and what images with several are. Not AcquisitionNumber: interleaved packages of one
+# volume differ there
+_OF_SCANS = (
+    *(("EchoTime", "echoes"), ("InversionTime", "inversions"), ("DiffusionBValue", "diffusion weightings")),
+    *(("TemporalPositionIdentifier", "time points"), ("ContrastBolusAgent", "contrasts")),
+    ("ConvolutionKernel", "reconstructions"),
+)
+# times are written with three digits or more
+_SCAN_SHARE = 1e-3
 # images resampled from others keep the count of those
 _RESLICED = ("REFORMATTED", "MPR", "RESAMPLED", "CPR", "AVERAGE", "MIN_IP", "MAX_IP", "PROJECTION IMAGE")
 
@@ -102,6 +112,26 @@ def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str
             "correct the header"
         )
     return Frames(tuple(frames), shape, tuple(_notes(headers, where, len(frames))))
+
+
+def refuse_interleaved(headers: Sequence[Dataset], where: str) -> None:
+    """Raises `DataError` where planes are of several scans, though each has a place of its own. `headers`: of classic
+    images; frames of enhanced ones that differ share their places."""
+    for name, what in _OF_SCANS:
+        values: list[float | str] = []
+        for value in (_scan_value(header, name) for header in headers):
+            if not any(_same_value(value, other) for other in values):
+                values.append(value)
+            if len(values) == MOST_TOLD:
+                break
+        if len(values) > 1:
+            # words may say anything
+            numbers = ", ".join(f"{v:g}" if isinstance(v, float) else "none" for v in values)
+            told = f" ({numbers})" if any(isinstance(v, float) for v in values) else ""
+            raise DataError(
+                f"{where}: planes with {len(values)} values of {name}{told} found, expected one: these are planes of "
+                f"several scans ({what}); sort the files by {name}"
+            )
 
 
 def is_inverted(header: Dataset) -> bool:
@@ -193,6 +223,21 @@ def _refuse_contents(files: Sequence[DicomFile], headers: Sequence[Dataset], whe
             f"{where}: {len(twice)} images are there twice, such as {same[0]} and {same[1]}, expected each once; "
             "remove the copies"
         )
+
+
+def _scan_value(header: Dataset, name: str) -> float | str:
+    value = header_value(header, name)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return "" if value is None else str(value)
+    return number if np.isfinite(number) else ""
+
+
+def _same_value(a: float | str, b: float | str) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    return abs(a - b) <= _SCAN_SHARE * max(abs(a), abs(b))
 
 
 def _refuse_geometries(frames: Sequence[Frame], where: str) -> None:

@@ -30,7 +30,7 @@ from medseg.readers.dicom_files import (
     read_dataset,
     read_headers,
 )
-from medseg.readers.dicom_frames import TAGS, frames_of, plane_distance
+from medseg.readers.dicom_frames import TAGS, frames_of, plane_distance, refuse_interleaved
 from medseg.readers.dicom_pixels import Tick, no_tick, read_planes
 from medseg.readers.dicom_reslice import even_steps, fill_gaps, set_upright, upright_shape
 from medseg.readers.dicom_stack import Stack, affine_of, check_regular, stack
@@ -329,6 +329,8 @@ def _lay_out(series: Series) -> _LaidOut:
             "export the series again"
         ) from error
     made = stack(told.frames, where)
+    # after the volumes of equal places are counted, which says more
+    refuse_interleaved(headers, where)
     notes = list(told.warnings)
     tilted = options.resample_tilt and not made.is_upright
     uneven = options.resample_gaps and not made.is_even
