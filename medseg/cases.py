@@ -141,8 +141,8 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
 
     Files CASE_0000, CASE_0001, … of one folder are channels of CASE where every file of it ends so and no number is
     beyond `channels`. What is given twice, in whatever spelling, is taken once, as it was spelled first. A series has
-    the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is found or two
-    inputs would share a name.
+    the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is found, a
+    folder holds slices and volumes side by side, or two inputs would share a name.
     """
     by_folder: dict[Path, dict[str, Path]] = {}
     dicom: dict[Path, Path] = {}
@@ -175,7 +175,8 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
 def dicom_cases(path: Path) -> list[Case]:
     """One case for each DICOM series in a folder, archive or file, named as `infer_inputs` does; none for other data.
 
-    `series` is None where files cannot be read or are no images: reading such a case says why.
+    `series` is None where files cannot be read or are no images: reading such a case says why. Raises `ConfigError`
+    where a folder holds other images too.
     """
     return _dicom_cases([f for f in _input_files(path) if f.is_dir() or not is_image_file(f)], SeriesOptions())
 
@@ -192,11 +193,19 @@ def _input_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if is_image_file(path) or _is_dicom(path) else []
     images = images_in(path)
-    if any(not is_picture(file) for file in images):
-        return images
+    volumes = [file for file in images if not is_picture(file)]
     inside = sorted(f for f in path.iterdir() if not f.name.startswith("."))
+    slices = [f for f in inside if f not in volumes and f.is_file() and not is_archive(f) and _is_dicom(f)]
+    if volumes and slices:
+        raise ConfigError(
+            f"{path}: DICOM files ({len(slices)}, such as {slices[0].name}) and other images ({len(volumes)}, such as "
+            f"{volumes[0].name}) found in one folder, expected one kind; give the files of one kind by their names, or "
+            "move the others to a folder of their own"
+        )
+    if volumes:
+        return images
     # scans come with pictures of themselves
-    if any(f.is_file() and not is_archive(f) and _is_dicom(f) for f in inside):
+    if slices:
         return [path]
     if images:
         return images

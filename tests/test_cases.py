@@ -10,7 +10,7 @@ import phantom
 import pytest
 from pydicom import Dataset
 
-from medseg.cases import Case, assign_folds, fold_split, infer_inputs
+from medseg.cases import Case, assign_folds, dicom_cases, fold_split, infer_inputs
 from medseg.datasets import read_dataset
 from medseg.errors import ConfigError, DataError
 from medseg.readers import SeriesOptions
@@ -381,6 +381,25 @@ def test_infer_takes_the_series_that_is_asked_for(tmp_path: Path) -> None:
     assert case.series.options == options
     with pytest.raises(ConfigError, match=r"no series 1\.9 in the inputs"):
         infer_inputs([folder], channels=1, series=SeriesOptions("1.9"))
+
+
+def test_slices_beside_a_volume_are_refused(tmp_path: Path) -> None:
+    folder = phantom.series(tmp_path / "scan")
+    (folder / "old_mask.nii.gz").touch()
+    told = r"scan: DICOM files \(5, such as IM03\) and other images \(1, such as old_mask\.nii\.gz\) found"
+    with pytest.raises(ConfigError, match=told):
+        infer_inputs([folder], channels=1)
+    with pytest.raises(ConfigError, match=told):
+        dicom_cases(folder)
+    # each kind by its names
+    assert infer_inputs([folder / "old_mask.nii.gz"], channels=1)[0].id == "old_mask"
+    assert len(infer_inputs(sorted(folder.glob("IM*")), channels=1)) == 1
+
+
+def test_notes_beside_volumes_are_no_slices(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz", "README", "notes.1")
+    (tmp_path / "a.json").write_text("{}")
+    assert [c.id for c in infer_inputs([tmp_path], channels=1)] == ["a"]
 
 
 def test_infer_takes_a_series_beside_a_cut_file_of_another_one(tmp_path: Path) -> None:

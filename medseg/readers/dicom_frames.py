@@ -115,8 +115,10 @@ def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str
 
 
 def refuse_interleaved(headers: Sequence[Dataset], where: str) -> None:
-    """Raises `DataError` where planes are of several scans, though each has a place of its own. `headers`: of classic
-    images; frames of enhanced ones that differ share their places."""
+    """Raises `DataError` where planes are of several scans, though each has a place of its own.
+
+    By the files' own elements, not by functional groups of frames.
+    """
     for name, what in _OF_SCANS:
         values: list[float | str] = []
         for value in (_scan_value(header, name) for header in headers):
