@@ -257,6 +257,59 @@ def test_positions_rounded_to_tenths_are_one_volume(tmp_path: Path) -> None:
     assert image.grid.spacing_mm[2] * (PLANES - 1) == pytest.approx(at[-1])
 
 
+def test_orientations_that_differ_by_rounding_are_their_mean(tmp_path: Path) -> None:
+    written = [*AXES[:, 0].tolist(), *AXES[:, 1].tolist()]
+
+    def edit(k: int, ds: Dataset) -> None:
+        # 4e-4 to both sides of the first and the last cosine, none on the average
+        off = (4e-4, -4e-4, 0, 4e-4, -4e-4)[k]
+        ds.ImageOrientationPatient = [written[0] + off, *written[1:5], written[5] - off]
+
+    affine = read(series(tmp_path / "mr", edit, modality="MR")).grid.affine
+    np.testing.assert_allclose(affine, phantom.ras_affine(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("off", "fine"), [(1e-3, True), (2e-3, False)])
+def test_cosines_may_differ_by_a_thousandth(tmp_path: Path, off: float, fine: bool) -> None:
+    cosines = [[1, 0, 0, 0, 1, 0], [1, off, 0, 0, 1, 0]]
+
+    def edit(k: int, ds: Dataset) -> None:
+        put(ds, ImageOrientationPatient=cosines[k == 2], ImagePositionPatient=[0, 0, 2 * k])
+
+    folder = series(tmp_path / "mr", edit, modality="MR")
+    if fine:
+        directions = read(folder).grid.affine[:3, :3] / (BETWEEN_COLUMNS, phantom.BETWEEN_ROWS, 2)
+        np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-12)
+    else:
+        assert "2 orientations found" in refusal(folder)
+
+
+SIXTY = np.zeros((60, ROWS, COLUMNS), np.int16)
+
+
+def test_cosines_of_three_digits_make_no_tilt(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        ds.ImageOrientationPatient = np.round(ds.ImageOrientationPatient, 3).tolist()
+        put(ds, PixelSpacing=[0.5, 0.5], ImagePositionPatient=(ORIGIN + 3 * k * AXES[:, 2]).tolist())
+
+    affine = read(series(tmp_path / "mr", edit, voxels=SIXTY, modality="MR")).grid.affine
+    # the planes are where their positions are, and perpendicular
+    last = (ORIGIN + 177 * AXES[:, 2]) * (-1, -1, 1)
+    np.testing.assert_allclose(affine[:3] @ [0, 0, 59, 1], last, atol=1e-4)
+    np.testing.assert_allclose(affine[:3, 0] @ affine[:3, 2], 0, atol=1e-9)
+    np.testing.assert_allclose(affine[:3, :2] / 0.5, AXES[:, :2] * [[-1], [-1], [1]], atol=1e-3)
+
+
+def test_a_tilt_of_one_degree_is_no_rounding(tmp_path: Path) -> None:
+    aslant = np.cos(np.deg2rad(1)) * AXES[:, 2] + np.sin(np.deg2rad(1)) * AXES[:, 1]
+
+    def edit(k: int, ds: Dataset) -> None:
+        ds.ImagePositionPatient = (ORIGIN + 3 * k * aslant).tolist()
+
+    told = refusal(series(tmp_path / "ct", edit, voxels=SIXTY))
+    assert "a gantry tilt of 1.0 degrees found" in told
+
+
 # ---- blank UIDs, several series
 
 

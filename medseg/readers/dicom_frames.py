@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +62,8 @@ _RESLICED = ("REFORMATTED", "MPR", "RESAMPLED", "CPR", "AVERAGE", "MIN_IP", "MAX
 class Frame:
     """One image plane: the `index`-th of file number `file`.
 
-    `position` (3,), `orientation` (2, 3): of rows and of columns, LPS mm; `spacing_mm`: between rows, between columns;
+    `position` (3,), `orientation` (2, 3): of rows and of columns, LPS mm (as written, until `frames_of` made it that of
+    all);  `spacing_mm`: between rows, between columns;
     `stored`: the lowest and the highest value that its bits can hold; `slope`, `intercept`: of the rescaling, 1 and 0
     where there is none; `told`: which of these two the header has.
     """
@@ -95,6 +96,8 @@ class Frames:
 def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str) -> Frames:
     """The planes of a series. `headers`: one for each of `files`; `where`: what messages call the series.
 
+    All have one orientation, the mean of theirs, made orthonormal.
+
     Raises `DataError` or `GeometryError` for what cannot be one volume whatever the positions are: several patients,
     colour, a mosaic, a localizer, CT without rescale, another size or spacing, images without a position.
     """
@@ -105,6 +108,8 @@ def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str
         frames += _frames(file, number, header)
     _refuse_geometries(frames, where)
     _refuse_half_rescaled(frames, where)
+    orientation = orthonormal(np.mean([f.orientation for f in frames], axis=0))
+    frames = [replace(f, orientation=orientation) for f in frames]
     shape = (int(headers[0].Rows), int(headers[0].Columns))
     if len(frames) * shape[0] * shape[1] > MOST_VOXELS:
         raise DataError(
@@ -112,6 +117,12 @@ def frames_of(files: Sequence[DicomFile], headers: Sequence[Dataset], where: str
             "correct the header"
         )
     return Frames(tuple(frames), shape, tuple(_notes(headers, where, len(frames))))
+
+
+def orthonormal(orientation: Array) -> Array:
+    """The nearest pair of perpendicular unit vectors (2, 3), by polar decomposition."""
+    left, _, right = np.linalg.svd(orientation, full_matrices=False)
+    return np.asarray(left @ right)
 
 
 def refuse_interleaved(headers: Sequence[Dataset], where: str) -> None:
@@ -246,9 +257,10 @@ def _refuse_geometries(frames: Sequence[Frame], where: str) -> None:
     if not frames:
         raise DataError(f"{where}: no frame found, expected at least one")
     first = frames[0]
-    orientations = _distinct([f.orientation.ravel() for f in frames], lambda a, b: np.abs(a - b).max() <= 1e-4)
+    orientations = _distinct([f.orientation.ravel() for f in frames], _same_cosines)
     if len(orientations) > 1:
-        angle = np.degrees(np.arccos(np.clip(abs(np.cross(*orientations[1].reshape(2, 3)) @ first.normal), 0, 1)))
+        other = np.cross(*orthonormal(orientations[1].reshape(2, 3)))
+        angle = np.degrees(np.arccos(np.clip(abs(other @ first.normal), 0, 1)))
         raise GeometryError(
             f"{where}: {len(orientations)} orientations found (the first two {angle:.1f} degrees apart), expected one; "
             "sort the files by orientation (a localizer?)"
@@ -269,6 +281,11 @@ def _refuse_half_rescaled(frames: Sequence[Frame], where: str) -> None:
                 f"{where}: {name} found in {count} of {len(frames)} planes, expected it in all or none: their values "
                 "are on different scales; export the original images"
             )
+
+
+def _same_cosines(a: Array, b: Array) -> bool:
+    # a hair more is what decimals become in floats
+    return bool(np.abs(a - b).max() <= COSINE_TOLERANCE + 1e-9)
 
 
 def _distinct(values: Sequence[Array], same: Callable[[Array, Array], bool]) -> list[Array]:
@@ -380,21 +397,22 @@ def _frame(file: DicomFile, number: int, index: int, header: Dataset, groups: li
         number,
         index,
         position,
-        _unit(file, orientation.reshape(2, 3)),
+        _perpendicular(file, orientation.reshape(2, 3)),
         (float(spacing[0]), float(spacing[1])),
         _stored_range(header),
         *_rescale(file, header, groups),
     )
 
 
-def _unit(file: DicomFile, orientation: Array) -> Array:
+def _perpendicular(file: DicomFile, orientation: Array) -> Array:
     lengths = np.linalg.norm(orientation, axis=1)
-    if np.abs(lengths - 1).max() > COSINE_TOLERANCE or abs(orientation[0] @ orientation[1]) > COSINE_TOLERANCE:
+    # the angle has the rounding of both
+    if np.abs(lengths - 1).max() > COSINE_TOLERANCE or abs(orientation[0] @ orientation[1]) > 2 * COSINE_TOLERANCE:
         raise GeometryError(
             f"{file}: ImageOrientationPatient {orientation.ravel().tolist()} found, expected two perpendicular unit "
             "vectors; correct the header"
         )
-    return np.asarray(orientation / lengths[:, None])
+    return orientation
 
 
 def _bits_stored(header: Dataset) -> int:

@@ -6,14 +6,14 @@ Geometry is that of highdicom, from position and orientation alone. What highdic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import GeometryError
 from medseg.grid import PARALLEL_TOLERANCE
-from medseg.readers.dicom_frames import Frame
+from medseg.readers.dicom_frames import COSINE_TOLERANCE, Frame, orthonormal
 
 Array = npt.NDArray[np.float64]
 
@@ -82,16 +82,13 @@ class Stack:
 
 
 def stack(frames: Sequence[Frame], where: str) -> Stack:
-    """The planes in order. Raises `GeometryError` where two share a position: copies, or several volumes."""
-    first = frames[0]
-    normal, (rows, columns) = first.normal, first.orientation
-    distances = np.array([f.position @ normal for f in frames])
-    order = np.argsort(distances, kind="stable")
-    ordered = tuple(frames[n] for n in order)
-    moved = np.stack([f.position - ordered[0].position for f in ordered])
-    made = Stack(ordered, distances[order] - distances[order[0]], np.stack([moved @ rows, moved @ columns], axis=1))
+    """The planes in order. Raises `GeometryError` where two share a position: copies, or several volumes.
+
+    Where positions and cosines differ by the rounding of cosines, the planes are turned until the positions are right.
+    """
+    made = _in_order(frames)
     _refuse_duplicates(made, where)
-    return made
+    return made if made.is_upright else _turned(made)
 
 
 def check_regular(made: Stack, where: str, *, gaps: bool = False) -> None:
@@ -130,6 +127,27 @@ def affine_of(made: Stack, spacing_mm: float) -> Array:
 def base_step_mm(made: Stack) -> float:
     """The distance that most neighbours have, by their median."""
     return float(np.median(np.diff(made.along_mm)))
+
+
+def _in_order(frames: Sequence[Frame]) -> Stack:
+    first = frames[0]
+    normal, (rows, columns) = first.normal, first.orientation
+    distances = np.array([f.position @ normal for f in frames])
+    order = np.argsort(distances, kind="stable")
+    ordered = tuple(frames[n] for n in order)
+    moved = np.stack([f.position - ordered[0].position for f in ordered])
+    return Stack(ordered, distances[order] - distances[order[0]], np.stack([moved @ rows, moved @ columns], axis=1))
+
+
+def _turned(made: Stack) -> Stack:
+    """The stack with the way from the first plane to the last as normal, where rounding may have turned it so far."""
+    way = made.frames[-1].position - made.first.position
+    if np.abs(made.sideways_mm[-1]).max() > POSITION_TOLERANCE_MM + COSINE_TOLERANCE * made.along_mm[-1]:
+        return made
+    normal = way / np.linalg.norm(way)
+    orientation = made.first.orientation
+    turned = orthonormal(orientation - np.outer(orientation @ normal, normal))
+    return _in_order([replace(frame, orientation=turned) for frame in made.frames])
 
 
 def _highdicom_agrees(made: Stack) -> bool:
