@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -608,6 +609,43 @@ def test_a_stream_of_another_size_is_refused_before_it_is_decoded(tmp_path: Path
     ds.PixelData = encapsulate([bytes(frame)])
     ds.save_as(folder / "IM03")
     assert "a compressed image of 60000 × 60000 found, expected 6 × 8" in refusal(folder)
+
+
+def recoded(folder: Path, syntax: str, change: Callable[[bytes], bytes]) -> Path:
+    """The series of `coded`, with the stream of one file changed."""
+    coded(folder, syntax)
+    ds = dcmread(folder / "IM03")
+    ds.PixelData = encapsulate([change(next(iter(generate_frames(ds.PixelData, number_of_frames=1))))])
+    ds.save_as(folder / "IM03")
+    return folder
+
+
+@pytest.mark.parametrize("syntax", CODERS)
+def test_a_stream_that_does_not_begin_with_its_size_is_refused(tmp_path: Path, syntax: str) -> None:
+    # the box of a JP2 file (ISO 15444-1 I.5.1), which hides the size from us but not from the decoder
+    box = b"\0\0\0\x0cjP  \r\n\x87\n"
+    folder = recoded(tmp_path / "ct", syntax, lambda stream: box + stream)
+    assert "compressed pixels that do not begin with their size found" in refusal(folder)
+
+
+@pytest.mark.parametrize("syntax", CODERS)
+def test_a_stream_of_colour_is_refused_before_it_is_decoded(tmp_path: Path, syntax: str) -> None:
+    def change(stream: bytes) -> bytes:
+        # Csiz is the two bytes from 40, Nf the one behind marker, length, precision, rows and columns
+        at = 41 if syntax == JPEG2000Lossless else stream.index(b"\xff\xc3") + 9
+        return stream[:at] + b"\3" + stream[at + 1 :]
+
+    assert "a compressed image with 3 values a pixel found" in refusal(recoded(tmp_path / "ct", syntax, change))
+
+
+def test_a_huge_upright_volume_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    # 1.6e9 mm of 1.5: 1.07e9 rows
+    far = series(tmp_path / "ct", lambda k, ds: shifted(k, ds, 4e8 * k))
+    assert "5 planes of 1066666673 × 8 would be made by resampling" in refusal(far, TILT)
+    farther = series(tmp_path / "more", lambda k, ds: shifted(k, ds, 1e30 * (k == 2)))
+    assert refusal(farther, TILT)
+    apart = series(tmp_path / "apart", at=[0, 1e-3, 2e-3, 3e-3, 1e7])
+    assert refusal(apart, GAPS)
 
 
 def test_a_huge_claim_is_refused_before_memory_is_taken(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def _check_before_decoding(file: DicomFile, dataset: Dataset, shape: tuple[int, 
             f"{file}: {len(stored)} bytes claim to be {claimed} of pixels, expected at most {_MOST_EXPANSION} times as "
             "many; send it uncompressed if it is right"
         )
-    if syntax not in _PLAIN:
+    # the planes of RLE have no head: they are decoded by the size in the header
+    if syntax not in _PLAIN and SYNTAXES[syntax] != "RLE":
         _check_streams(file, stored, frames, shape)
 
 
@@ -144,33 +145,44 @@ def _check_streams(file: DicomFile, stored: bytes, frames: int, shape: tuple[int
 
     try:
         for stream in generate_frames(stored, number_of_frames=frames):
-            size = _told_size(stream)
-            if size is not None and size != shape:
+            told = _told_size(stream)
+            if told is None:
                 raise DataError(
-                    f"{file}: a compressed image of {size[0]} × {size[1]} found, expected {shape[0]} × {shape[1]} as "
+                    f"{file}: compressed pixels that do not begin with their size found (in a box? cut off?), expected "
+                    "a bare stream of JPEG, JPEG-LS or JPEG 2000; send it uncompressed"
+                )
+            rows, columns, values = told
+            if (rows, columns) != shape:
+                raise DataError(
+                    f"{file}: a compressed image of {rows} × {columns} found, expected {shape[0]} × {shape[1]} as "
                     "its header says; copy the file again"
+                )
+            if values != 1:
+                raise DataError(
+                    f"{file}: a compressed image with {values} values a pixel found, expected 1 as its header says; "
+                    "give the original images"
                 )
     except (ValueError, EOFError, IndexError, struct.error) as error:
         raise DataError(f"{file}: its compressed pixels are cut off or damaged; copy the file again") from error
 
 
-def _told_size(stream: bytes) -> tuple[int, int] | None:
-    """Rows and columns in the head of a JPEG 2000, JPEG or JPEG-LS stream; None for other ones, such as RLE."""
+def _told_size(stream: bytes) -> tuple[int, int, int] | None:
+    """Rows, columns and values a pixel in the head of a JPEG 2000, JPEG or JPEG-LS stream; None for other ones."""
 
     def number(at: int, size: int) -> int:
         return int.from_bytes(stream[at : at + size], "big")
 
     if stream[:4] == b"\xff\x4f\xff\x51":
-        # ISO 15444-1 A.5.1: Xsiz, Ysiz, XOsiz, YOsiz
-        return number(12, 4) - number(20, 4), number(8, 4) - number(16, 4)
+        # ISO 15444-1 A.5.1: Xsiz, Ysiz, XOsiz, YOsiz; behind the tiles Csiz
+        return number(12, 4) - number(20, 4), number(8, 4) - number(16, 4), number(40, 2)
     if stream[:2] != b"\xff\xd8":
         return None
     at = 2
-    while at + 9 <= len(stream) and stream[at] == 0xFF:
+    while at + 10 <= len(stream) and stream[at] == 0xFF:
         marker = stream[at + 1]
         # ISO 10918-1 B.2.2 and ISO 14495-1: start of frame, but not the tables of Huffman and arithmetic codes
         if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            return number(at + 5, 2), number(at + 7, 2)
+            return number(at + 5, 2), number(at + 7, 2), stream[at + 9]
         at += 1 if marker == 0xFF else 2 + number(at + 2, 2)
     return None
 

@@ -22,7 +22,8 @@ SAME_SHARE = 1e-3
 def upright_shape(made: Stack, shape: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns that hold every plane once `set_upright` has shifted them."""
     low, high = _range(made)
-    return shape[0] + high[1] - low[1], shape[1] + high[0] - low[0]
+    # of any size: positions may be far apart
+    return shape[0] + int(high[1] - low[1]), shape[1] + int(high[0] - low[0])
 
 
 def set_upright(made: Stack, planes: Planes | None) -> tuple[Stack, Planes | None]:
@@ -89,10 +90,11 @@ def _pixels(made: Stack) -> npt.NDArray[np.float64]:
     return np.asarray(made.sideways_mm / (between_columns, between_rows))
 
 
-def _range(made: Stack) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _range(made: Stack) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The whole pixels, along rows and along columns, between which all planes are moved."""
     pixels = _pixels(made)
     # a hair beyond a whole pixel is rounding
-    return np.floor(pixels.min(axis=0) + 1e-6).astype(int), np.ceil(pixels.max(axis=0) - 1e-6).astype(int)
+    return np.floor(pixels.min(axis=0) + 1e-6), np.ceil(pixels.max(axis=0) - 1e-6)
 
 
 def _shifted(plane: npt.NDArray[np.float64], shift: float, axis: int, empty: float) -> npt.NDArray[np.float64]:

@@ -30,7 +30,7 @@ from medseg.readers.dicom_files import (
     read_dataset,
     read_headers,
 )
-from medseg.readers.dicom_frames import TAGS, frames_of, plane_distance, refuse_interleaved
+from medseg.readers.dicom_frames import MOST_VOXELS, TAGS, frames_of, plane_distance, refuse_interleaved
 from medseg.readers.dicom_pixels import Tick, no_tick, read_planes
 from medseg.readers.dicom_reslice import even_steps, fill_gaps, set_upright, upright_shape
 from medseg.readers.dicom_stack import Stack, affine_of, check_regular, stack
@@ -350,6 +350,12 @@ def _lay_out(series: Series) -> _LaidOut:
         notes.append(
             f"resampled: {len(made.frames)} planes {steps.min():.2f} to {steps.max():.2f} mm apart interpolated to "
             f"{count} planes {spacing_mm:.2f} mm apart"
+        )
+    most = max(count, len(made.frames))
+    if most * rows * columns > MOST_VOXELS:
+        raise DataError(
+            f"{where}: {most} planes of {rows} × {columns} would be made by resampling, expected at most "
+            f"{MOST_VOXELS:,} voxels; choose files of one scan"
         )
     if count == 1:
         spacing_mm, name = plane_distance(series.files[0], headers[0])
