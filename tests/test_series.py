@@ -575,10 +575,34 @@ def test_no_cut_of_a_file_gives_a_volume(tmp_path: Path) -> None:
             assert refusal(folder)
             assert refusal(folder, SeriesOptions(phantom.SERIES))
         else:
-            # what has no mark is no DICOM by content; by name it is
+            # what has no mark is no DICOM by content; by its neighbours or by name it is
+            assert "IM03" in refusal(folder)
             path.rename(folder / "IM03.dcm")
             assert "without its mark" in refusal(folder)
             (folder / "IM03.dcm").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"", "0 bytes"), (bytes(131), "nothing but zeros"), (bytes(5000), "nothing but zeros"), (b"II*\0", "4 bytes")],
+)
+@pytest.mark.parametrize("name", ["IM31", "1.2.840.31"])
+def test_a_dead_file_beside_slices_is_refused(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    folder = series(tmp_path / "ct")
+    # of the last plane
+    (folder / "IM31").unlink()
+    (folder / name).write_bytes(content)
+    assert f"{name}: {told}" in refusal(folder)
+
+
+def test_notes_beside_slices_and_what_is_dead_elsewhere_are_no_slices(tmp_path: Path) -> None:
+    folder = series(tmp_path / "study/ct")
+    (folder / "README").write_bytes("für später\n".encode("latin-1"))
+    (folder / "empty.txt").touch()
+    (folder / "LICENSE").write_text("x" * 200)
+    (tmp_path / "study/done").touch()
+    np.testing.assert_array_equal(read(tmp_path / "study").array[0], VOXELS.T)
+    assert find_series(tmp_path / "study").others == 4
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, *CODERS])

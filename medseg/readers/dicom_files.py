@@ -69,19 +69,27 @@ class Listed:
 def list_dicom(source: Path) -> Listed:
     """The DICOM files of a folder with all below it, a zip archive, or a single file; hidden ones are left out.
 
+    What is dead beside them, and has no other ending, counts as unreadable: it could be the last slice of a series.
     Raises `DataError` where the source cannot be read.
     """
     found: list[DicomFile] = []
     unreadable: list[Unreadable] = []
+    dead: list[Unreadable] = []
     others = 0
     for file, name, head in _heads(source):
         kind = _kind(head, name)
         if kind == "dicom":
             found.append(file)
-        elif kind == "other":
-            others += 1
-        else:
+        elif kind != "other":
             unreadable.append(Unreadable(file, kind))
+        elif reason := _why_dead(head, name):
+            dead.append(Unreadable(file, reason))
+        else:
+            others += 1
+    folders = {file.path.parent for file in found}
+    beside = [file for file in dead if file.file.path.parent in folders]
+    unreadable += beside
+    others += len(dead) - len(beside)
     return Listed(tuple(found), tuple(unreadable), others)
 
 
@@ -218,6 +226,22 @@ def _kind(head: bytes, name: str) -> str:
     if name.lower().endswith(ENDINGS) or head.startswith(_RAW_STARTS):
         return "DICOM without its mark (DICM at byte 128): cut off, or of before 1993; write it again, or remove it"
     return "other"
+
+
+def _why_dead(head: bytes, name: str) -> str:
+    """Why a file without a known ending (none, or a number as at the end of a UID) can hold nothing; else empty."""
+    ending = Path(name).suffix
+    if ending and not ending[1:].isdecimal():
+        return ""
+    found = ""
+    if not head:
+        found = "0 bytes"
+    elif not head.strip(b"\0"):
+        found = "nothing but zeros at its beginning"
+    elif len(head) < MARK_AT + len(MARK) and not all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head):
+        # a short text is a note
+        found = f"{len(head)} bytes"
+    return found and f"{found} found beside DICOM files, expected one of them; copy the file again, or remove it"
 
 
 def _transfer_syntax(head: bytes) -> str:
