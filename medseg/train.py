@@ -156,8 +156,9 @@ def _train(
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
             record = ranks.led(lambda: _data_record(data, folds, options, weights, progress))
-        bytes_learnt = record["data_sha256"]
-        fit = Fit(config, prepared, held_back, folder, ranks, learnt=bytes_learnt, weights=weights, resume=resumed)
+        fit = Fit(
+            config, prepared, held_back, folder, ranks, learnt=record["data_sha256"], weights=weights, resume=resumed
+        )
         # after the state was read, which refuses a configuration that it does not belong to
         ranks.led(lambda: write_text(folder / CONFIG, dump_yaml(config, made.reasons)))
         with _stage(seconds, "train"):

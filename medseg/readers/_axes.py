@@ -11,6 +11,9 @@ import numpy.typing as npt
 from medseg.errors import DataError, GeometryError
 from medseg.grid import Grid
 
+# x and y of DICOM and ITK run to the left and to the back, ours to the right and to the front
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
 
 def spatial_shape(path: Path, shape: tuple[int, ...], spatial_dims: int | None) -> tuple[int, ...]:
     """The first `spatial_dims` sizes (not given: as many as the file has, up to 3) of a file of `shape`.

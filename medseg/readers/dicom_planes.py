@@ -15,11 +15,10 @@ from pydicom import Dataset
 
 from medseg.errors import GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid
+from medseg.readers._axes import LPS_TO_RAS
 
 Array = npt.NDArray[np.float64]
 
-# DICOM's x and y run to the left and to the back, ours to the right and to the front
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # orientations of planes of one stack, and the lengths of their directions, differ by rounding in decimal strings only
 DIRECTION_TOLERANCE = 1e-3
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from medseg.errors import GeometryError
 from medseg.grid import PARALLEL_TOLERANCE
+from medseg.readers._axes import LPS_TO_RAS
 from medseg.readers.dicom_frames import COSINE_TOLERANCE, Frame, orthonormal
 
 Array = npt.NDArray[np.float64]
@@ -21,8 +22,6 @@ Array = npt.NDArray[np.float64]
 POSITION_TOLERANCE_MM = 0.05
 # … and never by more than this share of the distance of planes that lie close
 POSITION_SHARE = 0.1
-# the patient's axes of DICOM run to the left and to the back, ours to the right and to the front
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ def affine_of(made: Stack, spacing_mm: float) -> Array:
         spacing_between_slices=spacing_mm,
         index_convention=("R", "D"),
     )
-    return np.asarray(_LPS_TO_RAS @ lps, dtype=np.float64)
+    return np.asarray(LPS_TO_RAS @ lps, dtype=np.float64)
 
 
 def base_step_mm(made: Stack) -> float:

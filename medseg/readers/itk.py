@@ -9,13 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import DataError, GeometryError
-from medseg.readers._axes import channels_first, place, spatial_shape
+from medseg.readers._axes import LPS_TO_RAS, channels_first, place, spatial_shape
 from medseg.readers._image import Geometry
 
 ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
-
-# ITK's x and y run to the left and to the back, ours to the right and to the front
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def read(
@@ -68,7 +65,7 @@ def _geometry(path: Path, reader: Any, spatial_dims: int | None) -> Geometry:
     affine = np.eye(4)
     affine[:used, :used] = directions * np.asarray(reader.GetSpacing())[:used]
     affine[:used, 3] = np.asarray(reader.GetOrigin())[:used]
-    return Geometry(place(path, spatial_shape(path, shape, spatial_dims), _LPS_TO_RAS @ affine))
+    return Geometry(place(path, spatial_shape(path, shape, spatial_dims), LPS_TO_RAS @ affine))
 
 
 def _three_axes(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

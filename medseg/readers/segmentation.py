@@ -22,9 +22,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
+from medseg.readers._axes import LPS_TO_RAS
 from medseg.readers.dicom_files import quiet
 from medseg.readers.dicom_frames import MOST_VOXELS
-from medseg.readers.dicom_planes import LPS_TO_RAS, Frame, frames_of, same_orientation, stack_affine
+from medseg.readers.dicom_planes import Frame, frames_of, same_orientation, stack_affine
 from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
 
 SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
