@@ -1,11 +1,12 @@
 """Time to accuracy: medseg, MONAI the documented way and nnU-Net, on one machine, in one run, judged by one evaluation.
 
-    python tests/benchmarks/training.py DATASET --minutes 2 5 10 --environment FOLDER -o RESULT.json
+    python tests/benchmarks/training.py DATASET --schedule medseg:3.33 monai:10 nnunet:10 --environment FOLDER \
+        -o RESULT.json
 
-For each number of minutes in turn: medseg trains with its defaults through its command line with that time budget,
-MONAI trains with a schedule that ends then, and nnU-Net's one training goes on until then. The held-back cases of
-fold 0 are segmented by each, which is not counted, and judged by `medseg evaluate`. Kept are Dice, samples per second,
-the share of waiting for data, the seconds beside training, and the first moment at which each mean Dice was reached.
+In turn: medseg trains with its defaults through its command line with that time budget, MONAI trains with a schedule
+that ends then, and nnU-Net's one training goes on until then. The held-back cases of fold 0 are segmented by each,
+which is not counted, and judged by `medseg evaluate`. Kept are Dice, samples per second, the share of waiting for
+data, the seconds beside training, and the first of the scheduled moments at which each mean Dice was there.
 DATASET is in nnU-Net's form with one file per case and `splits_final.json`, of three dimensions. FOLDER is where
 nnU-Net's environment is made, with the torch of this one. Run it on an idle machine.
 """
@@ -46,30 +47,41 @@ def main() -> None:
     arguments = read_arguments()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(arguments, Path(temporary))
-        with bench.nnunet() if "nnunet" in arguments.who else nothing():
-            for minutes in sorted(arguments.minutes):
-                for who in arguments.who:
-                    bench.curves[who].append({"minutes": minutes} | getattr(bench, f"train_{who}")(minutes * 60))
-                    print(who, json.dumps(bench.curves[who][-1]), flush=True)
-                    bench.write(arguments.output)
+        with bench.nnunet() if any(who == "nnunet" for who, _ in arguments.schedule) else nothing():
+            for who, minutes in arguments.schedule:
+                bench.curves[who].append({"minutes": minutes} | getattr(bench, f"train_{who}")(minutes * 60))
+                print(who, json.dumps(bench.curves[who][-1]), flush=True)
+                bench.write(arguments.output)
 
 
 def read_arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--minutes", type=float, nargs="+", default=[2, 5, 10])
-    parser.add_argument("--who", type=lambda text: text.split(","), default=list(WHO), help="medseg,monai,nnunet")
+    parser.add_argument(
+        "--schedule",
+        type=scheduled,
+        nargs="+",
+        metavar="WHO:MINUTES",
+        default=[(who, minutes) for minutes in (2.0, 5.0, 10.0) for who in WHO],
+        help=f"who trains how long, in this order; who: {', '.join(WHO)}",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--environment", type=Path, help="folder of nnU-Net's virtual environment, made if not there")
     parser.add_argument("--cases", type=int, help="judge only so many of the held-back cases; to try the script")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
-    if unknown := set(arguments.who) - set(WHO):
-        parser.error(f"--who {', '.join(sorted(unknown))}: expected some of {', '.join(WHO)}")
-    if "nnunet" in arguments.who and arguments.environment is None:
-        parser.error("--who nnunet needs --environment FOLDER")
+    if any(who == "nnunet" for who, _ in arguments.schedule) and arguments.environment is None:
+        parser.error("nnunet needs --environment FOLDER")
     return arguments
+
+
+def scheduled(text: str) -> tuple[str, float]:
+    """`medseg:3.33` as who and minutes."""
+    who, _, minutes = text.partition(":")
+    if who not in WHO:
+        raise argparse.ArgumentTypeError(f"{text}: expected WHO:MINUTES, WHO one of {', '.join(WHO)}")
+    return who, float(minutes)
 
 
 class Bench:
@@ -78,7 +90,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
         self.dataset, self.threads, self.work = arguments.dataset.resolve(), arguments.threads, work
         self.environment = arguments.environment and arguments.environment.resolve()
-        self.curves: dict[str, list[dict[str, Any]]] = {who: [] for who in arguments.who}
+        self.curves: dict[str, list[dict[str, Any]]] = {who: [] for who, _ in arguments.schedule}
         data = read_dataset(self.dataset)
         self.labels = {value: name for name, value in (data.labels or {}).items() if value}
         training, held_back = medseg.fold_split(data, FOLD)
