@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medseg.config import BACKGROUND
 from medseg.errors import ConfigError, DataError
@@ -15,6 +16,9 @@ from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.readers.series import SourceImages, choose_series, source_images
 from medseg.versions import versions
 from medseg.writers import IMAGE_ENDINGS, write_image, write_label
+
+if TYPE_CHECKING:
+    from medseg.writers.dicom_source import LabelledSeries
 
 __all__ = ["ConvertOptions", "Converted", "convert"]
 
@@ -116,7 +120,10 @@ def _to_rtstruct(source: Path, output: Path, options: ConvertOptions, _: Progres
     return _to_dicom(source, output, options, write_rtstruct)
 
 
-def _to_dicom(source: Path, output: Path, options: ConvertOptions, write: Callable[..., Path]) -> Converted:
+def _to_dicom(
+    source: Path, output: Path, options: ConvertOptions, write: Callable[[Path, LabelledSeries], Path]
+) -> Converted:
+    from medseg.writers.dicom_source import labelled_series
     from medseg.writers.provenance import Algorithm
 
     if _is_series(source):
@@ -131,7 +138,8 @@ def _to_dicom(source: Path, output: Path, options: ConvertOptions, write: Callab
     if not nifti.is_inferred(source):
         # who drew it is not known: that somebody helped claims the least
         algorithm = replace(algorithm, kind="SEMIAUTOMATIC")
-    write(output, Segmentation(label.array, label.grid, segments), images.headers, algorithm=algorithm)
+    segmentation = Segmentation(label.array, label.grid, segments)
+    write(output, labelled_series(images.headers, segmentation, algorithm=algorithm))
     return Converted(output, label.grid.shape, label.grid.spacing_mm, images.geometry.warnings)
 
 

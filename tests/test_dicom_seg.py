@@ -23,6 +23,7 @@ from medseg.grid import Grid
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.writers.anatomy import CODES, anatomy_of
 from medseg.writers.dicom_seg import write_dicom_seg
+from medseg.writers.dicom_source import labelled_series
 from medseg.writers.provenance import Algorithm
 
 ALGORITHM = Algorithm("net", "1.2", "a" * 64, "b" * 64)
@@ -39,7 +40,7 @@ def labelled(affine: np.ndarray = OBLIQUE) -> Segmentation:
 
 
 def write(path: Path, segmentation: Segmentation, source: list[Dataset], **options: object) -> Dataset:
-    write_dicom_seg(path, segmentation, source, **{"algorithm": ALGORITHM, **options})
+    write_dicom_seg(path, labelled_series(source, segmentation, **{"algorithm": ALGORITHM, **options}))
     return pydicom.dcmread(path)
 
 

@@ -17,6 +17,7 @@ from pydicom import Dataset
 from medseg.errors import DataError, GeometryError
 from medseg.grid import Grid
 from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.writers.dicom_source import labelled_series
 from medseg.writers.outlines import outlines
 from medseg.writers.provenance import Algorithm
 from medseg.writers.rtstruct import write_rtstruct
@@ -134,7 +135,7 @@ SOURCES = {
 
 
 def write(path: Path, segmentation: Segmentation, source: list[Dataset], **options: object) -> Dataset:
-    write_rtstruct(path, segmentation, source, **{"algorithm": ALGORITHM, **options})
+    write_rtstruct(path, labelled_series(source, segmentation, **{"algorithm": ALGORITHM, **options}))
     return pydicom.dcmread(path)
 
 

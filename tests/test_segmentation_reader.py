@@ -21,6 +21,7 @@ from medseg.grid import Grid
 from medseg.readers.segmentation import is_dicom_segmentation, read_segmentation
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.writers.dicom_seg import write_dicom_seg
+from medseg.writers.dicom_source import labelled_series
 from medseg.writers.provenance import Algorithm
 
 GRID = Grid(SHAPE, ras(OBLIQUE))
@@ -144,7 +145,7 @@ def written(path: Path) -> Path:
     array = np.zeros(SHAPE, np.uint16)
     array[2:5, 3:6, 2], array[7, 7, 4] = 7, 300
     segments = (SegmentInfo(7, "Tumör", "#CC79A7"), SegmentInfo(300, "肝", "#0072B2"))
-    return write_dicom_seg(path, Segmentation(array, GRID, segments), classic(), algorithm=Algorithm())
+    return write_dicom_seg(path, labelled_series(classic(), Segmentation(array, GRID, segments), algorithm=Algorithm()))
 
 
 def test_what_we_write_comes_back_with_values_names_and_colours(tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_real_series_round_trip(tmp_path: Path, shared_data: Path) -> None:
     segments = (SegmentInfo(1, "Anterior"), SegmentInfo(2, "Posterior"))
     source = [pydicom.dcmread(p, stop_before_pixels=True) for p in (torture / "series/mr_hippocrop_study1").iterdir()]
     path = tmp_path / "seg.dcm"
-    write_dicom_seg(path, Segmentation(labels, grid, segments), source, algorithm=Algorithm())
+    write_dicom_seg(path, labelled_series(source, Segmentation(labels, grid, segments), algorithm=Algorithm()))
     alone, on_it = read_segmentation(path), read_segmentation(path, like=grid)
     assert sorted(alone.grid.shape) == sorted(grid.shape)
     np.testing.assert_array_equal(on_it.array, labels)

@@ -13,11 +13,11 @@ from pydicom import Dataset
 from pydicom.sr.coding import Code
 
 from medseg.errors import GeometryError
-from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
+from medseg.readers.segments import VALUE_NOTE, SegmentInfo
 from medseg.writers import atomic_path
 from medseg.writers.anatomy import CODES, Anatomy, anatomy_of
-from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on, written_as
-from medseg.writers.provenance import Algorithm, complete_segments
+from medseg.writers.dicom_source import LabelledSeries, Source, long_string, written_as
+from medseg.writers.provenance import Algorithm
 
 # beside the series of the scanner, whose numbers rarely are so large
 SERIES_NUMBER = 1000
@@ -25,31 +25,24 @@ SERIES_NUMBER = 1000
 SHEAR_TOLERANCE = 1e-3
 
 
-def write_dicom_seg(
-    path: Path, segmentation: Segmentation, source: Sequence[Dataset], *, algorithm: Algorithm, revision: int = 1
-) -> Path:
-    """Writes `segmentation` as a DICOM SEG of the series whose headers are `source`; gives back `path`.
+def write_dicom_seg(path: Path, labelled: LabelledSeries) -> Path:
+    """Writes the labels of a series as a DICOM SEG; gives back `path`.
 
-    `source`: all slices in any order, or one multi-frame object; pixels need not be loaded. The label map may have its
-    axes in another order or direction. Every named label becomes a segment, also one that this case does not have; the
-    number of a segment is its label value where the values are 1, 2, 3, …, else its rank (DICOM allows no gaps) with
-    the value in its description. Frames without a voxel are left out, but for those of the first and the last plane:
-    they keep the extent of the grid. Dates are those of the series, UIDs follow from source, revision and model: the
-    same input gives the same bytes.
-
-    Raises `DataError` for a source without UIDs, `GeometryError` for a label map on another grid.
+    Every named label becomes a segment, also one that this case does not have; the number of a segment is its label
+    value where the values are 1, 2, 3, …, else its rank (DICOM allows no gaps) with the value in its description.
+    Frames without a voxel are left out, but for those of the first and the last plane: they keep the extent of the
+    grid. Dates are those of the series, UIDs follow from source, revision and model: the same input gives the same
+    bytes. Raises `GeometryError` for planes that are shifted against each other.
     """
     with written_as(path, "a DICOM SEG"):
-        segments = complete_segments(segmentation)
-        series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
-        voxels = voxels_on(series, segmentation)
-        made = _segmentation(series, _ranked(voxels, segments), segments)
+        segments = labelled.segments
+        made = _segmentation(labelled.source, _ranked(labelled.voxels, segments), segments)
         with atomic_path(path) as temporary:
             made.save_as(temporary, enforce_file_format=True)
     return path
 
 
-def _ranked(voxels: npt.NDArray[np.uint16], segments: Sequence[SegmentInfo]) -> npt.NDArray[Any]:
+def _ranked(voxels: npt.NDArray[np.integer[Any]], segments: Sequence[SegmentInfo]) -> npt.NDArray[Any]:
     """Segment numbers in place of values."""
     table = np.zeros(max(s.value for s in segments) + 1, np.uint8 if len(segments) < 256 else np.uint16)
     table[[segment.value for segment in segments]] = np.arange(1, len(segments) + 1)

@@ -1,4 +1,4 @@
-"""The image series that a DICOM object refers to: checked, made complete, and the label map laid on its planes.
+"""The image series that DICOM objects refer to: checked, made complete, and the label map laid on its planes, once.
 
 Imports pydicom: this module is imported where DICOM is written, never by the package.
 """
@@ -23,8 +23,8 @@ from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, turned
 from medseg.readers.dicom_files import quiet
 from medseg.readers.dicom_planes import Planes, planes_of
-from medseg.readers.segments import Segmentation
-from medseg.writers.provenance import Algorithm, Origin, labels_sha256
+from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.writers.provenance import Algorithm, Origin, complete_segments, labels_sha256
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +96,47 @@ class Source:
         return "19700101", "000000"
 
 
-def source_of(
-    headers: Sequence[Dataset], segmentation: Segmentation, *, algorithm: Algorithm, revision: int = 1
-) -> Source:
-    """The series of `headers` as the source of `segmentation`.
+@dataclass(frozen=True, eq=False)
+class LabelledSeries:
+    """What every object is made from: a series, and a label map on its planes.
 
-    Raises `DataError` where a header cannot be referred to (blank, broken or repeated UIDs, several series or
-    patients), `GeometryError` where its planes make no volume.
+    `voxels` (plane, row, column) uint8 or uint16; `segments`: all that are named or there, by their values, coloured.
     """
+
+    source: Source
+    voxels: npt.NDArray[np.integer[Any]]
+    segments: tuple[SegmentInfo, ...]
+
+
+def labelled_series(
+    headers: Sequence[Dataset], segmentation: Segmentation, *, algorithm: Algorithm, revision: int = 1
+) -> LabelledSeries:
+    """The series of `headers` with `segmentation` on its planes, turned and flipped as needed, never resampled.
+
+    `headers`: all slices in any order, or one multi-frame object; pixels need not be loaded. The label map may have its
+    axes in another order or direction.
+
+    Raises `DataError` for values that make no segments and for headers that cannot be referred to (see
+    `check_references`), `GeometryError` where their planes make no volume or the label map does not have exactly their
+    voxels, up to `ROUNDING_TOLERANCE` of one.
+    """
+    with quiet():
+        try:
+            segments = complete_segments(segmentation)
+            source = _source(headers, segmentation, algorithm, revision)
+            return LabelledSeries(source, _voxels_on(source, segmentation), segments)
+        except MedsegError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"headers that cannot be understood found ({type(error).__name__}), expected those of an image series; "
+                "write NIfTI instead, or get the series from the archive again"
+            ) from error
+
+
+def check_references(headers: Sequence[Dataset]) -> None:
+    """Raises `DataError` where objects cannot refer to `headers`: UIDs that are blank, broken or there twice, several
+    series or patients."""
     if not headers:
         raise DataError("no headers found, expected those of the image series that the labels belong to")
     for header in headers:
@@ -114,23 +147,24 @@ def source_of(
         if len(values) > 1:
             # a patient's number does not belong into a message
             raise DataError(f"{len(values)} values of {keyword} found, expected one; give the slices of one series")
-    instances = [str(header.SOPInstanceUID) for header in headers]
-    if len(set(instances)) < len(instances):
+    instances = {str(header.SOPInstanceUID) for header in headers}
+    if len(instances) < len(headers):
         raise DataError("a SOP Instance UID found twice, expected one per object; remove the copies")
-    origin = Origin(
-        str(headers[0].SeriesInstanceUID), tuple(instances), revision, algorithm, labels_sha256(segmentation)
-    )
+
+
+def _source(headers: Sequence[Dataset], segmentation: Segmentation, algorithm: Algorithm, revision: int) -> Source:
+    check_references(headers)
+    # without a model the labels tell objects apart
+    labels = "" if algorithm.model_sha256 else labels_sha256(segmentation)
+    instances = tuple(str(header.SOPInstanceUID) for header in headers)
+    origin = Origin(str(headers[0].SeriesInstanceUID), instances, revision, algorithm, labels)
     planes = planes_of(headers)
     complete = {id(header): _complete(header) for header in headers}
     held = tuple(replace(plane, header=complete[id(plane.header)]) for plane in planes.planes)
     return Source(replace(planes, planes=held), origin)
 
 
-def voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.uint16]:
-    """The label map as (plane, row, column) of `source`, turned and flipped as needed, never resampled.
-
-    Raises `GeometryError` where it does not have exactly the voxels of the series, up to `ROUNDING_TOLERANCE` of one.
-    """
+def _voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.integer[Any]]:
     want = source.planes.grid
     hint = "give the series the labels were made on, or resample them to it"
     if segmentation.grid.spatial_dims != 3:
@@ -141,7 +175,7 @@ def voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.uint
         raise GeometryError(f"label map {segmentation.grid} is turned against the series {want}; {hint}") from error
     if not grid.matches(want, tolerance=ROUNDING_TOLERANCE):
         raise GeometryError(f"label map {segmentation.grid} found, expected the grid {want} of the series; {hint}")
-    return np.ascontiguousarray(array.T, dtype=np.uint16)
+    return np.ascontiguousarray(array.T, dtype=np.uint8 if array.dtype == np.uint8 else np.uint16)
 
 
 @contextmanager

@@ -31,6 +31,11 @@ class Algorithm:
     config_sha256: str = ""
     kind: Literal["AUTOMATIC", "SEMIAUTOMATIC", "MANUAL"] = "AUTOMATIC"
 
+    @property
+    def device_uid(self) -> str:
+        """A UID of the program with this model and configuration, whatever it works on."""
+        return _uid("device", self.name, self.version, self.model_sha256, self.config_sha256)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -50,8 +55,11 @@ class Origin:
         """A UID for `purpose` (2.25. and a UUID of version 5 as a number, PS3.5 annex B.2)."""
         made_by = (self.algorithm.model_sha256, self.algorithm.config_sha256)
         labels = "" if self.algorithm.model_sha256 else self.labels_sha256
-        known = [self.series_uid, sorted(self.instance_uids), self.revision, *made_by, labels, *purpose]
-        return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(known)).int}"
+        return _uid(self.series_uid, sorted(self.instance_uids), self.revision, *made_by, labels, *purpose)
+
+
+def _uid(*known: object) -> str:
+    return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(known)).int}"
 
 
 def labels_sha256(segmentation: Segmentation) -> str:

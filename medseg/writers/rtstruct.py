@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,11 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, ImplicitVRLittleEndian
 
 from medseg.readers.dicom_planes import Plane
-from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.readers.segments import SegmentInfo
 from medseg.writers import atomic_path
-from medseg.writers.dicom_source import Source, long_string, source_of, voxels_on, written_as
+from medseg.writers.dicom_source import LabelledSeries, Source, long_string, written_as
 from medseg.writers.outlines import outlines
-from medseg.writers.provenance import IMPLEMENTATION_UID, Algorithm, complete_segments
+from medseg.writers.provenance import IMPLEMENTATION_UID
 
 SERIES_NUMBER = 2000
 RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -48,25 +49,17 @@ _IDENTITY = (
 )
 
 
-def write_rtstruct(
-    path: Path, segmentation: Segmentation, source: Sequence[Dataset], *, algorithm: Algorithm, revision: int = 1
-) -> Path:
-    """Writes `segmentation` as an RT Structure Set of the series whose headers are `source`; gives back `path`.
+def write_rtstruct(path: Path, labelled: LabelledSeries) -> Path:
+    """Writes the labels of a series as an RT Structure Set; gives back `path`.
 
-    `source` and the axes of the label map: as for `write_dicom_seg`, but planes may be shifted against each other
-    (a tilted gantry). One ROI per named label, numbered by its value, without contours where this case does not have
-    it. Contours are the edges of the voxels in each plane, exactly; holes are joined to the contour around them (see
-    `outlines`). Dates are those of the series, UIDs follow from source, revision and model: the same input gives the
-    same bytes.
-
-    Raises `DataError` for a source without UIDs, `GeometryError` for a label map on another grid.
+    Planes may be shifted against each other (a tilted gantry). One ROI per named label, numbered by its value, without
+    contours where this case does not have it. Contours are the edges of the voxels in each plane, exactly; holes are
+    joined to the contour around them (see `outlines`). Dates are those of the series, UIDs follow from source, revision
+    and model: the same input gives the same bytes.
     """
     with written_as(path, "an RTSTRUCT"):
-        segments = complete_segments(segmentation)
-        series = source_of(source, segmentation, algorithm=algorithm, revision=revision)
-        voxels = voxels_on(series, segmentation)
-        made = _structure_set(series, segments)
-        made.ROIContourSequence = _roi_contours(series, voxels, segments)
+        made = _structure_set(labelled.source, labelled.segments)
+        made.ROIContourSequence = _roi_contours(labelled.source, labelled.voxels, labelled.segments)
         with atomic_path(path) as temporary:
             made.save_as(temporary, enforce_file_format=True)
     return path
@@ -140,7 +133,9 @@ def _observation(number: int, segment: SegmentInfo) -> Dataset:
     return made
 
 
-def _roi_contours(series: Source, voxels: npt.NDArray[np.uint16], segments: Sequence[SegmentInfo]) -> list[Dataset]:
+def _roi_contours(
+    series: Source, voxels: npt.NDArray[np.integer[Any]], segments: Sequence[SegmentInfo]
+) -> list[Dataset]:
     contours: dict[int, list[Dataset]] = {segment.value: [] for segment in segments}
     affine = series.planes.affine
     for plane, values in zip(series.planes.planes, voxels):
