@@ -10,7 +10,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors config grid device optional process progress versions",
-        "cases datasets readers writers metrics",
+        "cases datasets readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",
         "check convert fingerprint plan model namesakes pretrained shipped statistics",

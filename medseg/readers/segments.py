@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,3 +37,19 @@ class Segmentation:
     def names(self) -> dict[int, str]:
         """Name of every value that has one."""
         return {segment.value: segment.name for segment in self.segments}
+
+    @cached_property
+    def voxels(self) -> dict[int, int]:
+        """How many voxels every value has that is there, background too."""
+        counts: Counter[int] = Counter()
+        # plane by plane: counting makes 8 bytes of every voxel
+        for plane in self.array if self.array.size else ():
+            found = np.bincount(np.ravel(plane))
+            counts.update({int(value): int(found[value]) for value in np.flatnonzero(found)})
+        return dict(counts)
+
+    @property
+    def volumes_ml(self) -> dict[int, float]:
+        """Millilitres of every value that is there: its voxels times their volume by the affine."""
+        voxel_mm3 = abs(float(np.linalg.det(self.grid.affine[:3, :3])))
+        return {value: count * voxel_mm3 / 1000 for value, count in self.voxels.items()}

@@ -25,8 +25,9 @@ from medseg.evaluate.pairs import Pair
 from medseg.metrics import Labels, Value
 from medseg.metrics.codes import members
 from medseg.readers import is_picture
-from medseg.report.layers import Layers, window
+from medseg.report.layers import Layers
 from medseg.report.page import label_marks
+from medseg.views import edges, interpolated, window
 
 Plane = npt.NDArray[Any]
 
@@ -214,7 +215,7 @@ def _ground(scene: _Scene, style: _Style, window: _Window) -> npt.NDArray[np.uin
     ground[:] = [round(255 * part) for part in to_rgb(_BACKDROP)]
     if scene.image is not None:
         low, high = style.window
-        shade = np.clip((_interpolated(scene.image, at) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+        shade = np.clip((interpolated(scene.image, at) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
         np.copyto(ground, shade[..., None], where=known[..., None])
     shown = np.where(scene.prediction != 0, scene.prediction, scene.reference)[nearest]
     wrong = (scene.prediction != scene.reference)[nearest]
@@ -236,19 +237,6 @@ def _palette(style: _Style, top: int) -> npt.NDArray[np.float32]:
     return colours
 
 
-def _interpolated(image: Plane, at: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
-    """`image` at the grid of positions `at` (in voxels from the edge), linear along both axes; edges are continued."""
-    plane = image
-    for axis in (0, 1):
-        last = plane.shape[axis] - 1
-        positions = np.clip(at[axis] - 0.5, 0, last)
-        low = positions.astype(int)
-        share = (positions - low).astype(np.float32)[(slice(None), None) if axis == 0 else (None, slice(None))]
-        first, second = (plane.take(n, axis=axis) for n in (low, np.minimum(low + 1, last)))
-        plane = np.nan_to_num(first.astype(np.float32)) * (1 - share) + np.nan_to_num(second.astype(np.float32)) * share
-    return plane
-
-
 def _outline(
     figure: Figure, inside: npt.NDArray[np.bool_], scene: _Scene, window: _Window, colour: str, width: float
 ) -> None:
@@ -258,15 +246,6 @@ def _outline(
     figure.add_artist(
         LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting", transform=figure.transFigure)
     )
-
-
-def edges(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """The sides of pixels between inside and outside: (n, 2 ends, 2) as (row, column), corners being whole numbers."""
-    padded = np.pad(inside, 1)
-    level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
-    upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
-    sides = [np.stack([at, at + np.array(step)], axis=1) for at, step in ((level, (0, 1)), (upright, (1, 0)))]
-    return np.concatenate(sides).astype(np.float64)
 
 
 def _number(figure: Figure, planes: Sequence[npt.NDArray[np.bool_]], scene: _Scene, window: _Window, text: str) -> None:

@@ -15,13 +15,9 @@ from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_maps
 from medseg.grid import Grid
 from medseg.metrics import Labels, judged
 from medseg.readers import is_picture, read_image
+from medseg.views import standing
 
 logger = logging.getLogger(__name__)
-
-_WINDOW_PERCENTILES = (1, 99)
-_WINDOW_ROOM = 4.0
-# enough for quantiles to a thousandth, and sorted at once
-_WINDOW_VALUES = 200_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,56 +59,9 @@ def read_layers(pair: Pair, evaluation: Evaluation) -> Layers:
     values = list(evaluation.labels.values())
     maps = judged(read.prediction, read.reference, values, ignore_value=options.ignore_value)
     image = _image(pair, read.grid)
-    order, flips, upright = _standing(read.grid)
+    order, flips, upright = standing(read.grid)
     turned = [layer.transpose(order)[flips] for layer in (*maps, *([] if image is None else [image]))]
     return Layers(turned[0], turned[1], turned[2] if len(turned) > 2 else None, upright)
-
-
-def window(image: npt.NDArray[Any], outlined: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Black and white: the shortest range that holds half of what is outlined, and four times as much on both sides.
-
-    That is six standard deviations of one tissue each way. Of many tissues the most frequent ones decide: in a CT of
-    all organs soft tissue, within 40 HU of the usual −160 to 240, where a range over all of them (lung to bone) shows
-    organs as one grey. The shortest half: Rousseeuw and Leroy 1988. Where it has no width (half of the voxels are
-    equal) or nothing is outlined, the 1st to 99th percentile. Never beyond the range of the image; NaN is passed over.
-    """
-    known = image[np.isfinite(image)]
-    if not known.size:
-        return 0.0, 1.0
-    inside = np.sort(_some(image[outlined]))
-    inside = inside[np.isfinite(inside)]
-    low, high = np.percentile(inside if inside.size else _some(known), _WINDOW_PERCENTILES)
-    half = len(inside) // 2
-    if half:
-        widths = inside[half:] - inside[: len(inside) - half]
-        first = int(np.argmin(widths))
-        if widths[first] > 0:
-            room = _WINDOW_ROOM * widths[first]
-            low, high = inside[first] - room, inside[first + half] + room
-    low, high = max(float(low), float(known.min())), min(float(high), float(known.max()))
-    return low, max(high, low + 1e-6)
-
-
-def _some(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Evenly chosen ones of very many values."""
-    return np.asarray(values.ravel()[:: max(1, values.size // _WINDOW_VALUES)], dtype=np.float64)
-
-
-def _standing(grid: Grid) -> tuple[list[int], tuple[slice, ...], Grid]:
-    """The order of the voxel axes, their flips, and the grid after both."""
-    n = grid.spatial_dims
-    share = np.abs(grid.affine[:n, :n]) / np.asarray(grid.spacing_mm)
-    order: list[int] = []
-    for axis in range(n):
-        left = [voxel_axis for voxel_axis in range(n) if voxel_axis not in order]
-        order.append(max(left, key=lambda voxel_axis: float(share[axis, voxel_axis])))
-    flipped = [bool(grid.affine[axis, order[axis]] < 0) for axis in range(n)]
-    affine = grid.affine.copy()
-    for axis, (source, flip) in enumerate(zip(order, flipped)):
-        affine[:, axis] = -grid.affine[:, source] if flip else grid.affine[:, source]
-        affine[:, n] += grid.affine[:, source] * (grid.shape[source] - 1 if flip else 0)
-    shape = tuple(grid.shape[source] for source in order)
-    return order, tuple(slice(None, None, -1 if flip else 1) for flip in flipped), Grid(shape, affine)
 
 
 def _image(pair: Pair, grid: Grid) -> npt.NDArray[Any] | None:

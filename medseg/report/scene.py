@@ -17,7 +17,8 @@ from scipy import ndimage
 
 from medseg.errors import DataError
 from medseg.metrics import Labels, Value, present_values
-from medseg.report.layers import Layers, window
+from medseg.report.layers import Layers
+from medseg.views import window
 from medseg.writers.in_memory import nifti_bytes
 
 # of base64 text, without the viewer itself (1.06 MB): with pictures the page stays one that can be mailed
@@ -121,7 +122,7 @@ def make_scene(
     """The scene of one case: what is outlined and `MARGIN_MM` around it, as fine as `max_bytes` of base64 allow.
 
     The axis with the finest voxels is made coarser first, by whole steps. Labels follow `reduce_labels`, the image is
-    the mean of each block, its grey range that of `layers.window`. Where regions overlap, a voxel has the colour of the
+    the mean of each block, its grey range that of `views.window`. Where regions overlap, a voxel has the colour of the
     smallest one. Raises `DataError` where even one voxel is too large, which no sensible limit reaches.
     """
     near = layers.cropped(_box(layers))

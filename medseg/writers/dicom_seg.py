@@ -15,8 +15,8 @@ from pydicom.sr.coding import Code
 from medseg.errors import GeometryError
 from medseg.readers.segments import VALUE_NOTE, SegmentInfo
 from medseg.writers import atomic_path
-from medseg.writers.anatomy import CODES, Anatomy, anatomy_of
-from medseg.writers.dicom_source import LabelledSeries, Source, long_string, written_as
+from medseg.writers.anatomy import Anatomy, anatomy_of
+from medseg.writers.dicom_source import LabelledSeries, Source, coded, long_string, repeatable, written_as
 from medseg.writers.provenance import Algorithm
 
 # beside the series of the scanner, whose numbers rarely are so large
@@ -87,7 +87,10 @@ def _segmentation(series: Source, numbers: npt.NDArray[Any], segments: Sequence[
     finally:
         numbers[ends, 0, 0] = 0
     _clear(made, series, ends)
-    return _repeatable(made, origin.uid("SEG", "dimensions"))
+    for item in [*made.DimensionOrganizationSequence, *made.DimensionIndexSequence]:
+        # highdicom draws one by chance
+        item.DimensionOrganizationUID = origin.uid("SEG", "dimensions")
+    return repeatable(made)
 
 
 def _frames_affine(series: Source) -> npt.NDArray[np.float64]:
@@ -111,8 +114,8 @@ def _description(number: int, segment: SegmentInfo, algorithm: Algorithm) -> hd.
     made = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=long_string(segment.name) or f"label {segment.value}",
-        segmented_property_category=_code(anatomy.category),
-        segmented_property_type=_code(anatomy.meaning),
+        segmented_property_category=coded(anatomy.category),
+        segmented_property_type=coded(anatomy.meaning),
         algorithm_type=algorithm.kind,
         algorithm_identification=_identification(algorithm),
         display_color=hd.color.CIELabColor.from_rgb(*(int(segment.colour[n : n + 2], 16) for n in (1, 3, 5))),
@@ -137,11 +140,7 @@ def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
 def _add_side(made: Dataset, anatomy: Anatomy) -> None:
     if anatomy.side:
         kind = made.SegmentedPropertyTypeCodeSequence[0]
-        kind.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.from_code(_code(anatomy.side))]
-
-
-def _code(meaning: str) -> Code:
-    return Code(CODES[meaning], "SCT", meaning[0].upper() + meaning[1:])
+        kind.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.fromcoded(coded(anatomy.side))]
 
 
 def _clear(made: Dataset, series: Source, ends: Sequence[int]) -> None:
@@ -161,13 +160,3 @@ def _clear(made: Dataset, series: Source, ends: Sequence[int]) -> None:
         byte, bit = divmod(frame * size, 8)
         pixels[byte] &= ~(1 << bit) & 0xFF
     made.PixelData = bytes(pixels)
-
-
-def _repeatable(made: Dataset, dimensions_uid: str) -> Dataset:
-    """Without what highdicom takes from the clock and from chance."""
-    del made.InstanceCreationDate, made.InstanceCreationTime
-    for item in [*made.DimensionOrganizationSequence, *made.DimensionIndexSequence]:
-        item.DimensionOrganizationUID = dimensions_uid
-    for item in made.get("ContributingEquipmentSequence", []):
-        item.pop("ContributionDateTime", None)
-    return made

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import DataElement, Dataset
 from pydicom.sequence import Sequence as Items
+from pydicom.sr.coding import Code
 from pydicom.uid import UID
 
 from medseg.errors import DataError, GeometryError, MedsegError
@@ -24,6 +25,7 @@ from medseg.grid import ROUNDING_TOLERANCE, turned
 from medseg.readers.dicom_files import quiet
 from medseg.readers.dicom_planes import Planes, planes_of
 from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.writers.anatomy import CODES
 from medseg.writers.provenance import Algorithm, Origin, complete_segments, labels_sha256
 
 log = logging.getLogger(__name__)
@@ -200,6 +202,19 @@ def long_string(text: str) -> str:
     """What the value of an LO may be: one line, no backslash (it parts values), 64 characters."""
     words = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/")).split()
     return " ".join(words)[:LONG_STRING].strip()
+
+
+def coded(meaning: str) -> Code:
+    """The SNOMED CT code of a `meaning` in `CODES`."""
+    return Code(CODES[meaning], "SCT", meaning[0].upper() + meaning[1:])
+
+
+def repeatable(made: Dataset) -> Dataset:
+    """`made` without what highdicom takes from the clock."""
+    del made.InstanceCreationDate, made.InstanceCreationTime
+    for item in made.get("ContributingEquipmentSequence", []):
+        item.pop("ContributionDateTime", None)
+    return made
 
 
 def _check_uid(header: Dataset, keyword: str, words: str) -> None:

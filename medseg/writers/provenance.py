@@ -90,8 +90,7 @@ def complete_segments(segmentation: Segmentation) -> tuple[SegmentInfo, ...]:
         )
     if len(set(values)) < len(values):
         raise DataError(f"values {sorted(values)} found, expected each once; give every label a value of its own")
-    # plane by plane: counting makes 8 bytes of every voxel
-    present = {int(v) for plane in array for v in np.flatnonzero(np.bincount(plane.ravel()))} - {0}
+    present = set(segmentation.voxels) - {0}
     nameless = [SegmentInfo(value, f"label {value}") for value in sorted(present - set(values))]
     segments = sorted([*named, *nameless], key=lambda segment: segment.value)
     if not segments:
