@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,13 +19,15 @@ import torch
 from medseg.cases import Case, infer_inputs
 from medseg.device import choose_device, is_out_of_memory
 from medseg.errors import ConfigError, DataError, MedsegError
-from medseg.infer import InferOptions, Segmented, Segmenter, load_model, timed
+from medseg.infer import InferOptions, Segmenter, load_model, timed
 from medseg.preprocess import Prepared
 from medseg.process import PeakMemory, heeding_signals
 from medseg.progress import Pace, Progress, silent
-from medseg.readers import Geometry, file_sha256
+from medseg.readers import file_sha256
+from medseg.readers.series import SourceImages
 from medseg.record import CaseResult, Record, open_record
-from medseg.writers import held_room, is_disk_full, label_ending, remove_stale_temporaries, write_label
+from medseg.writers import held_room, is_disk_full, remove_stale_temporaries
+from medseg.writers.formats import NIFTI, Outcome, WrittenFile, file_name, file_names, source_for, write_files
 from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
 
 __all__ = ["CaseResult", "infer", "segment_cases"]
@@ -42,7 +44,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 def infer(
     inputs: Sequence[str | Path],
-    models: Sequence[str | Path],
+    models: Sequence[str | Path] | Segmenter,
     out: str | Path,
     options: InferOptions | None = None,
     *,
@@ -50,21 +52,23 @@ def infer(
 ) -> tuple[CaseResult, ...]:
     """Segment files and folders into `out`/CASE.nii.gz (pictures: .png), and write `out`/run.json.
 
-    With `save_probabilities` those of a case go into `out`/probabilities/CASE.nii.gz, of pictures too; a case is only
-    skipped where they are as they were written.
+    `models`: folders or names, several for an ensemble; or a loaded model, whose own options hold (see
+    `Segmenter.with_options`). Of other `formats` than the mask the files lie beside it or in its place; with
+    `save_probabilities` those of a case go into `out`/probabilities/CASE.nii.gz, of pictures too. A case is only
+    skipped where all that is asked for is as it was written.
 
     A case that fails costs no other; masks that the same models and options made of the same input, and that are still
     as they were written, are skipped. A full disk stops the run: the cases that it did not reach are `not_done`. Raises
     `ConfigError` or `ModelError` before anything is done, `KeyboardInterrupt` after SIGINT or SIGTERM once the record
     is written.
     """
-    options = options or InferOptions()
+    if isinstance(models, Segmenter) and options is not None:
+        raise ConfigError("options beside a loaded model: its own hold; use `models.with_options(options)`")
+    options = models.options if isinstance(models, Segmenter) else options or InferOptions()
     part, parts = options.shard
     if not 1 <= part <= parts:
         raise ConfigError(f"--shard {part}/{parts}: expected i/n with i from 1 to n")
-    devices = [_device(name) for name in options.devices] or [options.device]
-    # loaded for each device: a network is on one
-    first, *others = [load_model(*models, options=replace(options, device=d, devices=())) for d in devices]
+    first, *others = (models,) if isinstance(models, Segmenter) else _loaded(models, options)
     cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels), series=options.series)
     if part > len(cases):
         log.warning("shard %d/%d has none of the %d cases", part, parts, len(cases))
@@ -89,10 +93,7 @@ def segment_cases(
     formats = sorted({s.precision for s in segmenters})
     if len(formats) > 1:
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
-    sources = {path.resolve() for case in cases for path in case.images}
-    for case in cases:
-        if _output(folder, case).resolve() in sources:
-            raise ConfigError(f"{_output(folder, case)}: the mask would replace an input image; choose another -o")
+    _refuse_clashes(cases, folder, segmenter.options.formats)
     probabilities = probabilities_path(folder, "").parent
     written = (folder, probabilities) if segmenter.options.save_probabilities else (folder,)
     parents = {path.parent.resolve() for case in cases for path in _files(case) if os.path.isfile(path)}
@@ -132,20 +133,21 @@ class _Read:
     inputs: dict[str, str]
     seconds: dict[str, float]
     prepared: Prepared
+    source: SourceImages | None
+    kept: Mapping[str, WrittenFile]
 
 
 @dataclass(frozen=True)
 class _Labelled:
     """A case that waits for the writer."""
 
-    case: Case
     inputs: dict[str, str]
     seconds: dict[str, float]
-    found: Segmented
+    outcome: Outcome
+    look: bool
+    kept: Mapping[str, WrittenFile]
     peak_memory_mb: float | None
     probabilities: ProbabilityStore | None
-    like: Path | Geometry
-    notes: tuple[str, ...]
 
 
 class _Dropped(BaseException):
@@ -326,16 +328,20 @@ class _Run:
 
     def _read_one(self, case: Case, seconds: dict[str, float]) -> _Read | None:
         """None for a case that is done already."""
+        options, kept = self._segmenters[0].options, {}
         with timed(seconds, "hash"):
             inputs = _digests(case)
-            if not self._segmenters[0].options.overwrite:
+            if not options.overwrite:
                 probabilities = probabilities_path(self._folder, case.id) if self._saves_probabilities else None
-                earlier = self._record.finished(case.id, _output(self._folder, case), inputs, probabilities)
+                wanted = {name: file_name(case, name) for name in options.formats}
+                earlier = self._record.finished(case.id, wanted, inputs, probabilities)
                 if earlier is not None:
                     self._events.put(replace(earlier, status="skipped", inputs=inputs))
                     return None
+                kept = self._record.whole_files(case.id, file_names(case), inputs)
         with timed(seconds, "read"):
-            return _Read(case, inputs, seconds, self._segmenters[0].prepare(case))
+            source = source_for(case, options.formats)
+            return _Read(case, inputs, seconds, self._segmenters[0].prepare(case), source, kept)
 
     def _compute(self, segmenter: Segmenter) -> None:
         if segmenter.device.type == "cuda":
@@ -367,14 +373,24 @@ class _Run:
             found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick, keep=store)
             # from here on the writer closes it
             kept.pop_all()
-        # of a series, the grid that was read: what a file says of itself is read again
-        like = read.case.images[0] if read.case.series is None else Geometry(read.prepared.source)
-        memory = self._memory.end()
-        return _Labelled(read.case, read.inputs, read.seconds, found, memory, store, like, read.prepared.notes)
+        outcome = Outcome(
+            read.case,
+            found.labels,
+            read.prepared.source,
+            segmenter.segments,
+            segmenter.algorithm,
+            source=read.source,
+            channels=len(segmenter.config.data.channels),
+            quality=dict(found.quality),
+            warnings=(*read.prepared.notes, *found.warnings),
+            revision=segmenter.options.revision,
+            formats=segmenter.options.formats,
+        )
+        return _Labelled(read.inputs, read.seconds, outcome, found.look, read.kept, self._memory.end(), store)
 
     def _write(self) -> None:
         for labelled in iter(self._labelled.get, None):
-            with self._kept_apart(labelled.case, labelled.seconds), labelled.probabilities or nullcontext():
+            with self._kept_apart(labelled.outcome.case, labelled.seconds), labelled.probabilities or nullcontext():
                 self._write_one(labelled)
             self._behind.release()
             del labelled
@@ -382,25 +398,29 @@ class _Run:
     def _write_one(self, labelled: _Labelled) -> None:
         if self._full:
             raise _Dropped
-        case, found, output = labelled.case, labelled.found, _output(self._folder, labelled.case)
+        outcome, case = labelled.outcome, labelled.outcome.case
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
             if labelled.probabilities is not None:
-                probabilities = file_sha256(write_probabilities(beside, labelled.probabilities, labelled.like))
-            write_label(output, found.labels, like=labelled.like, names=self._segmenters[0].label_names)
-        stale = () if probabilities else self._stale([beside], "mask")
+                probabilities = file_sha256(write_probabilities(beside, labelled.probabilities, outcome.like))
+            # what earlier runs have made of the same input is of the same mask
+            files = {**labelled.kept, **write_files(self._folder, outcome)}
+        others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]
+        mask = files.pop(NIFTI, None)
+        stale = self._stale([*others, *(() if probabilities else [beside])], "mask")
         result = CaseResult(
             case.id,
             "done",
-            output.name,
+            mask["name"] if mask else None,
             seconds=labelled.seconds,
             peak_memory_mb=labelled.peak_memory_mb,
             inputs=labelled.inputs,
-            output_sha256=file_sha256(output),
+            output_sha256=mask["sha256"] if mask else None,
+            files=files,
             probabilities_sha256=probabilities,
-            quality=dict(found.quality),
-            warnings=(*labelled.notes, *found.warnings, *stale),
-            look=found.look,
+            quality=outcome.quality,
+            warnings=(*outcome.warnings, *stale),
+            look=labelled.look,
         )
         self._events.put(result)
 
@@ -423,12 +443,32 @@ class _Run:
                 self._full = True
                 self._stopping.set()
                 return
-            stale = self._stale([_output(self._folder, case), probabilities_path(self._folder, case.id)], "run")
+            files = [self._folder / name for name in file_names(case).values()]
+            stale = self._stale([*files, probabilities_path(self._folder, case.id)], "run")
             reason = _reason(case, error)
             self._events.put(CaseResult(case.id, "failed", reason=reason, seconds=seconds, warnings=stale))
         except BaseException as error:
             log.debug("case %s ends the run", case.id, exc_info=True)
             self._end_with(error)
+
+
+def _loaded(models: Sequence[str | Path], options: InferOptions) -> list[Segmenter]:
+    """The model once for each device: a network is on one."""
+    devices = [_device(name) for name in options.devices] or [options.device]
+    return [load_model(*models, options=replace(options, device=d, devices=())) for d in devices]
+
+
+def _refuse_clashes(cases: Sequence[Case], folder: Path, formats: Sequence[str]) -> None:
+    """Raises `ConfigError` where a file to be written is an input image, or of two cases."""
+    sources = {path.resolve() for case in cases for path in case.images}
+    owners: dict[Path, Case] = {}
+    for path, case in ((folder / file_name(case, name), case) for case in cases for name in formats):
+        if path.resolve() in sources:
+            raise ConfigError(f"{path}: the mask would replace an input image; choose another -o")
+        if owners.setdefault(path, case) is not case:
+            raise ConfigError(
+                f"{path}: both {owners[path].images[0]} and {case.images[0]} would become it; rename one, or run apart"
+            )
 
 
 def _device(name: str) -> str:
@@ -451,10 +491,6 @@ def _digests(case: Case) -> dict[str, str]:
     if case.series is not None:
         return {str(case.series.source): case.series.sha256()}
     return {str(p): file_sha256(p) for p in case.images if not p.is_dir()}
-
-
-def _output(folder: Path, case: Case) -> Path:
-    return folder / f"{case.id}{label_ending(case.images[0])}"
 
 
 def _reason(case: Case, error: Exception) -> str:

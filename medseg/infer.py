@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from copy import copy
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +28,7 @@ from medseg.device import (
 )
 from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
-from medseg.model import BEST, Model, check_choices, chosen_settings, read_best, read_model
+from medseg.model import BEST, Model, check_choices, chosen_settings, label_table, read_best, read_model
 from medseg.networks import check_patch
 from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
@@ -32,15 +36,21 @@ from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
 from medseg.readers import SeriesOptions
 from medseg.readers.probabilities import Channels
+from medseg.readers.segments import SegmentInfo
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
 from medseg.shipped import find_model
+from medseg.versions import versions
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
+from medseg.writers.formats import NIFTI, check_formats
+from medseg.writers.provenance import Algorithm
 
 log = logging.getLogger(__name__)
 
 # sizes of the image pyramid of `--tta scale`, of those that DeepLab evaluates with
 SCALES = (1.0, 0.75, 1.25)
 MANY_CHANNELS = 16
+# sections of the configuration that decide a mask
+DECIDING = {"data", "preprocess", "network", "windows", "postprocess"}
 
 
 def no_tick(share: float) -> None:
@@ -55,9 +65,11 @@ class InferOptions:
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
     axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those, and copies moved within
     the network's stride, that surely helped when training ended. `series`: which of several DICOM series, and whether a
-    tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of
-    `device`. `save_probabilities`: for folders of cases, write them beside the masks. `settings` are laid over the
-    model's: sections network (`output_stride`, with the weights as they are), windows and postprocess.
+    tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders of cases:
+    `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
+    `writers.formats`; `revision`, which attempt at a series DICOM objects are of, from 1: another has other UIDs.
+    `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and
+    postprocess. Raises `ConfigError` for a wrong format or revision.
     """
 
     device: str = "auto"
@@ -72,6 +84,17 @@ class InferOptions:
     save_probabilities: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     series: SeriesOptions = field(default_factory=SeriesOptions)
+    formats: tuple[str, ...] = (NIFTI,)
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        check_formats(self.formats)
+        if self.revision < 1:
+            raise ConfigError(f"revision {self.revision} found, expected a whole number from 1")
+
+
+# what may differ between two calls of one loaded model: how its masks are made is settled
+FREE_OPTIONS = ("shard", "overwrite", "save_probabilities", "series", "formats", "revision")
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,47 @@ class Segmenter:
     def label_names(self) -> dict[int, str]:
         """Name of every value in the label maps."""
         return self.models[0].label_names
+
+    @property
+    def segments(self) -> tuple[SegmentInfo, ...]:
+        """Value, name and colour of every label."""
+        return tuple(SegmentInfo(**label) for label in label_table(self.config.data))
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What DICOM objects say of who made them: the weights of all models, and all else that decides a mask."""
+        first, count = self.models[0], len(self.models)
+        name = str(first.description.get("card", {}).get("title") or f"medseg {first.config.network.name}")
+        weights = [model.sha256 for model in self.models]
+        described = [dict(model.description) for model in self.models]
+        return Algorithm(
+            name if count == 1 else f"{name}, ensemble of {count}",
+            versions("medseg")["medseg"],
+            weights[0] if count == 1 else _digest("\n".join(weights)),
+            _digest(json.dumps([self.config_sha256, described], sort_keys=True)),
+        )
+
+    @property
+    def config_sha256(self) -> str:
+        """SHA-256 of the sections of the configuration that decide a mask, as this run has them."""
+        return _digest(self.config.model_dump_json(include=DECIDING))
+
+    def with_options(self, options: InferOptions) -> Segmenter:
+        """The same loaded model under other `options`, which may differ in `FREE_OPTIONS`.
+
+        `segmenter.with_options(replace(segmenter.options, revision=2))`. Raises `ConfigError` for any other difference:
+        that needs `load_model`.
+        """
+        changed = [f.name for f in fields(options) if getattr(options, f.name) != getattr(self.options, f.name)]
+        fixed = [name for name in changed if name not in FREE_OPTIONS]
+        if fixed:
+            raise ConfigError(
+                f"{', '.join(fixed)} changed of a loaded model, expected only {', '.join(FREE_OPTIONS)}; "
+                "load it again with these options"
+            )
+        made = copy(self)
+        made.options = options
+        return made
 
     def segment(self, *files: str | Path) -> MetaTensor:
         """Label map (I, J[, K]) uint8 (uint16 above 255) of one case on its own grid; several files are its channels.
@@ -351,6 +415,10 @@ def _common_config(models: Sequence[Model]) -> Config:
             if getattr(model.config, section).model_dump_json() != getattr(first, section).model_dump_json():
                 raise ModelError(f"the models of an ensemble differ in `{section}`; train them with one configuration")
     return first
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager

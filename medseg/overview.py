@@ -61,7 +61,8 @@ def draw_overview(
     """RGB (rows, columns, 3) of a case: `image` (*grid.shape) with the outlines of `segmentation`, and what is known.
 
     A volume is shown in the three planes with most of all labels, seen from the feet, from the front and from the left,
-    at the right proportions whatever its spacing, and in slices through the extent of the labels. `quality` by name:
+    at the right proportions whatever its spacing, and in slices through the extent of the labels; a plane [row, column]
+    lies as it is. `quality` by name:
     `expected`, `low`, `high`; `maker`: the model in words. The same input gives the same pixels.
     """
     page = _Page()

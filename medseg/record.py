@@ -20,12 +20,11 @@ from medseg.model import DECISIVE
 from medseg.readers import file_sha256
 from medseg.versions import versions
 from medseg.writers import write_text
+from medseg.writers.formats import NIFTI, WrittenFile
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
-# sections of the configuration that decide a mask
-DECIDING = {"data", "preprocess", "network", "windows", "postprocess"}
 # what a case takes more of once it is done: times, digest, quality and warnings; half of it is usual
 BYTES_OF_A_CASE = 3000
 
@@ -46,7 +45,8 @@ class CaseResult:
     in the network. `reason`: why it failed, or what stopped the run. `seconds` by stage. `peak_memory_mb`: the most
     that the process held while the case was in the network and its neighbours were read and written; where Linux does
     not let that be measured, or several devices share the process, the most since it began (run.json says which under
-    `peak_memory_of`). `inputs`: SHA-256 by file. `probabilities_sha256`: None where they were not asked for.
+    `peak_memory_of`). `inputs`: SHA-256 by file. `output`, `output_sha256`: the mask, None where it was not asked for;
+    `files`: what was written beside it, by format. `probabilities_sha256`: None where they were not asked for.
     `quality`: the expected Dice of each label; `look`: whether somebody should look at the mask.
     """
 
@@ -58,20 +58,29 @@ class CaseResult:
     peak_memory_mb: float | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     output_sha256: str | None = None
+    files: Mapping[str, WrittenFile] = field(default_factory=dict)
     probabilities_sha256: str | None = None
     quality: Mapping[str, Expected] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     look: bool = False
 
-    def is_whole(self, output: Path, inputs: Mapping[str, str]) -> bool:
-        """Whether the file `output` holds the bytes that this result tells of, made of the same input bytes.
+    def whole_files(self, folder: Path, names: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, WrittenFile]:
+        """Of `names`, by format, the files in `folder` that hold the bytes that this result tells of.
 
-        A mask is on the grid of its input, and both are known to the byte: nothing of its grid can differ then. Where
-        the input lies does not matter. Raises `DataError` for an output that cannot be read.
+        None where it was made of other input bytes. A mask is on the grid of its input, and both are known to the byte:
+        nothing of its grid can differ then. Where the input lies does not matter. Raises `DataError` for a file that
+        cannot be read.
         """
         if self.status not in ("done", "skipped") or list(self.inputs.values()) != list(inputs.values()):
-            return False
-        return output.is_file() and file_sha256(output) == self.output_sha256
+            return {}
+        known = {format_: file["sha256"] for format_, file in self.files.items()}
+        if self.output_sha256 is not None:
+            known[NIFTI] = self.output_sha256
+        return {
+            format_: WrittenFile(name=name, sha256=known[format_])
+            for format_, name in names.items()
+            if format_ in known and (folder / name).is_file() and file_sha256(folder / name) == known[format_]
+        }
 
     def has_probabilities(self, path: Path) -> bool:
         """Whether `path` holds the bytes of the probabilities that were written with the mask."""
@@ -112,14 +121,22 @@ class Record:
     earlier: Mapping[str, Sequence[CaseResult]]
 
     def finished(
-        self, case: str, output: Path, inputs: Mapping[str, str], probabilities: Path | None = None
+        self, case: str, names: Mapping[str, str], inputs: Mapping[str, str], probabilities: Path | None = None
     ) -> CaseResult | None:
-        """The earlier result of a case whose mask is still there, byte for byte, and made of the same input bytes.
+        """The earlier result of a case whose files are still there, byte for byte, and made of the same input bytes.
 
-        `probabilities`: a file of them that has to be there too.
+        `names`: of the files that have to be there, by format. `probabilities`: a file that has to be there too.
         """
-        known = [r for r in self.earlier.get(case, ()) if r.is_whole(output, inputs)]
+        folder = self.path.parent
+        known = [r for r in self.earlier.get(case, ()) if r.whole_files(folder, names, inputs).keys() == names.keys()]
         return next((r for r in known if probabilities is None or r.has_probabilities(probabilities)), None)
+
+    def whole_files(self, case: str, names: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, WrittenFile]:
+        """Of the files `names` of a case, by format, those that earlier runs made of the same input bytes."""
+        found: dict[str, WrittenFile] = {}
+        for result in self.earlier.get(case, ()):
+            found |= result.whole_files(self.path.parent, names, inputs)
+        return found
 
     def growth(self, cases: int) -> int:
         """Bytes that the next records may take, which are written beside the one that is there: whole or not at all."""
@@ -190,12 +207,14 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
         "tta": options.tta,
         "overlap": options.overlap,
         "settings": dict(options.settings),
-        "configuration": _digest(segmenter.config.model_dump_json(include=DECIDING)),
+        "configuration": segmenter.config_sha256,
         "precision": segmenter.precision,
         "engine": options.engine,
     }
     # left out unless asked for: records of before stay good
-    asked = {name: True for name in ("resample_tilt", "resample_gaps") if getattr(options.series, name)}
+    asked: dict[str, Any] = {n: True for n in ("resample_tilt", "resample_gaps") if getattr(options.series, n)}
+    if options.revision > 1:
+        asked["revision"] = options.revision
     return dict(json.loads(json.dumps(told | asked)))
 
 

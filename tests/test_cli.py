@@ -23,8 +23,9 @@ import yaml
 from rich.console import Console
 
 import medseg
-from medseg import folder, terminal
+from medseg import terminal
 from medseg.cli import run
+from medseg.writers import formats
 
 VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "inspect", "models")
 OPTIONS = {
@@ -595,14 +596,14 @@ def test_infer_hands_its_options_on(
 def test_infer_says_once_that_the_disk_is_full(
     cli: Medseg, tiny_run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = folder.write_label
+    whole = formats.write_label
 
     def full(path: Path, *arguments, **named):
         if path.name == "case1.nii.gz":
             raise medseg.DataError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
         return whole(path, *arguments, **named)
 
-    monkeypatch.setattr(folder, "write_label", full)
+    monkeypatch.setattr(formats, "write_label", full)
     call = ("infer", images, "-m", tiny_run.folder, "-o", tmp_path / "out")
     shown = cli(*call)
     assert (shown.code, shown.out) == (1, "")

@@ -29,6 +29,7 @@ from medseg.errors import ConfigError, DataError
 from medseg.folder import CaseResult, infer, segment_cases
 from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
+from medseg.writers import formats as formats_module
 from medseg.writers import write_label, write_text
 
 
@@ -97,7 +98,7 @@ def test_an_error_in_any_thread_is_the_failure_of_its_case(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     some_images(tmp_path / "in")
-    where = folder_module if stage == "write_label" else Segmenter
+    where = formats_module if stage == "write_label" else Segmenter
     whole, calls = getattr(where, stage), []
 
     def second_breaks(*arguments: Any, **named: Any) -> Any:
@@ -157,7 +158,7 @@ def test_an_error_while_an_error_is_told_ends_the_run(
     def cannot_tell(*_: object) -> str:
         raise FloatingPointError
 
-    monkeypatch.setattr(folder_module if stage == "write_label" else Segmenter, stage, breaks)
+    monkeypatch.setattr(formats_module if stage == "write_label" else Segmenter, stage, breaks)
     monkeypatch.setattr(folder_module, "_reason", cannot_tell)
     threads = threading.active_count()
     assert isinstance(ended(lambda: run(tmp_path, model)), FloatingPointError)
@@ -252,7 +253,7 @@ def test_no_more_than_three_cases_are_under_way(tmp_path: Path, model: Path, mon
         return write_label(*arguments, **named)
 
     monkeypatch.setattr(Segmenter, "prepare", counted)
-    monkeypatch.setattr(folder_module, "write_label", held)
+    monkeypatch.setattr(formats_module, "write_label", held)
     results: list[CaseResult] = []
     run = threading.Thread(target=lambda: results.extend(infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)))
     run.start()
@@ -411,7 +412,7 @@ def test_a_full_disk_stops_the_run_and_says_what_is_done(
             raise DataError("cannot write") from OSError(number, os.strerror(number))
         return write_label(path, *arguments, **named)
 
-    monkeypatch.setattr(folder_module, "write_label", full)
+    monkeypatch.setattr(formats_module, "write_label", full)
     results = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
     assert statuses(results) == ["done", "done", "not_done", "not_done", "not_done"]
     assert {r.reason for r in results[2:]} == {f"{tmp_path / 'out'}: the disk is full"}
@@ -453,7 +454,7 @@ def test_the_last_record_has_the_room_that_was_held_for_it(
             raise DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write_label(path, *arguments, **named)
 
-    monkeypatch.setattr(folder_module, "write_label", full)
+    monkeypatch.setattr(formats_module, "write_label", full)
     assert run(tmp_path, model) == ["done", "done", "not_done", "not_done"]
     assert len(room) == 1
     assert (tmp_path / "out" / "run.json").stat().st_size <= room[0]

@@ -91,6 +91,16 @@ def infer(
         ),
     ] = "1/1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME,...",
+            help="What is written of each case: nifti (the mask; of pictures a PNG), dicom-seg, rtstruct, dicom-sr "
+            "(volumes and expected Dice), dicom-sc (a summary as an image), picture (the same as a PNG). Those between "
+            "nifti and picture are for DICOM series. A case is skipped only where all are there.",
+        ),
+    ] = "nifti",
     save_probabilities: Annotated[
         bool,
         typer.Option(
@@ -149,6 +159,7 @@ def infer(
         save_probabilities=save_probabilities,
         settings=settings_of(settings),
         series=medseg.SeriesOptions(series, resample_tilt, resample_gaps),
+        formats=tuple(name.strip() for name in format_.split(",")),
     )
     with shown_progress() as progress:
         results = medseg.infer(inputs, model, output, options, progress=progress)

@@ -59,6 +59,8 @@ def _capture(source: Source, picture: npt.NDArray[np.uint8]) -> Dataset:
     )
     made.copy_patient_and_study_information(first)
     made.PatientOrientation = None
+    # empty: not known whether what is shown is one of a pair
+    made.Laterality = ""
     made.DateOfSecondaryCapture, made.TimeOfSecondaryCapture = date, time
     made.SecondaryCaptureDeviceManufacturer = "medseg"
     made.BurnedInAnnotation = "NO"

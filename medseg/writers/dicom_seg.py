@@ -140,7 +140,7 @@ def _identification(algorithm: Algorithm) -> hd.AlgorithmIdentificationSequence:
 def _add_side(made: Dataset, anatomy: Anatomy) -> None:
     if anatomy.side:
         kind = made.SegmentedPropertyTypeCodeSequence[0]
-        kind.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.fromcoded(coded(anatomy.side))]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.from_code(coded(anatomy.side))]
 
 
 def _clear(made: Dataset, series: Source, ends: Sequence[int]) -> None:

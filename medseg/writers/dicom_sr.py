@@ -81,7 +81,7 @@ def _document(source: Source, groups: Sequence[Any], with_segmentation: bool) ->
         imaging_measurements=groups,
         title=Code("126000", "DCM", "Imaging Measurement Report"),
         language_of_content_item_and_descendants=sr.LanguageOfContentItemAndDescendants(
-            Code("en", "RFC5646", "English")
+            sr.CodedConcept("en", "RFC5646", "English")
         ),
     )
     date, time = source.date_and_time
@@ -122,7 +122,7 @@ def _device(algorithm: Algorithm) -> sr.ObserverContext:
         model_name=long_string(algorithm.name),
         serial_number=algorithm.model_sha256 or None,
     )
-    return sr.ObserverContext(Code("121007", "DCM", "Device"), identity)
+    return sr.ObserverContext(sr.CodedConcept("121007", "DCM", "Device"), identity)
 
 
 def _segmentation(source: Source) -> Dataset:

@@ -1,4 +1,4 @@
-"""Label maps of pictures as PNG index pictures; names and renaming are the package's."""
+"""Label maps of pictures as PNG index pictures, and colour; names and renaming are the package's."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def write(path: Path, array: npt.NDArray[Any], names: Mapping[int, str]) -> None
     info = PngInfo()
     info.add_text("labels", json.dumps({str(value): names[value] for value in sorted(names)}))
     Picture.fromarray(np.ascontiguousarray(array)).save(path, format="PNG", pnginfo=info)
+
+
+def write_rgb(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    """Writes `pixels` (rows, columns, 3) as colour PNG."""
+    Picture.fromarray(pixels).save(path, format="PNG")
