@@ -377,7 +377,7 @@ def test_a_stop_forgets_nothing_of_earlier_runs(tmp_path: Path, model: Path, mon
     run(tmp_path, model)
     save(images[0], blobs(SHAPE, seed=9), AFFINE)
     monkeypatch.setattr(Segmenter, "segment_prepared", interrupted_by(signal.SIGTERM, "case0"))
-    monkeypatch.setattr(record_module.CaseResult, "is_whole", lambda *_: False)
+    monkeypatch.setattr(record_module.CaseResult, "whole_files", lambda *_: {})
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, model)
     monkeypatch.undo()

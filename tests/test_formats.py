@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +284,32 @@ def test_a_full_disk_leaves_no_file_half(
     monkeypatch.setattr(image2d, "write_rgb", full)
     assert one(scan, model, tmp_path, asking("nifti", "picture")).status == "not_done"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+KILLED = """
+import os, signal, sys
+import medseg
+from medseg.writers import image2d
+
+def half(temporary, pixels):
+    temporary.write_bytes(b"the beginning")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+image2d.write_rgb = half
+options = medseg.InferOptions(device="cpu", precision="32", formats=("nifti", "rtstruct", "picture"))
+medseg.infer([sys.argv[1]], [sys.argv[2]], sys.argv[3], options)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_killed_run_leaves_no_file_half_and_the_next_one_clears_up(scan: Path, tmp_path: Path, model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, scan, model, tmp_path], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = {p.name for p in tmp_path.iterdir()}
+    assert {n for n in left if not n.startswith(".")} == {"run.json", "scan.nii.gz", "scan.rtstruct.dcm"}
+    assert len(left) == 4
+    assert one(scan, model, tmp_path, asking("nifti", "rtstruct", "picture")).status == "done"
+    assert set(files(tmp_path)) == {"scan.nii.gz", "scan.rtstruct.dcm", "scan.picture.png"}
 
 
 @pytest.mark.parametrize(
