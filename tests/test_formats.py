@@ -307,7 +307,7 @@ def test_a_killed_run_leaves_no_file_half_and_the_next_one_clears_up(scan: Path,
     assert done.returncode == -signal.SIGKILL
     left = {p.name for p in tmp_path.iterdir()}
     assert {n for n in left if not n.startswith(".")} == {"run.json", "scan.nii.gz", "scan.rtstruct.dcm"}
-    assert len(left) == 4
+    assert any(n.startswith(".scan.picture.") for n in left)
     assert one(scan, model, tmp_path, asking("nifti", "rtstruct", "picture")).status == "done"
     assert set(files(tmp_path)) == {"scan.nii.gz", "scan.rtstruct.dcm", "scan.picture.png"}
 
