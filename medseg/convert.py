@@ -139,7 +139,7 @@ def _to_dicom(
         # who drew it is not known: that somebody helped claims the least
         algorithm = replace(algorithm, kind="SEMIAUTOMATIC")
     segmentation = Segmentation(label.array, label.grid, segments)
-    write(output, labelled_series(images.headers, segmentation, algorithm=algorithm))
+    write(output, labelled_series(images, segmentation, algorithm=algorithm))
     return Converted(output, label.grid.shape, label.grid.spacing_mm, images.geometry.warnings)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import numpy.typing as npt
 from geometry import oblique
-from pydicom import Dataset
+from pydicom import Dataset, FileDataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian
+
+from medseg.readers.series import SourceImages, source_images
 
 Array = npt.NDArray[np.float64]
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -64,6 +70,17 @@ def enhanced(affine: Array = OBLIQUE, shape: tuple[int, int, int] = SHAPE) -> Da
     return header
 
 
+def images_of(headers: list[Dataset]) -> SourceImages:
+    """The series that `headers` make, read from files without pixels; their order there is that of the list."""
+    with TemporaryDirectory() as folder:
+        for number, header in enumerate(headers):
+            # what a scanner writes may be no valid file for pydicom
+            file = FileDataset("", header, file_meta=header.file_meta, preamble=b"\0" * 128)
+            file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            file.save_as(Path(folder) / f"{number:04}", enforce_file_format=False)
+        return source_images(Path(folder))
+
+
 def _common(shape: tuple[int, int, int], series: int) -> Dataset:
     header = Dataset()
     header.file_meta = FileMetaDataset()
@@ -73,6 +90,8 @@ def _common(shape: tuple[int, int, int], series: int) -> Dataset:
     header.Modality, header.SeriesNumber = "MR", 3
     header.SeriesDate, header.SeriesTime = "20240229", "081500"
     header.Columns, header.Rows = shape[0], shape[1]
+    header.SamplesPerPixel, header.PhotometricInterpretation, header.PixelRepresentation = 1, "MONOCHROME2", 0
+    header.BitsAllocated, header.BitsStored, header.HighBit = 16, 16, 15
     return header
 
 

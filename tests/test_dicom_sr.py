@@ -12,7 +12,7 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
-from dicom_series import OBLIQUE, SHAPE, classic, enhanced, ras
+from dicom_series import OBLIQUE, SHAPE, classic, enhanced, images_of, ras
 from pydicom import Dataset
 from pydicom.sr.coding import Code
 
@@ -48,7 +48,7 @@ def labelled() -> Segmentation:
 
 
 def write(path: Path, source: list[Dataset] | None = None, *, seg: bool = True, **options: object) -> hd.sr.SRDocument:
-    series = labelled_series(source or classic(), labelled(), **{"algorithm": ALGORITHM, **options})
+    series = labelled_series(images_of(source or classic()), labelled(), **{"algorithm": ALGORITHM, **options})
     write_dicom_sr(path, series, volumes_ml=labelled().volumes_ml, quality=QUALITY, with_segmentation=seg)
     if seg:
         write_dicom_seg(path.with_suffix(".seg"), series)
@@ -134,6 +134,7 @@ def test_the_procedure_is_that_of_the_modality(tmp_path: Path, modality: str, co
     source = classic()
     for header in source:
         header.Modality = modality
+        header.RescaleSlope, header.RescaleIntercept = 1, 0
     root = write(tmp_path / "sr.dcm", source).content[0].ContentSequence
     (procedure,) = [i for i in root if i.ConceptNameCodeSequence[0].CodeValue == "121058"]
     assert procedure.ConceptCodeSequence[0].CodeValue == code

@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from dicom_series import LPS_TO_RAS, OBLIQUE, SHAPE, classic, ras
+from dicom_series import LPS_TO_RAS, OBLIQUE, SHAPE, classic, images_of, ras
 from geometry import orientations, reorient
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
@@ -20,6 +20,7 @@ from medseg.errors import DataError, GeometryError
 from medseg.grid import Grid
 from medseg.readers.segmentation import is_dicom_segmentation, read_segmentation
 from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.readers.series import source_images
 from medseg.writers.dicom_seg import write_dicom_seg
 from medseg.writers.dicom_source import labelled_series
 from medseg.writers.provenance import Algorithm
@@ -145,7 +146,9 @@ def written(path: Path) -> Path:
     array = np.zeros(SHAPE, np.uint16)
     array[2:5, 3:6, 2], array[7, 7, 4] = 7, 300
     segments = (SegmentInfo(7, "Tumör", "#CC79A7"), SegmentInfo(300, "肝", "#0072B2"))
-    return write_dicom_seg(path, labelled_series(classic(), Segmentation(array, GRID, segments), algorithm=Algorithm()))
+    return write_dicom_seg(
+        path, labelled_series(images_of(classic()), Segmentation(array, GRID, segments), algorithm=Algorithm())
+    )
 
 
 def test_what_we_write_comes_back_with_values_names_and_colours(tmp_path: Path) -> None:
@@ -277,9 +280,8 @@ def test_real_series_round_trip(tmp_path: Path, shared_data: Path) -> None:
     image, grid = twin(torture / "ref_dcm2niix/mr_hippocrop_study1.nii.gz")
     labels = (image > np.percentile(image, 70)).astype(np.uint8) + (image > np.percentile(image, 95))
     segments = (SegmentInfo(1, "Anterior"), SegmentInfo(2, "Posterior"))
-    source = [pydicom.dcmread(p, stop_before_pixels=True) for p in (torture / "series/mr_hippocrop_study1").iterdir()]
-    path = tmp_path / "seg.dcm"
-    write_dicom_seg(path, labelled_series(source, Segmentation(labels, grid, segments), algorithm=Algorithm()))
+    images, path = source_images(torture / "series/mr_hippocrop_study1"), tmp_path / "seg.dcm"
+    write_dicom_seg(path, labelled_series(images, Segmentation(labels, grid, segments), algorithm=Algorithm()))
     alone, on_it = read_segmentation(path), read_segmentation(path, like=grid)
     assert sorted(alone.grid.shape) == sorted(grid.shape)
     np.testing.assert_array_equal(on_it.array, labels)

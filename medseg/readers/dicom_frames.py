@@ -147,6 +147,15 @@ def refuse_interleaved(headers: Sequence[Dataset], where: str) -> None:
             )
 
 
+def numbers_of(groups: Sequence[Any], sequence: str, name: str, count: int) -> Array | None:
+    """The `count` numbers of an element where it is first found; None where it is missing or anything else.
+
+    `groups`: a frame's own, the shared ones, the file itself; each has it in its `sequence`, or directly.
+    """
+    holder = _holder(groups, sequence, name)
+    return None if holder is None else _finite(holder, name, count)
+
+
 def is_inverted(header: Dataset) -> bool:
     """Whether low values are to be shown bright, and mean nothing else."""
     shown = header_value(header, "PhotometricInterpretation")
@@ -161,7 +170,7 @@ def plane_distance(file: DicomFile, header: Dataset) -> tuple[float, str]:
     for name in ("SpacingBetweenSlices", "SliceThickness"):
         for groups in (header_value(header, "SharedFunctionalGroupsSequence") or [], [header]):
             for holder in (*groups, *(header_value(header, "PerFrameFunctionalGroupsSequence") or [])[:1]):
-                value = _numbers([holder], "PixelMeasuresSequence", name, 1)
+                value = numbers_of([holder], "PixelMeasuresSequence", name, 1)
                 if value is not None and value[0] > 0:
                     return float(value[0]), name
     raise GeometryError(
@@ -376,9 +385,9 @@ def _frames(file: DicomFile, number: int, header: Dataset) -> list[Frame]:
 
 
 def _frame(file: DicomFile, number: int, index: int, header: Dataset, groups: list[Any]) -> Frame:
-    position = _numbers(groups, "PlanePositionSequence", "ImagePositionPatient", 3)
-    orientation = _numbers(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
-    spacing = _numbers(groups, "PixelMeasuresSequence", "PixelSpacing", 2)
+    position = numbers_of(groups, "PlanePositionSequence", "ImagePositionPatient", 3)
+    orientation = numbers_of(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    spacing = numbers_of(groups, "PixelMeasuresSequence", "PixelSpacing", 2)
     for value, name in (
         (position, "ImagePositionPatient"),
         (orientation, "ImageOrientationPatient"),
@@ -453,13 +462,7 @@ def _rescale(file: DicomFile, header: Dataset, groups: list[Any]) -> tuple[float
     return slope, intercept, tuple(found)
 
 
-def _numbers(groups: list[Any], sequence: str, name: str, count: int) -> Array | None:
-    """The numbers of an element where it is first found; None where it is missing or anything else."""
-    holder = _holder(groups, sequence, name)
-    return None if holder is None else _finite(holder, name, count)
-
-
-def _holder(groups: list[Any], sequence: str, name: str) -> Dataset | None:
+def _holder(groups: Sequence[Any], sequence: str, name: str) -> Dataset | None:
     """The first of `groups` that has an element, blank ones aside: a frame's own, the shared, the file's."""
     for group in groups:
         holders: list[Dataset] = [*(header_value(group, sequence) or [])[:1], group]

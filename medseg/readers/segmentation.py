@@ -24,8 +24,7 @@ from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
 from medseg.readers._axes import LPS_TO_RAS
 from medseg.readers.dicom_files import quiet
-from medseg.readers.dicom_frames import MOST_VOXELS
-from medseg.readers.dicom_planes import Frame, frames_of, same_orientation, stack_affine
+from medseg.readers.dicom_frames import COSINE_TOLERANCE, MOST_VOXELS, numbers_of
 from medseg.readers.segments import VALUE_NOTE, Segmentation, SegmentInfo
 
 SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -86,7 +85,7 @@ def _read(header: Dataset, like: Grid | None, threshold: float | None, overlap: 
             "a FRACTIONAL segmentation found, expected BINARY or LABELMAP; say from which fraction a voxel counts"
         )
     segments = {int(item.SegmentNumber): _segment(item) for item in header.SegmentSequence}
-    frames = list(frames_of(header))
+    frames = _frames(header)
     if int(header.NumberOfFrames) != len(frames):
         raise DataError(f"{header.NumberOfFrames} frames with {len(frames)} places found, expected as many of both")
     stack = _stack(frames, int(header.Rows), int(header.Columns))
@@ -107,6 +106,20 @@ def _read(header: Dataset, like: Grid | None, threshold: float | None, overlap: 
 
 
 @dataclass(frozen=True, eq=False)
+class _Frame:
+    """What the header says of one frame.
+
+    `position`: LPS mm of the centre of its first pixel; `directions`: along a row, along a column; `spacing_mm`:
+    between rows, between columns; `step_mm`: to the next plane, 0 where unknown.
+    """
+
+    position: npt.NDArray[np.float64]
+    directions: npt.NDArray[np.float64]
+    spacing_mm: tuple[float, float]
+    step_mm: float
+
+
+@dataclass(frozen=True, eq=False)
 class _Stack:
     """The grid (column, row, plane) in RAS mm, and which of its planes each frame is."""
 
@@ -114,11 +127,52 @@ class _Stack:
     plane_of: npt.NDArray[np.intp]
 
 
-def _stack(frames: list[Frame], rows: int, columns: int) -> _Stack:
-    same_orientation(frames)
+def _frames(header: Dataset) -> list[_Frame]:
+    """Raises `GeometryError` where the header does not say where a frame lies."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [])[:1]
+    return [
+        _frame(number, [groups, *shared])
+        for number, groups in enumerate(header.get("PerFrameFunctionalGroupsSequence") or [], 1)
+    ]
+
+
+def _frame(number: int, groups: list[Dataset]) -> _Frame:
+    position = _told(groups, "PlanePositionSequence", "ImagePositionPatient", 3)
+    directions = _told(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6).reshape(2, 3)
+    spacing = _told(groups, "PixelMeasuresSequence", "PixelSpacing", 2)
+    lengths = np.linalg.norm(directions, axis=1)
+    if np.abs(lengths - 1).max() > COSINE_TOLERANCE or abs(directions[0] @ directions[1]) > COSINE_TOLERANCE:
+        raise GeometryError(f"frame {number}: Image Orientation {directions.ravel()} is no pair of unit vectors")
+    if (spacing <= 0).any():
+        raise GeometryError(f"frame {number}: Pixel Spacing {spacing} found, expected numbers above 0")
+    steps = [numbers_of(groups, "PixelMeasuresSequence", n, 1) for n in ("SpacingBetweenSlices", "SliceThickness")]
+    step_mm = next((abs(float(step[0])) for step in steps if step is not None and step[0]), 0.0)
+    return _Frame(position, directions / lengths[:, None], (float(spacing[0]), float(spacing[1])), step_mm)
+
+
+def _told(groups: list[Dataset], sequence: str, name: str, count: int) -> npt.NDArray[np.float64]:
+    numbers = numbers_of(groups, sequence, name, count)
+    if numbers is None:
+        # what stands there may be anything, a name too
+        raise GeometryError(f"no {name} of {count} numbers found, expected one; the image has no place in space")
+    return numbers
+
+
+def _refuse_turned(frames: list[_Frame]) -> None:
+    """Raises `GeometryError` where frames are turned against each other or their pixels differ in size."""
+    first = frames[0]
+    for frame in frames:
+        if np.abs(frame.directions - first.directions).max() > COSINE_TOLERANCE:
+            raise GeometryError("planes of several orientations found, expected parallel ones; give one series")
+        if not np.allclose(frame.spacing_mm, first.spacing_mm, rtol=COSINE_TOLERANCE):
+            raise GeometryError(f"pixels of {first.spacing_mm} and {frame.spacing_mm} mm found, expected one size")
+
+
+def _stack(frames: list[_Frame], rows: int, columns: int) -> _Stack:
+    _refuse_turned(frames)
     first = frames[0]
     normal = np.cross(*first.directions)
-    positions = np.stack([frame.plane.position for frame in frames])
+    positions = np.stack([frame.position for frame in frames])
     heights = positions @ normal
     lowest = positions[int(heights.argmin())]
     apart = np.diff(np.unique(np.round(heights, 6)))
@@ -135,7 +189,10 @@ def _stack(frames: list[Frame], rows: int, columns: int) -> _Stack:
     if count > 1:
         # to the last plane, not by the rounded spacing
         step_mm = float(heights.max() - heights.min()) / (count - 1)
-    affine = stack_affine(first, lowest, normal * step_mm)
+    affine = np.eye(4)
+    # along a row the column counts: the first direction goes with the second spacing
+    affine[:3, :2] = first.directions.T * first.spacing_mm[::-1]
+    affine[:3, 2], affine[:3, 3] = normal * step_mm, lowest
     return _Stack(Grid((columns, rows, count), LPS_TO_RAS @ affine), np.rint(numbers).astype(np.intp))
 
 

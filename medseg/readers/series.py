@@ -112,12 +112,14 @@ class SourceImages:
     """What a DICOM object needs that is made from a series and refers to it.
 
     `headers`: the whole headers without pixels, of classic images one for each plane, in the order of the volume; of
-    multi-frame files one each. `frames`: for each plane of the volume its place in `headers` and its frame there, from
-    0. `geometry`: the volume (I, J, K) of columns, rows, planes. `resampled`: the planes are not those of the files.
+    multi-frame files one each. `frames`: for each plane of the files its place in `headers` and its frame there, from
+    0; `positions` (K, 3): the centre of its first pixel as the file says, LPS mm. `geometry`: the volume (I, J, K) of
+    columns, rows, planes. `resampled`: its planes are not those of the files.
     """
 
     headers: tuple[Dataset, ...]
     frames: tuple[tuple[int, int], ...]
+    positions: npt.NDArray[np.float64]
     geometry: Geometry
     resampled: bool
 
@@ -225,7 +227,8 @@ def source_images(source: Path | Series, options: SeriesOptions | None = None) -
     order = list(dict.fromkeys(f.file for f in laid.made.frames))
     headers = tuple(header for _, header in read_headers([series.files[n] for n in order]))
     frames = tuple((order.index(f.file), f.index) for f in laid.made.frames)
-    return SourceImages(headers, frames, _geometry(laid, series.source, 3), laid.tilted or laid.uneven)
+    positions = np.stack([f.position for f in laid.made.frames])
+    return SourceImages(headers, frames, positions, _geometry(laid, series.source, 3), laid.tilted or laid.uneven)
 
 
 # ---- as a format among others

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from pydicom import Dataset
 from pydicom.sr.coding import Code
 
-from medseg.errors import GeometryError
 from medseg.readers.segments import VALUE_NOTE, SegmentInfo
 from medseg.writers import atomic_path
 from medseg.writers.anatomy import Anatomy, anatomy_of
@@ -21,8 +20,6 @@ from medseg.writers.provenance import Algorithm
 
 # beside the series of the scanner, whose numbers rarely are so large
 SERIES_NUMBER = 1000
-# axes further from a right angle make no frames of a segmentation: 0.06 degrees
-SHEAR_TOLERANCE = 1e-3
 
 
 def write_dicom_seg(path: Path, labelled: LabelledSeries) -> Path:
@@ -32,7 +29,7 @@ def write_dicom_seg(path: Path, labelled: LabelledSeries) -> Path:
     value where the values are 1, 2, 3, …, else its rank (DICOM allows no gaps) with the value in its description.
     Frames without a voxel are left out, but for those of the first and the last plane: they keep the extent of the
     grid. Dates are those of the series, UIDs follow from source, revision and model: the same input gives the same
-    bytes. Raises `GeometryError` for planes that are shifted against each other.
+    bytes.
     """
     with written_as(path, "a DICOM SEG"):
         segments = labelled.segments
@@ -58,7 +55,8 @@ def _segmentation(series: Source, numbers: npt.NDArray[Any], segments: Sequence[
     try:
         volume = hd.Volume(
             numbers,
-            _frames_affine(series),
+            # (plane, row, column) → LPS mm
+            series.affine[:, [2, 1, 0, 3]],
             coordinate_system="PATIENT",
             frame_of_reference_uid=series.first.FrameOfReferenceUID,
         )
@@ -91,22 +89,6 @@ def _segmentation(series: Source, numbers: npt.NDArray[Any], segments: Sequence[
         # highdicom draws one by chance
         item.DimensionOrganizationUID = origin.uid("SEG", "dimensions")
     return repeatable(made)
-
-
-def _frames_affine(series: Source) -> npt.NDArray[np.float64]:
-    """(plane, row, column) → LPS mm. Raises `GeometryError` where the planes are not stacked at right angles."""
-    affine = series.planes.affine
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.abs(directions.T @ directions - np.eye(3)).max() > SHEAR_TOLERANCE:
-        raise GeometryError(
-            "planes that are shifted against each other found (a tilted gantry), expected a stack at right angles; "
-            "a DICOM SEG holds none: write RTSTRUCT or NIfTI"
-        )
-    # exactly at right angles: rounded positions are not, and highdicom looks closely
-    normal = np.cross(directions[:, 0], directions[:, 1])
-    affine = affine.copy()
-    affine[:3, 2] = normal * (affine[:3, 2] @ normal)
-    return np.asarray(affine[:, [2, 1, 0, 3]])
 
 
 def _description(number: int, segment: SegmentInfo, algorithm: Algorithm) -> hd.seg.SegmentDescription:
@@ -149,14 +131,14 @@ def _clear(made: Dataset, series: Source, ends: Sequence[int]) -> None:
         return
     pixels = bytearray(made.PixelData)
     size = made.Rows * made.Columns
-    normal = np.cross(series.planes.affine[:3, 0], series.planes.affine[:3, 1])
+    normal = np.cross(series.affine[:3, 0], series.affine[:3, 1])
     normal /= np.linalg.norm(normal)
     heights = [
         float(np.dot(item.PlanePositionSequence[0].ImagePositionPatient, normal))
         for item in made.PerFrameFunctionalGroupsSequence
     ]
     for k in ends:
-        frame = int(np.argmin(np.abs(np.asarray(heights) - series.planes.planes[k].position @ normal)))
+        frame = int(np.argmin(np.abs(np.asarray(heights) - series.planes[k].position @ normal)))
         byte, bit = divmod(frame * size, 8)
         pixels[byte] &= ~(1 << bit) & 0xFF
     made.PixelData = bytes(pixels)

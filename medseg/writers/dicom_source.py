@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from pydicom.sr.coding import Code
 from pydicom.uid import UID
 
 from medseg.errors import DataError, GeometryError, MedsegError
-from medseg.grid import ROUNDING_TOLERANCE, turned
+from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
+from medseg.readers._axes import LPS_TO_RAS
 from medseg.readers.dicom_files import quiet
-from medseg.readers.dicom_planes import Planes, planes_of
 from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.readers.series import SourceImages
 from medseg.writers.anatomy import CODES
 from medseg.writers.provenance import Algorithm, Origin, complete_segments, labels_sha256
 
@@ -62,21 +63,39 @@ _DATES = ("Series", "Acquisition", "Content", "Study")
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """A series that can be referred to: complete headers, and the planes they make in order along the normal."""
+class Plane:
+    """One frame of `header`, counted from 1; `position`: LPS mm of the centre of its first pixel."""
 
-    planes: Planes
+    header: Dataset
+    frame: int
+    position: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A series that can be referred to: complete headers, and its planes in the order of the volume.
+
+    `grid`: the volume of columns, rows, planes in RAS mm.
+    """
+
+    planes: tuple[Plane, ...]
+    grid: Grid
     origin: Origin
+
+    @property
+    def affine(self) -> npt.NDArray[np.float64]:
+        """(column, row, plane) → LPS mm, 4×4."""
+        return np.asarray(LPS_TO_RAS @ self.grid.affine)
 
     @property
     def first(self) -> Dataset:
         """A header for what all have in common."""
-        return self.planes.planes[0].header
+        return self.planes[0].header
 
     @property
     def headers(self) -> list[Dataset]:
         """Every object once, in the order of the planes."""
-        return list({id(plane.header): plane.header for plane in self.planes.planes}.values())
+        return list({id(plane.header): plane.header for plane in self.planes}.values())
 
     @property
     def series_number(self) -> int:
@@ -111,21 +130,18 @@ class LabelledSeries:
 
 
 def labelled_series(
-    headers: Sequence[Dataset], segmentation: Segmentation, *, algorithm: Algorithm, revision: int = 1
+    images: SourceImages, segmentation: Segmentation, *, algorithm: Algorithm, revision: int = 1
 ) -> LabelledSeries:
-    """The series of `headers` with `segmentation` on its planes, turned and flipped as needed, never resampled.
+    """The series of `images` with `segmentation` on its planes, turned and flipped as needed, never resampled.
 
-    `headers`: all slices in any order, or one multi-frame object; pixels need not be loaded. The label map may have its
-    axes in another order or direction.
-
-    Raises `DataError` for values that make no segments and for headers that cannot be referred to (see
-    `check_references`), `GeometryError` where their planes make no volume or the label map does not have exactly their
-    voxels, up to `ROUNDING_TOLERANCE` of one.
+    The label map may have its axes in another order or direction. Raises `DataError` for values that make no segments
+    and for images that cannot be referred to (see `check_references`), `GeometryError` where the label map does not
+    have exactly their voxels, up to `ROUNDING_TOLERANCE` of one.
     """
     with quiet():
         try:
             segments = complete_segments(segmentation)
-            source = _source(headers, segmentation, algorithm, revision)
+            source = _source(images, segmentation, algorithm, revision)
             return LabelledSeries(source, _voxels_on(source, segmentation), segments)
         except MedsegError:
             raise
@@ -136,38 +152,34 @@ def labelled_series(
             ) from error
 
 
-def check_references(headers: Sequence[Dataset]) -> None:
-    """Raises `DataError` where objects cannot refer to `headers`: UIDs that are blank, broken or there twice, several
-    series or patients."""
-    if not headers:
-        raise DataError("no headers found, expected those of the image series that the labels belong to")
-    for header in headers:
+def check_references(images: SourceImages) -> None:
+    """Raises `DataError` where objects cannot refer to `images`: planes were resampled, or UIDs are blank or broken."""
+    if images.resampled:
+        raise DataError(
+            "planes that were resampled found, expected those of the files: what is in no file cannot be referred to; "
+            "leave out --resample-tilt and --resample-gaps, or write NIfTI"
+        )
+    for header in images.headers:
         for keyword, words in _UIDS.items():
             _check_uid(header, keyword, words)
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID"):
-        values = {str(header.get(keyword) or "") for header in headers}
-        if len(values) > 1:
-            # a patient's number does not belong into a message
-            raise DataError(f"{len(values)} values of {keyword} found, expected one; give the slices of one series")
-    instances = {str(header.SOPInstanceUID) for header in headers}
-    if len(instances) < len(headers):
-        raise DataError("a SOP Instance UID found twice, expected one per object; remove the copies")
 
 
-def _source(headers: Sequence[Dataset], segmentation: Segmentation, algorithm: Algorithm, revision: int) -> Source:
-    check_references(headers)
+def _source(images: SourceImages, segmentation: Segmentation, algorithm: Algorithm, revision: int) -> Source:
+    check_references(images)
     # without a model the labels tell objects apart
     labels = "" if algorithm.model_sha256 else labels_sha256(segmentation)
-    instances = tuple(str(header.SOPInstanceUID) for header in headers)
-    origin = Origin(str(headers[0].SeriesInstanceUID), instances, revision, algorithm, labels)
-    planes = planes_of(headers)
-    complete = {id(header): _complete(header) for header in headers}
-    held = tuple(replace(plane, header=complete[id(plane.header)]) for plane in planes.planes)
-    return Source(replace(planes, planes=held), origin)
+    instances = tuple(str(header.SOPInstanceUID) for header in images.headers)
+    origin = Origin(str(images.headers[0].SeriesInstanceUID), instances, revision, algorithm, labels)
+    complete = [_complete(header) for header in images.headers]
+    planes = tuple(
+        Plane(complete[place], frame + 1, position)
+        for (place, frame), position in zip(images.frames, images.positions, strict=True)
+    )
+    return Source(planes, images.geometry.grid, origin)
 
 
 def _voxels_on(source: Source, segmentation: Segmentation) -> npt.NDArray[np.integer[Any]]:
-    want = source.planes.grid
+    want = source.grid
     hint = "give the series the labels were made on, or resample them to it"
     if segmentation.grid.spatial_dims != 3:
         raise GeometryError(f"label map of {segmentation.grid.spatial_dims} axes found, expected 3; {hint}")

@@ -79,7 +79,7 @@ class Outcome:
             # a plane of a 2D model lies in space again
             labels = Segmentation(self.labels.reshape(geometry.shape), geometry, self.segments)
         with _told_of(self.case):
-            return labelled_series(self.source.headers, labels, algorithm=self.algorithm, revision=self.revision)
+            return labelled_series(self.source, labels, algorithm=self.algorithm, revision=self.revision)
 
     @cached_property
     def picture(self) -> npt.NDArray[np.uint8]:
@@ -138,14 +138,8 @@ def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     from medseg.writers.dicom_source import check_references
 
     images = source_images(case.series)
-    if images.resampled:
-        raise DataError(
-            f"{case.images[0]}: planes that were resampled found, expected those of the files for "
-            f"{', '.join(needing)}: what is in no file cannot be referred to; leave out --resample-tilt and "
-            "--resample-gaps, or ask for --format nifti alone"
-        )
     with _told_of(case):
-        check_references(images.headers)
+        check_references(images)
     return images
 
 

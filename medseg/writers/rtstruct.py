@@ -14,10 +14,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.tag import Tag
 from pydicom.uid import UID, ImplicitVRLittleEndian
 
-from medseg.readers.dicom_planes import Plane
 from medseg.readers.segments import SegmentInfo
 from medseg.writers import atomic_path
-from medseg.writers.dicom_source import LabelledSeries, Source, long_string, written_as
+from medseg.writers.dicom_source import LabelledSeries, Plane, Source, long_string, written_as
 from medseg.writers.outlines import outlines
 from medseg.writers.provenance import IMPLEMENTATION_UID
 
@@ -52,10 +51,9 @@ _IDENTITY = (
 def write_rtstruct(path: Path, labelled: LabelledSeries) -> Path:
     """Writes the labels of a series as an RT Structure Set; gives back `path`.
 
-    Planes may be shifted against each other (a tilted gantry). One ROI per named label, numbered by its value, without
-    contours where this case does not have it. Contours are the edges of the voxels in each plane, exactly; holes are
-    joined to the contour around them (see `outlines`). Dates are those of the series, UIDs follow from source, revision
-    and model: the same input gives the same bytes.
+    One ROI per named label, numbered by its value, without contours where this case does not have it. Contours are the
+    edges of the voxels in each plane, exactly; holes are joined to the contour around them (see `outlines`). Dates are
+    those of the series, UIDs follow from source, revision and model: the same input gives the same bytes.
     """
     with written_as(path, "an RTSTRUCT"):
         made = _structure_set(labelled.source, labelled.segments)
@@ -137,8 +135,8 @@ def _roi_contours(
     series: Source, voxels: npt.NDArray[np.integer[Any]], segments: Sequence[SegmentInfo]
 ) -> list[Dataset]:
     contours: dict[int, list[Dataset]] = {segment.value: [] for segment in segments}
-    affine = series.planes.affine
-    for plane, values in zip(series.planes.planes, voxels):
+    affine = series.affine
+    for plane, values in zip(series.planes, voxels):
         for value in np.flatnonzero(np.bincount(values.ravel())[1:]) + 1:
             for polygon in outlines(values == value):
                 points = plane.position + polygon @ affine[:3, :2].T
