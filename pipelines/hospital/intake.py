@@ -54,7 +54,8 @@ class Intake:
     def take(self, path: Path, *, sent_by: str) -> Taken:
         """Takes in the file at `path` (from `Store.new_file`, or elsewhere on its disk), which is moved away.
 
-        It is on the disk and in the database when this ends. The same file again changes nothing. Raises `RefusedError`.
+        It is on the disk and in the database when this ends; the same file again changes nothing. Raises
+        `RefusedError`.
         """
         sha256 = sha256_of(path)
         try:
