@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medseg.cases import Case, fold_split
+    from medseg.catalogue import weights_file
     from medseg.check import Finding, Findings, SeriesFacts, check_dataset, check_series
     from medseg.compare import Comparison, compare
     from medseg.config import (
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
-    from medseg.pretrained import Pretrained, load_pretrained, weights_file
+    from medseg.pretrained import Pretrained, load_pretrained
     from medseg.process import Preempted
     from medseg.readers import SeriesOptions, file_sha256
     from medseg.report import Report, evaluate, report_pairs
@@ -116,7 +117,7 @@ _HOME = {
     "ship_model": "shipped",
     "summarise": "statistics",
     "train": "train",
-    "weights_file": "pretrained",
+    "weights_file": "catalogue",
     "write_text": "writers",
 }
 

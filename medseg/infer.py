@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from medseg.body import air_of
 from medseg.cases import Case
+from medseg.catalogue import find_model
 from medseg.config import BACKGROUND, Config, DataConfig, WindowsConfig, overlay
 from medseg.device import (
     choose_device,
@@ -33,7 +34,6 @@ from medseg.quality import Evidence, QualityModel
 from medseg.readers import SeriesOptions
 from medseg.readers.probabilities import Channels
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
-from medseg.shipped import find_model
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
 
 log = logging.getLogger(__name__)

@@ -170,8 +170,10 @@ def count(connection: sa.Connection, name: str) -> None:
 class Database:
     """Connections to the node's tables, for threads of one process."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, password: str | None = None) -> None:
         self.url = sa.make_url(url)
+        if password is not None:
+            self.url = self.url.set(password=password)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.url.drivername == "postgresql":
             self.url = self.url.set(drivername="postgresql+pg8000")
@@ -234,11 +236,17 @@ class Database:
             )
 
 
-def open_database(url: str | None, folder: Path) -> Database:
+def open_database(url: str | None, folder: Path, password_file: Path | None = None) -> Database:
     """The database at `url`, or SQLite in `folder`; its tables are there. Raises `ConfigError`."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        database = Database(url or f"sqlite:///{folder / 'node.sqlite'}")
+        folder.mkdir(parents=True, exist_ok=True)
+        password = None if password_file is None else password_file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise medseg.ConfigError(
+            f"{error.filename}: {error.strerror}; change `folder` or `database_password_file`"
+        ) from error
+    try:
+        database = Database(url or f"sqlite:///{folder / 'node.sqlite'}", password)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
         raise medseg.ConfigError(
             "database: no such kind of address, expected postgresql://user@host/name, or none for SQLite"

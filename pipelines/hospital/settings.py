@@ -262,11 +262,13 @@ class NodeSettings(Section):
     """All of it. `folder` holds everything that must outlive a restart.
 
     `database`: None, SQLite in that folder; or `postgresql://user@host/name`, for several machines, which then share
-    `folder` as well. `name`: of this machine, in the log and on the pages; None: its host name.
+    `folder` as well; `database_password_file`: holds the password of that user. `name`: of this machine, in the log
+    and on the pages; None: its host name.
     """
 
     folder: Path
     database: str | None = None
+    database_password_file: Path | None = None
     name: Name | None = None
     gateway: GatewaySettings = GatewaySettings()
     watch: tuple[WatchSettings, ...] = ()
