@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from medseg.pretrained import Pretrained, load_pretrained, weights_file
     from medseg.process import Preempted
     from medseg.readers import SeriesOptions, file_sha256
+    from medseg.readers.dicom_facts import DicomFacts, dicom_facts
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
@@ -58,6 +59,7 @@ _HOME = {
     "ConvertOptions": "convert",
     "Converted": "convert",
     "DataError": "errors",
+    "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
     "Finding": "check",
     "Findings": "check",
@@ -91,6 +93,7 @@ _HOME = {
     "data_sha256": "fingerprint",
     "default_config": "networks",
     "demo": "demo",
+    "dicom_facts": "readers.dicom_facts",
     "dump_yaml": "config",
     "evaluate": "report",
     "file_sha256": "readers",
@@ -130,6 +133,7 @@ __all__ = [
     "ConvertOptions",
     "Converted",
     "DataError",
+    "DicomFacts",
     "EvaluateOptions",
     "Finding",
     "Findings",
@@ -164,6 +168,7 @@ __all__ = [
     "data_sha256",
     "default_config",
     "demo",
+    "dicom_facts",
     "dump_yaml",
     "evaluate",
     "file_sha256",
