@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from medseg.statistics import Summary, summarise
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
+    from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
 
 _HOME = {
     "Case": "cases",
@@ -59,6 +60,8 @@ _HOME = {
     "ConvertOptions": "convert",
     "Converted": "convert",
     "DataError": "errors",
+    "Deidentified": "writers.deidentify",
+    "DeidentifyOptions": "writers.deidentify",
     "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
     "Finding": "check",
@@ -92,6 +95,7 @@ _HOME = {
     "convert": "convert",
     "data_sha256": "fingerprint",
     "default_config": "networks",
+    "deidentify": "writers.deidentify",
     "demo": "demo",
     "dicom_facts": "readers.dicom_facts",
     "dump_yaml": "config",
@@ -133,6 +137,8 @@ __all__ = [
     "ConvertOptions",
     "Converted",
     "DataError",
+    "Deidentified",
+    "DeidentifyOptions",
     "DicomFacts",
     "EvaluateOptions",
     "Finding",
@@ -167,6 +173,7 @@ __all__ = [
     "convert",
     "data_sha256",
     "default_config",
+    "deidentify",
     "demo",
     "dicom_facts",
     "dump_yaml",

@@ -22,7 +22,7 @@ from medseg.readers.series import IMAGES, NO_IMAGES, OBJECTS
 LONGEST, LONGEST_NAME = 64, 324
 MOST_IMAGE_TYPES = 16
 # PS3.5 chapter 9: numbers without leading zeros between dots
-UID = re.compile(r"(?=[0-9.]{1,64}\Z)(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
+VALID_UID = re.compile(r"(?=[0-9.]{1,64}\Z)(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,12}")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _UIDS = {
@@ -168,7 +168,7 @@ def _is_image(header: Header, sop_class: str, modality: str, sizes: Iterable[int
 
 
 def _uid(file: DicomFile, found: str, words: str) -> str:
-    if not UID.fullmatch(found):
+    if not VALID_UID.fullmatch(found):
         # what stands in its place may be anything, a name too
         raise DataError(
             f"{file}: {'something that is no' if found else 'no'} {words} UID found, expected a valid one; it is not "
