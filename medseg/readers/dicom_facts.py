@@ -105,14 +105,15 @@ def dicom_facts(path: str | Path) -> DicomFacts:
     raise DataError(f"{path}: no file found, expected one of DICOM; check the path")
 
 
-def read_facts(file: DicomFile, stream: BinaryIO) -> DicomFacts:
-    """The facts of an open file. Raises `DataError` as `dicom_facts`."""
+def read_facts(file: DicomFile, stream: BinaryIO, *, own_header: bool = True) -> DicomFacts:
+    """The facts of an open file. Raises `DataError` as `dicom_facts`, without `own_header` not for what the header of
+    the file itself says of the object in it."""
     header = walk(file, stream, _WANTED)
     read = _Values(header)
     uids = {keyword: _uid(file, read.word(_TAGS[keyword]), words) for keyword, words in _UIDS.items()}
     syntax = _uid(file, header.syntax, "transfer syntax")
     for tag, keyword in ((META_CLASS, "SOPClassUID"), (META_INSTANCE, "SOPInstanceUID")):
-        if read.word(tag) not in ("", uids[keyword]):
+        if own_header and read.word(tag) not in ("", uids[keyword]):
             raise DataError(
                 f"{file}: two different {_UIDS[keyword]} UIDs found, expected that of the file's own header in its "
                 "data set too; send it again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import BinaryIO, Literal
 
 from pydicom.datadict import dictionary_VR
@@ -18,8 +19,8 @@ from medseg.readers.dicom_files import DEFLATED, MARK, MARK_AT, DicomFile
 
 # the headers of enhanced objects of 5000 frames have 10 MiB
 MOST_HEADER_BYTES = 64 * 2**20
-# such an object has 150 elements for each frame
-MOST_ELEMENTS = 2**21
+# such an object has 100 elements for each frame; so many take four seconds
+MOST_ELEMENTS = 2**20
 # reports nest 10 to 15 sequences; pydicom's parser goes down by recursion and ends at 200
 MOST_DEPTH = 64
 # 324 characters of a name in up to 4 bytes, with what switches between alphabets
@@ -251,6 +252,11 @@ def _is_sequence(tag: int, vr: str, length: int) -> bool:
         return True
     if vr not in ("", "UN"):
         return False
+    return not tag & 0x10000 and _is_known_sequence(tag)
+
+
+@lru_cache(maxsize=8192)
+def _is_known_sequence(tag: int) -> bool:
     try:
         return dictionary_VR(tag) == "SQ"
     except KeyError:

@@ -149,7 +149,8 @@ class _Export:
 
     def add(self, file: DicomFile, stream: BinaryIO) -> None:
         """Writes one file, or raises `DataError`."""
-        facts = read_facts(file, stream)
+        # the copy gets a header of its own
+        facts = read_facts(file, stream, own_header=False)
         _refuse_kind(file, facts)
         stream.seek(0)
         dataset = read_dataset(file, stream, tags=None, stop_before_pixels=False)
@@ -295,22 +296,21 @@ def _refuse_contradictions(file: DicomFile, dataset: Dataset, facts: DicomFacts)
         raise DataError(f"{file}: a report inside of an image found: its text is not cleaned; leave it out")
     pixels = header_value(dataset, "PixelData")
     if facts.transfer_syntax_uid in _PLAIN and isinstance(pixels, bytes):
-        _refuse_tail(file, dataset, len(pixels))
+        _refuse_tail(file, dataset, pixels)
 
 
-def _refuse_tail(file: DicomFile, dataset: Dataset, found: int) -> None:
-
+def _refuse_tail(file: DicomFile, dataset: Dataset, pixels: bytes) -> None:
+    """Nobody sees what stands behind the last pixel, and no viewer shows it; zeros are padding."""
     counts = [header_value(dataset, n) or 1 for n in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")]
     bits = header_value(dataset, "BitsAllocated")
     if not isinstance(bits, int) or not all(isinstance(n, int) for n in counts):
         raise DataError(f"{file}: no numbers for the size of its pixels found, expected some; export it again")
-    if found > (bits * math.prod(int(n) for n in counts) + 7) // 8 + 1:
+    if pixels[(bits * math.prod(int(n) for n in counts) + 7) // 8 :].strip(b"\0"):
         raise DataError(f"{file}: bytes behind its pixels found, expected none; export it again")
 
 
 def _refuse_written_on(file: DicomFile, dataset: Dataset, facts: DicomFacts) -> None:
     """Images whose pixels may show a name, by all that a header can say of it."""
-
     told = header_word(dataset, "BurnedInAnnotation")
     why = ""
     if f"{facts.sop_class_uid}.".startswith(f"{_CAPTURES}."):
