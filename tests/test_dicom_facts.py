@@ -226,6 +226,22 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path: Path) -> None:
             dicom_facts(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        # other readers would take these numbers for one, and see another object
+        (b"\x08\0\x18\0UI", b"\x08\0\x18\0US", "no SOP instance UID"),
+        # and this for a header that is written in another way, which hides all the rest
+        (b"DICM\2\0\0\0UL", b"DICM\2\0\0\0U\0", "header of the file itself"),
+    ],
+)
+def test_types_that_others_read_otherwise(tmp_path: Path, old: bytes, new: bytes, words: str) -> None:
+    path = saved(tmp_path / "f", whole())
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(DataError, match=words):
+        dicom_facts(path)
+
+
 def test_an_element_twice(tmp_path: Path) -> None:
     path = saved(tmp_path / "f", whole())
     data = path.read_bytes()

@@ -110,7 +110,7 @@ def read_facts(file: DicomFile, stream: BinaryIO, *, own_header: bool = True) ->
     the file itself says of the object in it."""
     header = walk(file, stream, _WANTED)
     read = _Values(header)
-    uids = {keyword: _uid(file, read.word(_TAGS[keyword]), words) for keyword, words in _UIDS.items()}
+    uids = {keyword: _uid(file, read.identifier(keyword), words) for keyword, words in _UIDS.items()}
     syntax = _uid(file, header.syntax, "transfer syntax")
     for tag, keyword in ((META_CLASS, "SOPClassUID"), (META_INSTANCE, "SOPInstanceUID")):
         if own_header and read.word(tag) not in ("", uids[keyword]):
@@ -193,6 +193,10 @@ class _Values:
     def word(self, tag: int) -> str:
         """A value of plain ASCII, without its padding."""
         return self._header.values.get(tag, b"").decode("ascii", "replace").strip(" \0")
+
+    def identifier(self, keyword: str) -> str:
+        """A UI; empty where the file says that it is of another type."""
+        return self.word(_TAGS[keyword]) if self._header.vrs.get(_TAGS[keyword]) in ("UI", "UN", "") else ""
 
     def text(self, keyword: str, longest: int = LONGEST) -> str:
         """Decoded, on one line, cut."""

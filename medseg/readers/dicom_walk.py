@@ -100,7 +100,7 @@ class _Walk:
             raise self.error("no DICM at byte 128 found, expected a DICOM file (PS3.10); send it as one")
         while self.peek(2) == b"\2\0":
             tag, vr, length = self.head(implicit=False)
-            if not vr or length == _UNDEFINED:
+            if not (vr.isascii() and vr.isalpha()) or length == _UNDEFINED:
                 raise self.error(f"a header of the file itself found that is {_DAMAGED}")
             self.take(tag, vr, length)
         syntax = self.values.get(TRANSFER_SYNTAX, b"").decode("ascii", "replace").strip(" \0")
