@@ -44,11 +44,13 @@ if TYPE_CHECKING:
     from medseg.pretrained import Pretrained, load_pretrained
     from medseg.process import Preempted
     from medseg.readers import SeriesOptions, file_sha256
+    from medseg.readers.dicom_facts import DicomFacts, dicom_facts
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
+    from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
 
 _HOME = {
     "Case": "cases",
@@ -59,6 +61,9 @@ _HOME = {
     "ConvertOptions": "convert",
     "Converted": "convert",
     "DataError": "errors",
+    "Deidentified": "writers.deidentify",
+    "DeidentifyOptions": "writers.deidentify",
+    "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
     "Finding": "check",
     "Findings": "check",
@@ -91,7 +96,9 @@ _HOME = {
     "convert": "convert",
     "data_sha256": "fingerprint",
     "default_config": "networks",
+    "deidentify": "writers.deidentify",
     "demo": "demo",
+    "dicom_facts": "readers.dicom_facts",
     "dump_yaml": "config",
     "evaluate": "report",
     "file_sha256": "readers",
@@ -131,6 +138,9 @@ __all__ = [
     "ConvertOptions",
     "Converted",
     "DataError",
+    "Deidentified",
+    "DeidentifyOptions",
+    "DicomFacts",
     "EvaluateOptions",
     "Finding",
     "Findings",
@@ -164,7 +174,9 @@ __all__ = [
     "convert",
     "data_sha256",
     "default_config",
+    "deidentify",
     "demo",
+    "dicom_facts",
     "dump_yaml",
     "evaluate",
     "file_sha256",

@@ -26,7 +26,7 @@ import medseg
 from medseg import folder, terminal
 from medseg.cli import run
 
-VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "inspect", "models")
+VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "deidentify", "inspect", "models")
 OPTIONS = {
     "demo": ("--output", "--time-budget", "--device"),
     "check": ("DATASET", "--verbose"),
@@ -40,6 +40,10 @@ OPTIONS = {
         *("--overlap", "--shard", "--overwrite", "--device", "--devices", "--precision", "--set"),
     ),
     "compare": ("REPORT...", "--output", "--verbose"),
+    "deidentify": (
+        *("SOURCE", "--output", "--keep-interval", "--retain-patient-characteristics", "--retain-device"),
+        *("--retain-uids", "--salt-file", "--allow-burned-in", "--verbose"),
+    ),
     "inspect": ("NETWORK|FILE.yaml|RUN", "--list", "--spatial-dims", "--patch", "--json", "--png"),
     "models": ("--json",),
     "evaluate": (
