@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medseg.cases import Case, fold_split
+    from medseg.catalogue import weights_file
     from medseg.check import Finding, Findings, SeriesFacts, check_dataset, check_series
     from medseg.compare import Comparison, compare
     from medseg.config import (
@@ -40,14 +41,16 @@ if TYPE_CHECKING:
     from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
-    from medseg.pretrained import Pretrained, load_pretrained, weights_file
+    from medseg.pretrained import Pretrained, load_pretrained
     from medseg.process import Preempted
     from medseg.readers import SeriesOptions, file_sha256
+    from medseg.readers.dicom_facts import DicomFacts, dicom_facts
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
+    from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
 
 _HOME = {
     "Case": "cases",
@@ -58,6 +61,9 @@ _HOME = {
     "ConvertOptions": "convert",
     "Converted": "convert",
     "DataError": "errors",
+    "Deidentified": "writers.deidentify",
+    "DeidentifyOptions": "writers.deidentify",
+    "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
     "Finding": "check",
     "Findings": "check",
@@ -90,7 +96,9 @@ _HOME = {
     "convert": "convert",
     "data_sha256": "fingerprint",
     "default_config": "networks",
+    "deidentify": "writers.deidentify",
     "demo": "demo",
+    "dicom_facts": "readers.dicom_facts",
     "dump_yaml": "config",
     "evaluate": "report",
     "file_sha256": "readers",
@@ -116,7 +124,7 @@ _HOME = {
     "ship_model": "shipped",
     "summarise": "statistics",
     "train": "train",
-    "weights_file": "pretrained",
+    "weights_file": "catalogue",
     "write_text": "writers",
 }
 
@@ -130,6 +138,9 @@ __all__ = [
     "ConvertOptions",
     "Converted",
     "DataError",
+    "Deidentified",
+    "DeidentifyOptions",
+    "DicomFacts",
     "EvaluateOptions",
     "Finding",
     "Findings",
@@ -163,7 +174,9 @@ __all__ = [
     "convert",
     "data_sha256",
     "default_config",
+    "deidentify",
     "demo",
+    "dicom_facts",
     "dump_yaml",
     "evaluate",
     "file_sha256",

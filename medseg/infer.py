@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from medseg.body import air_of
 from medseg.cases import Case
+from medseg.catalogue import find_model
 from medseg.config import BACKGROUND, Config, DataConfig, WindowsConfig, overlay
 from medseg.device import (
     choose_device,
@@ -38,7 +39,6 @@ from medseg.readers import SeriesOptions
 from medseg.readers.probabilities import Channels
 from medseg.readers.segments import SegmentInfo
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
-from medseg.shipped import find_model
 from medseg.versions import versions
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
 from medseg.writers.formats import NIFTI, check_formats

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from medseg.catalogue import DESCRIPTION, WEIGHTS
 from medseg.config import COLOURS, Config, DataConfig, Section, make_config, overlay
 from medseg.errors import ConfigError, ModelError
 from medseg.networks import at_output_stride, build_network, check_settings
@@ -23,7 +24,6 @@ from medseg.versions import versions
 from medseg.writers import atomic_path, write_text
 
 SCHEMA_VERSION = 1
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 # what `medseg-crossval` chose, and its record: in a folder that holds run folders
 BEST, CROSSVAL = "best.json", "crossval.json"
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medseg.catalogue import DESCRIPTION
 from medseg.config import BACKGROUND, Config, DataConfig, NetworkConfig, PreprocessConfig
-from medseg.model import DESCRIPTION, trained_config
+from medseg.model import trained_config
 from medseg.networks import build_bare
 
 # settings of a network that give its weights another meaning, or another field of view, and leave their shapes alone

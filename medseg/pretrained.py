@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medseg.catalogue import DESCRIPTION, weights_file
 from medseg.config import Config, overlay
 from medseg.errors import ConfigError, ModelError
-from medseg.model import DESCRIPTION, WEIGHTS, read_description
+from medseg.model import read_description
 from medseg.namesakes import Difference, Namesakes, differences, source_config
 from medseg.networks.fcn import UpConvolution
 from medseg.networks.vgg import VGG16
 from medseg.readers import file_sha256
-from medseg.shipped import find_model, model_names
 
 Outcome = Literal["loaded", "adapted", "skipped", "fresh"]
 
@@ -244,13 +244,6 @@ def learnt_images(path: Path) -> frozenset[str]:
     training = read_description(folder).get("training", {})
     before = training.get("pretrained") or {}
     return frozenset(training.get("images_sha256", ())) | frozenset(before.get("images_sha256", ()))
-
-
-def weights_file(path: Path) -> Path:
-    """The file of weights that `path` stands for: itself, a run folder's, or that of a model that comes with medseg."""
-    # a name stands for a model that comes with medseg; what is neither is told as a missing file
-    folder = find_model(path) if str(path) in model_names() else path
-    return folder / WEIGHTS if folder.is_dir() else path
 
 
 def _unreadable(file: Path, error: Exception) -> str:

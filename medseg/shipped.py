@@ -1,4 +1,4 @@
-"""The models that come with medseg: found by name, listed, and made small and described before they ship."""
+"""The models that come with medseg: listed, and made small and described before they ship; catalogue.py finds them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from pydantic import Field, PositiveInt, ValidationError
 from safetensors.torch import save as save_safetensors
 
+from medseg.catalogue import DESCRIPTION, MODELS, WEIGHTS, model_names
 from medseg.config import Fraction, Section
 from medseg.errors import ConfigError, ModelError
-from medseg.model import DESCRIPTION, WEIGHTS, Model, chosen_settings, read_description, read_model
+from medseg.model import Model, chosen_settings, read_description, read_model
 from medseg.writers import atomic_path, write_text
 
 log = logging.getLogger(__name__)
 
-MODELS = Path(__file__).parent / "models"
 CARD = "card"
 # bytes of the weights of a model that ships
 LARGEST = 12_000_000
@@ -77,36 +77,6 @@ class ShippedModel:
 def list_models(folder: Path = MODELS) -> tuple[ShippedModel, ...]:
     """The models that come with medseg, by name. Raises `ModelError` for one that is damaged."""
     return tuple(_shipped(folder / name) for name in model_names(folder))
-
-
-def model_names(folder: Path = MODELS) -> tuple[str, ...]:
-    """The names of the models that come with medseg."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return tuple(sorted(path.name for path in found if (path / WEIGHTS).is_file()))
-
-
-def find_model(model: str | Path, folder: Path = MODELS) -> Path:
-    """The folder that `model` stands for: a path that exists, else the model of that name that comes with medseg.
-
-    Raises `ModelError` for a name that is neither, with those that there are.
-    """
-    path, names = Path(model), model_names(folder)
-    is_name = str(model) in names
-    if path.exists():
-        if is_name:
-            log.warning(
-                "%s: the folder of that name is taken, not the model that comes with medseg; rename or leave it to "
-                "have the other",
-                model,
-            )
-        return path
-    if is_name:
-        log.info("%s: the model that comes with medseg", model)
-        return folder / str(model)
-    if len(path.parts) == 1:
-        there = f"those are {', '.join(names)}" if names else "there is none in this installation"
-        raise ModelError(f"{model}: no such folder, and no model of that name comes with medseg; {there}")
-    return path
 
 
 def make_card(values: Mapping[str, Any], *, source: str) -> ModelCard:

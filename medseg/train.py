@@ -19,6 +19,7 @@ import torch
 
 from medseg.calibrate import calibrate
 from medseg.cases import Case, Dataset, fold_split
+from medseg.catalogue import WEIGHTS
 from medseg.check import check_dataset
 from medseg.config import Config, NetworkConfig, TrainConfig, dump_yaml, make_config, overlay, read_yaml
 from medseg.datasets import read_dataset
@@ -29,7 +30,7 @@ from medseg.fingerprint import data_sha256, image_digests, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
-from medseg.model import DECISIVE, WEIGHTS, record_choices, save_model
+from medseg.model import DECISIVE, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
 from medseg.plan import Plan, make_plan
 from medseg.preprocess import Prepared, prepare_cached

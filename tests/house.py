@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid device optional process progress versions",
+        "errors config grid catalogue device optional process progress versions",
         "cases datasets readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",

@@ -27,7 +27,7 @@ from medseg import terminal
 from medseg.cli import run
 from medseg.writers import formats
 
-VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "inspect", "models")
+VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "deidentify", "inspect", "models")
 OPTIONS = {
     "demo": ("--output", "--time-budget", "--device"),
     "check": ("DATASET", "--verbose"),
@@ -41,6 +41,10 @@ OPTIONS = {
         *("--overlap", "--shard", "--overwrite", "--device", "--devices", "--precision", "--set"),
     ),
     "compare": ("REPORT...", "--output", "--verbose"),
+    "deidentify": (
+        *("SOURCE", "--output", "--keep-interval", "--retain-patient-characteristics", "--retain-device"),
+        *("--retain-uids", "--salt-file", "--allow-burned-in", "--verbose"),
+    ),
     "inspect": ("NETWORK|FILE.yaml|RUN", "--list", "--spatial-dims", "--patch", "--json", "--png"),
     "models": ("--json",),
     "evaluate": (

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny import AFFINE, EXACT, SHAPE, blobs, some_images, tiny_config, tiny_model
 
 import medseg
-from medseg import shipped
+from medseg import catalogue, shipped
+from medseg.catalogue import find_model
 from medseg.cli import run
 from medseg.errors import ConfigError, ModelError
 from medseg.model import new_network, read_model, save_model
 from medseg.pretrained import load_pretrained
-from medseg.shipped import ModelCard, find_model, halved, list_models, make_card, ship_model
+from medseg.shipped import ModelCard, halved, list_models, make_card, ship_model
 
 FIGURE = {"mean": 0.9, "low": 0.88, "high": 0.91, "cases": 12}
 WORDS: dict[str, Any] = {
@@ -46,10 +47,8 @@ def models(tmp_path: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> 
     """A folder of shipped models with one in it, `egg`, in place of those that come with medseg."""
     folder = tmp_path / "models"
     ship_model(tiny_model(tmp_path / "run"), folder / "egg", card)
-    monkeypatch.setattr(shipped, "MODELS", folder)
-    for function in (shipped.list_models, shipped.model_names):
+    for function in (shipped.list_models, catalogue.model_names, catalogue.find_model):
         monkeypatch.setattr(function, "__defaults__", (folder,))
-    monkeypatch.setattr(find_model, "__defaults__", (folder,))
     return folder
 
 

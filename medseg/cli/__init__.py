@@ -58,6 +58,7 @@ _VERBS = (
     (evaluation.evaluate, "medseg evaluate masks/ my_data/labelsTr -o report/ --labels runs/first"),
     (evaluation.compare, "medseg compare ours=runs/a/report theirs=runs/b/report -o comparison/"),
     (conversion.convert, "medseg convert mask.nii.gz --source dicom/ -o seg.dcm"),
+    (conversion.deidentify, "medseg deidentify dicom/ -o research/ --keep-interval --salt-file project.salt"),
     (networks.inspect, "medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png"),
     (networks.models, "medseg models"),
 )

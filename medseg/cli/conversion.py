@@ -1,4 +1,4 @@
-"""The verb convert: from one format to another."""
+"""The verbs convert and deidentify: files into files of another format, or without whose they are."""
 
 from __future__ import annotations
 
@@ -68,3 +68,62 @@ def convert(
         err.print(f"[yellow]note:[/yellow] {escape(warning)}")
     size, spacing = (" × ".join(f"{n:.4g}" for n in numbers) for numbers in (done.shape, done.spacing_mm))
     finish(f"{done.path}: {size} voxels of {spacing} mm")
+
+
+def deidentify(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder or zip archive of DICOM files, or one; nothing is changed.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="New folder for the copies.")],
+    keep_interval: Annotated[
+        bool,
+        typer.Option("--keep-interval", help="Move all dates of a patient by the same days; left out: no dates."),
+    ] = False,
+    retain_patient_characteristics: Annotated[
+        bool, typer.Option("--retain-patient-characteristics", help="Keep sex, age (up to 90), size and weight.")
+    ] = False,
+    retain_device: Annotated[bool, typer.Option("--retain-device", help="Keep which device it was.")] = False,
+    retain_uids: Annotated[
+        bool, typer.Option("--retain-uids", help="Keep the UIDs: whoever has the originals knows them again.")
+    ] = False,
+    salt_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A secret of 16 bytes or more: exports with the same one fit together; left out: a new one.",
+        ),
+    ] = None,
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Also images that may have names in their pixels. Look at them.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Copy DICOM files without whose they are: PS3.15 Basic Profile; pixels and geometry stay.
+
+    What cannot be cleaned (reports, documents, captured screens, broken files) is refused by name, the rest is done.
+    """
+    log(verbose)
+    options = medseg.DeidentifyOptions(
+        salt=None if salt_file is None else _salt(salt_file),
+        keep_interval=keep_interval,
+        retain_uids=retain_uids,
+        retain_patient_characteristics=retain_patient_characteristics,
+        retain_device=retain_device,
+        allow_burned_in=allow_burned_in,
+    )
+    with shown_progress() as progress:
+        done = medseg.deidentify(source, output, options, progress=progress)
+    others = f", {done.others} files that are no DICOM left out" if done.others else ""
+    finish(
+        f"{done.path}: {done.files} files of {done.series} series and {done.patients} patients{others}",
+        [f"{refused.file}: {refused.reason}" for refused in done.refused],
+    )
+
+
+def _salt(path: Path) -> bytes:
+    try:
+        return path.read_bytes().strip()
+    except OSError as error:
+        raise medseg.ConfigError(
+            f"--salt-file {path}: cannot be read ({error.strerror}); make one with `openssl rand -hex 32 > {path}`"
+        ) from error

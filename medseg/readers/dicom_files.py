@@ -6,12 +6,14 @@ What they make up is in series.py.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 MARK, MARK_AT = b"DICM", 128
 ENDINGS = (".dcm", ".ima", ".dicom")
 # deflated as a whole: a file of 1 MB may inflate to 1 GB before a single element is read
-DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95")
+DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205")
 # the transfer syntax stands within a few hundred bytes of the beginning; a file that hides it farther back is refused
 _HEAD_BYTES = 4096
+# of this thread: what others do with pydicom is not ours
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 _WORD = re.compile(r"[A-Z0-9_ ]{1,16}")
 # raw data sets of before 1993 begin with an element of group 0008 up to 0018, or with the meta group
 _RAW_STARTS = (b"\2\0\0\0", *(bytes((8, 0, element, 0)) for element in (0x00, 0x01, 0x05, 0x08, 0x12, 0x16, 0x18)))
@@ -166,10 +170,19 @@ def digest(files: Iterable[DicomFile]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """pydicom warns of every value that is not to the letter, and shows it: it may be a patient's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """pydicom warns of and logs every value that is not to the letter, and shows it: it may be a patient's."""
+    logging.getLogger("pydicom").addFilter(_may_log)
+    token = _is_quiet.set(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _is_quiet.reset(token)
+
+
+def _may_log(record: logging.LogRecord) -> bool:
+    return not _is_quiet.get()
 
 
 def _heads(source: Path) -> Iterator[tuple[DicomFile, str, bytes]]:

@@ -76,7 +76,8 @@ def fill_gaps(made: Stack, planes: Planes) -> Planes:
         at = number * step
         above = int(np.clip(np.searchsorted(made.along_mm, at), 1, len(planes) - 1))
         low, high = made.along_mm[above - 1], made.along_mm[above]
-        share = float(np.clip((at - low) / (high - low), 0, 1))
+        # processors differ in the last bits of a position: half way between whole numbers they would round apart
+        share = round(float(np.clip((at - low) / (high - low), 0, 1)), 9)
         if min(share, 1 - share) < SAME_SHARE:
             target[:] = planes[above - 1 if share < 0.5 else above]
         else:

@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 OBJECTS = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "RTRECORD", "SR", "PR", "KO", "REG", "FID", "DOC", "M3D")
 # by the beginnings of their classes: waveforms, presentation states, spectra, raw data and what is registered or
 # segmented, reports, documents, plans, and the index of a disc
-_NO_IMAGES = tuple(
+NO_IMAGES = tuple(
     f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("9.", "11.", "4.2", "66", "67", "88.", "104.", "481.", "78.")
 )
-_NO_IMAGES += ("1.2.840.10008.1.3.10",)
+NO_IMAGES += ("1.2.840.10008.1.3.10",)
 # and those of images: a file of one of these without Rows and Columns is cut off; of another class it is no image
-_IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}." for n in (1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 20, 30, 77, 128, 130))
+IMAGES = tuple(f"1.2.840.10008.5.1.4.1.1.{n}." for n in (1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 20, 30, 77, 128, 130))
 # elements of an image that stand before its pixels
 _OF_IMAGES = ("ImagePositionPatient", "BitsAllocated")
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -259,14 +259,14 @@ def _headers(files: Iterable[DicomFile], unreadable: list[Unreadable]) -> Iterab
 
 
 def _is_no_image(header: Dataset) -> bool:
-    return any(name.startswith(_NO_IMAGES) for name in _classes(header)[:1])
+    return any(name.startswith(NO_IMAGES) for name in _classes(header)[:1])
 
 
 def _is_cut_image(file: DicomFile, header: Dataset) -> bool:
     """Whether what has no Rows and Columns must be an image: by its class, or by what it has of one."""
     classes = _classes(header)
     # the end of the file may cut the class itself
-    if not classes or any(f"{name}.".startswith(_IMAGES) or _IMAGES[0].startswith(name) for name in classes):
+    if not classes or any(f"{name}.".startswith(IMAGES) or IMAGES[0].startswith(name) for name in classes):
         return True
     if any(name in header for name in _OF_IMAGES):
         return True

@@ -1,0 +1,95 @@
+"""The command `medseg-hospital`: all parts of a node on one machine, or one part of it alone."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medseg.cli.shared import Verbose, new_app
+from medseg.cli.shared import log as log_to_terminal
+from medseg.terminal import out
+from medseg_pipelines.hospital.node import Node, open_node
+from medseg_pipelines.hospital.settings import NodeSettings, read_settings
+from medseg_pipelines.hospital.supervisor import Part, supervise
+
+log = logging.getLogger("medseg.hospital")
+
+app = new_app("medseg-hospital")
+Config = Annotated[
+    Path, typer.Option("-c", "--config", metavar="FILE.yaml", help="Settings, as configs/hospital.yaml.")
+]
+Number = Annotated[int, typer.Option("--number", min=0, help="Which one of this kind on this machine.")]
+
+
+@app.command(epilog="Example: medseg-hospital run -c configs/hospital.yaml")
+def run(config: Config, verbose: Verbose = False) -> None:
+    """Start gateway, workers and pages on this machine; a part that ends is started again."""
+    log_to_terminal(verbose)
+    settings = read_settings(config)
+    options = ["-c", str(config)] + (["-v"] if verbose else [])
+    workers = [Part(f"worker {n}", ("worker", "--number", str(n), *options)) for n in range(settings.worker.workers)]
+    parts = [Part("gateway", ("gateway", *options)), *workers, Part("web", ("web", *options))]
+    with stopping() as stop:
+        supervise(parts, stop)
+    out.print("All parts have ended.")
+
+
+@app.command(epilog="Example: medseg-hospital gateway -c configs/hospital.yaml")
+def gateway(config: Config, verbose: Verbose = False) -> None:
+    """Receive DICOM (C-STORE, folders, pulls) and queue what the rules take."""
+    from medseg_pipelines.hospital.gateway import run_gateway
+
+    _run_part(config, "gateway", 0, run_gateway, verbose)
+
+
+@app.command(epilog="Example: medseg-hospital worker -c configs/hospital.yaml --number 1")
+def worker(config: Config, number: Number = 0, verbose: Verbose = False) -> None:
+    """Segment what is queued and send the results."""
+    from medseg_pipelines.hospital.worker import run_worker
+
+    _run_part(config, "worker", number, run_worker, verbose)
+
+
+@app.command(epilog="Example: medseg-hospital web -c configs/hospital.yaml")
+def web(config: Config, verbose: Verbose = False) -> None:
+    """Serve the pages, /livez, /readyz and /metrics."""
+    from medseg_pipelines.hospital.web import run_web
+
+    _run_part(config, "web", 0, run_web, verbose)
+
+
+def _run_part(
+    config: Path, kind: str, number: int, part: Callable[[Node, threading.Event], None], verbose: bool
+) -> None:
+    log_to_terminal(verbose)
+    settings: NodeSettings = read_settings(config)
+    node = open_node(settings, kind, number)
+    try:
+        with stopping() as stop:
+            part(node, stop)
+    finally:
+        node.close()
+
+
+class stopping:  # noqa: N801
+    """A context: the event that SIGTERM and SIGINT set."""
+
+    def __enter__(self) -> threading.Event:
+        self._event = threading.Event()
+        self._before = {s: signal.signal(s, lambda *_: self._event.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self._event
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """The entry point."""
+    app()

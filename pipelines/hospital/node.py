@@ -1,0 +1,56 @@
+"""What every part of a node works with, opened once for each process."""
+
+from __future__ import annotations
+
+import platform
+import re
+import uuid
+from dataclasses import dataclass
+
+from medseg_pipelines.hospital.audit import Audit
+from medseg_pipelines.hospital.database import Database, open_database, parts
+from medseg_pipelines.hospital.intake import Intake
+from medseg_pipelines.hospital.jobs import Jobs, Worker
+from medseg_pipelines.hospital.settings import NodeSettings
+from medseg_pipelines.hospital.store import Store
+
+
+@dataclass(frozen=True)
+class Node:
+    """One process of the node: a gateway, a worker, the pages. `me`: its name among the parts, and this start of it."""
+
+    settings: NodeSettings
+    database: Database
+    store: Store
+    audit: Audit
+    intake: Intake
+    jobs: Jobs
+    me: Worker
+    kind: str
+
+    def beat(self) -> None:
+        """Tells the others that this part lives."""
+        with self.database.writing() as connection:
+            now = self.database.now(connection)
+            mine = parts.c.name == self.me.name
+            if not connection.execute(parts.update().where(mine).values(seen_at=now)).rowcount:
+                connection.execute(
+                    parts.insert().values(name=self.me.name, kind=self.kind, started_at=now, seen_at=now)
+                )
+
+    def close(self) -> None:
+        """The end of this process's part."""
+        self.audit.close()
+        self.database.close()
+
+
+def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
+    """A part of the node: `kind` gateway, worker or web, the `number`-th on this machine. Raises `ConfigError`."""
+    machine = settings.name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:64] or "node"
+    database = open_database(settings.database, settings.folder, settings.database_password_file)
+    store = Store(settings.folder, least_free_gb=settings.storage.least_free_gb)
+    me = Worker(f"{machine}-{kind}-{number}", uuid.uuid4().hex)
+    audit = Audit(settings.folder / "audit", me.name)
+    work = settings.worker
+    jobs = Jobs(database, attempts=work.attempts, retry_s=work.retry_s, lease_s=work.lease_s)
+    return Node(settings, database, store, audit, Intake(database, store, audit), jobs, me, kind)

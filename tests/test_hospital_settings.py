@@ -1,0 +1,79 @@
+"""The settings of a hospital node: what is shipped is right, what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sqlalchemy", reason="the hospital node needs `pip install 'medseg[hospital]'`")
+
+import medseg
+from medseg_pipelines.hospital.settings import read_settings
+
+SHIPPED = Path(__file__).parents[1] / "configs" / "hospital.yaml"
+
+
+def written(folder: Path, text: str) -> Path:
+    """A file of settings."""
+    path = folder / "hospital.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_what_is_shipped_is_read_and_names_a_model_that_is_there() -> None:
+    settings = read_settings(SHIPPED)
+    assert [rule.name for rule in settings.rules] == ["hippocampus"]
+    assert medseg.weights_file(Path(settings.rules[0].model)).is_file()
+    assert [d.name for d in settings.destinations_of(settings.rules[0])] == ["pacs"]
+
+
+def test_all_but_the_folder_may_be_left_out(tmp_path: Path) -> None:
+    settings = read_settings(written(tmp_path, "folder: node\n"))
+    assert settings.folder == tmp_path / "node"
+    assert settings.database is None
+    assert settings.rules == ()
+
+
+def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    text = """
+folder: node
+gateway: {tls: {certificate: a.pem, key: /etc/a.key}}
+watch: [{folder: in}]
+rules: [{name: a, model: run}, {name: b, model: hippocampus}]
+publish: {destinations: [{name: out, folder: out}]}
+"""
+    settings = read_settings(written(tmp_path, text))
+    assert settings.gateway.tls is not None
+    assert settings.gateway.tls.certificate == tmp_path / "a.pem"
+    assert settings.gateway.tls.key == Path("/etc/a.key")
+    assert settings.watch[0].folder == tmp_path / "in"
+    assert settings.publish.destinations[0].folder == tmp_path / "out"
+    # a name that is no folder stays a name
+    assert [rule.model for rule in settings.rules] == [str(tmp_path / "run"), "hippocampus"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("folder: x\nfoldr: y\n", "foldr: no such setting"),
+        ("gateway: {}\n", "folder: Field required"),
+        ("folder: x\ngateway: {ae_title: 'A TITLE THAT IS TOO LONG'}\n", "expected an AE title"),
+        ("folder: x\ngateway: {ae_title: 'A\\\\B'}\n", "expected an AE title"),
+        ("folder: x\ngateway: {port: 0}\n", "gateway.port"),
+        ("folder: x\nrules: [{name: a, model: m, when: {body_part: '('}}]\n", "expected a regular expression"),
+        ("folder: x\nrules: [{name: a, model: m, send_to: [pacs]}]\n", "`send_to` pacs: no destination (none)"),
+        ("folder: x\nrules: [{name: a, model: m}, {name: a, model: m}]\n", "rules: a stands there twice"),
+        ("folder: x\npublish: {destinations: [{name: a}]}\n", "expected one of `peer`, `dicomweb` and `folder`"),
+        ("folder: x\npublish: {destinations: [{name: a, peer: b}]}\n", "peer b: not among `peers` (none)"),
+        ("folder: x\npull: [{modality: CT}]\n", "expected one of `peer` and `dicomweb`"),
+        ("folder: x\nrules: [{name: ../a, model: m}]\n", "expected a name of letters"),
+        ("folder: x\nworker: {most_s: .inf}\n", "worker.most_s"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(medseg.ConfigError) as caught:
+        read_settings(written(tmp_path, text))
+    assert said in str(caught.value)
+    assert str(tmp_path / "hospital.yaml") in str(caught.value)
