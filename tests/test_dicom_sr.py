@@ -49,7 +49,7 @@ def labelled() -> Segmentation:
 
 def write(path: Path, source: list[Dataset] | None = None, *, seg: bool = True, **options: object) -> hd.sr.SRDocument:
     series = labelled_series(images_of(source or classic()), labelled(), **{"algorithm": ALGORITHM, **options})
-    write_dicom_sr(path, series, volumes_ml=labelled().volumes_ml, quality=QUALITY, with_segmentation=seg)
+    write_dicom_sr(path, series, quality=QUALITY, with_segmentation=seg)
     if seg:
         write_dicom_seg(path.with_suffix(".seg"), series)
     return hd.sr.srread(path)

@@ -424,3 +424,7 @@ def test_a_plane_of_dicom_is_written_as_dicom(tmp_path: Path) -> None:
     for frame, group in zip(np.atleast_3d(seg.pixel_array.reshape(-1, 10, 14)), seg.PerFrameFunctionalGroupsSequence):
         found[frame > 0] = {1: 3, 2: 7}[group.SegmentIdentificationSequence[0].ReferencedSegmentNumber]
     np.testing.assert_array_equal(found, mask.T)
+    groups = hd.sr.srread(tmp_path / "out/scan.sr.dcm").content.get_volumetric_roi_measurement_groups()
+    # the third side of a single plane is its thickness
+    want = [np.count_nonzero(mask == value) * 1.5 * 0.75 * 4.0 / 1000 for value in (3, 7)]
+    assert [g.get_measurements()[0].value for g in groups] == pytest.approx(want, rel=1e-6)

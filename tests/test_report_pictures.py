@@ -14,8 +14,9 @@ from PIL import Image
 from medseg.errors import DataError
 from medseg.evaluate import EvaluateOptions, Pair
 from medseg.report import evaluate
-from medseg.report.figures import PICTURE_PIXELS, contour_pictures, edges
-from medseg.report.layers import read_layers, window
+from medseg.report.figures import PICTURE_PIXELS, contour_pictures
+from medseg.report.layers import read_layers
+from medseg.views import edges, window
 
 SOLID = np.zeros((8, 9, 10), np.uint8)
 SOLID[1:5, 1:5, 1:5] = 1

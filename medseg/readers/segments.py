@@ -41,15 +41,25 @@ class Segmentation:
     @cached_property
     def voxels(self) -> dict[int, int]:
         """How many voxels every value has that is there, background too."""
-        counts: Counter[int] = Counter()
-        # plane by plane: counting makes 8 bytes of every voxel
-        for plane in self.array if self.array.size else ():
-            found = np.bincount(np.ravel(plane))
-            counts.update({int(value): int(found[value]) for value in np.flatnonzero(found)})
-        return dict(counts)
+        return count_voxels(self.array)
 
     @property
     def volumes_ml(self) -> dict[int, float]:
-        """Millilitres of every value that is there: its voxels times their volume by the affine."""
-        voxel_mm3 = abs(float(np.linalg.det(self.grid.affine[:3, :3])))
-        return {value: count * voxel_mm3 / 1000 for value, count in self.voxels.items()}
+        """Millilitres of every value that is there: its voxels times their volume. For volumes alone."""
+        return volumes_ml(self.voxels, self.grid)
+
+
+def count_voxels(array: npt.NDArray[np.integer[Any]]) -> dict[int, int]:
+    """How many voxels every value has that is there; values from 0."""
+    counts: Counter[int] = Counter()
+    # plane by plane: counting makes 8 bytes of every voxel
+    for plane in array if array.size else ():
+        found = np.bincount(np.ravel(plane))
+        counts.update({int(value): int(found[value]) for value in np.flatnonzero(found)})
+    return dict(counts)
+
+
+def volumes_ml(voxels: dict[int, int], grid: Grid) -> dict[int, float]:
+    """Millilitres by value of so many `voxels` of a grid with three axes."""
+    voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
+    return {value: count * voxel_mm3 / 1000 for value, count in voxels.items()}

@@ -24,7 +24,7 @@ from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
 from medseg.readers._axes import LPS_TO_RAS
 from medseg.readers.dicom_files import quiet
-from medseg.readers.segments import Segmentation, SegmentInfo
+from medseg.readers.segments import Segmentation, SegmentInfo, count_voxels, volumes_ml
 from medseg.readers.series import SourceImages
 from medseg.writers.anatomy import CODES
 from medseg.writers.provenance import Algorithm, Origin, complete_segments, labels_sha256
@@ -127,6 +127,11 @@ class LabelledSeries:
     source: Source
     voxels: npt.NDArray[np.integer[Any]]
     segments: tuple[SegmentInfo, ...]
+
+    @property
+    def volumes_ml(self) -> dict[int, float]:
+        """Millilitres of every value that is there."""
+        return volumes_ml(count_voxels(self.voxels), self.source.grid)
 
 
 def labelled_series(

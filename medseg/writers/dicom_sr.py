@@ -49,20 +49,19 @@ def write_dicom_sr(
     path: Path,
     labelled: LabelledSeries,
     *,
-    volumes_ml: Mapping[int, float],
     quality: Mapping[str, Mapping[str, float | None]],
     with_segmentation: bool,
 ) -> Path:
     """Writes what was measured of the labels of a series as a Comprehensive 3D SR; gives back `path`.
 
-    One measurement group for each named label, also of those that were not found: `volumes_ml` by value (0 where one is
-    not there), and of `quality` by name `expected`, `low` and `high`, as far as they are known. `with_segmentation`:
-    the groups refer to the segments of the DICOM SEG that `write_dicom_seg` makes of the same `labelled`
-    (TID 1411); else to no region but the images (TID 1501). Dates are those of the series, UIDs follow from source,
-    revision and model: the same input gives the same bytes.
+    One measurement group for each named label: its volume, 0 where it was not found, and of `quality` by name
+    `expected`, `low` and `high`, as far as they are known. `with_segmentation`: the groups refer to the segments of the
+    DICOM SEG that `write_dicom_seg` makes of the same `labelled` (TID 1411); else to no region but the images
+    (TID 1501). Dates are those of the series, UIDs follow from source, revision and model: the same input gives the
+    same bytes.
     """
     with written_as(path, "a DICOM SR"):
-        source = labelled.source
+        source, volumes_ml = labelled.source, labelled.volumes_ml
         groups = [
             _group(source, number, segment, volumes_ml, quality, with_segmentation)
             for number, segment in enumerate(labelled.segments, 1)

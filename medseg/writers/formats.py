@@ -180,13 +180,8 @@ def _rtstruct(path: Path, outcome: Outcome) -> None:
 def _dicom_sr(path: Path, outcome: Outcome) -> None:
     from medseg.writers.dicom_sr import write_dicom_sr
 
-    write_dicom_sr(
-        path,
-        outcome.labelled,
-        volumes_ml=outcome.segmentation.volumes_ml,
-        quality=outcome.quality,
-        with_segmentation=DICOM_SEG in outcome.formats,
-    )
+    with_segmentation = DICOM_SEG in outcome.formats
+    write_dicom_sr(path, outcome.labelled, quality=outcome.quality, with_segmentation=with_segmentation)
 
 
 def _dicom_sc(path: Path, outcome: Outcome) -> None:
