@@ -519,6 +519,7 @@ def test_infer_shards_share_the_work(cli: Medseg, tiny_run, images: Path, tmp_pa
         (("--overlap", "2"), ("--overlap 2", "0 to below 1")),
         (("--overlap", "much"), ("--overlap", "a valid number")),
         (("--tta", "turn"), ("--tta", "flip")),
+        (("--format", "nifti,dicom"), ("--format dicom:", "nifti, dicom-seg, rtstruct, dicom-sr, dicom-sc, picture")),
         (("--window", "big"), ("--window big", "auto, whole or voxels")),
         (("--window", "64"), ("--window 64", "Z,Y,X")),
         (("--window", "0,8,8"), ("--window 0,8,8", "64,128,128")),
@@ -589,11 +590,18 @@ def test_infer_hands_its_options_on(
     told = []
     monkeypatch.setattr(medseg, "infer", lambda *arguments, **_: told.append(arguments) or ())
     more = ("--tta", "scale", "--devices", "0,cuda:1", "--shard", "2/3", "--overlap", "0.25", "--overwrite")
+    more += ("--format", "dicom-seg, picture")
     assert cli("infer", "in", "-m", "a", "-m", "b", "-o", tmp_path, "--window", given, *more).code == 0
     ((inputs, models, out, options),) = told
     assert (inputs, models, out) == ([Path("in")], [Path("a"), Path("b")], tmp_path)
     assert options == medseg.InferOptions(
-        window=window, tta="scale", devices=("0", "cuda:1"), shard=(2, 3), overlap=0.25, overwrite=True
+        window=window,
+        tta="scale",
+        devices=("0", "cuda:1"),
+        shard=(2, 3),
+        overlap=0.25,
+        overwrite=True,
+        formats=("dicom-seg", "picture"),
     )
 
 

@@ -30,6 +30,7 @@ from medseg.readers.series import source_images
 from medseg.writers.confidentiality import IDENTIFIERS
 from medseg.writers.confidentiality_table import ACTIONS
 from medseg.writers.dicom_seg import write_dicom_seg
+from medseg.writers.dicom_source import labelled_series
 from medseg.writers.provenance import Algorithm
 from medseg.writers.rtstruct import write_rtstruct
 
@@ -396,8 +397,9 @@ def _objects(folder: Path) -> Path:
     array = np.zeros(images.geometry.grid.shape, np.uint8)
     array[3:8, 2:6, 1:4] = 1
     labels = Segmentation(array, Grid(array.shape, images.geometry.grid.affine), (SegmentInfo(1, "liver"),))
-    write_dicom_seg(folder / "seg.dcm", labels, images.headers, algorithm=Algorithm())
-    write_rtstruct(folder / "rt.dcm", labels, images.headers, algorithm=Algorithm())
+    labelled = labelled_series(images, labels, algorithm=Algorithm())
+    write_dicom_seg(folder / "seg.dcm", labelled)
+    write_rtstruct(folder / "rt.dcm", labelled)
     return folder
 
 
