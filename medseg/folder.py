@@ -64,6 +64,10 @@ def infer(
     """
     if isinstance(models, Segmenter) and options is not None:
         raise ConfigError("options beside a loaded model: its own hold; use `models.with_options(options)`")
+    if isinstance(models, Segmenter) and models.options.devices:
+        raise ConfigError(
+            f"devices {', '.join(models.options.devices)} for a loaded model, which is on one: leave them out"
+        )
     options = models.options if isinstance(models, Segmenter) else options or InferOptions()
     part, parts = options.shard
     if not 1 <= part <= parts:

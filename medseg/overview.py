@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import numpy.typing as npt
@@ -367,7 +368,10 @@ class _Page:
         renderer = canvas.get_renderer()
         buffer = np.asarray(canvas.buffer_rgba())
         buffer[..., :3], buffer[..., 3] = self._ground, 255
-        self._figure.draw(renderer)
+        with catch_warnings():
+            # letters that the font lacks are boxes
+            simplefilter("ignore")
+            self._figure.draw(renderer)
         return np.ascontiguousarray(buffer[..., :3])
 
     def _write(

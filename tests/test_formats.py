@@ -378,6 +378,8 @@ def test_a_loaded_model_has_its_own_options(scan: Path, tmp_path: Path, model: P
     loaded = load_model(model, options=EXACT)
     with pytest.raises(ConfigError, match="with_options"):
         infer([scan], loaded, tmp_path / "out", EXACT)
+    with pytest.raises(ConfigError, match="devices cpu, cpu for a loaded model"):
+        infer([scan], load_model(model, options=replace(EXACT, devices=("cpu", "cpu"))), tmp_path / "out")
     with pytest.raises(ConfigError, match="tta, overlap changed of a loaded model"):
         loaded.with_options(replace(loaded.options, tta="flip", overlap=0.1, revision=2))
     assert not (tmp_path / "out").exists()
