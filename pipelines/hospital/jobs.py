@@ -205,6 +205,24 @@ class Jobs:
             )
             return bool(done.rowcount)
 
+    def replay_deliveries(self, job_id: str) -> int:
+        """The dead deliveries of a job are begun again, as if they had never failed; how many that were."""
+        with self._database.writing() as connection:
+            done = connection.execute(
+                deliveries.update()
+                .where(deliveries.c.job_id == job_id, deliveries.c.state == "dead")
+                .values(
+                    state="waiting",
+                    attempts=0,
+                    first_tried_at=None,
+                    not_before=0.0,
+                    reason="",
+                    token=None,
+                    lease_until=None,
+                )
+            )
+            return int(done.rowcount)
+
     def _release(self, *conditions: sa.ColumnElement[bool]) -> int:
         with self._database.writing() as connection:
             now = self._database.now(connection)
