@@ -1,0 +1,84 @@
+"""What holds for every answer of the pages: strict headers, small requests, and errors that tell strangers nothing."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+# forms hold a name, a password or a few words
+MOST_BODY_BYTES = 2**16
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """Around the application. `sorry`: the page for an error that nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, *, over_tls: bool, sorry: bytes) -> None:
+        self._app, self._sorry = app, sorry
+        self._headers = HEADERS | ({"Strict-Transport-Security": "max-age=31536000"} if over_tls else {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "0")
+        begun = False
+
+        async def guarded(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                headers.update(self._headers)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        held = 0
+
+        async def counted() -> Message:
+            nonlocal held
+            message = await receive()
+            held += len(message.get("body", b""))
+            if held > MOST_BODY_BYTES:
+                raise _TooMuchError
+            return message
+
+        try:
+            if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+                raise _TooMuchError
+            await self._app(scope, counted, guarded)
+        except _TooMuchError:
+            await _answer(guarded, 413, b"Too much.", "text/plain")
+        except Exception as error:  # noqa: BLE001
+            # its text may hold anything, a patient's name too; where it came from does not
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("an answer failed: %s\n%s", type(error).__name__, where)
+            if begun:
+                raise ConnectionAbortedError("an answer broke off") from None
+            await _answer(guarded, 500, self._sorry, "text/html; charset=utf-8")
+
+
+class _TooMuchError(Exception):
+    """A request is larger than any form of ours."""
+
+
+async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
