@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from medseg.cli.shared import Verbose, new_app
+import medseg
+from medseg.cli.shared import Verbose, finish, new_app
 from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import out
 from medseg_pipelines.hospital.node import Node, open_node
@@ -62,6 +65,44 @@ def web(config: Config, verbose: Verbose = False) -> None:
     from medseg_pipelines.hospital.web import run_web
 
     _run_part(config, "web", 0, run_web, verbose)
+
+
+@app.command(epilog="Example: medseg-hospital password")
+def password() -> None:
+    """Print what stands in the settings for a user's password, which is asked for, or read from standard input."""
+    from medseg_pipelines.hospital.web_login import hash_password
+
+    if sys.stdin.isatty():
+        typed = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != typed:
+            raise medseg.ConfigError("password: the two are not the same; try again")
+    else:
+        typed = sys.stdin.readline().rstrip("\r\n")
+    out.print(hash_password(typed), markup=False)
+
+
+@app.command(epilog="Example: medseg-hospital audit -c configs/hospital.yaml")
+def audit(
+    config: Config,
+    holds: Annotated[
+        list[str] | None, typer.Option("--holds", metavar="HASH", help="Printed earlier; must still be there. Repeatable.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Follow the chains of the audit log; exits with 1 where one is broken, or a file is missing."""
+    from medseg_pipelines.hospital.audit import check_audit
+
+    log_to_terminal(verbose)
+    found = check_audit(read_settings(config).folder / "audit")
+    faults = list(found.faults)
+    faults += [f"no line has the hash {sha256}, which was here" for sha256 in holds or () if not found.holds(sha256)]
+    for file in found.files:
+        if not file.ended:
+            cut = "breaks off inside its last line" if file.torn else "has no end"
+            out.print(f"{file.path.name}: {cut}: its process still runs, was killed, or the file was cut", markup=False)
+    for part, sha256 in found.heads.items():
+        out.print(f"{part} ends with {sha256}", markup=False)
+    finish(f"{len(found.files)} files, {sum(len(file.hashes) for file in found.files)} lines.", faults)
 
 
 def _run_part(

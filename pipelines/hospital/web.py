@@ -50,8 +50,10 @@ MOST_CONNECTIONS = 200
 ID = re.compile(r"[0-9a-f]{32}")
 # where a login may lead: to our own pages, and to nothing else
 AFTER_LOGIN = re.compile(r"/(?:studies/[0-9a-f]{32}|refused|parts|search)?(?:\?[A-Za-z0-9=&_-]*)?")
-STYLE = files("medseg_pipelines").joinpath("templates/hospital/style.css").read_bytes()
+_SHIPPED = files("medseg_pipelines").joinpath("templates/hospital")
+STYLE, ICON = _SHIPPED.joinpath("style.css").read_bytes(), _SHIPPED.joinpath("icon.svg").read_bytes()
 STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE).hexdigest()[:12]}"
+KEPT = {"Cache-Control": "public, max-age=86400"}
 NOTES = {
     "retried": "It is queued again.",
     "not-dead": "Nothing to try again: it is not given up any more.",
@@ -156,9 +158,18 @@ def make_app(node: Node) -> FastAPI:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     def style() -> Response:
-        return Response(STYLE, media_type="text/css", headers={"Cache-Control": "public, max-age=86400"})
+        return Response(STYLE, media_type="text/css", headers=KEPT)
 
-    for path, answer in (("/livez", livez), ("/readyz", readyz), ("/metrics", figures), ("/style.css", style)):
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml", headers=KEPT)
+
+    for path, answer in (
+        ("/livez", livez),
+        ("/readyz", readyz),
+        ("/metrics", figures),
+        ("/style.css", style),
+        ("/icon.svg", icon),
+    ):
         app.add_api_route(path, answer, methods=["GET", "HEAD"], response_model=None)
     app.add_api_route("/login", pages.login, methods=["GET"], response_model=None)
     app.add_api_route("/login", pages.enter, methods=["POST"], response_model=None)

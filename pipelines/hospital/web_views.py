@@ -30,7 +30,10 @@ class LabelQuality:
 
 @dataclass(frozen=True)
 class StudyRow:
-    """A study in the list. `at`: of its last change; `dice`: of the label of which least is expected."""
+    """A study in the list. `at`: of its last change; `dice`: of the label of which least is expected.
+
+    `doing`: what its jobs are about, as in `JobView.state`; empty where nothing is open.
+    """
 
     id: str
     patient_name: str
@@ -43,6 +46,7 @@ class StudyRow:
     receiving: bool
     jobs: int
     jobs_done: int
+    doing: str
     at: float
     dice: LabelQuality | None
     look: bool
@@ -337,9 +341,11 @@ def _study_rows(connection: sa.Connection, rows: Sequence[Any]) -> tuple[StudyRo
         held[one.study_id].append(one)
     present = sa.and_(jobs.c.series_id == series.c.id, jobs.c.revision == series.c.revision)
     results: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    asked_results = sa.select(series.c.study_id, jobs.c.result).join(jobs, present).where(series.c.study_id.in_(ids))
-    for study_id, result in connection.execute(asked_results).tuples():
+    states: dict[str, set[str]] = defaultdict(set)
+    asked_jobs = sa.select(series.c.study_id, jobs.c.state, jobs.c.result).join(jobs, present)
+    for study_id, state, result in connection.execute(asked_jobs.where(series.c.study_id.in_(ids))).tuples():
         results[study_id].append(result or {})
+        states[study_id].add(state)
     made = []
     for row in rows:
         first = held[row.study_id][0]
@@ -357,12 +363,19 @@ def _study_rows(connection: sa.Connection, rows: Sequence[Any]) -> tuple[StudyRo
                 receiving=row.receiving > 0,
                 jobs=row.jobs,
                 jobs_done=row.done,
+                doing=_doing(states[row.study_id], row.state),
                 at=row.at,
                 dice=min(known, key=lambda q: q.expected or 0.0, default=None),
                 look=any(_look(result) for result in results[row.study_id]),
             )
         )
     return tuple(made)
+
+
+def _doing(states: set[str], state: str) -> str:
+    if state != "in-work" or not states:
+        return ""
+    return next((doing for doing in ("running", "queued") if doing in states), "sending")
 
 
 def _jobs_of(

@@ -126,11 +126,12 @@ def list_address(*, state: str = "all", search: str = "", page: int = 1, still: 
 
 def study_words(row: StudyRow) -> str:
     """A few words beside the state of a study; empty where there is no more to say."""
-    if row.receiving and row.state == "in-work":
-        return "being received" if not row.jobs else f"being received, {row.jobs_done} of {row.jobs} done"
-    if row.jobs > 1:
-        return f"{row.jobs_done} of {row.jobs} done"
-    return ""
+    doing = {"running": "being segmented", "queued": "waiting", "sending": "being sent"}.get(row.doing, "")
+    words = [
+        "being received" if row.receiving and row.state == "in-work" else doing,
+        f"{row.jobs_done} of {row.jobs} done" if row.jobs > 1 else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 def step_marks(job: JobView) -> Mapping[str, str]:
