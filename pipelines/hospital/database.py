@@ -175,15 +175,14 @@ class Database:
         if password is not None:
             self.url = self.url.set(password=password)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        # hide_parameters: the texts of errors else hold the values of a row, a patient's name among them
         if self.url.drivername == "postgresql":
             self.url = self.url.set(drivername="postgresql+pg8000")
         if self.is_sqlite:
-            self._engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S}, hide_parameters=True)
+            self._engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S})
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         else:
-            self._engine = sa.create_engine(self.url, pool_pre_ping=True, pool_recycle=600, hide_parameters=True)
+            self._engine = sa.create_engine(self.url, pool_pre_ping=True, pool_recycle=600)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
