@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 import medseg
-from medseg.cli.shared import Verbose, finish, new_app
+from medseg.cli.shared import OK, USAGE, Verbose, finish, new_app
 from medseg.cli.shared import log as log_to_terminal
-from medseg.terminal import out
+from medseg.terminal import err, out
 from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
 from medseg_pipelines.hospital.supervisor import Part, supervise
@@ -33,7 +34,7 @@ Number = Annotated[int, typer.Option("--number", min=0, help="Which one of this 
 @app.command(epilog="Example: medseg-hospital run -c configs/hospital.yaml")
 def run(config: Config, verbose: Verbose = False) -> None:
     """Start gateway, workers and pages on this machine; a part that ends is started again."""
-    log_to_terminal(verbose)
+    _log(verbose)
     settings = read_settings(config)
     options = ["-c", str(config)] + (["-v"] if verbose else [])
     workers = [Part(f"worker {n}", ("worker", "--number", str(n), *options)) for n in range(settings.worker.workers)]
@@ -92,7 +93,7 @@ def audit(
     """Follow the chains of the audit log; exits with 1 where one is broken, or a file is missing."""
     from medseg_pipelines.hospital.audit import check_audit
 
-    log_to_terminal(verbose)
+    _log(verbose)
     found = check_audit(read_settings(config).folder / "audit")
     faults = list(found.faults)
     faults += [f"no line has the hash {sha256}, which was here" for sha256 in holds or () if not found.holds(sha256)]
@@ -108,7 +109,7 @@ def audit(
 def _run_part(
     config: Path, kind: str, number: int, part: Callable[[Node, threading.Event], None], verbose: bool
 ) -> None:
-    log_to_terminal(verbose)
+    _log(verbose)
     settings: NodeSettings = read_settings(config)
     node = open_node(settings, kind, number)
     try:
@@ -132,5 +133,26 @@ class stopping:  # noqa: N801
 
 
 def main() -> None:
-    """The entry point."""
-    app()
+    """Run the command line and exit with the code that the outcome deserves."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """The exit code of a command line. A user's mistake is one message; its traceback is shown with -v."""
+    try:
+        app(arguments, prog_name="medseg-hospital")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else USAGE
+    except medseg.MedsegError as error:
+        log.debug("traceback", exc_info=True)
+        err.print(f"[red]error:[/red] {escape(str(error))}")
+        return USAGE
+    return OK
+
+
+def _log(verbose: bool) -> None:
+    """What the node logs goes where the library's words go."""
+    log_to_terminal(verbose)
+    theirs, ours = logging.getLogger("medseg"), logging.getLogger("medseg_pipelines")
+    ours.handlers = list(theirs.handlers)
+    ours.setLevel(theirs.level)

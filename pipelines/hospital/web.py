@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -335,18 +336,20 @@ class _Pages:
             raise HTTPException(404, "There is no such study.")
         self._audit_look(_session(request), "viewed", study=study_id)
         refresh = f"/studies/{study_id}" if found.busy and not still else None
-        return self._page(request, "study", study=found, now=now, note=NOTES.get(note), refresh=refresh)
+        made = [job for series in found.series for job in series.jobs]
+        # those of old studies have been removed
+        pictured = {job.id for job in made if self._picture_file(job.id, job.picture)}
+        return self._page(
+            request, "study", study=found, pictured=pictured, now=now, note=NOTES.get(note), refresh=refresh
+        )
 
     def picture(self, job_id: str) -> Response:
         """The picture of a mask; of the address only the id of the job counts, and that must be one."""
         if not ID.fullmatch(job_id):
             raise HTTPException(404, "There is no such picture.")
         with self._node.database.reading() as connection:
-            name = picture_name(connection, job_id)
-        folder = self._node.store.results / job_id
-        path = folder / name if name else None
-        # nor may a name that a worker wrote down lead elsewhere, by links or otherwise
-        if path is None or path.resolve().parent != folder.resolve() or path.suffix != ".png" or not path.is_file():
+            path = self._picture_file(job_id, picture_name(connection, job_id))
+        if path is None:
             raise HTTPException(404, "There is no such picture.")
         return FileResponse(path, media_type="image/png")
 
@@ -440,6 +443,12 @@ class _Pages:
 
     def _set_cookie(self, answer: Response, name: str, value: str, seconds: int) -> None:
         answer.set_cookie(name, value, max_age=seconds, path="/", secure=self._secure, httponly=True, samesite="strict")
+
+    def _picture_file(self, job_id: str, name: str | None) -> Path | None:
+        """The picture of a job where it is there; what a worker wrote down may lead nowhere else, by links or dots."""
+        folder = (self._node.store.results / job_id).resolve()
+        path = (folder / name).resolve() if name else folder
+        return path if path.parent == folder and path.suffix == ".png" and path.is_file() else None
 
     def _searched(self, name: str, user: str) -> str | None:
         """The words of a search; empty where there is none, None where it is not known any more."""

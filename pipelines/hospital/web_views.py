@@ -82,7 +82,7 @@ class DeliveryView:
 class JobView:
     """A job, for people. `state`: queued, running, sending, done or dead; `done_steps`: how many of `ALL_STEPS`.
 
-    `outdated`: of an earlier revision than the series has now.
+    `outdated`: of an earlier revision than the series has now; `picture`: what its file was called when it was made.
     """
 
     id: str
@@ -105,7 +105,7 @@ class JobView:
     quality: tuple[LabelQuality, ...]
     warnings: tuple[str, ...]
     look: bool
-    has_picture: bool
+    picture: str | None
     deliveries: tuple[DeliveryView, ...]
 
     @property
@@ -423,7 +423,7 @@ def _job_view(row: Any, sends: tuple[DeliveryView, ...], revision: int, now: flo
         quality=_quality(result),
         warnings=tuple(str(warning) for warning in result.get("warnings") or ()),
         look=_look(result),
-        has_picture=_picture(result) is not None,
+        picture=_picture(result),
         deliveries=sends,
     )
 
