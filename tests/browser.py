@@ -63,6 +63,7 @@ class Text:
 
 
 Visiting = Callable[..., Visit]
+Browsing = Callable[..., Visit]
 
 
 def find_chromium() -> str | None:
@@ -88,6 +89,10 @@ class Visits:
 
     def open(self, path: Path, *, width: int = DESKTOP, dark: bool = False) -> Visit:
         """The page at `path`, loaded; `width` in CSS pixels."""
+        return self.open_address(path.absolute().as_uri(), width=width, dark=dark)
+
+    def open_address(self, address: str, *, width: int = DESKTOP, dark: bool = False) -> Visit:
+        """The page at an address, loaded."""
         context = self._browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
         )
@@ -95,7 +100,7 @@ class Visits:
         self._contexts.append(context)
         visit = Visit(context.new_page())
         _listen(visit)
-        visit.page.goto(path.absolute().as_uri(), wait_until="load")
+        visit.page.goto(address, wait_until="load")
         return visit
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image as Picture
 
 if TYPE_CHECKING:
-    from browser import Visiting
+    from browser import Browsing, Visiting
     from playwright.sync_api import Browser
 
 MakeDataset = Callable[..., Path]
@@ -124,6 +124,16 @@ def visit(chromium: Browser) -> Iterator[Visiting]:
 
     visits = Visits(chromium)
     yield visits.open
+    visits.close()
+
+
+@pytest.fixture
+def browse(chromium: Browser) -> Iterator[Browsing]:
+    """Opens an address: `browse(address, width=1280, dark=False)`. Every page is closed after the test."""
+    from browser import Visits
+
+    visits = Visits(chromium)
+    yield visits.open_address
     visits.close()
 
 

@@ -100,7 +100,9 @@ def test_a_new_file_stands_on_the_latest_of_its_part(tmp_path: Path) -> None:
     assert check_audit(tmp_path).faults == ()
 
 
-def test_the_hash_before_is_found_however_long_the_last_lines_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_before_is_found_however_long_the_last_lines_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(audit_module, "_BLOCK", 7)
     first = written(tmp_path, "viewed")
     assert read_audit(written(tmp_path)).after_hash == read_audit(first).last_hash

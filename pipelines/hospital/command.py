@@ -86,7 +86,8 @@ def password() -> None:
 def audit(
     config: Config,
     holds: Annotated[
-        list[str] | None, typer.Option("--holds", metavar="HASH", help="Printed earlier; must still be there. Repeatable.")
+        list[str] | None,
+        typer.Option("--holds", metavar="HASH", help="Printed earlier; must still be there. Repeatable."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
