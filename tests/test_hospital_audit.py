@@ -40,7 +40,7 @@ def test_every_line_carries_the_hash_of_the_one_before(tmp_path: Path) -> None:
 
 
 def changed(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], lines[1].replace(b"ab", b"cd", 1), *lines[2:]]
+    return [lines[0], lines[1].replace(b"viewed", b"looked", 1), *lines[2:]]
 
 
 def dropped(lines: list[bytes]) -> list[bytes]:

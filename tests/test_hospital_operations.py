@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra `hospital`")
 
 import sqlalchemy as sa
-from hospital_rows import add_delivery, add_done, add_job, add_part, add_refusal, add_series, new_node
+from hospital_rows import add_delivery, add_done, add_job, add_part, add_refusal, add_series, fill, new_node
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
@@ -19,6 +20,9 @@ from medseg_pipelines.hospital import database as tables
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.operations import Metrics, readiness
 from medseg_pipelines.hospital.web import make_app
+from medseg_pipelines.hospital.web_views import STUDY_STATES, find_study, list_studies, queues
+
+STATES = ("all", *STUDY_STATES)
 
 
 @pytest.fixture
@@ -170,3 +174,24 @@ def test_nothing_of_a_patient_or_a_peer_is_in_what_machines_see(client: TestClie
         told = answer.text + str(answer.headers)
         assert "CANARY" not in told
         assert "1.2.276" not in told
+
+
+def test_figures_and_pages_are_the_same_on_postgresql(tmp_path: Path, postgres: str) -> None:
+    held = []
+    for name, database in (("sqlite", None), ("postgresql", postgres)):
+        node = new_node(tmp_path / name, database=database)
+        random.seed(1)
+        fill(node.database, studies=40)
+        add_part(node.database, "n-worker-0", "worker", seen_ago_s=100)
+        numbers = {k: v for k, v in figures(Metrics(node).text()).items() if "age" not in k[0] and "disk" not in k[0]}
+        with node.database.reading() as connection:
+            now = node.database.now(connection)
+            pages = [list_studies(connection, state=s, words=w, page=1) for s in STATES for w in ((), ("müller", "ct"))]
+            shown = [[(row.patient_id, row.state, row.doing, row.dice, row.look) for row in p.rows] for p in pages]
+            study = find_study(connection, pages[0].rows[2].id, now)
+            waiting = queues(connection)
+        told = [(s.description, s.receiving, [(j.state, j.done_steps) for j in s.jobs]) for s in study.series]
+        held.append((numbers, shown, [p.counts for p in pages], study.state, told, waiting, readiness(node)))
+        node.close()
+    assert held[0] == held[1]
+    assert held[0][2][0]["all"] == 40

@@ -38,7 +38,7 @@ from medseg_pipelines.hospital.web_views import (
     queues,
     study_of_job,
 )
-from medseg_pipelines.hospital.web_words import list_address, new_environment
+from medseg_pipelines.hospital.web_words import environment, list_address
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ AFTER_LOGIN = re.compile(r"/(?:studies/[0-9a-f]{32}|refused|parts|search)?(?:\?[
 _SHIPPED = files("medseg_pipelines").joinpath("templates/hospital")
 STYLE, ICON = _SHIPPED.joinpath("style.css").read_bytes(), _SHIPPED.joinpath("icon.svg").read_bytes()
 STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE).hexdigest()[:12]}"
+# FastAPI hands what is typed into forms, and texts of errors, to OpenTelemetry where a process has that; ours must not
+NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 KEPT = {"Cache-Control": "public, max-age=86400"}
 NOTES = {
     "retried": "It is queued again.",
@@ -146,7 +148,9 @@ def make_app(node: Node) -> FastAPI:
     door = Doorkeeper(node.settings.web, read_secret(node.settings.folder))
     pages = _Pages(node, door)
     metrics = Metrics(node)
-    app = FastAPI(title="medseg", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="medseg", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY
+    )
 
     def livez() -> Response:
         return JSONResponse({"alive": True})
@@ -204,7 +208,7 @@ class _Pages:
 
     def __init__(self, node: Node, door: Doorkeeper) -> None:
         self._node, self._door = node, door
-        self._templates = new_environment()
+        self._templates = environment()
         self._secure = node.settings.web.secure
         # a name that browsers take from this host alone, and over TLS
         self._cookie = "__Host-medseg" if self._secure else "medseg"

@@ -38,15 +38,15 @@ MOST_KEYS = 10_000
 Key = tuple[str, str]
 
 
-def hash_password(password: str) -> str:
+def hash_password(password: str, *, cost: int = COST, passes: int = PASSES) -> str:
     """What stands in the settings for a password. Raises `ConfigError` where it is too short, or far too long."""
     if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
         raise medseg.ConfigError(
             f"password: {len(password)} characters found, expected {SHORTEST_PASSWORD} to {LONGEST_PASSWORD}"
         )
     salt = os.urandom(16)
-    made = _scrypt(password, salt, COST, BLOCK_SIZE, PASSES)
-    return f"scrypt${COST}${BLOCK_SIZE}${PASSES}${_text(salt)}${_text(made)}"
+    made = _scrypt(password, salt, cost, BLOCK_SIZE, passes)
+    return f"scrypt${cost}${BLOCK_SIZE}${passes}${_text(salt)}${_text(made)}"
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ class Doorkeeper:
             raise medseg.ConfigError("web.users: a name stands there twice, expected each once")
         self._stamps = {user.name: self._stamp(user) for user in settings.users}
         # a name that nobody has takes as long as one that somebody has
-        self._nobody = PasswordHash(COST, BLOCK_SIZE, PASSES, bytes(16), bytes(64))
+        dearest = max(self._hashes.values(), key=lambda h: h.cost * h.block_size * h.passes, default=None)
+        self._nobody = dearest or PasswordHash(COST, BLOCK_SIZE, PASSES, bytes(16), bytes(64))
         self._signer = URLSafeSerializer(
             secret, salt="session", signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256}
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import PurePath
 from urllib.parse import urlencode
 
@@ -43,19 +44,20 @@ FORMAT_WORDS = {
 }
 
 
-def new_environment() -> Environment:
-    """Templates of the pages: every value is escaped, a missing one is an error."""
-    environment = Environment(
+@cache
+def environment() -> Environment:
+    """The templates of the pages: every value is escaped, a missing one is an error."""
+    made = Environment(
         loader=PackageLoader("medseg_pipelines", "templates/hospital"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    made.filters.update(
         person=person, day=day, span=span, clock=clock, machine_time=machine_time, gb=gb, model_name=model_name
     )
-    environment.globals.update(
+    made.globals.update(
         state_words=STATE_WORDS,
         job_words=JOB_WORDS,
         delivery_words=DELIVERY_WORDS,
@@ -67,7 +69,7 @@ def new_environment() -> Environment:
         study_words=study_words,
         step_marks=step_marks,
     )
-    return environment
+    return made
 
 
 def person(name: str) -> str:
