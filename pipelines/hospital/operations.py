@@ -140,7 +140,7 @@ def _received(connection: sa.Connection) -> Iterator[Metric]:
     for name, value in connection.execute(sa.select(counters.c.name, counters.c.value)).tuples():
         events.add_metric((name,), value)
     yield events
-    states = dict(
+    states: dict[str, int] = dict(
         connection.execute(sa.select(series.c.state, sa.func.count()).group_by(series.c.state)).tuples().all()
     )
     made = GaugeMetricFamily("medseg_series", "Series by state.", labels=("state",))

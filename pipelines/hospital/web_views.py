@@ -192,8 +192,10 @@ class Queues:
 def list_studies(connection: sa.Connection, *, state: str, words: Sequence[str], page: int) -> StudyList:
     """The page-th of the studies in a state (`all`: any) that have every word, the one that changed last first."""
     found = _studies(words)
-    counts = dict(connection.execute(sa.select(found.c.state, sa.func.count()).group_by(found.c.state)).tuples().all())
-    counts = {name: counts.get(name, 0) for name in STUDY_STATES}
+    by_state: dict[str, int] = dict(
+        connection.execute(sa.select(found.c.state, sa.func.count()).group_by(found.c.state)).tuples().all()
+    )
+    counts = {name: by_state.get(name, 0) for name in STUDY_STATES}
     counts["all"] = sum(counts.values())
     total = counts[state]
     pages = max(-(-total // STUDIES_PER_PAGE), 1)
@@ -296,7 +298,7 @@ def _studies(words: Sequence[str], study_id: str | None = None) -> sa.Subquery:
         (sa.func.count(jobs.c.id) > 0, "done"),
         else_="not-taken",
     )
-    at = latest[0]
+    at: sa.ColumnElement[float] = latest[0]
     for other in latest[1:]:
         at = sa.case((other > at, other), else_=at)
     asked = (
