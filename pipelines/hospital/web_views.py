@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,19 +192,16 @@ class Queues:
 def list_studies(connection: sa.Connection, *, state: str, words: Sequence[str], page: int) -> StudyList:
     """The page-th of the studies in a state (`all`: any) that have every word, the one that changed last first."""
     found = _studies(words)
-    by_state: dict[str, int] = dict(
-        connection.execute(sa.select(found.c.state, sa.func.count()).group_by(found.c.state)).tuples().all()
-    )
-    counts = {name: by_state.get(name, 0) for name in STUDY_STATES}
-    counts["all"] = sum(counts.values())
-    total = counts[state]
-    pages = max(-(-total // STUDIES_PER_PAGE), 1)
+    # read once: what the states are is the dear part, of which the counts need all
+    every = connection.execute(sa.select(found.c.study_id, found.c.state, found.c.at)).all()
+    counts = Counter(row.state for row in every)
+    counts["all"] = len(every)
+    chosen = sorted((row for row in every if state in ("all", row.state)), key=lambda row: (-row.at, row.study_id))
+    pages = max(-(-len(chosen) // STUDIES_PER_PAGE), 1)
     page = min(max(page, 1), pages)
-    asked = sa.select(found) if state == "all" else sa.select(found).where(found.c.state == state)
-    asked = asked.order_by(found.c.at.desc(), found.c.study_id).limit(STUDIES_PER_PAGE)
     first = (page - 1) * STUDIES_PER_PAGE
-    rows = connection.execute(asked.offset(first)).all()
-    return StudyList(_study_rows(connection, rows), counts, page, pages, first, total)
+    shown = [row.study_id for row in chosen[first : first + STUDIES_PER_PAGE]]
+    return StudyList(_study_rows(connection, shown), counts, page, pages, first, len(chosen))
 
 
 def find_study(connection: sa.Connection, study_id: str, now: float) -> StudyView | None:
@@ -218,7 +215,7 @@ def find_study(connection: sa.Connection, study_id: str, now: float) -> StudyVie
         return None
     made = _jobs_of(connection, [row.id for row in rows], {row.id: row.revision for row in rows}, now)
     held = sorted((_series_view(row, made[row.id]) for row in rows), key=lambda s: not s.jobs)
-    found = _studies((), study_id=study_id)
+    found = _studies((), ids=(study_id,))
     first = rows[0]
     return StudyView(
         id=study_id,
@@ -271,14 +268,20 @@ def queues(connection: sa.Connection) -> Queues:
     return Queues(by_state(jobs), by_state(deliveries), by_state(series).get("receiving", 0))
 
 
-def _studies(words: Sequence[str], study_id: str | None = None) -> sa.Subquery:
-    """Each study with its state, which follows from its series, their jobs of the present revision, and deliveries."""
+def _studies(words: Sequence[str], ids: Sequence[str] | None = None) -> sa.Subquery:
+    """Each study with its state, which follows from its series, their jobs of the present revision, and deliveries.
+
+    `ids`: of these studies alone.
+    """
+    asked_about = [] if ids is None else [series.c.study_id.in_(ids)]
+    known = sa.select(jobs.c.id).join(series, series.c.id == jobs.c.series_id).where(*asked_about)
     sent = (
         sa.select(
             deliveries.c.job_id,
             sa.func.sum(sa.case((deliveries.c.state == "dead", 1), else_=0)).label("dead"),
             sa.func.sum(sa.case((deliveries.c.state.in_(("waiting", "sending", "sent")), 1), else_=0)).label("open"),
         )
+        .where(*([] if ids is None else [deliveries.c.job_id.in_(known)]))
         .group_by(deliveries.c.job_id)
         .subquery()
     )
@@ -312,11 +315,9 @@ def _studies(words: Sequence[str], study_id: str | None = None) -> sa.Subquery:
             number(sa.and_(jobs.c.state == "done", sa.func.coalesce(sent.c.dead + sent.c.open, 0) == 0)).label("done"),
         )
         .select_from(series.outerjoin(jobs, present).outerjoin(sent, sent.c.job_id == jobs.c.id))
-        .where(series.c.images > 0)
+        .where(series.c.images > 0, *asked_about)
         .group_by(series.c.study_id)
     )
-    if study_id is not None:
-        asked = asked.where(series.c.study_id == study_id)
     if words:
         asked = asked.where(series.c.study_id.in_(sa.select(series.c.study_id).where(*map(_has, words))))
     return asked.subquery()
@@ -335,8 +336,8 @@ def _has(word: str) -> sa.ColumnElement[bool]:
     return sa.or_(*(column.icontains(way, autoescape=True) for column in columns for way in sorted(ways)))
 
 
-def _study_rows(connection: sa.Connection, rows: Sequence[Any]) -> tuple[StudyRow, ...]:
-    ids = [row.study_id for row in rows]
+def _study_rows(connection: sa.Connection, ids: Sequence[str]) -> tuple[StudyRow, ...]:
+    rows = {row.study_id: row for row in connection.execute(sa.select(_studies((), ids)))}
     asked = sa.select(series).where(series.c.study_id.in_(ids)).order_by(series.c.first_at, series.c.id)
     held: dict[str, list[Any]] = defaultdict(list)
     for one in connection.execute(asked):
@@ -349,7 +350,7 @@ def _study_rows(connection: sa.Connection, rows: Sequence[Any]) -> tuple[StudyRo
         results[study_id].append(result or {})
         states[study_id].add(state)
     made = []
-    for row in rows:
+    for row in map(rows.__getitem__, ids):
         first = held[row.study_id][0]
         known = [q for result in results[row.study_id] for q in _quality(result) if q.expected is not None]
         made.append(
