@@ -77,7 +77,8 @@ class Served:
     def __init__(self, node: Node) -> None:
         self.node, self.stop = node, threading.Event()
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
+        # a test that fails before the end must not keep the process
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:

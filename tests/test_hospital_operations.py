@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from medseg_pipelines.hospital import database as tables
+from medseg_pipelines.hospital.command import run_command
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.operations import Metrics, readiness
 from medseg_pipelines.hospital.web import make_app
@@ -195,3 +196,30 @@ def test_figures_and_pages_are_the_same_on_postgresql(tmp_path: Path, postgres: 
         node.close()
     assert held[0] == held[1]
     assert held[0][2][0]["all"] == 40
+
+
+def test_the_command_begins_again_what_was_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "hospital.yaml"
+    config.write_text("folder: node\nstorage: {least_free_gb: 0}\n")
+    node = new_node(tmp_path / "node")
+    series_id = add_series(node.database)
+    dead = add_job(node.database, series_id, rule="a", state="dead")
+    unsent = add_job(node.database, series_id, rule="b", state="done")
+    add_delivery(node.database, unsent, state="dead")
+    fine = add_job(node.database, series_id, rule="c", state="done")
+    add_delivery(node.database, fine)
+    command = ["replay", "-c", str(config)]
+    assert run_command(command) == 2
+    assert run_command([*command, fine]) == 1
+    assert f"{fine}: no dead job" in capsys.readouterr().err
+    assert run_command([*command, dead]) == 0
+    assert run_command([*command, "--all"]) == 0
+    assert "1 begun again." in capsys.readouterr().out
+    with node.database.reading() as connection:
+        states = dict(connection.execute(sa.select(tables.jobs.c.rule, tables.jobs.c.state)).tuples().all())
+        sends = set(connection.execute(sa.select(tables.deliveries.c.job_id, tables.deliveries.c.state)).tuples())
+    assert states == {"a": "queued", "b": "done", "c": "done"}
+    assert sends == {(unsent, "waiting"), (fine, "done")}
+    logs = [path.read_text() for path in (tmp_path / "node" / "audit").glob("*-command-*.jsonl")]
+    assert sum(text.count('"event": "replay"') for text in logs) == 2
+    node.close()

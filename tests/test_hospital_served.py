@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import subprocess
 import threading
@@ -39,6 +40,7 @@ from hospital_rows import (
 import medseg
 from medseg_pipelines.hospital import database as tables
 from medseg_pipelines.hospital import web as web_module
+from medseg_pipelines.hospital import web_guard
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.web import run_web
 
@@ -77,6 +79,28 @@ def test_the_pages_speak_tls(tmp_path: Path) -> None:
     asked = urllib.request.Request(f"https://127.0.0.1:{port}/livez")
     with eventually(lambda: urllib.request.urlopen(asked, timeout=5, context=trusting)) as answer:
         assert answer.headers["strict-transport-security"] == "max-age=31536000"
+    served.end()
+    node.close()
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: node\r\n",
+        b"POST /login HTTP/1.1\r\nHost: node\r\nContent-Length: 9\r\n"
+        b"Content-Type: application/x-www-form-urlencoded\r\n\r\nname=",
+    ],
+)
+def test_a_request_that_never_ends_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+    monkeypatch.setattr(web_guard, "REQUEST_S", 0.4)
+    port = free_port()
+    node = new_node(tmp_path, web={"port": port})
+    served = Served(node)
+    with eventually(lambda: socket.create_connection(("127.0.0.1", port), timeout=20)) as peer:
+        peer.sendall(begun)
+        # else this waits until the time is out, which is an error
+        assert peer.recv(100) == b""
     served.end()
     node.close()
 

@@ -153,7 +153,7 @@ def test_what_is_not_there_is_said_plainly(client: TestClient, path: str) -> Non
 
 
 def listed(client: TestClient, path: str = "/") -> list[str]:
-    return [html.unescape(name) for name in re.findall(r'class="cover"[^>]*>([^<]*)</a>', client.get(path).text)]
+    return [html.unescape(name) for name in re.findall(r'class="cover"[^>]*><bdi>([^<]*)</bdi>', client.get(path).text)]
 
 
 def states(node: Node) -> None:
@@ -393,7 +393,7 @@ def test_names_are_shown_as_text(client: TestClient, node: Node, name: str) -> N
         page = client.get(path).text
         assert "<script" not in page
         assert "<img src=x" not in page
-        assert html.escape(person(name)) in page.replace("&#39;", "&#x27;")
+        assert f"<bdi>{html.escape(person(name))}</bdi>" in page.replace("&#39;", "&#x27;")
     assert job_id in page
 
 

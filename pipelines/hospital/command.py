@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import signal
 import sys
 import threading
@@ -80,6 +81,28 @@ def password() -> None:
     else:
         typed = sys.stdin.readline().rstrip("\r\n")
     out.print(hash_password(typed), markup=False)
+
+
+@app.command(epilog="Example: medseg-hospital replay -c configs/hospital.yaml --all")
+def replay(
+    config: Config,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="JOB...", help="Ids of jobs, as in the log.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="All that are dead, or have deliveries that are.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Begin again what was given up: dead jobs, and dead deliveries of jobs that are done."""
+    from medseg_pipelines.hospital.replaying import dead_jobs, replay_job
+
+    _log(verbose)
+    if bool(jobs) == all:
+        raise medseg.ConfigError("expected ids of jobs, or --all")
+    node = open_node(read_settings(config), "command", os.getpid())
+    try:
+        asked = dead_jobs(node.database) if all else jobs or []
+        vain = [f"{job}: no dead job, nor are its deliveries" for job in asked if not replay_job(node, job, user=None)]
+    finally:
+        node.close()
+    finish(f"{len(asked) - len(vain)} begun again.", vain)
 
 
 @app.command(epilog="Example: medseg-hospital audit -c configs/hospital.yaml")

@@ -26,7 +26,8 @@ from starlette.exceptions import HTTPException
 import medseg
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.operations import Metrics, readiness
-from medseg_pipelines.hospital.web_guard import Guard
+from medseg_pipelines.hospital.replaying import replay_job, study_of_job
+from medseg_pipelines.hospital.web_guard import Guard, Impatient
 from medseg_pipelines.hospital.web_login import Denied, Doorkeeper, Session, read_secret
 from medseg_pipelines.hospital.web_views import (
     STUDY_STATES,
@@ -36,7 +37,6 @@ from medseg_pipelines.hospital.web_views import (
     list_studies,
     picture_name,
     queues,
-    study_of_job,
 )
 from medseg_pipelines.hospital.web_words import environment, list_address
 
@@ -78,7 +78,7 @@ def run_web(node: Node, stop: threading.Event) -> None:
     app = make_app(node)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Impatient,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -363,14 +363,7 @@ class _Pages:
             study_id = study_of_job(connection, job_id) if ID.fullmatch(job_id) else None
         if study_id is None:
             raise HTTPException(404, "There is no such job.")
-        replayed = self._node.jobs.replay(job_id)
-        sends = self._node.jobs.replay_deliveries(job_id)
-        if replayed or sends:
-            user = _session(request).user
-            self._node.audit.record(
-                "replay", user=user, job=job_id, study=study_id, computed=replayed, deliveries=sends
-            )
-        note = "retried" if replayed or sends else "not-dead"
+        note = "retried" if replay_job(self._node, job_id, user=_session(request).user) else "not-dead"
         return RedirectResponse(f"/studies/{study_id}?note={note}#job-{job_id}", 303)
 
     def refused(self, request: Request, page: str = "1") -> Response:

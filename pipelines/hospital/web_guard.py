@@ -1,17 +1,22 @@
-"""What holds for every answer of the pages: strict headers, small requests, and errors that tell strangers nothing."""
+"""What holds for every answer of the pages: strict headers, small and quick requests, errors that tell nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import traceback
 
+import h11
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger(__name__)
 
 # forms hold a name, a password or a few words
 MOST_BODY_BYTES = 2**16
+# so long a request may take to be there, looked at so often meanwhile
+REQUEST_S, LOOKS = 20.0, 4
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -72,6 +77,32 @@ class Guard:
             if begun:
                 raise ConnectionAbortedError("an answer broke off") from None
             await _answer(guarded, 500, self._sorry, "text/html; charset=utf-8")
+
+
+class Impatient(H11Protocol):
+    """A connection that is closed where its peer takes longer than `REQUEST_S` to say what it wants.
+
+    The server knows no such limit, and a few hundred peers that never finish would keep all others out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As of every connection; and the watch begins."""
+        super().connection_made(transport)
+        self._waits = 0
+        self._next_look = self.loop.call_later(REQUEST_S / LOOKS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As of every connection; and the watch ends."""
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        unfinished = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        self._waits = self._waits + 1 if unfinished else 0
+        if self._waits >= LOOKS:
+            self.transport.close()
+        else:
+            self._next_look = self.loop.call_later(REQUEST_S / LOOKS, self._look)
 
 
 class _TooMuchError(Exception):

@@ -229,12 +229,6 @@ def find_study(connection: sa.Connection, study_id: str, now: float) -> StudyVie
     )
 
 
-def study_of_job(connection: sa.Connection, job_id: str) -> str | None:
-    """The study that a job belongs to."""
-    asked = sa.select(series.c.study_id).join(jobs, jobs.c.series_id == series.c.id).where(jobs.c.id == job_id)
-    return connection.scalar(asked)
-
-
 def picture_name(connection: sa.Connection, job_id: str) -> str | None:
     """What the picture of a job is called in the folder of its results; None where it has none."""
     return _picture(connection.scalar(sa.select(jobs.c.result).where(jobs.c.id == job_id)) or {})
