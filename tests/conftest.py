@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 import pytest
+from hospital_peers import orthanc, postgres, postgres_server
 from PIL import Image as Picture
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 MakeDataset = Callable[..., Path]
+# fixtures that live there
+__all__ = ["orthanc", "postgres", "postgres_server"]
 
 
 @pytest.fixture(scope="session", autouse=True)
