@@ -8,10 +8,12 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pynetdicom import _config as pynetdicom_config
 from pynetdicom import build_context, evt
 from pynetdicom.presentation import AllStoragePresentationContexts
 
@@ -62,27 +64,36 @@ def run_gateway(node: Node, stop: threading.Event) -> None:
     removed = node.store.sweep(LEFT_S, time.time())
     if removed:
         log.info("%d files that were never received whole are removed", removed)
-    before = threading.excepthook
-    with warnings.catch_warnings():
-        # pydicom's quote the values that they are about
-        warnings.simplefilter("ignore")
-        threading.excepthook = _tell_of_thread
-        try:
-            _run(node, stop)
-        finally:
-            threading.excepthook = before
+    with _arranged(node):
+        _run(node, stop)
+
+
+@contextmanager
+def _arranged(node: Node) -> Iterator[None]:
+    """What pynetdicom and Python keep for a whole process is ours until the end."""
+    before = threading.excepthook, tempfile.tempdir, pynetdicom_config.STORE_RECV_CHUNKED_DATASET
+    threading.excepthook = _tell_of_thread
+    # a file goes to the disk as it comes, on the same disk as its place for good
+    tempfile.tempdir = str(node.store.incoming)
+    pynetdicom_config.STORE_RECV_CHUNKED_DATASET = True
+    try:
+        with warnings.catch_warnings():
+            # pydicom's quote the values that they are about
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        threading.excepthook, tempfile.tempdir, pynetdicom_config.STORE_RECV_CHUNKED_DATASET = before
 
 
 def _run(node: Node, stop: threading.Event) -> None:
     settings = node.settings
-    # where pynetdicom puts what it receives: on the same disk as its place for good
-    tempfile.tempdir = str(node.store.incoming)
     ask = count_of(settings)
     completeness = Completeness(node.database, node.jobs, settings, node.audit, count_of=ask)
     door = Door(node)
     threads = Threads(stop)
     threads.start("entrance", door.serve)
-    threads.every("completeness", LOOK_S, completeness.look)
+    # while this gateway was not there, nobody could send: that was no quiet
+    threads.every("completeness", LOOK_S, completeness.look, after_s=settings.completeness.quiet_s)
     threads.every("heartbeat", BEAT_S, node.beat)
     threads.every("door", LOOK_S, door.look)
     for watched in settings.watch:
@@ -138,8 +149,10 @@ class Door:
         self._entrance.serve(stop)
 
     def look(self) -> None:
-        """Removes what broken associations left, and writes down how many were refused."""
-        self._acceptor.count()
+        """Removes what broken associations left, and writes down what was refused."""
+        for association in self._acceptor.collect():
+            if why := messages_of(association).unfit:
+                self._node.intake.refuse(None, sent_by=str(association.requestor.ae_title), reason=why)
         if more := self._refused - self._written:
             with self._node.database.writing() as connection:
                 count(connection, "associations_refused", by=more)
@@ -174,9 +187,9 @@ class Door:
         path, sender = Path(event.dataset_path), str(event.assoc.requestor.ae_title)
         messages = messages_of(event.assoc)
         try:
-            if path in messages.dropped:
-                raise NoRoomError("the disk was full before all of a file had come")
             self._node.intake.check_room()
+            if path in messages.dropped:
+                raise NoRoomError("the disk was full for a while before all of a file had come")
             self._node.intake.take(path, sent_by=sender)
         except NoRoomError as error:
             log.error("not taken from %s: %s", sender, error)

@@ -98,6 +98,9 @@ class Messages(DIMSEServiceProvider):
         try:
             self._check(primitive)
             super().receive_primitive(primitive)
+        except _BoundError as error:
+            self.end(str(error))
+            return
         except Exception as error:  # noqa: BLE001
             # whatever a peer sends: pynetdicom and pydicom have no common class for what they cannot read
             self.end(f"a message that cannot be read ({type(error).__name__})")
@@ -125,12 +128,12 @@ class Messages(DIMSEServiceProvider):
         if self.message is None:
             self._size = self._asked_at = 0
             if self.msg_queue.qsize() >= MOST_WAITING:
-                raise ValueError("too many messages before an answer")
+                raise _BoundError("too many messages before an answer")
         self._size += sum(len(data) for _, data in primitive.presentation_data_value_list)
         is_file = self.message is not None and self.message._data_set_file is not None
         most = self._bounds.most_bytes if is_file else MOST_SMALL
         if self._size > most:
-            raise ValueError("too large a message")
+            raise _BoundError(f"a message of more than {most} bytes")
 
     def _watch_file(self) -> None:
         message = self.message
@@ -147,6 +150,10 @@ class Messages(DIMSEServiceProvider):
             message._data_set_file.close()
             path.unlink(missing_ok=True)
             message._data_set_file = _Nowhere(path)  # type: ignore[assignment]
+
+
+class _BoundError(Exception):
+    """A peer goes beyond what it may ask for."""
 
 
 class _Nowhere:
@@ -188,14 +195,18 @@ class Acceptor(AssociationServer):
         _Handler(request, self)
 
     def count(self) -> int:
-        """How many associations there are; what was left of those that are over is removed."""
+        """How many associations there are."""
+        with self._lock:
+            return sum(association.is_alive() for association in self._running)
+
+    def collect(self) -> list[Association]:
+        """Those that are over since the last time; what was left of them is removed."""
         with self._lock:
             over = [a for a in self._running if not a.is_alive()]
             self._running = [a for a in self._running if a.is_alive()]
-            running = len(self._running)
         for association in over:
             messages_of(association).tidy()
-        return running
+        return over
 
     def end(self) -> None:
         """Breaks all associations off; a file that has come whole is still taken."""
@@ -209,7 +220,7 @@ class Acceptor(AssociationServer):
         deadline = time.monotonic() + END_S
         for association in running:
             association.join(max(deadline - time.monotonic(), 0.0))
-        self.count()
+        self.collect()
 
     def begun(self, association: Association) -> None:
         """An association whose thread runs."""

@@ -33,12 +33,17 @@ class Threads:
         self._threads.append(thread)
         thread.start()
 
-    def every(self, name: str, seconds: float, function: Callable[[], object]) -> None:
-        """Begins one more, that calls `function` again and again, with a pause between.
+    def every(self, name: str, seconds: float, function: Callable[[], object], *, after_s: float = 0.0) -> None:
+        """Begins one more, that calls `function` again and again, with a pause between, first after `after_s` seconds.
 
         What passes by itself (a database that restarts, a model being replaced) is logged once, and tried again.
         """
-        self.start(name, lambda stop: _repeat(name, seconds, function, stop))
+
+        def repeat(stop: threading.Event) -> None:
+            stop.wait(after_s)
+            _repeat(name, seconds, function, stop)
+
+        self.start(name, repeat)
 
     def wait(self) -> None:
         """Until `stop` is set or one has failed, then until all have ended. Raises `MedsegError` for the failed one."""
