@@ -134,7 +134,7 @@ def gateway_process(root: Path, values: dict[str, Any]) -> Iterator[subprocess.P
     config.write_text(json.dumps(values))
     with (root / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "medseg_pipelines.hospital", "gateway", "-c", str(config)],
+            [sys.executable, "-m", "medseg_pipelines.hospital", "gateway", "-v", "-c", str(config)],
             stdout=log,
             stderr=log,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -353,7 +353,7 @@ def test_the_process_ends_with_an_error_where_a_part_of_it_fails(tmp_path: Path)
 def test_killed_in_a_storm_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
     values = settings_dict(tmp_path, completeness={"quiet_s": 2.0})
     port = values["gateway"]["port"]
-    parts = [slices(tmp_path / f"{n}", 60, number=n) for n in (1, 2)]
+    parts = [slices(tmp_path / f"{n}", 30, number=n) for n in (1, 2)]
     acknowledged: list[Path] = []
 
     def storm(part: list[Path]) -> None:
@@ -367,20 +367,20 @@ def test_killed_in_a_storm_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
         senders = [threading.Thread(target=storm, args=(part,)) for part in parts]
         for sender in senders:
             sender.start()
-        wait_for(lambda: len(acknowledged) >= 30)
+        wait_for(lambda: len(acknowledged) >= 15)
         process.kill()
         for sender in senders:
             sender.join()
-    assert 30 <= len(acknowledged) < 120
+    assert 15 <= len(acknowledged) < 60
     node = open_node(NodeSettings.model_validate(values), "web")
     kept = {row.sop_instance_uid: row for row in check_kept(node)}
     for file in acknowledged:
         sent = dcmread(file)
         assert dcmread(node.store.folder / kept[sent.SOPInstanceUID].file) == sent
     with gateway_process(tmp_path, values):
-        assert send(port, [file for pair in zip(*parts, strict=True) for file in pair]) == [0] * 120
-        assert [complete(node, number, revision=1, images=60).images for number in (1, 2)] == [60, 60]
-    assert len(check_kept(node)) == 120
+        assert send(port, [file for pair in zip(*parts, strict=True) for file in pair]) == [0] * 60
+        assert [complete(node, number, revision=1, images=30).images for number in (1, 2)] == [30, 30]
+    assert len(check_kept(node)) == 60
     node.close()
     assert digest(series_uid(1)) in (tmp_path / "log").read_text()
     assert leaks(tmp_path / "node", (tmp_path / "log").read_text()) == []

@@ -86,7 +86,8 @@ def associated(
     asked = [build_context(abstract, list(syntaxes)) for abstract, syntaxes in contexts]
     # pynetdicom takes the timeout off a socket that is connected; without one a peer that falls silent in the middle
     # of a PDU would be waited for without end
-    bounded: list[Any] = [(evt.EVT_CONN_OPEN, _limit_waiting, [timeout_s])]
+    opened: list[bool] = []
+    bounded: list[Any] = [(evt.EVT_CONN_OPEN, _limit_waiting, [timeout_s, opened])]
     try:
         association = ae.associate(
             peer.host,
@@ -100,7 +101,7 @@ def associated(
     except OSError as error:
         raise PeerUnreachable(f"{_told(peer)}: no such host ({error.strerror}); check `host`") from error
     if not association.is_established:
-        raise PeerUnreachable(f"{_told(peer)}: {_why(association, peer)}")
+        raise PeerUnreachable(f"{_told(peer)}: {_why(association, peer) if opened else _why_closed(peer)}")
     try:
         yield association
     except BaseException:
@@ -110,7 +111,8 @@ def associated(
         association.release()
 
 
-def _limit_waiting(event: evt.Event, timeout_s: float) -> None:
+def _limit_waiting(event: evt.Event, timeout_s: float, opened: list[bool]) -> None:
+    opened.append(True)
     wrapped = event.assoc.dul.socket
     if wrapped is not None and wrapped.socket is not None:
         wrapped.socket.settimeout(timeout_s)
@@ -140,8 +142,15 @@ def _why(association: Association, peer: PeerSettings) -> str:
     answer = association.acceptor.primitive
     if association.is_rejected and answer is not None:
         return f"refuses us ({answer.reason_str}); check the AE titles here and there, and that it knows this address"
-    if association.is_aborted:
-        return "breaks the connection off or takes none of what is offered; check its AE title and what it supports"
-    how = "no TLS connection comes about" if peer.tls else "nothing answers"
-    check = ", that it speaks TLS, and the certificates" if peer.tls else ", and that it speaks DICOM without TLS"
-    return f"{how}; check that it runs, `host` and `port`{check}"
+    # over TLS 1.3 a server tells only now that it does not take our certificate
+    certificate = ", and that it takes our certificate" if peer.tls else ""
+    return (
+        "breaks the connection off, gives no answer or takes none of what is offered; check its AE title and what it "
+        f"supports{certificate}"
+    )
+
+
+def _why_closed(peer: PeerSettings) -> str:
+    if peer.tls is None:
+        return "nothing answers; check that it runs, `host` and `port`"
+    return "no TLS connection comes about; check that it runs, `host`, `port`, that it speaks TLS, and the certificates"
