@@ -408,9 +408,9 @@ def test_a_kept_file_lies_under_a_name_of_its_content(tmp_path: Path) -> None:
 
 def test_a_new_file_is_gone_where_it_was_not_kept(tmp_path: Path) -> None:
     store = Store(tmp_path, least_free_gb=0)
-    with pytest.raises(ZeroDivisionError), store.new_file() as path:
+    with store.new_file() as path:
         path.write_bytes(b"content")
-        1 / 0  # noqa: B018
+    assert not path.exists()
     assert list(store.incoming.iterdir()) == []
 
 
@@ -442,7 +442,7 @@ def test_a_changed_line_breaks_the_chain(tmp_path: Path) -> None:
     lines = audit.path.read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["started", "received", "complete", "ended"]
     assert list(broken_links(audit.path)) == []
-    audit.path.write_text("\n".join([lines[0], lines[1].replace("3", "4"), *lines[2:]]) + "\n")
+    audit.path.write_text("\n".join([lines[0], lines[1].replace('"images": 3', '"images": 4'), *lines[2:]]) + "\n")
     assert list(broken_links(audit.path)) == [3]
     audit.path.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
     assert list(broken_links(audit.path)) == [2]
