@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -22,7 +23,6 @@ from hospital_node import (
     node_settings,
     rows_of,
     send,
-    series_uid,
     settings_dict,
     slices,
 )
@@ -33,7 +33,6 @@ import medseg
 from medseg_pipelines.hospital import gateway as gateway_module
 from medseg_pipelines.hospital import scp
 from medseg_pipelines.hospital.database import instances, refusals
-from medseg_pipelines.hospital.jobs import digest
 from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.settings import NodeSettings
 from medseg_pipelines.hospital.store import Store
@@ -225,10 +224,36 @@ def test_messages_before_an_answer_are_bounded(tmp_path: Path, settings: NodeSet
         # without waiting for an answer, as no peer should
         for message_id, file in enumerate(files[1:], 2):
             made.dimse.send_msg(_request(file, message_id), 1)
-        wait_for(lambda: not made.is_established or made.dul.event_queue.qsize() or not made.is_alive())
+        wait_for(lambda: not made.is_established)
         go_on.set()
+        (row,) = wait_for(lambda: rows_of(node, refusals))
+        assert row.reason == "too many messages before an answer"
         wait_for(lambda: not incoming(node))
         assert echo(settings.gateway.port)
+
+
+def test_a_gateway_that_is_stopped_waits_for_nobody(tmp_path: Path) -> None:
+    values = settings_dict(tmp_path)
+    with gateway_process(tmp_path, values) as process, association(values["gateway"]["port"]) as made:
+        assert made.is_established
+        # a file of which half has come
+        wire = made.dul.socket.socket  # type: ignore[union-attr]
+        command = _request(slices(tmp_path / "ct", 1)[0], 1)
+        made.dimse.send_msg(command, 1)
+        wire.sendall(b"\x04\x00\x00\x00\x10\x00")  # type: ignore[union-attr]
+        process.terminate()
+        assert process.wait(20) == 0
+    assert list((tmp_path / "node" / "incoming").iterdir()) == []
+    assert '"ended"' in next((tmp_path / "node" / "audit").iterdir()).read_text()
+
+
+def test_a_probe_of_the_port_is_no_refusal(settings: NodeSettings, caplog: pytest.LogCaptureFixture) -> None:
+    with gateway(settings) as node:
+        for _ in range(3):
+            socket.create_connection((HOST, settings.gateway.port)).close()
+        assert echo(settings.gateway.port)
+        assert counter(node, "associations_refused") == 0
+    assert "refused" not in caplog.text
 
 
 def _request(file: Path, message_id: int) -> object:
@@ -382,7 +407,6 @@ def test_killed_in_a_storm_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
         assert [complete(node, number, revision=1, images=30).images for number in (1, 2)] == [30, 30]
     assert len(check_kept(node)) == 60
     node.close()
-    assert digest(series_uid(1)) in (tmp_path / "log").read_text()
     assert leaks(tmp_path / "node", (tmp_path / "log").read_text()) == []
 
 

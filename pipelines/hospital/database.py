@@ -183,7 +183,9 @@ class Database:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         else:
-            self._engine = sa.create_engine(self.url, hide_parameters=True, pool_pre_ping=True, pool_recycle=600)
+            self._engine = sa.create_engine(
+                self.url, hide_parameters=True, pool_pre_ping=True, pool_recycle=600, connect_args={"timeout": BUSY_S}
+            )
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:

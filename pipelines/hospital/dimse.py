@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,7 @@ def associated(
     asked = [build_context(abstract, list(syntaxes)) for abstract, syntaxes in contexts]
     # pynetdicom takes the timeout off a socket that is connected; without one a peer that falls silent in the middle
     # of a PDU would be waited for without end
-    opened: list[bool] = []
+    opened = threading.Event()
     bounded: list[Any] = [(evt.EVT_CONN_OPEN, _limit_waiting, [timeout_s, opened])]
     try:
         association = ae.associate(
@@ -101,7 +102,7 @@ def associated(
     except OSError as error:
         raise PeerUnreachable(f"{_told(peer)}: no such host ({error.strerror}); check `host`") from error
     if not association.is_established:
-        raise PeerUnreachable(f"{_told(peer)}: {_why(association, peer) if opened else _why_closed(peer)}")
+        raise PeerUnreachable(f"{_told(peer)}: {_why(association, peer, opened.is_set())}")
     try:
         yield association
     except BaseException:
@@ -111,8 +112,8 @@ def associated(
         association.release()
 
 
-def _limit_waiting(event: evt.Event, timeout_s: float, opened: list[bool]) -> None:
-    opened.append(True)
+def _limit_waiting(event: evt.Event, timeout_s: float, opened: threading.Event) -> None:
+    opened.set()
     wrapped = event.assoc.dul.socket
     if wrapped is not None and wrapped.socket is not None:
         wrapped.socket.settimeout(timeout_s)
@@ -138,19 +139,14 @@ def _told(peer: PeerSettings) -> str:
     return f"{peer.ae_title} at {peer.host}:{peer.port}"
 
 
-def _why(association: Association, peer: PeerSettings) -> str:
+def _why(association: Association, peer: PeerSettings, opened: bool) -> str:
     answer = association.acceptor.primitive
     if association.is_rejected and answer is not None:
         return f"refuses us ({answer.reason_str}); check the AE titles here and there, and that it knows this address"
-    # over TLS 1.3 a server tells only now that it does not take our certificate
-    certificate = ", and that it takes our certificate" if peer.tls else ""
-    return (
-        "breaks the connection off, gives no answer or takes none of what is offered; check its AE title and what it "
-        f"supports{certificate}"
-    )
-
-
-def _why_closed(peer: PeerSettings) -> str:
-    if peer.tls is None:
-        return "nothing answers; check that it runs, `host` and `port`"
-    return "no TLS connection comes about; check that it runs, `host`, `port`, that it speaks TLS, and the certificates"
+    check = "that it speaks TLS, and the certificates" if peer.tls else "and that it speaks DICOM without TLS"
+    if opened:
+        # pynetdicom calls a connection that never stood aborted, too
+        how = "breaks the connection off, is silent, or takes none of what is offered"
+        return f"{how}; check its AE title, what it supports, {check}"
+    how = "no TLS connection comes about" if peer.tls else "nothing answers"
+    return f"{how}; check that it runs, `host` and `port`, {check}"

@@ -143,7 +143,7 @@ class Entrance:
             while (missing := _missing(pending.read)) > 0:
                 part = pending.connection.recv(missing)
                 if not part:
-                    self._close(pending, "closed before an association request was whole")
+                    self._ended(pending)
                     return
                 pending.read += part
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -161,6 +161,14 @@ class Entrance:
             self._close(pending, f"broken off ({error.strerror or type(error).__name__})")
             return
         self._decide(pending)
+
+    def _ended(self, pending: _Pending) -> None:
+        if pending.read:
+            self._close(pending, "closed before an association request was whole")
+            return
+        # who only looks whether the port is open
+        self._forget(pending)
+        pending.connection.close()
 
     def _shake_hands(self, pending: _Pending) -> None:
         if not pending.is_secure and isinstance(pending.connection, ssl.SSLSocket):

@@ -97,7 +97,8 @@ class Intake:
                 count(connection, "received_copies")
             else:
                 count(connection, "received")
-                added = {"images": series.c.images + 1, "last_at": now, "state": "receiving"}
+                # with one more, a peer's count is worth asking for again
+                added = {"images": series.c.images + 1, "last_at": now, "asked_at": None, "state": "receiving"}
                 connection.execute(series.update().where(series.c.id == series_id).values(added))
         if copies:
             log.warning("instance %s of series %s came with another content; the first one holds", sop_id, series_id)

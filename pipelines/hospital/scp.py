@@ -243,6 +243,8 @@ class _Handler(RequestHandler):
         association.dul.event_queue.get_nowait()
         association.dul.socket = Wire(association, self.request, self._asked.first, self._acceptor.bounds)
         association.dimse = Messages(association, self._acceptor.bounds)
+        # a process that has to end waits for none of its threads
+        association.dul.daemon = True
         self._made = association
         return association
 
