@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from pynetdicom import AE, _config, build_context, evt
+from pynetdicom import association as association_module
 from pynetdicom.association import Association
+from pynetdicom.dul import DULServiceProvider
 
 import medseg
 from medseg_pipelines.hospital.settings import PeerSettings, TlsSettings
@@ -23,6 +25,17 @@ _config.LOG_HANDLER_LEVEL = "none"
 _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
 for _name in ("pynetdicom", "pydicom"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+
+class _Provider(DULServiceProvider):
+    """A process that has to end does not wait for what still listens to a peer."""
+
+    def __init__(self, association: Association) -> None:
+        super().__init__(association)
+        self.daemon = True
+
+
+association_module.DULServiceProvider = _Provider  # type: ignore[attr-defined,assignment]
 
 # of one PDU that we receive: the greatest that common peers make use of
 MAXIMUM_PDU = 131_072

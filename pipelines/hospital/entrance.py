@@ -23,6 +23,8 @@ MOST_PENDING = 200
 # of an association request: 128 presentation contexts of 40 transfer syntaxes each are 170 kB
 MOST_REQUEST = 2**18
 LOOK_S = 0.2
+# so many new ones are taken before the others are looked at again
+AT_ONCE = 32
 _HEAD = 6
 _REQUEST = 1
 # PS3.8 9.3.2: where the AE titles stand in the request
@@ -79,17 +81,19 @@ class Entrance:
         self._listener, self._tls, self._handshake_s = listener, tls, handshake_s
         self._knows, self._judge, self._admit, self._refused = knows, judge, admit, refused
         self._pending: dict[int, _Pending] = {}
+        self._selector = selectors.DefaultSelector()
 
     def serve(self, stop: threading.Event) -> None:
         """Lets in whoever comes, until `stop`."""
         self._listener.setblocking(False)
-        with selectors.DefaultSelector() as selector:
-            self._selector = selector
+        with self._selector as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             while not stop.is_set():
                 for key, _ in selector.select(LOOK_S):
                     if key.fileobj is self._listener:
-                        self._accept()
+                        for _ in range(AT_ONCE):
+                            if not self._accept():
+                                break
                     elif (pending := self._pending.get(key.fd)) is not None:
                         self._go_on(pending)
                 now = time.monotonic()
@@ -98,30 +102,32 @@ class Entrance:
             for pending in list(self._pending.values()):
                 self._close(pending, "the gateway ends")
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Takes one connection; False where none waits."""
         try:
             connection, address = self._listener.accept()
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             # gone again, or no more files may be open
             log.warning("a connection cannot be taken (%s)", error.strerror)
             self._make_place(0)
-            return
+            return False
         if not self._knows(str(address[0])):
             self._refused(f"{address[0]}: no address that may connect")
             connection.close()
-            return
+            return True
         try:
             connection = self._prepared(connection)
         except OSError as error:
             self._refused(f"{address[0]}: broken off ({error.strerror})")
             connection.close()
-            return
+            return True
         self._make_place(MOST_PENDING - 1)
         pending = _Pending(connection, address, time.monotonic() + self._handshake_s, is_secure=self._tls is None)
         self._pending[connection.fileno()] = pending
         self._selector.register(connection, selectors.EVENT_READ)
+        return True
 
     def _prepared(self, connection: socket.socket) -> socket.socket:
         connection.setblocking(False)

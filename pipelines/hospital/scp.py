@@ -174,7 +174,10 @@ class _Nowhere:
 
 
 class Acceptor(AssociationServer):
-    """Associations of those that the entrance lets in, at most `most` at once."""
+    """Associations of those that the entrance lets in."""
+
+    # connections that the entrance has not seen yet: beyond these, a peer waits for a second and more
+    request_queue_size = 128
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         # the signature is that which AE.make_server calls
@@ -243,8 +246,6 @@ class _Handler(RequestHandler):
         association.dul.event_queue.get_nowait()
         association.dul.socket = Wire(association, self.request, self._asked.first, self._acceptor.bounds)
         association.dimse = Messages(association, self._acceptor.bounds)
-        # a process that has to end waits for none of its threads
-        association.dul.daemon = True
         self._made = association
         return association
 
