@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 import ssl
 import struct
@@ -11,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +244,59 @@ def test_garbage_in_an_association_ends_it(attacked: Attacked, content: bytes) -
         with suppress(OSError):
             wire.sendall(content)  # type: ignore[union-attr]
         wait_for(lambda: not made.is_established)
+    attacked.check()
+
+
+def spoken(port: int, files: list[Path]) -> list[bytes]:
+    """What a sender says while it sends files, one piece for each answer that it waits for."""
+    said: list[bytes] = []
+
+    def pass_on(server: socket.socket) -> None:
+        ours, _ = server.accept()
+        with ours, socket.create_connection((HOST, port)) as theirs:
+            while piece := ours.recv(65536):
+                said.append(piece)
+                theirs.sendall(piece)
+                ready, _, _ = select.select([ours, theirs], [], [], 10)
+                if theirs in ready:
+                    ours.sendall(theirs.recv(65536))
+
+    with socket.create_server((HOST, 0)) as server:
+        between = threading.Thread(target=pass_on, args=(server,), daemon=True)
+        between.start()
+        assert send(server.getsockname()[1], list(files)) == [0] * len(files)
+        between.join(20)
+    return said
+
+
+def changed(said: list[bytes], rng: random.Random) -> list[bytes]:
+    """The same with some bytes changed, mostly of the heads; half of the time the association is asked for well."""
+    pieces = []
+    for n, piece in enumerate(said):
+        made = bytearray(piece)
+        for _ in range(rng.choice([0, 1, 1, 2, 5]) if n or rng.random() < 0.5 else 0):
+            at = rng.randrange(len(made) if rng.random() < 0.3 else min(len(made), 120))
+            made[at] = rng.choice([0, 1, 255, rng.randrange(256)])
+        pieces.append(bytes(made))
+    return pieces
+
+
+def test_changed_bytes_anywhere_harm_nobody(attacked: Attacked, tmp_path: Path) -> None:
+    said = spoken(attacked.port, slices(tmp_path / "ct", 2))
+    rng = random.Random(0)
+
+    def say(pieces: list[bytes]) -> None:
+        with suppress(OSError), socket.create_connection((HOST, attacked.port), 5) as made:
+            made.settimeout(0.5)
+            for piece in pieces:
+                made.sendall(piece)
+                with suppress(TimeoutError):
+                    made.recv(65536)
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(say, [changed(said, rng) for _ in range(80)]))
+    incoming = attacked.settings.folder / "incoming"
+    wait_for(lambda: not list(incoming.iterdir()))
     attacked.check()
 
 

@@ -6,6 +6,7 @@ What it does with a received file is the gateway's; who may connect is decided b
 from __future__ import annotations
 
 import logging
+import queue
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
+from pynetdicom.dimse_messages import DIMSEMessage
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
@@ -88,6 +90,7 @@ class Messages(DIMSEServiceProvider):
         self._bounds = bounds
         self._size = self._asked_at = 0
         self._files: set[Path] = set()
+        self.msg_queue = _Noting(self._files)
         self.dropped: set[Path] = set()
         self.unfit = ""
 
@@ -95,17 +98,20 @@ class Messages(DIMSEServiceProvider):
         """Adds a part to the message that is being received."""
         if self.unfit:
             return
+        # the base class forgets a message once it is whole
+        message = self.message or DIMSEMessage()
         try:
             self._check(primitive)
+            self.message = message
             super().receive_primitive(primitive)
         except _BoundError as error:
             self.end(str(error))
-            return
         except Exception as error:  # noqa: BLE001
             # whatever a peer sends: pynetdicom and pydicom have no common class for what they cannot read
+            self._note(message)
             self.end(f"a message that cannot be read ({type(error).__name__})")
-            return
-        self._watch_file()
+        else:
+            self._watch(message)
 
     def end(self, why: str) -> None:
         """The association is aborted, as after a PDU that nobody understands."""
@@ -120,6 +126,8 @@ class Messages(DIMSEServiceProvider):
 
     def tidy(self) -> None:
         """Removes what was received and can no longer be taken: the association is over."""
+        if self.message is not None and self.message._data_set_file is not None:
+            self.message._data_set_file.close()
         for path in self._files:
             path.unlink(missing_ok=True)
         self._files.clear()
@@ -135,14 +143,18 @@ class Messages(DIMSEServiceProvider):
         if self._size > most:
             raise _BoundError(f"a message of more than {most} bytes")
 
-    def _watch_file(self) -> None:
-        message = self.message
-        if message is None or message._data_set_file is None or message._data_set_path is None:
+    def _note(self, message: DIMSEMessage) -> None:
+        if message._data_set_path is not None:
+            self._files.add(Path(str(message._data_set_path)))
+
+    def _watch(self, message: DIMSEMessage) -> None:
+        """Looks after a file of which more is to come."""
+        if message._data_set_file is None or message._data_set_path is None:
             return
         path = Path(str(message._data_set_path))
-        if path not in self._files:
-            self._files.add(path)
-        elif path in self.dropped or self._size - self._asked_at < ROOM_EVERY:
+        is_new = path not in self._files
+        self._note(message)
+        if path in self.dropped or (not is_new and self._size - self._asked_at < ROOM_EVERY):
             return
         self._asked_at = self._size
         if not self._bounds.has_room(0):
@@ -150,6 +162,19 @@ class Messages(DIMSEServiceProvider):
             message._data_set_file.close()
             path.unlink(missing_ok=True)
             message._data_set_file = _Nowhere(path)  # type: ignore[assignment]
+
+
+class _Noting(queue.Queue[Any]):
+    """Messages that are whole; the files of those that nobody serves must be known, too."""
+
+    def __init__(self, files: set[Path]) -> None:
+        super().__init__()
+        self._files = files
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        if path := getattr(item[1], "_dataset_path", None):
+            self._files.add(Path(path))
+        super().put(item, block, timeout)
 
 
 class _BoundError(Exception):
