@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import medseg
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.2
-JOIN_S = 20.0
+# so long they may finish what they are doing
+JOIN_S = 10.0
 
 
 class Threads:
@@ -51,8 +53,9 @@ class Threads:
             if any(not thread.is_alive() for thread in self._threads):
                 break
         self._stop.set()
+        deadline = time.monotonic() + JOIN_S
         for thread in self._threads:
-            thread.join(JOIN_S)
+            thread.join(max(deadline - time.monotonic(), 0.0))
         if self._failed:
             raise medseg.MedsegError(self._failed[0])
 
