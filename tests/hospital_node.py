@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import sqlalchemy as sa
@@ -23,8 +24,9 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
 
+from medseg_pipelines.hospital import gateway as gateway_module
+from medseg_pipelines.hospital.completeness import Completeness
 from medseg_pipelines.hospital.database import instances, jobs, series
-from medseg_pipelines.hospital.gateway import run_gateway
 from medseg_pipelines.hospital.jobs import digest
 from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.settings import NodeSettings
@@ -34,6 +36,8 @@ CT, EXPLICIT, DEFLATED = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1", "1.
 CANARY = "Tweety"
 SENDER = "SCANNER"
 ROOT = "1.2.826.0.1.3680043.8.498.7"
+# by the start of a gateway: whether it may close series
+_GATES: dict[str, threading.Event] = {}
 
 
 def series_uid(number: int) -> str:
@@ -108,19 +112,25 @@ def gateway(settings: NodeSettings) -> Iterator[Node]:
 
     def run() -> None:
         try:
-            run_gateway(node, stop)
+            gateway_module.run_gateway(node, stop)
         except BaseException as error:  # noqa: BLE001
             failed.append(error)
 
     thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        wait_for(lambda: failed or listens(settings.gateway.port))
-        yield node
-    finally:
-        stop.set()
-        thread.join(30)
-        node.close()
+    # no series is closed before the test asks for it: on a slow machine a pause between two slices may be long
+    gate, look = _GATES.setdefault(node.me.token, threading.Event()), Completeness.look
+    with (
+        mock.patch.object(gateway_module, "LOOK_S", 0.05),
+        mock.patch.object(Completeness, "look", lambda self: look(self) if gate.is_set() else 0),
+    ):
+        thread.start()
+        try:
+            wait_for(lambda: failed or listens(settings.gateway.port), every_s=0.01)
+            yield node
+        finally:
+            stop.set()
+            thread.join(30)
+            node.close()
     assert not thread.is_alive()
     if failed:
         raise failed[0]
@@ -211,15 +221,27 @@ def the_series(node: Node, number: int = 1) -> Any:
     return next(iter(rows_of(node, series, series.c.id == digest(series_uid(number)))), None)
 
 
+@contextmanager
+def closing_series(node: Node) -> Iterator[None]:
+    """As long as the block runs, a gateway of this process closes series."""
+    gate = _GATES.setdefault(node.me.token, threading.Event())
+    gate.set()
+    try:
+        yield
+    finally:
+        gate.clear()
+
+
 def complete(node: Node, number: int = 1, *, revision: int = 1, images: int | None = None) -> Any:
-    """The row of a series, once it is complete as that revision."""
+    """The row of a series, once it is complete as that revision; the gateway may close it from now on."""
 
     def look() -> Any:
         row = the_series(node, number)
         done = row is not None and row.state == "complete" and row.revision == revision
         return row if done and images in (None, row.images) else None
 
-    return wait_for(look)
+    with closing_series(node):
+        return wait_for(look)
 
 
 def jobs_of(node: Node, number: int = 1) -> list[Any]:

@@ -376,7 +376,7 @@ def test_the_process_ends_with_an_error_where_a_part_of_it_fails(tmp_path: Path)
 
 
 def test_killed_in_a_storm_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
-    values = settings_dict(tmp_path, completeness={"quiet_s": 2.0})
+    values = settings_dict(tmp_path, completeness={"quiet_s": 3.0})
     port = values["gateway"]["port"]
     parts = [slices(tmp_path / f"{n}", 30, number=n) for n in (1, 2)]
     acknowledged: list[Path] = []

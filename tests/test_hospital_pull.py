@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from hospital_node import (
     SENDER,
     check_kept,
+    closing_series,
     complete,
     counter,
     gateway,
@@ -27,14 +30,16 @@ from hospital_node import (
 )
 from hospital_peers import HOST, OrthancPeer, free_port, wait_for
 from pydicom import dcmread
+from pynetdicom import AE, evt
 
 from medseg_pipelines.hospital import completeness as completeness_module
 from medseg_pipelines.hospital import pull as pull_module
 from medseg_pipelines.hospital.completeness import NoAnswerError
 from medseg_pipelines.hospital.database import refusals
 from medseg_pipelines.hospital.dicomweb import ServiceError, connected, fetch_series, find_series
+from medseg_pipelines.hospital.dimse import PeerUnreachable, associated
 from medseg_pipelines.hospital.multipart import PartsError, each_part
-from medseg_pipelines.hospital.node import open_node
+from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.pull import Puller, count_of
 from medseg_pipelines.hospital.settings import DicomwebSettings, NodeSettings
 from medseg_pipelines.hospital.store import Store
@@ -56,6 +61,14 @@ def pulling(tmp_path: Path, orthanc: OrthancPeer, way: str, **changes: Any) -> N
     settings = node_settings(tmp_path, **base | changes)
     orthanc.know("MEDSEG", settings.gateway.port)
     return settings
+
+
+def away(node: Node) -> Node:
+    """The same node, whose PACS is not there."""
+    peer = node.settings.peers["pacs"].model_copy(update={"port": free_port()})
+    service_ = DicomwebSettings(url=f"http://{HOST}:{free_port()}")
+    changes = {"peers": {"pacs": peer}, "dicomweb": {"pacs": service_}}
+    return replace(node, settings=node.settings.model_copy(update=changes))
 
 
 def fill(orthanc: OrthancPeer, files: list[Path]) -> None:
@@ -117,12 +130,9 @@ def test_a_pacs_that_is_down_is_told_once_and_asked_again(
     caplog.set_level("INFO")
     fill(orthanc, slices(tmp_path / "ct", 1))
     node = open_node(pulling(tmp_path, orthanc, way), "gateway")
-    puller = Puller(node.settings.pull[0], node, most_bytes=MOST_BYTES)
-    orthanc.stop()
-    try:
-        assert [puller.look() for _ in range(3)] == [0, 0, 0]
-    finally:
-        orthanc.start()
+    puller = Puller(node.settings.pull[0], away(node), most_bytes=MOST_BYTES)
+    assert [puller.look() for _ in range(3)] == [0, 0, 0]
+    puller._node = node
     assert caplog.text.count("it is asked again") == 1
     assert puller.look() == 1
     assert "answers again" in caplog.text
@@ -178,20 +188,23 @@ def test_a_move_to_a_node_that_the_pacs_does_not_know_is_told(
 
 
 @pytest.mark.parametrize("way", ["ask_peer", "ask_dicomweb"])
-def test_a_count_is_that_of_the_pacs(tmp_path: Path, orthanc: OrthancPeer, way: str) -> None:
+def test_a_count_is_that_of_the_pacs(
+    tmp_path: Path, orthanc: OrthancPeer, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
     fill(orthanc, [*slices(tmp_path / "a", 3), *slices(tmp_path / "b", 2, number=2)])
     settings = pulling(tmp_path, orthanc, "peer", completeness={way: "pacs"})
     ask = count_of(settings)
     assert ask is not None
     study = "1.2.826.0.1.3680043.8.498.7.0"
     assert [ask(study, series_uid(number)) for number in (1, 2, 3)] == [3, 2, None]
-    orthanc.stop()
-    try:
+    node = open_node(settings, "gateway")
+    gone = count_of(away(node).settings)
+    node.close()
+    assert gone is not None
+    for _ in range(2):
         with pytest.raises(NoAnswerError):
-            ask(study, series_uid(1))
-    finally:
-        orthanc.start()
-    assert ask(study, series_uid(1)) == 3
+            gone(study, series_uid(1))
+    assert caplog.text.count("series wait for it") == 1
     assert count_of(node_settings(tmp_path)) is None
 
 
@@ -204,10 +217,89 @@ def test_a_series_waits_for_what_the_pacs_has_more(
     settings = pulling(tmp_path, orthanc, "peer", pull=[], completeness={"quiet_s": 0.1, "ask_peer": "pacs"})
     with gateway(settings) as node:
         assert send(settings.gateway.port, files[:3]) == [0] * 3
-        wait_for(lambda: the_series(node).expected == 4)
+        with closing_series(node):
+            wait_for(lambda: the_series(node).expected == 4)
         assert the_series(node).state == "receiving"
         assert send(settings.gateway.port, files[3:]) == [0]
         assert not complete(node, images=4).assumed
+
+
+# ---- peers that are not as they should be
+
+
+@contextmanager
+def fake_peer(find: Any) -> Iterator[NodeSettings]:
+    """A PACS that answers C-FIND and C-MOVE by `find`, which is given the event."""
+    port = free_port()
+    ae = AE("PACS")
+    for model in (pull_module.FIND, pull_module.MOVE):
+        ae.add_supported_context(model)
+    handlers = [(evt.EVT_C_FIND, find), (evt.EVT_C_MOVE, find)]
+    server = ae.start_server((HOST, port), block=False, evt_handlers=handlers)
+    peer = {"pacs": {"ae_title": "PACS", "host": HOST, "port": port}}
+    yield NodeSettings.model_validate(
+        {"folder": "/nowhere", "peers": peer, "completeness": {"ask_peer": "pacs"}, "pull": [{"peer": "pacs"}]}
+    )
+    server.shutdown()
+    ae.shutdown()
+
+
+def fails(event: Any) -> Iterator[Any]:
+    yield 0xA700, None
+
+
+def breaks_off(event: Any) -> Iterator[Any]:
+    event.assoc.abort()
+    yield 0x0000, None
+
+
+def finds_too_much(event: Any) -> Iterator[Any]:
+    for _ in range(5):
+        yield 0xFF00, event.identifier
+
+
+@pytest.mark.parametrize(
+    ("find", "words"),
+    [(fails, "status 0xA700"), (breaks_off, "C-FIND fails|broke"), (finds_too_much, "more than 3 answers")],
+)
+def test_a_peer_that_does_not_answer_as_it_should_is_no_count(
+    find: Any, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pull_module, "MOST_FOUND", 3)
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        with pytest.raises(NoAnswerError):
+            ask("1.2.3", "1.2.4")
+    assert re.search(words, caplog.text)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_answers_for_other_series_are_no_count() -> None:
+    def find(event: Any) -> Iterator[Any]:
+        found = event.identifier
+        for uid in ("../x", "1.2.5"):
+            found.SeriesInstanceUID, found.NumberOfSeriesRelatedInstances = uid, 7
+            yield 0xFF00, found
+
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        assert ask("1.2.3", "1.2.4") is None
+
+
+def test_a_move_without_an_answer_is_told() -> None:
+    peer_of = "pacs"
+    with fake_peer(breaks_off) as settings:
+        peer = settings.peers[peer_of]
+        found = pull_module.Found("1.2.3", "1.2.4", "", None)
+        with (
+            pytest.raises(PeerUnreachable, match=r"no answer to C-MOVE|broke"),
+            associated(
+                peer, ae_title="MEDSEG", contexts=[(pull_module.MOVE, pull_module.SYNTAXES)], timeout_s=10
+            ) as made,
+        ):
+            pull_module._move(made, found, "MEDSEG", peer)
 
 
 # ---- services that are not as they should be
