@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from medseg.pretrained import Pretrained, load_pretrained
     from medseg.process import Preempted
     from medseg.readers import SeriesOptions, file_sha256
+    from medseg.readers.archive import each_unpacked, is_archive
     from medseg.readers.dicom_facts import DicomFacts, dicom_facts
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
@@ -100,12 +101,14 @@ _HOME = {
     "demo": "demo",
     "dicom_facts": "readers.dicom_facts",
     "dump_yaml": "config",
+    "each_unpacked": "readers.archive",
     "evaluate": "report",
     "file_sha256": "readers",
     "fit_width": "networks.receptive",
     "fold_split": "cases",
     "infer": "folder",
     "inspect_network": "inspect",
+    "is_archive": "readers.archive",
     "list_models": "shipped",
     "list_networks": "networks",
     "load_model": "infer",
@@ -178,12 +181,14 @@ __all__ = [
     "demo",
     "dicom_facts",
     "dump_yaml",
+    "each_unpacked",
     "evaluate",
     "file_sha256",
     "fit_width",
     "fold_split",
     "infer",
     "inspect_network",
+    "is_archive",
     "list_models",
     "list_networks",
     "load_model",

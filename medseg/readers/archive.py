@@ -1,11 +1,12 @@
-"""Zip archives of DICOM files, read in place: nothing is ever unpacked onto the disk, and no name in them is used."""
+"""Zip archives of DICOM files, read in place, or unpacked one member at a time: no name in them is ever a path."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,16 @@ MOST_MEMBERS = 100_000
 # deflate shrinks scans 2 to 4 times and empty ones 1000 times; more than this is no scan once it is large
 MOST_EXPANSION = 200
 SMALL_BYTES = 2**28
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of an archive: where it was unpacked to, or None and why not. `name`: the last part, for a look."""
+
+    name: str
+    path: Path | None
+    reason: str = ""
 
 
 def is_archive(path: Path) -> bool:
@@ -44,23 +55,45 @@ class Archive:
 
     def read(self, number: int) -> BinaryIO:
         """The content of a member in memory: never more than its declared size. Raises `DataError`."""
+        content = io.BytesIO()
+        self._copy(number, content, self._infos[number].file_size + 1)
+        content.seek(0)
+        return content
+
+    def unpack(self, number: int, target: Path) -> None:
+        """Writes a member to `target`: never more than its declared size. Raises `DataError`, `OSError`."""
+        with target.open("wb") as file:
+            self._copy(number, file, _BLOCK)
+
+    def size(self, number: int) -> int:
+        """What a member says it unpacks to."""
+        return self._infos[number].file_size
+
+    def _copy(self, number: int, target: BinaryIO, block: int) -> None:
+        declared = self._infos[number].file_size
+        copied = sum(target.write(part) for part in self._blocks(number, block))
+        if copied != declared:
+            raise DataError(
+                f"{self._path}: member {number + 1} unpacks to {copied} bytes, expected {declared}; "
+                "make the archive again"
+            )
+
+    def _blocks(self, number: int, block: int) -> Iterator[bytes]:
+        """A member piece by piece; one byte more than declared shows that there would be more."""
         info = self._infos[number]
         if info.flag_bits & 1:
             raise DataError(f"{self._path}: encrypted members found, expected none; unpack it first")
+        left = info.file_size + 1
         try:
             with self._file.open(info) as member:
-                content = member.read(info.file_size + 1)
+                while left and (part := member.read(min(block, left))):
+                    left -= len(part)
+                    yield part
         except Exception as error:
             # zipfile and its unpackers have no common class; their words would show the name of the member
             raise DataError(
                 f"{self._path}: member {number + 1} is damaged ({type(error).__name__}); make the archive again"
             ) from error
-        if len(content) != info.file_size:
-            raise DataError(
-                f"{self._path}: member {number + 1} unpacks to {len(content)} bytes, expected {info.file_size}; "
-                "make the archive again"
-            )
-        return io.BytesIO(content)
 
     def _check(self) -> None:
         if len(self._infos) > MOST_MEMBERS:
@@ -91,3 +124,28 @@ def open_archive(path: Path) -> Iterator[Archive]:
         raise DataError(f"{path}: not a readable zip archive ({error}); make it again") from error
     with file:
         yield Archive(path, file)
+
+
+def each_unpacked(
+    path: Path, new_file: Callable[[], AbstractContextManager[Path]], *, most_bytes: int
+) -> Iterator[Member]:
+    """Every member of the archive at `path` but hidden ones, each unpacked to a file of `new_file` until the next one.
+
+    One that is damaged, encrypted or larger than `most_bytes` comes with the reason. Raises `DataError` for an archive
+    that cannot be read or would unpack to too much.
+    """
+    with open_archive(path) as archive:
+        for number, name in archive.members():
+            if name.startswith("."):
+                continue
+            if archive.size(number) > most_bytes:
+                found = f"{archive.size(number)} bytes found, expected at most {most_bytes}; send it alone"
+                yield Member(name, None, found)
+                continue
+            with new_file() as unpacked:
+                try:
+                    archive.unpack(number, unpacked)
+                except DataError as error:
+                    yield Member(name, None, str(error).removeprefix(f"{path}: "))
+                    continue
+                yield Member(name, unpacked)

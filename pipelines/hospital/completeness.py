@@ -22,8 +22,14 @@ from medseg_pipelines.hospital.settings import NodeSettings, RuleSettings
 
 log = logging.getLogger(__name__)
 
-# study UID, series UID → how many instances a peer has of it; None where it does not say
+# study UID, series UID → how many instances a peer has of it; None where it does not say; raises `NoAnswerError`
 CountOf = Callable[[str, str], int | None]
+# so often a peer is asked for one series
+ASK_S = 5.0
+
+
+class NoAnswerError(Exception):
+    """The peer that would know how many instances a series has cannot be asked now."""
 
 
 class Completeness:
@@ -43,13 +49,27 @@ class Completeness:
             waiting = (series.c.state == "receiving", series.c.images > 0)
             columns = (series.c.id, series.c.study_uid, series.c.series_uid, series.c.last_at, series.c.images)
             found = connection.execute(sa.select(*columns).where(*waiting, series.c.last_at <= quiet_since)).all()
-        closed = 0
-        for row in found:
-            expected = self._count_of(row.study_uid, row.series_uid) if self._count_of else None
-            closed += self._close(row.id, row.images, expected)
-        return closed
+        return sum(self._look(row.id, row.study_uid, row.series_uid, row.images) for row in found)
 
-    def _close(self, series_id: str, images: int, expected: int | None) -> bool:
+    def _look(self, series_id: str, study_uid: str, series_uid: str, images: int) -> bool:
+        if self._count_of is None:
+            return self._close(series_id, images, None, may_wait=False)
+        with self._database.writing() as connection:
+            # several gateways share the work, and a short series is not asked for at every look
+            now = self._database.now(connection)
+            due = sa.or_(series.c.asked_at.is_(None), series.c.asked_at <= now - ASK_S)
+            mine = series.update().where(series.c.id == series_id, due).values(asked_at=now)
+            if not connection.execute(mine).rowcount:
+                return False
+        try:
+            expected = self._count_of(study_uid, series_uid)
+        except NoAnswerError:
+            return self._close(series_id, images, None, may_wait=True)
+        # one that is unknown there does not come from there
+        expected = expected or None
+        return self._close(series_id, images, expected, may_wait=expected is not None and images < expected)
+
+    def _close(self, series_id: str, images: int, expected: int | None, *, may_wait: bool) -> bool:
         models = {rule.model: self._models.of(rule) for rule in self._settings.rules}
         with self._database.writing() as connection:
             now = self._database.now(connection)
@@ -57,10 +77,10 @@ class Completeness:
             if row.state != "receiving" or row.images != images:
                 # another slice came while a peer was asked
                 return False
-            short = expected is not None and images < expected
-            if short and now - row.last_at < self._settings.completeness.wait_s:
+            if may_wait and now - row.last_at < self._settings.completeness.wait_s:
                 connection.execute(series.update().where(series.c.id == series_id).values(expected=expected))
                 return False
+            assumed = expected != images
             revision = row.revision + 1
             new = (instances.c.series_id == series_id, instances.c.revision.is_(None), ~instances.c.is_copy)
             connection.execute(instances.update().where(*new).values(revision=revision))
@@ -73,15 +93,13 @@ class Completeness:
                 .values(
                     state="complete",
                     expected=expected,
-                    assumed=expected is None or short,
+                    assumed=assumed,
                     revision=revision,
                     selection=str(selection),
                 )
             )
         log.info("series %s is complete as revision %d (%d images): %s", series_id, revision, images, selection)
-        self._audit.record(
-            "complete", series=series_id, revision=revision, images=images, assumed=expected is None or short
-        )
+        self._audit.record("complete", series=series_id, revision=revision, images=images, assumed=assumed)
         for order in added:
             self._audit.record(
                 "selected", series=series_id, job=order.id, rule=order.rule, model_sha256=order.model_sha256

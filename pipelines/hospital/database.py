@@ -162,9 +162,9 @@ counters = sa.Table(
 COUNTED = ("received", "received_again", "received_copies", "refused", "refused_no_room", "associations_refused")
 
 
-def count(connection: sa.Connection, name: str) -> None:
-    """Adds one to a counter of `COUNTED`."""
-    connection.execute(counters.update().where(counters.c.name == name).values(value=counters.c.value + 1))
+def count(connection: sa.Connection, name: str, *, by: int = 1) -> None:
+    """Adds to a counter of `COUNTED`."""
+    connection.execute(counters.update().where(counters.c.name == name).values(value=counters.c.value + by))
 
 
 class Database:
@@ -177,12 +177,15 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.url.drivername == "postgresql":
             self.url = self.url.set(drivername="postgresql+pg8000")
+        # parameters are a patient's data: they stand in no text of an error
         if self.is_sqlite:
-            self._engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_S})
+            self._engine = sa.create_engine(self.url, hide_parameters=True, connect_args={"timeout": BUSY_S})
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         else:
-            self._engine = sa.create_engine(self.url, pool_pre_ping=True, pool_recycle=600)
+            self._engine = sa.create_engine(
+                self.url, hide_parameters=True, pool_pre_ping=True, pool_recycle=600, connect_args={"timeout": BUSY_S}
+            )
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:

@@ -71,6 +71,9 @@ class Intake:
             if known != study_id:
                 # one series in two studies: the first one keeps its rows
                 log.warning("series %s comes with another study UID", series_id)
+            # one that is sent again is not quiet, whatever of it was here
+            coming = (series.c.id == series_id, series.c.state == "receiving")
+            connection.execute(series.update().where(*coming).values(last_at=now))
             copies = connection.scalars(sa.select(instances.c.id).where(instances.c.sop_id == sop_id)).all()
             if instance_id in copies:
                 count(connection, "received_again")
@@ -94,7 +97,8 @@ class Intake:
                 count(connection, "received_copies")
             else:
                 count(connection, "received")
-                added = {"images": series.c.images + 1, "last_at": now, "state": "receiving"}
+                # with one more, a peer's count is worth asking for again
+                added = {"images": series.c.images + 1, "last_at": now, "asked_at": None, "state": "receiving"}
                 connection.execute(series.update().where(series.c.id == series_id).values(added))
         if copies:
             log.warning("instance %s of series %s came with another content; the first one holds", sop_id, series_id)

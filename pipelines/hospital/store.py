@@ -55,7 +55,7 @@ class Store:
     def sweep(self, older_than_s: float, now: float) -> int:
         """Removes what killed processes left in `incoming`; how many files."""
         removed = 0
-        for path in self.incoming.glob("*.part"):
+        for path in self.incoming.iterdir():
             try:
                 if now - path.stat().st_mtime > older_than_s:
                     path.unlink()

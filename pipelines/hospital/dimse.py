@@ -1,0 +1,165 @@
+"""What DIMSE needs on both sides: TLS contexts, and an association to a peer that always ends.
+
+pynetdicom is imported here first: its own log, which quotes what peers send, is silent from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pynetdicom import AE, _config, build_context, evt
+from pynetdicom import association as association_module
+from pynetdicom.association import Association
+from pynetdicom.dul import DULServiceProvider
+
+import medseg
+from medseg_pipelines.hospital.settings import PeerSettings, TlsSettings
+
+# identifiers of queries and quoted values are a patient's data; what matters is told by the exceptions here
+_config.LOG_HANDLER_LEVEL = "none"
+_config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
+for _name in ("pynetdicom", "pydicom"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+
+class _Provider(DULServiceProvider):
+    """A process that has to end does not wait for what still listens to a peer."""
+
+    def __init__(self, association: Association) -> None:
+        super().__init__(association)
+        self.daemon = True
+
+
+association_module.DULServiceProvider = _Provider  # type: ignore[attr-defined,assignment]
+
+# of one PDU that we receive: the greatest that common peers make use of
+MAXIMUM_PDU = 131_072
+
+Contexts = Sequence[tuple[str, list[str]]]
+
+
+class PeerUnreachable(Exception):  # noqa: N818
+    """No association with a peer stands, or it broke; the text says what to check, and nothing of a patient."""
+
+
+def server_context(tls: TlsSettings) -> ssl.SSLContext:
+    """What a server speaks TLS ≥ 1.2 with; who connects must show a certificate where `authority` is given.
+
+    Raises `ConfigError`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if tls.authority is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return _loaded(context, tls)
+
+
+def client_context(tls: TlsSettings | None) -> ssl.SSLContext | None:
+    """What a client speaks TLS ≥ 1.2 with, showing its certificate; None for plain TCP.
+
+    The name of the server is checked, and its certificate by `authority`, or by those the system knows. Raises
+    `ConfigError`.
+    """
+    if tls is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if tls.authority is None:
+        context.load_default_certs()
+    return _loaded(context, tls)
+
+
+def new_ae(ae_title: str, *, timeout_s: float) -> AE:
+    """An application entity that waits nowhere longer than `timeout_s` seconds."""
+    ae = AE(ae_title=ae_title)
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = timeout_s
+    ae.maximum_pdu_size = MAXIMUM_PDU
+    return ae
+
+
+@contextmanager
+def associated(
+    peer: PeerSettings,
+    *,
+    ae_title: str,
+    contexts: Contexts,
+    timeout_s: float,
+    handlers: Sequence[evt.EventHandlerType] = (),
+) -> Iterator[Association]:
+    """An association with `peer`, released when the block ends, aborted where it raises.
+
+    `contexts`: abstract syntax and transfer syntaxes of each presentation context, in this order, 128 at most; to learn
+    which transfer syntax a peer takes, give each one a context of its own. `handlers`: as pynetdicom's `evt_handlers`.
+    Raises `PeerUnreachable` where none comes about; a peer that takes none of the contexts counts as that.
+    """
+    ae = new_ae(ae_title, timeout_s=timeout_s)
+    context = client_context(peer.tls)
+    asked = [build_context(abstract, list(syntaxes)) for abstract, syntaxes in contexts]
+    # pynetdicom takes the timeout off a socket that is connected; without one a peer that falls silent in the middle
+    # of a PDU would be waited for without end
+    opened = threading.Event()
+    bounded: list[Any] = [(evt.EVT_CONN_OPEN, _limit_waiting, [timeout_s, opened])]
+    try:
+        association = ae.associate(
+            peer.host,
+            peer.port,
+            asked,
+            ae_title=peer.ae_title,
+            max_pdu=MAXIMUM_PDU,
+            evt_handlers=[*bounded, *handlers],
+            tls_args=None if context is None else (context, peer.host),
+        )
+    except OSError as error:
+        raise PeerUnreachable(f"{_told(peer)}: no such host ({error.strerror}); check `host`") from error
+    if not association.is_established:
+        raise PeerUnreachable(f"{_told(peer)}: {_why(association, peer, opened.is_set())}")
+    try:
+        yield association
+    except BaseException:
+        association.abort()
+        raise
+    if association.is_established:
+        association.release()
+
+
+def _limit_waiting(event: evt.Event, timeout_s: float, opened: threading.Event) -> None:
+    opened.set()
+    wrapped = event.assoc.dul.socket
+    if wrapped is not None and wrapped.socket is not None:
+        wrapped.socket.settimeout(timeout_s)
+
+
+def _loaded(context: ssl.SSLContext, tls: TlsSettings) -> ssl.SSLContext:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # a password would be asked for at the terminal, where nobody sits
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+        if tls.authority is not None:
+            context.load_verify_locations(tls.authority)
+    except OSError as error:
+        raise medseg.ConfigError(
+            f"tls: {tls.certificate}, {tls.key} or {tls.authority} cannot be used "
+            f"({error.strerror or type(error).__name__}), expected PEM files, a key without a password that fits the "
+            "certificate, and the certificates of the authority"
+        ) from error
+    return context
+
+
+def _told(peer: PeerSettings) -> str:
+    return f"{peer.ae_title} at {peer.host}:{peer.port}"
+
+
+def _why(association: Association, peer: PeerSettings, opened: bool) -> str:
+    answer = association.acceptor.primitive
+    if association.is_rejected and answer is not None:
+        return f"refuses us ({answer.reason_str}); check the AE titles here and there, and that it knows this address"
+    check = "that it speaks TLS, and the certificates" if peer.tls else "and that it speaks DICOM without TLS"
+    if opened:
+        # pynetdicom calls a connection that never stood aborted, too
+        how = "breaks the connection off, is silent, or takes none of what is offered"
+        return f"{how}; check its AE title, what it supports, {check}"
+    how = "no TLS connection comes about" if peer.tls else "nothing answers"
+    return f"{how}; check that it runs, `host` and `port`, {check}"
