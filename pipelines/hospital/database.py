@@ -75,6 +75,8 @@ instances = sa.Table(
     # the first revision of the series that has it
     sa.Column("revision", sa.Integer),
     sa.Column("received_at", sa.Float, nullable=False),
+    # when housekeeping removed the file; None: it is there
+    sa.Column("gone_at", sa.Float),
 )
 
 jobs = sa.Table(
@@ -127,6 +129,32 @@ deliveries = sa.Table(
     sa.Column("sent_at", sa.Float),
     sa.Column("confirmed_at", sa.Float),
     sa.Index("deliveries_to_claim", "state", "not_before"),
+)
+
+# how the peers are that results go to; whoever writes deliveries of one locks its row here first
+destinations = sa.Table(
+    "destinations",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    # in a row; 0: it works
+    sa.Column("failures", sa.Integer, nullable=False),
+    sa.Column("failed_at", sa.Float),
+    # until then nothing is sent there
+    sa.Column("not_before", sa.Float, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+
+# storage commitment that was asked for and not yet confirmed, by request
+commitments = sa.Table(
+    "commitments",
+    metadata,
+    sa.Column("transaction_uid", sa.String(64), primary_key=True),
+    sa.Column("sop_instance_uid", sa.String(64), primary_key=True),
+    sa.Column("job_id", ID, sa.ForeignKey("jobs.id"), nullable=False),
+    sa.Column("destination", sa.String(64), nullable=False),
+    sa.Column("format", sa.String(16), nullable=False),
+    sa.Column("asked_at", sa.Float, nullable=False),
+    sa.Index("commitments_of", "job_id", "destination", "format"),
 )
 
 refusals = sa.Table(
