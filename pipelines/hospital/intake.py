@@ -77,6 +77,12 @@ class Intake:
             copies = connection.scalars(sa.select(instances.c.id).where(instances.c.sop_id == sop_id)).all()
             if instance_id in copies:
                 count(connection, "received_again")
+                if not (self._store.folder / place).is_file():
+                    # housekeeping removed it between our two looks
+                    raise NoRoomError("the file was removed as published long ago at this very moment; send it again")
+                back = {"gone_at": None, "received_at": now}
+                gone = (instances.c.id == instance_id, instances.c.gone_at.is_not(None))
+                connection.execute(instances.update().where(*gone).values(back))
                 return Taken("known", series_id, instance_id)
             connection.execute(
                 instances.insert().values(

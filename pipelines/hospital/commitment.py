@@ -1,0 +1,201 @@
+"""Storage Commitment (PS3.4 annex J): a peer is asked to say that it keeps what it was sent, and its report is heard.
+
+The report comes on the same association, or on one that the peer opens to the gateway or to a port of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+from pynetdicom import evt
+from pynetdicom.dsutils import decode
+from pynetdicom.transport import ThreadedAssociationServer
+
+from medseg_pipelines.hospital.audit import Audit
+from medseg_pipelines.hospital.deliveries import Deliveries, Delivery
+from medseg_pipelines.hospital.dimse import PeerUnreachable, associated, new_ae, server_context
+from medseg_pipelines.hospital.parcels import DestinationDownError, Parcel
+from medseg_pipelines.hospital.settings import PeerSettings, PublishSettings
+
+log = logging.getLogger(__name__)
+
+PUSH_MODEL, PUSH_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
+VERIFICATION = "1.2.840.10008.1.1"
+SYNTAXES = ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"]
+REQUEST = 1
+# N-EVENT-REPORT: success, or failures exist
+EVENTS = (1, 2)
+OK, NO_SUCH_EVENT, INVALID_ARGUMENT, PROCESSING_FAILURE = 0x0000, 0x0113, 0x0115, 0x0110
+# so long a report may come on the association of its request; most peers open one of their own
+SAME_S = 2.0
+# of peers that report at once
+MOST_ASSOCIATIONS = 8
+# PS3.3 C.14.1.1
+REASONS = {
+    0x0110: "processing failure",
+    0x0112: "no such object",
+    0x0213: "out of resources",
+    0x0122: "class not supported",
+    0x0119: "class and object do not fit",
+    0x0131: "the request was known already",
+}
+
+Report = Callable[[evt.Event], "tuple[int, None]"]
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Hears reports, from whatever association, and writes down what they come to."""
+
+    deliveries: Deliveries
+    audit: Audit
+
+    def hear(self, event: evt.Event) -> tuple[int, None]:
+        """The handler of `evt.EVT_N_EVENT_REPORT`: the status to answer with."""
+        if event.event_type not in EVENTS:
+            return NO_SUCH_EVENT, None
+        try:
+            information = event.event_information
+            transaction = str(information.TransactionUID)
+            stored = {str(item.ReferencedSOPInstanceUID) for item in information.get("ReferencedSOPSequence") or []}
+            failed = {
+                str(item.ReferencedSOPInstanceUID): _reason(item.get("FailureReason"))
+                for item in information.get("FailedSOPSequence") or []
+            }
+        except (AttributeError, ValueError, TypeError, KeyError, NotImplementedError, RecursionError) as error:
+            log.warning("a report on storage commitment cannot be understood (%s)", type(error).__name__)
+            return INVALID_ARGUMENT, None
+        told = self.deliveries.reported(transaction, stored, failed)
+        if told is None:
+            log.warning("a report on storage commitment came that nobody asked for, or that was answered before")
+            return INVALID_ARGUMENT, None
+        for job, destination, format, state in told:
+            confirmed = state == "done"
+            self.audit.record(
+                "confirmed" if confirmed else "failed",
+                job=job,
+                destination=destination,
+                format=format,
+                reason="" if confirmed else "not kept by the peer; it is sent again",
+            )
+            log.info("%s of job %s: %s by %s", format, job, "confirmed" if confirmed else "not kept", destination)
+        return OK, None
+
+
+def _reason(status: Any) -> str:
+    meaning = REASONS.get(status) if isinstance(status, int) else None
+    return f"the peer does not keep it ({meaning or 'it does not say why'}); it is sent again"
+
+
+def ask(
+    peer: PeerSettings,
+    parcels: Mapping[Delivery, Parcel],
+    *,
+    settings: PublishSettings,
+    reports: Reports,
+    written: Callable[[str], None],
+) -> str:
+    """Asks a peer whether it keeps these; empty, or why it does not even answer that.
+
+    `written` is told the transaction's UID before it goes out. Raises `DestinationDownError`.
+    """
+    heard = threading.Event()
+
+    def hear(event: evt.Event) -> tuple[int, None]:
+        answer = reports.hear(event)
+        heard.set()
+        return answer
+
+    transaction = f"2.25.{uuid.uuid4().int}"
+    try:
+        with associated(
+            peer,
+            ae_title=settings.ae_title,
+            # a peer without storage commitment says so, instead of breaking the association off
+            contexts=[(VERIFICATION, SYNTAXES), (PUSH_MODEL, SYNTAXES)],
+            timeout_s=settings.timeout_s,
+            handlers=[(evt.EVT_N_EVENT_REPORT, hear)],
+        ) as association:
+            if PUSH_MODEL not in {context.abstract_syntax for context in association.accepted_contexts}:
+                return "it does not offer storage commitment; turn `commitment` off, or set it up there"
+            written(transaction)
+            try:
+                answer, _ = association.send_n_action(
+                    _request(transaction, parcels), REQUEST, PUSH_MODEL, PUSH_INSTANCE
+                )
+            except RuntimeError as error:
+                raise PeerUnreachable(f"{peer.ae_title}: the association broke; check its log") from error
+            if "Status" not in answer:
+                raise PeerUnreachable(f"{peer.ae_title}: no answer on storage commitment in time; check its log")
+            status = int(answer.Status)
+            if status != OK:
+                return f"storage commitment is refused (status 0x{status:04X}); check the peer, or turn `commitment` off"
+            heard.wait(SAME_S)
+    except PeerUnreachable as error:
+        raise DestinationDownError(f"storage commitment: {error}") from error
+    return ""
+
+
+def _request(transaction: str, parcels: Mapping[Delivery, Parcel]) -> Any:
+    request = _empty()
+    request.TransactionUID = transaction
+    items = []
+    for parcel in parcels.values():
+        item = _empty()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = parcel.sop_class_uid, parcel.sop_instance_uid
+        items.append(item)
+    request.ReferencedSOPSequence = items
+    return request
+
+
+def _empty() -> Any:
+    return decode(BytesIO(), is_implicit_vr=False, is_little_endian=True)
+
+
+class Listener:
+    """Where peers report to, on a port of its own; of several workers on one machine, one listens for all."""
+
+    def __init__(self, settings: PublishSettings, known: Mapping[str, PeerSettings], reports: Reports) -> None:
+        self._settings, self._reports = settings, reports
+        self._titles = sorted({peer.ae_title for peer in known.values()})
+        self._server: ThreadedAssociationServer | None = None
+
+    def start(self) -> bool:
+        """Begins to listen, unless it does, no port is given, or another has it; whether it listens now."""
+        settings = self._settings
+        if self._server is not None or settings.commitment_port is None:
+            return self._server is not None
+        ae = new_ae(settings.ae_title, timeout_s=settings.timeout_s)
+        ae.maximum_associations = MOST_ASSOCIATIONS
+        ae.require_called_aet = True
+        ae.require_calling_aet = self._titles
+        # the peer that reports is the SCP of an association that it opens
+        ae.add_supported_context(PUSH_MODEL, SYNTAXES, scu_role=True, scp_role=True)
+        tls = settings.commitment_tls
+        try:
+            self._server = ae.start_server(
+                (settings.commitment_host, settings.commitment_port),
+                block=False,
+                ssl_context=None if tls is None else server_context(tls),
+                evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._reports.hear)],
+            )
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            log.debug("port %d is taken: another worker listens for reports", settings.commitment_port)
+            return False
+        log.info("reports on storage commitment are heard at %s:%d", settings.commitment_host, settings.commitment_port)
+        return True
+
+    def stop(self) -> None:
+        """Listens no more."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server = None

@@ -1,0 +1,63 @@
+"""What the disk gets back: files of studies that were published long ago. Their rows stay, and say so."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import sqlalchemy as sa
+
+from medseg_pipelines.hospital.database import deliveries, instances, jobs, series
+from medseg_pipelines.hospital.node import Node
+
+log = logging.getLogger(__name__)
+
+DAY_S = 86400.0
+
+
+def clear_published(node: Node) -> int:
+    """Removes files, results and work folders of studies that are through for `storage.keep_days`; how many studies.
+
+    Through: nothing is being received, every job is done and confirmed, nothing is on its way out. A file that is sent
+    to the node again comes back; the same jobs are not done again.
+    """
+    keep_days = node.settings.storage.keep_days
+    if keep_days is None:
+        return 0
+    with node.database.reading() as connection:
+        before = node.database.now(connection) - keep_days * DAY_S
+        kept = sa.select(series.c.study_id).join(instances).where(instances.c.gone_at.is_(None))
+        old = kept.where(series.c.last_at < before).distinct()
+        studies = list(connection.scalars(old.order_by(series.c.study_id)))
+    return sum(_clear(node, study, before) for study in studies)
+
+
+def _clear(node: Node, study_id: str, before: float) -> bool:
+    with node.database.writing() as connection:
+        # intake locks these rows too: nothing comes in while this looks and removes
+        locked = sa.select(series).where(series.c.study_id == study_id).order_by(series.c.id).with_for_update()
+        rows = connection.execute(locked).all()
+        ids = [row.id for row in rows]
+        if any(row.state != "complete" or row.last_at >= before for row in rows):
+            return False
+        done = connection.execute(sa.select(jobs).where(jobs.c.series_id.in_(ids))).all()
+        if any(job.state != "done" or job.step != "confirmed" or (job.finished_at or before) >= before for job in done):
+            return False
+        job_ids = [job.id for job in done]
+        sent = connection.execute(sa.select(deliveries).where(deliveries.c.job_id.in_(job_ids))).all()
+        if any(row.state != "done" or (row.confirmed_at or before) >= before for row in sent):
+            return False
+        there = (instances.c.series_id.in_(ids), instances.c.gone_at.is_(None))
+        files = connection.execute(sa.select(instances.c.file, instances.c.received_at).where(*there)).all()
+        if any(row.received_at >= before for row in files):
+            return False
+        for row in files:
+            (node.store.folder / row.file).unlink(missing_ok=True)
+        for job_id in job_ids:
+            for folder in (node.store.results / job_id, node.store.work / job_id):
+                if folder.exists():
+                    shutil.rmtree(folder)
+        connection.execute(instances.update().where(*there).values(gone_at=node.database.now(connection)))
+    log.info("study %s: %d files and %d results are removed", study_id, len(files), len(job_ids))
+    node.audit.record("cleared", study=study_id, files=len(files), jobs=len(job_ids))
+    return True

@@ -1,0 +1,403 @@
+"""Results on their way out: to a real PACS, to peers that break, refuse or lie, and to folders."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+import sqlalchemy as sa
+from hospital_peers import HOST, OrthancPeer, free_port, new_orthanc, wait_for
+from hospital_publishing import (
+    IMPLICIT,
+    Received,
+    audit_events,
+    certificates,
+    finish_job,
+    new_node,
+    publishing,
+    renamed,
+    state_of,
+    step_of,
+    store_scp,
+    to_peer,
+    wait_until,
+    write_seg,
+)
+from pynetdicom import evt
+
+from medseg_pipelines.hospital.database import destinations
+from medseg_pipelines.hospital.dimse import server_context
+from medseg_pipelines.hospital.settings import TlsSettings
+
+pytest_plugins = ["hospital_peers"]
+
+
+@pytest.fixture(scope="module")
+def seg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("seg") / "seg.dcm"
+    write_seg(path)
+    return path
+
+
+def test_a_segmentation_arrives_by_every_way_as_it_was_made(tmp_path: Path, seg: Path, orthanc: OrthancPeer) -> None:
+    """One job to a PACS by DIMSE, to a folder with its NIfTI, then to the emptied PACS by DICOMweb."""
+    orthanc.clear()
+    (tmp_path / "share").mkdir()
+    nifti = tmp_path / "mask.nii.gz"
+    nifti.write_bytes(gzip.compress(b"a mask"))
+    values = to_peer(orthanc.dicom_port, ae_title="ORTHANC")
+    values["dicomweb"] = {"web": {"url": orthanc.dicomweb_url + "/"}}
+    values["publish"]["destinations"] += [
+        {"name": "share", "folder": tmp_path / "share"},
+        {"name": "web", "dicomweb": "web"},
+    ]
+    node = new_node(tmp_path / "node", **values)
+    want = pydicom.dcmread(seg)
+    sends = [("out", "dicom-seg"), ("share", "dicom-seg"), ("share", "nifti")]
+    files = {"dicom-seg": seg, "nifti": nifti}
+    with publishing(node):
+        job = finish_job(node, files, sends)
+        wait_until(node, job, "done", destination="share", format="nifti")
+        wait_until(node, job, "done", destination="share")
+        row = wait_until(node, job, "done")
+        assert row.confirmed_at >= row.sent_at
+        assert step_of(node, job) == "confirmed"
+        same_object(want, orthanc.file_of(str(want.SOPInstanceUID)))
+        assert sorted(path.name for path in (tmp_path / "share").iterdir()) == [f"{job}.nii.gz", f"{job}.seg.dcm"]
+        assert (tmp_path / "share" / f"{job}.seg.dcm").read_bytes() == seg.read_bytes()
+        assert (tmp_path / "share" / f"{job}.nii.gz").read_bytes() == nifti.read_bytes()
+        orthanc.clear()
+        # the second one is of the same object: stored already is no failure
+        for number in (1, 2):
+            job = finish_job(node, files, [("web", "dicom-seg")], number=number)
+            wait_until(node, job, "done", destination="web")
+        same_object(want, orthanc.file_of(str(want.SOPInstanceUID)))
+    assert orthanc.instances() == [want.SOPInstanceUID]
+    assert [event["destination"] for event in audit_events(node, "sent")].count("web") == 2
+    assert len(audit_events(node, "confirmed")) == 5
+
+
+def same_object(want: pydicom.Dataset, found: bytes) -> None:
+    got = pydicom.dcmread(io.BytesIO(found))
+    for name in ("SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID"):
+        assert got[name].value == want[name].value
+    assert got.PixelData == want.PixelData
+
+
+def test_two_sends_of_one_file_leave_one_instance(tmp_path: Path, seg: Path, orthanc: OrthancPeer) -> None:
+    orthanc.clear()
+    node = new_node(tmp_path, **to_peer(orthanc.dicom_port))
+    with publishing(node):
+        for number in (1, 2):
+            wait_until(node, finish_job(node, {"dicom-seg": seg}, number=number), "done")
+    assert len(audit_events(node, "sent")) == 2
+    assert len(orthanc.instances()) == 1
+
+
+def test_a_pacs_that_is_down_gets_all_when_it_is_back(tmp_path: Path, seg: Path) -> None:
+    (tmp_path / "share").mkdir()
+    pacs = new_orthanc(tmp_path / "pacs")
+    values = to_peer(pacs.dicom_port)
+    values["publish"]["destinations"].append({"name": "share", "folder": tmp_path / "share"})
+    node = new_node(tmp_path / "node", **values)
+    uids, held = [], []
+    for number in range(20):
+        uids.append(renamed(seg, tmp_path / "one.dcm", number))
+        held.append(
+            finish_job(node, {"dicom-seg": tmp_path / "one.dcm"}, [("out", "dicom-seg"), ("share", "dicom-seg")], number=number)
+        )
+    try:
+        with publishing(node):
+            # the folder is not held up by the peer
+            for job in held:
+                wait_until(node, job, "done", destination="share")
+            wait_for(lambda: rests(node).failures >= 4)
+            # one is tried at a time: not each of the twenty meets the dead peer
+            assert len(audit_events(node, "failed")) < 20
+            assert all("nothing answers" in state_of(node, job).reason for job in held)
+            assert {step_of(node, job) for job in held} == {"encoded"}
+            pacs.start()
+            for job in held:
+                wait_until(node, job, "done")
+            assert pacs.instances() == sorted(uids)
+            assert (rests(node).failures, rests(node).reason) == (0, "")
+    finally:
+        pacs.stop()
+
+
+def rests(node: Any) -> Any:
+    with node.database.reading() as connection:
+        return connection.execute(sa.select(destinations).where(destinations.c.name == "out")).one()
+
+
+def test_a_pacs_killed_in_the_middle_has_each_object_once_in_the_end(tmp_path: Path, seg: Path) -> None:
+    pacs = new_orthanc(tmp_path / "pacs")
+    pacs.start()
+    node = new_node(tmp_path / "node", **to_peer(pacs.dicom_port))
+    uids, held = [], []
+    for number in range(20):
+        uids.append(renamed(seg, tmp_path / "one.dcm", number))
+        held.append(finish_job(node, {"dicom-seg": tmp_path / "one.dcm"}, number=number))
+    try:
+        with publishing(node):
+            wait_for(lambda: len(audit_events(node, "sent")) >= 3, every_s=0.002)
+            assert pacs._process is not None
+            pacs._process.kill()
+            pacs._process.wait()
+            assert any(state_of(node, job).state != "done" for job in held)
+            pacs.start()
+            for job in held:
+                wait_until(node, job, "done")
+        assert pacs.instances() == sorted(uids)
+    finally:
+        pacs.stop()
+
+
+KILLED = """
+import os, signal, sys, threading
+sys.path[:0] = {paths!r}
+from hospital_publishing import new_node, to_peer
+from medseg_pipelines.hospital.deliveries import Deliveries
+from medseg_pipelines.hospital.publish import Publisher
+from pathlib import Path
+Deliveries.sent = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+Publisher(new_node(Path({folder!r}), **to_peer({port}))).run(threading.Event())
+"""
+
+
+def test_killed_between_sending_and_writing_it_down(tmp_path: Path, seg: Path, orthanc: OrthancPeer) -> None:
+    orthanc.clear()
+    node = new_node(tmp_path, **to_peer(orthanc.dicom_port))
+    job = finish_job(node, {"dicom-seg": seg})
+    script = KILLED.format(paths=sys.path, folder=str(tmp_path), port=orthanc.dicom_port)
+    ended = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(orthanc.instances()) == 1
+    assert state_of(node, job).state == "sending"
+    with publishing(node):
+        # the same name starts again: it need not wait for the lease
+        row = wait_until(node, job, "done", seconds=node.settings.worker.lease_s - 1)
+    assert row.attempts == 2
+    assert len(orthanc.instances()) == 1
+
+
+def test_another_worker_takes_over_when_the_lease_is_over(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+    values = to_peer(port)
+    node = new_node(tmp_path, **values, worker={"lease_s": 1.0})
+    job = finish_job(node, {"dicom-seg": seg})
+    with publishing(node) as publisher:
+        # the first worker is gone with what it held
+        pass
+    gone = publisher._deliveries.claim("out", "another-worker", most=8)
+    assert gone is not None
+    with store_scp(port, got), publishing(node):
+        row = wait_until(node, job, "done")
+    assert row.attempts == 2
+    assert not publisher._deliveries.sent(gone, gone.deliveries[0], confirmed=True)
+    assert len(audit_events(node, "sent")) == 1
+
+
+@pytest.mark.parametrize(("break_it", "told"), [("remove", "missing"), ("change", "was changed since it was made")])
+def test_a_file_that_is_not_what_it_was_is_never_sent(tmp_path: Path, seg: Path, break_it: str, told: str) -> None:
+    got, port = Received(), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    job, other = (finish_job(node, {"dicom-seg": seg}, number=number) for number in (0, 1))
+    file = node.store.results / job / "dicom-seg.dcm"
+    if break_it == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with store_scp(port, got), publishing(node):
+        row = wait_until(node, job, "dead")
+        wait_until(node, other, "done")
+    assert told in row.reason
+    assert row.attempts == 1
+    assert len(got.at) == 1
+    assert [event["job"] for event in audit_events(node, "dead")] == [job]
+
+
+@pytest.mark.parametrize("how", ["status", "context"])
+def test_a_class_that_is_refused_for_good_is_dead_at_once(tmp_path: Path, seg: Path, how: str) -> None:
+    got, port = Received(0x0122), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    job = finish_job(node, {"dicom-seg": seg})
+    classes = ["1.2.840.10008.5.1.4.1.1.66.4"] if how == "status" else ["1.2.840.10008.5.1.4.1.1.2"]
+    with store_scp(port, got, classes=classes), publishing(node) as publisher:
+        row = wait_until(node, job, "dead")
+        assert "does not take objects of this class" in row.reason
+        assert row.attempts == 1
+        # the peer is not to blame for the rest
+        assert rests(node).failures == 0
+    got.status = 0x0000
+    assert publisher._deliveries.replay(job) == 1
+    with store_scp(port, got), publishing(node):
+        wait_until(node, job, "done")
+
+
+def test_what_is_refused_for_now_is_tried_until_it_is_given_up(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(0xC000), free_port()
+    values = to_peer(port)
+    values["publish"]["give_up_h"] = 1.0 / 3600
+    node = new_node(tmp_path, **values)
+    job = finish_job(node, {"dicom-seg": seg})
+    with store_scp(port, got), publishing(node):
+        row = wait_until(node, job, "dead")
+    assert "status 0xC000" in row.reason
+    assert row.attempts == len(got.at) >= 3
+    waits = [after - before for before, after in zip(got.at, got.at[1:])]
+    # 0.1 s, then 0.2 s, … each looked for every quarter of a second
+    assert waits[0] >= 0.1
+    assert waits[1] >= 0.2
+    assert len(audit_events(node, "failed")) == row.attempts
+    assert len(audit_events(node, "dead")) == 1
+
+
+def test_a_peer_that_is_never_there_is_given_up_for_all(tmp_path: Path, seg: Path) -> None:
+    values = to_peer(free_port())
+    values["publish"]["give_up_h"] = 0.5 / 3600
+    node = new_node(tmp_path, **values)
+    held = [finish_job(node, {"dicom-seg": seg}, number=number) for number in range(3)]
+    with publishing(node):
+        for job in held:
+            assert "nothing answers" in wait_until(node, job, "dead").reason
+    assert sorted(event["job"] for event in audit_events(node, "dead")) == sorted(held)
+
+
+def test_an_object_that_breaks_the_peer_does_not_hold_up_the_others(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+
+    def take(event: evt.Event) -> int:
+        if str(event.request.AffectedSOPInstanceUID) == poison:
+            event.assoc.abort()
+            return 0x0110
+        return got(event)
+
+    node = new_node(tmp_path, **to_peer(port))
+    poison = renamed(seg, tmp_path / "one.dcm", 0)
+    bad = finish_job(node, {"dicom-seg": tmp_path / "one.dcm"}, number=0)
+    good = []
+    for number in range(1, 13):
+        renamed(seg, tmp_path / "one.dcm", number)
+        good.append(finish_job(node, {"dicom-seg": tmp_path / "one.dcm"}, number=number))
+    with store_scp(port, take), publishing(node):
+        for job in good:
+            wait_until(node, job, "done")
+        row = wait_for(lambda: (row := state_of(node, bad)).attempts >= 2 and row)
+    assert row.state in ("waiting", "sending")
+    assert "broke in the middle" in row.reason
+    assert len(got.objects) == 12
+
+
+def test_a_full_peer_rests(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(0xA700), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    held = [finish_job(node, {"dicom-seg": seg}, number=number) for number in range(10)]
+    with store_scp(port, got), publishing(node):
+        wait_for(lambda: rests(node).failures >= 2)
+        assert "out of resources" in rests(node).reason
+        got.status = 0x0000
+        for job in held:
+            wait_until(node, job, "done")
+
+
+def test_a_rejected_association_says_what_to_check(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+    node = new_node(tmp_path, **to_peer(port, ae_title="WRONG"))
+    job = finish_job(node, {"dicom-seg": seg})
+    with store_scp(port, got, strict=True), publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job)).reason and row)
+    assert row.state in ("waiting", "sending")
+    assert "WRONG" in row.reason
+    assert "check the AE titles" in row.reason
+    assert got.objects == {}
+
+
+def test_a_peer_of_the_default_transfer_syntax_alone_gets_the_same_object(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    job = finish_job(node, {"dicom-seg": seg})
+    with store_scp(port, got, syntaxes=[IMPLICIT]), publishing(node):
+        wait_until(node, job, "done")
+    (found,) = got.objects.values()
+    assert found.file_meta.TransferSyntaxUID == IMPLICIT
+    # the same elements with the same values, whatever their encoding
+    assert found == pydicom.dcmread(seg)
+
+
+def test_a_peer_with_tls_on_both_sides(tmp_path: Path, seg: Path) -> None:
+    made = certificates(tmp_path)
+    ours = {name: made[name] for name in ("certificate", "key", "authority")}
+    got, port = Received(), free_port()
+    node = new_node(tmp_path / "node", **to_peer(port, tls=ours))
+    job = finish_job(node, {"dicom-seg": seg})
+    with store_scp(port, got, tls=server_context(TlsSettings(**ours))), publishing(node):
+        wait_until(node, job, "done")
+    assert len(got.objects) == 1
+
+
+def test_plain_text_to_a_tls_port_says_so(tmp_path: Path, seg: Path) -> None:
+    made = certificates(tmp_path)
+    ours = TlsSettings(certificate=made["certificate"], key=made["key"])
+    got, port = Received(), free_port()
+    node = new_node(tmp_path / "node", **to_peer(port), )
+    job = finish_job(node, {"dicom-seg": seg})
+    with store_scp(port, got, tls=server_context(ours)), publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job)).reason and row)
+    assert row.state in ("waiting", "sending")
+    assert "check" in row.reason
+    assert got.objects == {}
+
+
+def test_a_folder_that_is_not_there_is_waited_for_and_parts_are_swept(tmp_path: Path, seg: Path) -> None:
+    share = tmp_path / "share"
+    node = new_node(tmp_path / "node", publish={"destinations": [{"name": "out", "folder": share}]})
+    job = finish_job(node, {"dicom-seg": seg})
+    with publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job)).reason and row)
+        assert "mount the share" in row.reason
+        assert not share.exists()
+        share.mkdir()
+        (share / f".{job}.seg.dcm.0a0a0a0a.part").write_bytes(b"of one that was killed")
+        wait_until(node, job, "done")
+    assert [path.name for path in share.iterdir()] == [f"{job}.seg.dcm"]
+
+
+def test_a_destination_that_is_not_in_the_settings_is_told(tmp_path: Path, seg: Path) -> None:
+    node = new_node(tmp_path)
+    job = finish_job(node, {"dicom-seg": seg}, [("gone", "dicom-seg")])
+    with publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job, "gone")).reason and row)
+    assert row.state == "waiting"
+    assert "not in the settings" in row.reason
+
+
+def test_nothing_of_the_patient_is_told(tmp_path: Path, seg: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The object is Jane Doe's, and the peer quotes her in its answers."""
+    port = free_port()
+
+    def take(event: evt.Event) -> pydicom.Dataset:
+        answer = pydicom.Dataset()
+        answer.Status, answer.ErrorComment = 0xA900, "Doe^Jane is no good"
+        return answer
+
+    caplog.set_level(logging.DEBUG)
+    node = new_node(tmp_path, **to_peer(port))
+    job = finish_job(node, {"dicom-seg": seg})
+    with store_scp(port, take), publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job)).attempts >= 1 and row)
+    assert "0xA900" in row.reason
+    ours = "\n".join(r.getMessage() for r in caplog.records if not r.name.startswith("pynetdicom"))
+    assert "0xA900" in ours
+    for text in (ours, row.reason, node.audit.path.read_text()):
+        assert "Doe" not in text
