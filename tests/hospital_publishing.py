@@ -47,7 +47,9 @@ def write_seg(path: Path) -> None:
 def renamed(seg: Path, path: Path, number: int) -> str:
     """A copy of `seg` as another object; its SOP Instance UID."""
     data = pydicom.dcmread(seg)
-    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"{data.SOPInstanceUID}.{number}"[-64:].lstrip(".0")
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"{data.SOPInstanceUID}.{number}"[-64:].lstrip(
+        ".0"
+    )
     data.save_as(path)
     return str(data.SOPInstanceUID)
 

@@ -114,7 +114,9 @@ def test_a_pacs_that_is_down_gets_all_when_it_is_back(tmp_path: Path, seg: Path)
     for number in range(20):
         uids.append(renamed(seg, tmp_path / "one.dcm", number))
         held.append(
-            finish_job(node, {"dicom-seg": tmp_path / "one.dcm"}, [("out", "dicom-seg"), ("share", "dicom-seg")], number=number)
+            finish_job(
+                node, {"dicom-seg": tmp_path / "one.dcm"}, [("out", "dicom-seg"), ("share", "dicom-seg")], number=number
+            )
         )
     try:
         with publishing(node):
@@ -350,7 +352,10 @@ def test_plain_text_to_a_tls_port_says_so(tmp_path: Path, seg: Path) -> None:
     made = certificates(tmp_path)
     ours = TlsSettings(certificate=made["certificate"], key=made["key"])
     got, port = Received(), free_port()
-    node = new_node(tmp_path / "node", **to_peer(port), )
+    node = new_node(
+        tmp_path / "node",
+        **to_peer(port),
+    )
     job = finish_job(node, {"dicom-seg": seg})
     with store_scp(port, got, tls=server_context(ours)), publishing(node):
         row = wait_for(lambda: (row := state_of(node, job)).reason and row)

@@ -136,7 +136,9 @@ def ask(
                 raise PeerUnreachable(f"{peer.ae_title}: no answer on storage commitment in time; check its log")
             status = int(answer.Status)
             if status != OK:
-                return f"storage commitment is refused (status 0x{status:04X}); check the peer, or turn `commitment` off"
+                return (
+                    f"storage commitment is refused (status 0x{status:04X}); check the peer, or turn `commitment` off"
+                )
             heard.wait(SAME_S)
     except PeerUnreachable as error:
         raise DestinationDownError(f"storage commitment: {error}") from error

@@ -139,10 +139,13 @@ class Deliveries:
             if row.failed_at is None or row.failed_at <= batch.claimed_at:
                 # else another batch of that time has told it
                 failures = row.failures + 1
-                rest = {"failures": failures, "failed_at": now, "not_before": now + self._patience.wait_s(failures)}
-                connection.execute(
-                    destinations.update().where(destinations.c.name == batch.destination).values(rest, reason=reason)
-                )
+                rest = {
+                    "failures": failures,
+                    "failed_at": now,
+                    "not_before": now + self._patience.wait_s(failures),
+                    "reason": reason,
+                }
+                connection.execute(destinations.update().where(destinations.c.name == batch.destination).values(rest))
             for delivery in left:
                 state = {"state": "waiting"} if self._is_waiting(connection, batch, delivery) else {}
                 if delivery is during and state:

@@ -121,7 +121,7 @@ class Publisher:
             del self._running[future]
             if (error := future.exception()) is not None:
                 # its lease runs out, and it is sent again
-                log.error("a batch of deliveries broke off (%s)", type(error).__name__, exc_info=error)
+                log.error("a batch of deliveries broke off (%s)", _where(error))
 
     def _send(self, destination: DestinationSettings, batch: Batch) -> None:
         """Sends a batch and writes down what became of each delivery."""
@@ -200,8 +200,7 @@ class Publisher:
     def _write_down_fault(
         self, destination: DestinationSettings, batch: Batch, left: list[Delivery], error: Exception
     ) -> bool:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"sending broke off ({type(error).__name__} in {Path(frame.filename).name}:{frame.lineno})"
+        reason = f"sending broke off ({_where(error)})"
         log.error("%s: %s", destination.name, reason)
         if not left:
             return True
@@ -278,3 +277,9 @@ def sender_to(destination: DestinationSettings, settings: NodeSettings) -> Sende
     if destination.folder is not None:
         return FolderSender(destination.folder)
     raise ValueError(f"destination {destination.name}: no way found, expected peer, dicomweb or folder")
+
+
+def _where(error: BaseException) -> str:
+    """The kind of an error and its place: its text could quote what is a patient's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"

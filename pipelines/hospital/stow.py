@@ -65,6 +65,8 @@ class DicomwebSender:
     def _sent(self, client: httpx.Client, parcel: Parcel) -> tuple[Said, str]:
         try:
             code, body = self._posted(client, parcel)
+            if code in (200, 202, 409):
+                return self._understood(client, code, body, parcel)
         except httpx.InvalidURL as error:
             raise DestinationDownError(f"{self.service.url}: no URL; check `url`") from error
         except httpx.ConnectError as error:
@@ -75,8 +77,6 @@ class DicomwebSender:
                 f"({type(error).__name__}); check that it runs, and its log",
                 during=parcel,
             ) from error
-        if code in (200, 202, 409):
-            return self._understood(code, body, parcel)
         if code in CHECKS:
             raise DestinationDownError(f"{self.service.url}: HTTP {code}: {CHECKS[code]}")
         if code == 429 or code >= 500:
@@ -89,9 +89,8 @@ class DicomwebSender:
 
     def _posted(self, client: httpx.Client, parcel: Parcel) -> tuple[int, bytes]:
         boundary = uuid.uuid4().hex
-        head = (
-            f"--{boundary}\r\nContent-Type: application/dicom; transfer-syntax={parcel.transfer_syntax_uid}\r\n\r\n"
-        ).encode()
+        # no transfer syntax here: Orthanc 1.10 leaves such a part out, and answers 200 all the same
+        head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
         tail = f"\r\n--{boundary}--\r\n".encode()
         headers = {
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
@@ -100,28 +99,57 @@ class DicomwebSender:
             "Accept": "application/dicom+json",
         }
         content = _pieces(head, parcel.path, tail)
-        with client.stream("POST", f"{self.service.url.rstrip('/')}/studies", content=content, headers=headers) as got:
-            body = b""
-            for block in got.iter_bytes():
-                body += block
-                if len(body) > MOST_ANSWER:
-                    break
-            return got.status_code, body
+        return _answered(client, "POST", f"{self._url}/studies", content=content, headers=headers)
 
-    def _understood(self, code: int, body: bytes, parcel: Parcel) -> tuple[Said, str]:
-        """What an answer says of our object: listed as failed, listed as stored, or the code alone."""
+    def _understood(self, client: httpx.Client, code: int, body: bytes, parcel: Parcel) -> tuple[Said, str]:
+        """What an answer says of our object: only what is listed as stored is; where in doubt, it is looked for."""
         answer = _read_json(body)
+        reason = f"HTTP {code} without a word on the object; the log of the service says more"
         for item in _items(answer, FAILED):
             if _value(item, INSTANCE) in (parcel.sop_instance_uid, None):
                 status = _value(item, FAILURE_REASON)
                 said, reason = said_of_status(status if isinstance(status, int) else 0x0110)
                 if said is None:
                     raise DestinationDownError(f"{self.service.url}: {reason}", during=parcel)
-                return said, reason
-        stored = any(_value(item, INSTANCE) == parcel.sop_instance_uid for item in _items(answer, REFERENCED))
-        if stored or code == 200:
+                if said is not Said.LATER:
+                    return said, reason
+        listed = any(_value(item, INSTANCE) == parcel.sop_instance_uid for item in _items(answer, REFERENCED))
+        # some answer nothing, or take what they have already for a failure
+        if listed or self._has(client, parcel):
             return Said.STORED, ""
-        return Said.LATER, f"HTTP {code} without a word on the object; the log of the service says more"
+        return Said.LATER, reason
+
+    def _has(self, client: httpx.Client, parcel: Parcel) -> bool:
+        query = f"{self._url}/instances?SOPInstanceUID={parcel.sop_instance_uid}"
+        code, body = _answered(client, "GET", query, headers={"Accept": "application/dicom+json"})
+        found = _read_json(body)
+        return (
+            code == 200
+            and isinstance(found, list)
+            and any(isinstance(item, dict) and _value(item, "00080018") == parcel.sop_instance_uid for item in found)
+        )
+
+    @property
+    def _url(self) -> str:
+        return self.service.url.rstrip("/")
+
+
+def _answered(
+    client: httpx.Client,
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    content: Iterator[bytes] | None = None,
+) -> tuple[int, bytes]:
+    """Code and body of an answer; a body that is too long is cut off, and so not understood."""
+    with client.stream(method, url, content=content, headers=headers) as got:
+        body = b""
+        for block in got.iter_bytes():
+            body += block
+            if len(body) > MOST_ANSWER:
+                break
+        return got.status_code, body
 
 
 def _pieces(head: bytes, path: Path, tail: bytes) -> Iterator[bytes]:
