@@ -160,7 +160,7 @@ def store_scp(
     strict: bool = False,
     tls: Any = None,
 ) -> Iterator[AE]:
-    """A peer that answers each C-STORE by `take`; it answers C-ECHO as well. `strict`: it must be called by its name."""
+    """A peer that answers each C-STORE by `take`, and C-ECHO. `strict`: it must be called by its name."""
     ae = AE(ae_title=ae_title)
     ae.require_called_aet = strict
     ae.add_supported_context("1.2.840.10008.1.1")

@@ -5,18 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import logging
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
 import sqlalchemy as sa
-from hospital_peers import HOST, OrthancPeer, free_port, new_orthanc, wait_for
+from hospital_peers import OrthancPeer, free_port, new_orthanc, wait_for
 from hospital_publishing import (
     IMPLICIT,
     Received,
@@ -37,6 +35,7 @@ from pynetdicom import evt
 
 from medseg_pipelines.hospital.database import destinations
 from medseg_pipelines.hospital.dimse import server_context
+from medseg_pipelines.hospital.publish import open_deliveries
 from medseg_pipelines.hospital.settings import TlsSettings
 
 pytest_plugins = ["hospital_peers"]
@@ -139,7 +138,7 @@ def test_a_pacs_that_is_down_gets_all_when_it_is_back(tmp_path: Path, seg: Path)
 
 def rests(node: Any) -> Any:
     with node.database.reading() as connection:
-        return connection.execute(sa.select(destinations).where(destinations.c.name == "out")).one()
+        return connection.execute(sa.select(destinations).where(destinations.c.name == "out")).one_or_none()
 
 
 def test_a_pacs_killed_in_the_middle_has_each_object_once_in_the_end(tmp_path: Path, seg: Path) -> None:
@@ -195,18 +194,15 @@ def test_killed_between_sending_and_writing_it_down(tmp_path: Path, seg: Path, o
 
 def test_another_worker_takes_over_when_the_lease_is_over(tmp_path: Path, seg: Path) -> None:
     got, port = Received(), free_port()
-    values = to_peer(port)
-    node = new_node(tmp_path, **values, worker={"lease_s": 1.0})
+    node = new_node(tmp_path, **to_peer(port), worker={"lease_s": 1.0})
     job = finish_job(node, {"dicom-seg": seg})
-    with publishing(node) as publisher:
-        # the first worker is gone with what it held
-        pass
-    gone = publisher._deliveries.claim("out", "another-worker", most=8)
+    held = open_deliveries(node)
+    gone = held.claim("out", "a-worker-that-is-gone", most=8)
     assert gone is not None
     with store_scp(port, got), publishing(node):
         row = wait_until(node, job, "done")
     assert row.attempts == 2
-    assert not publisher._deliveries.sent(gone, gone.deliveries[0], confirmed=True)
+    assert not held.sent(gone, gone.deliveries[0], confirmed=True)
     assert len(audit_events(node, "sent")) == 1
 
 
@@ -306,7 +302,7 @@ def test_a_full_peer_rests(tmp_path: Path, seg: Path) -> None:
     node = new_node(tmp_path, **to_peer(port))
     held = [finish_job(node, {"dicom-seg": seg}, number=number) for number in range(10)]
     with store_scp(port, got), publishing(node):
-        wait_for(lambda: rests(node).failures >= 2)
+        wait_for(lambda: (row := rests(node)) and row.failures >= 2)
         assert "out of resources" in rests(node).reason
         got.status = 0x0000
         for job in held:
@@ -333,8 +329,11 @@ def test_a_peer_of_the_default_transfer_syntax_alone_gets_the_same_object(tmp_pa
         wait_until(node, job, "done")
     (found,) = got.objects.values()
     assert found.file_meta.TransferSyntaxUID == IMPLICIT
-    # the same elements with the same values, whatever their encoding
-    assert found == pydicom.dcmread(seg)
+    want = pydicom.dcmread(seg)
+    assert found.PixelData == want.PixelData
+    # whose kind of bytes the default transfer syntax does not tell
+    del found.PixelData, want.PixelData
+    assert found == want
 
 
 def test_a_peer_with_tls_on_both_sides(tmp_path: Path, seg: Path) -> None:
