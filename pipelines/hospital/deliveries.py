@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from medseg_pipelines.hospital.database import Database, commitments, deliveries, destinations, jobs
+from medseg_pipelines.hospital.node import Node
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,13 @@ class Deliveries:
     def _works(connection: sa.Connection, destination: str) -> None:
         failed = (destinations.c.name == destination, destinations.c.failures > 0)
         connection.execute(destinations.update().where(*failed).values(failures=0, not_before=0.0, reason=""))
+
+
+def open_deliveries(node: Node) -> Deliveries:
+    """The deliveries of a node, as its settings say."""
+    settings = node.settings.publish
+    patience = Patience(settings.retry_s, settings.most_retry_s, settings.give_up_h * 3600.0)
+    return Deliveries(node.database, patience, lease_s=node.settings.worker.lease_s)
 
 
 def _key(delivery: Delivery) -> tuple[sa.ColumnElement[bool], ...]:

@@ -18,8 +18,10 @@ from pynetdicom import build_context, evt
 from pynetdicom.presentation import AllStoragePresentationContexts
 
 import medseg
+from medseg_pipelines.hospital.commitment import PUSH_MODEL, Reports
 from medseg_pipelines.hospital.completeness import Completeness, Models
 from medseg_pipelines.hospital.database import count
+from medseg_pipelines.hospital.deliveries import open_deliveries
 from medseg_pipelines.hospital.dimse import new_ae, server_context
 from medseg_pipelines.hospital.entrance import Entrance, Request, Verdict
 from medseg_pipelines.hospital.intake import NoRoomError, RefusedError
@@ -110,7 +112,7 @@ def _run(node: Node, stop: threading.Event) -> None:
 
 
 class Door:
-    """The C-STORE and C-ECHO provider of a node."""
+    """The C-STORE and C-ECHO provider of a node, where reports on storage commitment come, too."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -121,7 +123,13 @@ class Door:
         ae = new_ae(settings.ae_title, timeout_s=settings.idle_s)
         ae.acse_timeout = settings.handshake_s
         bounds = Bounds(_most_bytes(settings), settings.idle_s, node.store.has_room)
-        handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_ECHO, _echo)]
+        # on storage commitment of what was sent: peers report to where they know our AE title
+        reports = Reports(open_deliveries(node), node.audit)
+        handlers = [
+            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_C_ECHO, _echo),
+            (evt.EVT_N_EVENT_REPORT, reports.hear),
+        ]
         try:
             self._acceptor = make_acceptor(ae, (settings.host, settings.port), _contexts(), handlers, bounds)
         except OSError as error:
@@ -212,7 +220,10 @@ def _echo(_: evt.Event) -> int:
 def _contexts() -> Sequence[Any]:
     classes = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
     storage = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in classes]
-    return [*storage, build_context(VERIFICATION, list(TRANSFER_SYNTAXES[:3]))]
+    verification, reports = (build_context(uid, list(TRANSFER_SYNTAXES[:3])) for uid in (VERIFICATION, PUSH_MODEL))
+    # a peer that reports is the provider on an association of its own
+    reports.scu_role = reports.scp_role = True
+    return [*storage, verification, reports]
 
 
 def _most_bytes(settings: GatewaySettings) -> int:

@@ -16,7 +16,7 @@ import medseg
 from medseg_pipelines.hospital import commitment
 from medseg_pipelines.hospital.commitment import Listener, Reports
 from medseg_pipelines.hospital.cstore import PeerSender
-from medseg_pipelines.hospital.deliveries import Batch, Deliveries, Delivery, Patience
+from medseg_pipelines.hospital.deliveries import Batch, Delivery, open_deliveries
 from medseg_pipelines.hospital.folder_out import FolderSender
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.parcels import (
@@ -258,13 +258,6 @@ class Publisher:
             event,
             reason and f": {reason}",
         )
-
-
-def open_deliveries(node: Node) -> Deliveries:
-    """The deliveries of a node, as its settings say."""
-    settings = node.settings.publish
-    patience = Patience(settings.retry_s, settings.most_retry_s, settings.give_up_h * 3600.0)
-    return Deliveries(node.database, patience, lease_s=node.settings.worker.lease_s)
 
 
 def sender_to(destination: DestinationSettings, settings: NodeSettings) -> Sender:
