@@ -34,11 +34,9 @@ from hospital_publishing import (
 from pynetdicom import evt
 
 from medseg_pipelines.hospital.database import destinations
+from medseg_pipelines.hospital.deliveries import open_deliveries
 from medseg_pipelines.hospital.dimse import server_context
-from medseg_pipelines.hospital.publish import open_deliveries
 from medseg_pipelines.hospital.settings import TlsSettings
-
-pytest_plugins = ["hospital_peers"]
 
 
 @pytest.fixture(scope="module")
