@@ -67,8 +67,8 @@ class DicomwebSender:
             code, body = self._posted(client, parcel)
             if code in (200, 202, 409):
                 return self._understood(client, code, body, parcel)
-        except httpx.InvalidURL as error:
-            raise DestinationDownError(f"{self.service.url}: no URL; check `url`") from error
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise DestinationDownError(f"{self.service.url}: no URL of http or https; check `url`") from error
         except httpx.ConnectError as error:
             raise DestinationDownError(f"{self.service.url}: {_why_no_connection(error)}") from error
         except httpx.HTTPError as error:

@@ -1,0 +1,242 @@
+"""The rows of what is to be sent, on both databases: leases, rests, and who gets what when several ask."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hospital_peers import wait_for
+from hospital_publishing import finish_job, new_node, state_of, step_of
+
+from medseg_pipelines.hospital.database import deliveries, destinations, jobs
+from medseg_pipelines.hospital.deliveries import Batch, Deliveries, Patience, open_deliveries
+from medseg_pipelines.hospital.node import Node
+
+NewNode = Callable[..., Node]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def node_of(request: pytest.FixtureRequest, tmp_path: Path) -> NewNode:
+    """Makes nodes on one database."""
+    database = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+
+    def make(**settings: Any) -> Node:
+        return new_node(tmp_path / "node", database=database, **settings)
+
+    return make
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a.dcm"
+    path.write_bytes(b"not looked at here")
+    return path
+
+
+def add(node: Node, file: Path, count: int = 1, *, to: str = "out", first: int = 0) -> list[str]:
+    return [
+        finish_job(node, {"dicom-seg": file}, [(to, "dicom-seg")], number=number)
+        for number in range(first, first + count)
+    ]
+
+
+def test_two_that_claim_at_once_get_different_deliveries(node_of: NewNode, file: Path) -> None:
+    nodes = [node_of(), node_of()]
+    held = add(nodes[0], file, 12)
+    got: list[str] = []
+    begin = threading.Barrier(4)
+
+    def take(rows: Deliveries, worker: str) -> None:
+        begin.wait()
+        while (batch := rows.claim("out", worker, most=3)) is not None:
+            got.extend(delivery.job_id for delivery in batch.deliveries)
+            for delivery in batch.deliveries:
+                assert rows.sent(batch, delivery, confirmed=True)
+
+    threads = [
+        threading.Thread(target=take, args=(open_deliveries(nodes[n % 2]), f"w{n}"), daemon=True) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(got) == sorted(held)
+    assert {step_of(nodes[0], job) for job in held} == {"confirmed"}
+
+
+def test_the_last_two_deliveries_of_a_job_settled_at_once_confirm_it(node_of: NewNode, file: Path) -> None:
+    """Each of the two transactions must see what the other one did."""
+    node = node_of()
+    for number in range(3):
+        sends = [("a", "dicom-seg"), ("b", "dicom-seg")]
+        job = finish_job(node, {"dicom-seg": file}, sends, number=number)
+        begin = threading.Barrier(2)
+
+        def settle(name: str, begin: threading.Barrier = begin) -> None:
+            rows = open_deliveries(node)
+            batch = rows.claim(name, "w", most=1)
+            assert batch is not None
+            begin.wait()
+            assert rows.sent(batch, batch.deliveries[0], confirmed=True)
+
+        threads = [threading.Thread(target=settle, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert step_of(node, job) == "confirmed"
+
+
+def test_a_job_is_published_when_all_is_sent(node_of: NewNode, file: Path) -> None:
+    node = node_of()
+    rows = open_deliveries(node)
+    job = finish_job(node, {"dicom-seg": file}, [("a", "dicom-seg"), ("b", "dicom-seg")])
+    steps = [step_of(node, job)]
+    for name, confirmed in (("a", True), ("b", False)):
+        batch = rows.claim(name, "w", most=1)
+        assert batch is not None
+        assert rows.sent(batch, batch.deliveries[0], confirmed=confirmed)
+        steps.append(step_of(node, job))
+    rows.confirm_all("b")
+    assert [*steps, step_of(node, job)] == ["encoded", "encoded", "published", "confirmed"]
+
+
+def test_a_lease_that_is_not_renewed_is_over(node_of: NewNode, file: Path) -> None:
+    node = node_of(worker={"lease_s": 0.6})
+    rows = open_deliveries(node)
+    kept, lost = add(node, file, 2)
+    first, second = (rows.claim("out", "w", most=1) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert [b.deliveries[0].job_id for b in (first, second)] == sorted((kept, lost))
+
+    def freed() -> int:
+        assert rows.renew([first.token]) == 1
+        return rows.release_expired()
+
+    assert wait_for(freed, seconds=10) == 1
+    other = rows.claim("out", "another", most=8)
+    assert other is not None
+    assert [d.job_id for d in other.deliveries] == [second.deliveries[0].job_id]
+    # whoever was too slow changes nothing
+    assert not rows.sent(second, second.deliveries[0], confirmed=True)
+    assert rows.later(second, second.deliveries[0], "no") == "lost"
+    assert not rows.never(second, second.deliveries[0], "no")
+    rows.put_back(second, second.deliveries)
+    assert state_of(node, second.deliveries[0].job_id).state == "sending"
+    assert rows.sent(first, first.deliveries[0], confirmed=True)
+
+
+def test_one_that_ends_its_sender_again_and_again_waits_longer(node_of: NewNode, file: Path) -> None:
+    node = node_of(publish={"retry_s": 30.0, "most_retry_s": 40.0})
+    rows = open_deliveries(node)
+    (job,) = add(node, file)
+    waits = []
+    for _ in range(4):
+        with node.database.writing() as connection:
+            connection.execute(deliveries.update().values(not_before=0.0))
+        batch = rows.claim("out", "w", most=1)
+        assert batch is not None
+        assert rows.give_back("w") == 1
+        waits.append(round(state_of(node, job).not_before - batch.claimed_at, -1))
+    assert waits == [0, 30, 40, 40]
+
+
+def test_a_destination_that_fails_rests_and_is_tried_by_one(node_of: NewNode, file: Path) -> None:
+    node = node_of(publish={"retry_s": 60.0, "most_retry_s": 60.0})
+    rows = open_deliveries(node)
+    add(node, file, 6)
+    (elsewhere,) = add(node, file, to="other", first=6)
+    first, second = (rows.claim("out", "w", most=2) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    for batch in (first, second):
+        assert rows.down(batch, batch.deliveries, "gone", during=None) == ()
+    # two that broke together are one failure
+    assert row_of(node).failures == 1
+    assert rows.claim("out", "w", most=8) is None
+    assert "out" not in rows.due()
+    # another destination is not its business
+    other = rows.claim("other", "w", most=8)
+    assert other is not None
+    assert [d.job_id for d in other.deliveries] == [elsewhere]
+    probe = claim_when_due(node, rows)
+    assert probe is not None
+    assert len(probe.deliveries) == 1
+    assert rows.claim("out", "another", most=8) is None
+    assert rows.down(probe, probe.deliveries, "gone", during=None) == ()
+    assert row_of(node).failures == 2
+    probe = claim_when_due(node, rows)
+    assert probe is not None
+    assert rows.sent(probe, probe.deliveries[0], confirmed=True)
+    rest = rows.claim("out", "another", most=8)
+    assert rest is not None
+    assert len(rest.deliveries) == 5
+
+
+def test_a_try_that_says_nothing_of_the_destination_leaves_it_to_the_next(node_of: NewNode, file: Path) -> None:
+    """The one that was to show whether the peer is back had lost its file."""
+    node = node_of(publish={"retry_s": 60.0, "most_retry_s": 60.0}, worker={"lease_s": 600.0})
+    rows = open_deliveries(node)
+    add(node, file, 3)
+    batch = rows.claim("out", "w", most=3)
+    assert batch is not None
+    rows.down(batch, batch.deliveries, "gone", during=None)
+    probe = claim_when_due(node, rows)
+    assert probe is not None
+    assert rows.never(probe, probe.deliveries[0], "missing")
+    rows.put_back(probe, [])
+    probe = rows.claim("out", "w", most=8)
+    assert probe is not None
+    assert len(probe.deliveries) == 1
+
+
+def claim_when_due(node: Node, rows: Deliveries) -> Batch | None:
+    """What is claimed once the destination has rested."""
+    with node.database.writing() as connection:
+        connection.execute(destinations.update().values(not_before=0.0))
+    return rows.claim("out", "w", most=8)
+
+
+def row_of(node: Node, name: str = "out") -> Any:
+    with node.database.reading() as connection:
+        return connection.execute(sa.select(destinations).where(destinations.c.name == name)).one()
+
+
+def test_the_greater_priority_goes_first(node_of: NewNode, file: Path) -> None:
+    node = node_of()
+    held = add(node, file, 4)
+    with node.database.writing() as connection:
+        connection.execute(jobs.update().where(jobs.c.id == held[2]).values(priority=5))
+    batch = open_deliveries(node).claim("out", "w", most=2)
+    assert batch is not None
+    assert held[2] == batch.deliveries[0].job_id
+
+
+def test_dead_deliveries_are_begun_anew(node_of: NewNode, file: Path) -> None:
+    node = node_of()
+    rows = open_deliveries(node)
+    (job,) = add(node, file)
+    assert rows.replay(job) == 0
+    batch = rows.claim("out", "w", most=1)
+    assert batch is not None
+    assert rows.never(batch, batch.deliveries[0], "no")
+    assert (state_of(node, job).state, state_of(node, job).reason) == ("dead", "no")
+    assert rows.claim("out", "w", most=1) is None
+    assert rows.replay(job) == 1
+    batch = rows.claim("out", "w", most=1)
+    assert batch is not None
+    assert batch.deliveries[0].attempts == 0
+
+
+def test_the_waits_double_up_to_the_most() -> None:
+    patience = Patience(retry_s=5.0, most_retry_s=300.0, give_up_s=1.0)
+    assert [patience.wait_s(n) for n in (0, 1, 2, 3, 7, 8, 10_000)] == [0, 5, 10, 20, 300, 300, 300]
+    assert [patience.wait_s(n, first_s=60.0) for n in (1, 2, 4)] == [60, 120, 300]
+    # a first wait beyond the most stays
+    assert replace(patience, most_retry_s=1.0).wait_s(3, first_s=60.0) == 60
