@@ -155,30 +155,31 @@ def test_confirmed_on_the_same_association(tmp_path: Path, seg: Path) -> None:
     assert [len(audit_events(node, event)) for event in ("sent", "confirmed", "failed")] == [3, 3, 0]
 
 
-def test_confirmed_at_a_port_of_its_own(tmp_path: Path, seg: Path) -> None:
-    got, port, own = Received(), free_port(), free_port()
+def reporting_to(own: int, **publish: Any) -> dict[str, Any]:
+    """Settings of a node whose gateway listens at `own`, and takes what PACS sends."""
+    gateway = {"port": own, "ae_title": "GATEWAY", "allow": [{"ae_title": "PACS"}]}
+    values = settings(free_port(), **publish)
+    return values | {"gateway": gateway, "storage": {"least_free_gb": 0.0}}
+
+
+def test_confirmed_at_the_gateway(tmp_path: Path, seg: Path) -> None:
+    got, own = Received(), free_port()
     commits = Committing(on_another(own))
     # asked once: the report that comes later is not missed
-    node = new_node(tmp_path, **settings(port, commitment_port=own, commitment_wait_s=60.0))
+    node = new_node(tmp_path, **reporting_to(own, commitment_wait_s=60.0))
     job = finish_job(node, {"dicom-seg": seg})
-    with store_scp(port, got, **commits.offered), publishing(node):
+    with gateway(node.settings) as other, store_scp(port_of(node), got, **commits.offered), publishing(node):
         wait_until(node, job, "done")
         # of another one it takes none
         assert report_to(own, report_on(commits.requests[0], {})[0], calling="STRANGER") is None
         # this one it has settled already
         assert report_to(own, report_on(commits.requests[0], {})[0]) == 0x0115
+        assert [event["job"] for event in audit_events(other, "confirmed")] == [job]
     assert len(commits.requests) == 1
 
 
-def test_two_workers_on_one_machine_share_the_port(tmp_path: Path, seg: Path) -> None:
-    got, port, own = Received(), free_port(), free_port()
-    commits = Committing(on_another(own))
-    node, other = (new_node(tmp_path, **settings(port, commitment_port=own), worker={"lease_s": 0.4}) for _ in range(2))
-    with store_scp(port, got, **commits.offered), publishing(node):
-        with publishing(other):
-            wait_until(node, finish_job(node, {"dicom-seg": seg}), "done")
-        # whichever of them listened
-        wait_until(node, finish_job(node, {"dicom-seg": seg}, number=1), "done")
+def port_of(node: Any) -> int:
+    return int(node.settings.peers["pacs"].port)
 
 
 def test_what_the_peer_does_not_keep_is_sent_again(tmp_path: Path, seg: Path) -> None:
@@ -242,10 +243,9 @@ def test_a_real_pacs_confirms_to_the_gateway(tmp_path: Path, seg: Path, orthanc:
     orthanc.clear()
     own = free_port()
     orthanc.know("MEDSEG", own)
-    values = settings(orthanc.dicom_port)
+    values = reporting_to(own)
     # it reports under the title that it was called by
-    values["gateway"] = {"port": own, "allow": [{"ae_title": "PACS"}]}
-    values["storage"] = {"least_free_gb": 0.0}
+    values["peers"]["pacs"]["port"] = orthanc.dicom_port
     node = new_node(tmp_path, **values)
     with gateway(node.settings), publishing(node):
         job = finish_job(node, {"dicom-seg": seg})
@@ -285,10 +285,10 @@ def test_an_early_request_may_confirm_and_not_fail(tmp_path: Path, seg: Path) ->
 
 def test_reports_that_mean_nothing_change_nothing(tmp_path: Path, seg: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "medseg_pipelines")
-    own, port, commits = free_port(), free_port(), Committing(never)
-    node = new_node(tmp_path, **settings(port, commitment_port=own, commitment_wait_s=60.0))
+    own, commits = free_port(), Committing(never)
+    node = new_node(tmp_path, **reporting_to(own, commitment_wait_s=60.0))
     job = finish_job(node, {"dicom-seg": seg})
-    with store_scp(port, Received(), **commits.offered), publishing(node):
+    with gateway(node.settings), store_scp(port_of(node), Received(), **commits.offered), publishing(node):
         wait_for(lambda: commits.requests)
         report, _ = report_on(commits.requests[0], {})
         unknown, empty, silent = copy.deepcopy(report), Dataset(), Dataset()

@@ -6,6 +6,7 @@ import gzip
 import io
 import logging
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pydicom
 import pytest
 import sqlalchemy as sa
-from hospital_peers import OrthancPeer, free_port, new_orthanc, wait_for
+from hospital_peers import HOST, OrthancPeer, free_port, new_orthanc, wait_for
 from hospital_publishing import (
     IMPLICIT,
     Received,
@@ -293,6 +294,25 @@ def test_an_object_that_breaks_the_peer_does_not_hold_up_the_others(tmp_path: Pa
     assert row.state in ("waiting", "sending")
     assert "broke in the middle" in row.reason
     assert len(got.objects) == 12
+
+
+def test_a_silent_peer_does_not_slow_the_others(tmp_path: Path, seg: Path) -> None:
+    """It takes connections, and never says a word."""
+    (tmp_path / "share").mkdir()
+    with socket.create_server((HOST, 0)) as silent:
+        values = to_peer(silent.getsockname()[1])
+        values["publish"] |= {"timeout_s": 8.0}
+        values["publish"]["destinations"].append({"name": "share", "folder": tmp_path / "share"})
+        node = new_node(tmp_path / "node", **values)
+        sends = [("out", "dicom-seg"), ("share", "dicom-seg")]
+        held = [finish_job(node, {"dicom-seg": seg}, sends, number=number) for number in range(10)]
+        with publishing(node):
+            for job in held:
+                wait_until(node, job, "done", destination="share")
+            assert state_of(node, held[0]).reason == ""
+            silent.close()
+            # whoever connected is answered by a reset, and by nobody later
+            assert wait_for(lambda: state_of(node, held[0]).reason)
 
 
 def test_a_full_peer_rests(tmp_path: Path, seg: Path) -> None:

@@ -1,11 +1,10 @@
 """Storage Commitment (PS3.4 annex J): a peer is asked to say that it keeps what it was sent, and its report is heard.
 
-The report comes on the same association, or on one that the peer opens to the gateway or to a port of its own.
+The report comes on the same association, or on one that the peer opens to the gateway.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import uuid
@@ -14,13 +13,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import sqlalchemy as sa
 from pynetdicom import evt
 from pynetdicom.dsutils import decode
-from pynetdicom.transport import ThreadedAssociationServer
 
 from medseg_pipelines.hospital.audit import Audit
 from medseg_pipelines.hospital.deliveries import Deliveries, Delivery
-from medseg_pipelines.hospital.dimse import PeerUnreachable, associated, new_ae, server_context
+from medseg_pipelines.hospital.dimse import PeerUnreachable, associated
 from medseg_pipelines.hospital.parcels import DestinationDownError, Parcel
 from medseg_pipelines.hospital.settings import PeerSettings, PublishSettings
 
@@ -35,8 +34,6 @@ EVENTS = (1, 2)
 OK, NO_SUCH_EVENT, INVALID_ARGUMENT, PROCESSING_FAILURE = 0x0000, 0x0113, 0x0115, 0x0110
 # so long a report may come on the association of its request; most peers open one of their own
 SAME_S = 2.0
-# of peers that report at once
-MOST_ASSOCIATIONS = 8
 # PS3.3 C.14.1.1
 REASONS = {
     0x0110: "processing failure",
@@ -46,8 +43,6 @@ REASONS = {
     0x0119: "class and object do not fit",
     0x0131: "the request was known already",
 }
-
-Report = Callable[[evt.Event], "tuple[int, None]"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,12 @@ class Reports:
         except (AttributeError, ValueError, TypeError, KeyError, NotImplementedError, RecursionError) as error:
             log.warning("a report on storage commitment cannot be understood (%s)", type(error).__name__)
             return INVALID_ARGUMENT, None
-        told = self.deliveries.reported(transaction, stored, failed)
+        try:
+            told = self.deliveries.reported(transaction, stored, failed)
+        except sa.exc.SQLAlchemyError as error:
+            # it is asked for again
+            log.error("a report on storage commitment could not be written down (%s)", type(error).__name__)
+            return PROCESSING_FAILURE, None
         if told is None:
             log.warning("a report on storage commitment came that nobody asked for, or that was answered before")
             return INVALID_ARGUMENT, None
@@ -159,45 +159,3 @@ def _request(transaction: str, parcels: Mapping[Delivery, Parcel]) -> Any:
 
 def _empty() -> Any:
     return decode(BytesIO(), is_implicit_vr=False, is_little_endian=True)
-
-
-class Listener:
-    """Where peers report to, on a port of its own; of several workers on one machine, one listens for all."""
-
-    def __init__(self, settings: PublishSettings, known: Mapping[str, PeerSettings], reports: Reports) -> None:
-        self._settings, self._reports = settings, reports
-        self._titles = sorted({peer.ae_title for peer in known.values()})
-        self._server: ThreadedAssociationServer | None = None
-
-    def start(self) -> bool:
-        """Begins to listen, unless it does, no port is given, or another has it; whether it listens now."""
-        settings = self._settings
-        if self._server is not None or settings.commitment_port is None:
-            return self._server is not None
-        ae = new_ae(settings.ae_title, timeout_s=settings.timeout_s)
-        ae.maximum_associations = MOST_ASSOCIATIONS
-        ae.require_called_aet = True
-        ae.require_calling_aet = self._titles
-        # the peer that reports is the SCP of an association that it opens
-        ae.add_supported_context(PUSH_MODEL, SYNTAXES, scu_role=True, scp_role=True)
-        tls = settings.commitment_tls
-        try:
-            self._server = ae.start_server(
-                (settings.commitment_host, settings.commitment_port),
-                block=False,
-                ssl_context=None if tls is None else server_context(tls),
-                evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._reports.hear)],
-            )
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            log.debug("port %d is taken: another worker listens for reports", settings.commitment_port)
-            return False
-        log.info("reports on storage commitment are heard at %s:%d", settings.commitment_host, settings.commitment_port)
-        return True
-
-    def stop(self) -> None:
-        """Listens no more."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server = None

@@ -175,7 +175,8 @@ class Door:
         return not self._allowed or any(_inside(network, address) for _, network in self._allowed)
 
     def _judge(self, request: Request) -> Verdict:
-        if request.called != self._settings.ae_title:
+        # by the second one peers call that report on storage commitment
+        if request.called not in (self._settings.ae_title, self._node.settings.publish.ae_title):
             return Verdict.CALLED_UNKNOWN
         welcome = not self._allowed or any(
             one.ae_title == request.calling and _inside(network, str(request.address[0]))

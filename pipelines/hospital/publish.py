@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 import medseg
 from medseg_pipelines.hospital import commitment
-from medseg_pipelines.hospital.commitment import Listener, Reports
+from medseg_pipelines.hospital.commitment import Reports
 from medseg_pipelines.hospital.cstore import PeerSender
 from medseg_pipelines.hospital.deliveries import Batch, Delivery, open_deliveries
 from medseg_pipelines.hospital.folder_out import FolderSender
@@ -51,7 +51,6 @@ class Publisher:
         self._destinations = {d.name: d for d in self._settings.destinations}
         self._deliveries = open_deliveries(node)
         self._reports = Reports(self._deliveries, node.audit)
-        self._listener = Listener(self._settings, node.settings.peers, self._reports)
         self._running: dict[Future[None], Batch] = {}
         self._stop = threading.Event()
 
@@ -75,7 +74,6 @@ class Publisher:
                     log.error("publishing waits: the database cannot be used (%s)", type(error).__name__)
                     pause_s = PAUSE_S
                 stop.wait(pause_s)
-        self._listener.stop()
 
     def _prepare(self) -> None:
         self._deliveries.prepare(self._destinations)
@@ -86,17 +84,13 @@ class Publisher:
                 self._deliveries.confirm_all(name)
 
     def _keep_up(self) -> None:
-        """What is done once in a while: leases, those of the dead, the port for reports."""
+        """What is done once in a while: leases, those of the dead, destinations that are gone."""
         self._forget_ended()
         self._deliveries.renew([batch.token for batch in self._running.values()])
         if freed := self._deliveries.release_expired():
             log.warning("%d deliveries of a worker that is gone are sent again", freed)
         for job, format in self._deliveries.give_up_unknown(self._destinations):
             self._node.audit.record("dead", job=job, format=format, reason="its destination is not in the settings")
-        try:
-            self._listener.start()
-        except (OSError, medseg.ConfigError) as error:
-            log.error("publish.commitment_port %s: cannot be listened at (%s)", self._settings.commitment_port, error)
 
     def _look(self, pool: ThreadPoolExecutor) -> None:
         self._forget_ended()

@@ -230,9 +230,9 @@ class DestinationSettings(Section):
 class PublishSettings(Section):
     """How results are sent: again after `retry_s`, twice that each time up to `most_retry_s`, for `give_up_h` hours.
 
-    `ae_title`: what we call ourselves. `at_once`: associations or connections to each destination. Storage commitment
-    not confirmed within `commitment_wait_s` is asked for again, later each time; peers report it on the same
-    association, to the gateway, or where one is given to `commitment_port` of `commitment_host`.
+    `ae_title`: what we call ourselves; `at_once`: associations or connections to each destination. Storage commitment
+    that is not confirmed within `commitment_wait_s` is asked for again, later each time; peers report on the same
+    association, or to the gateway, where they must know this title at its address.
     """
 
     destinations: tuple[DestinationSettings, ...] = ()
@@ -242,9 +242,6 @@ class PublishSettings(Section):
     give_up_h: PositiveFloat = 168.0
     timeout_s: PositiveFloat = 30.0
     commitment_wait_s: PositiveFloat = 60.0
-    commitment_host: str = "127.0.0.1"
-    commitment_port: Port | None = None
-    commitment_tls: TlsSettings | None = None
     at_once: PositiveInt = 4
 
 

@@ -1,0 +1,225 @@
+"""What the disk gets back, and what it never gets back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hospital_node import slices
+from hospital_publishing import audit_events, finish_job, new_node, state_of
+
+from medseg_pipelines.hospital.database import deliveries, instances, jobs, series
+from medseg_pipelines.hospital.deliveries import open_deliveries
+from medseg_pipelines.hospital.housekeeping import DAY_S, clear_published
+from medseg_pipelines.hospital.intake import NoRoomError
+from medseg_pipelines.hospital.jobs import Order
+from medseg_pipelines.hospital.node import Node
+
+OLD_S = 31 * DAY_S
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return new_node(tmp_path / "node", storage={"least_free_gb": 0.0, "keep_days": 30.0})
+
+
+def receive(node: Node, files: list[Path]) -> str:
+    """Takes files in and closes their series; its ID."""
+    for file in files:
+        with node.store.new_file() as path:
+            shutil.copyfile(file, path)
+            taken = node.intake.take(path, sent_by="SCANNER")
+    with node.database.writing() as connection:
+        connection.execute(series.update().where(series.c.id == taken.series_id).values(state="complete", revision=1))
+    return taken.series_id
+
+
+def published(node: Node, tmp_path: Path) -> tuple[str, str]:
+    """A series of three files whose job is done and confirmed; both IDs."""
+    series_id = receive(node, slices(tmp_path / "sent", 3))
+    with node.database.reading() as connection:
+        uid = connection.scalar(sa.select(series.c.series_uid).where(series.c.id == series_id))
+    job = finish_job(node, {"dicom-seg": tmp_path / "sent" / "1-000.dcm"}, uid=str(uid))
+    rows = open_deliveries(node)
+    batch = rows.claim("out", "w", most=1)
+    assert batch is not None
+    assert rows.sent(batch, batch.deliveries[0], confirmed=True)
+    (node.store.work / job).mkdir()
+    return series_id, job
+
+
+def grow_old(node: Node, by_s: float = OLD_S) -> None:
+    """All that is written down happened so much earlier."""
+    with node.database.writing() as connection:
+        for column in (series.c.last_at, instances.c.received_at, jobs.c.finished_at, deliveries.c.confirmed_at):
+            connection.execute(column.table.update().values({column.name: column - by_s}))
+
+
+def stored(node: Node) -> list[Path]:
+    return sorted((node.store.folder / "store").rglob("*.dcm"))
+
+
+def gone(node: Node) -> list[bool]:
+    with node.database.reading() as connection:
+        return [row.gone_at is not None for row in connection.execute(sa.select(instances)).all()]
+
+
+def test_what_was_published_long_ago_goes_and_its_rows_stay(node: Node, tmp_path: Path) -> None:
+    _, job = published(node, tmp_path)
+    assert len(stored(node)) == 3
+    assert clear_published(node) == 0
+    grow_old(node)
+    assert clear_published(node) == 1
+    assert stored(node) == []
+    assert not (node.store.results / job).exists()
+    assert not (node.store.work / job).exists()
+    assert gone(node) == [True] * 3
+    assert state_of(node, job).state == "done"
+    (line,) = audit_events(node, "cleared")
+    assert (line["files"], line["jobs"]) == (3, 1)
+    # once
+    assert clear_published(node) == 0
+
+
+def test_a_study_that_no_rule_takes_goes_too(node: Node, tmp_path: Path) -> None:
+    receive(node, slices(tmp_path / "sent", 2))
+    grow_old(node)
+    assert clear_published(node) == 1
+    assert stored(node) == []
+
+
+def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
+    node = new_node(tmp_path / "node", storage={"least_free_gb": 0.0, "keep_days": None})
+    published(node, tmp_path)
+    grow_old(node, 10_000 * DAY_S)
+    assert clear_published(node) == 0
+    assert len(stored(node)) == 3
+
+
+def queue_another(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+    with node.database.writing() as connection:
+        node.jobs.put(connection, Order(series_id, 1, "other", "model", "f" * 64, {}))
+
+
+def run_another(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+    queue_another(node, series_id, job, tmp_path)
+    assert node.jobs.claim(node.me) is not None
+
+
+def bury_another(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+    queue_another(node, series_id, job, tmp_path)
+    found = node.jobs.claim(node.me)
+    assert found is not None
+    assert node.jobs.fail(found.id, node.me, "no", for_good=True) == "dead"
+
+
+def deliver(state: str) -> Callable[..., None]:
+    def change(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+        with node.database.writing() as connection:
+            connection.execute(deliveries.update().values(state=state))
+            connection.execute(jobs.update().values(step="published" if state == "sent" else "encoded"))
+
+    change.__name__ = state
+    return change
+
+
+def receive_more(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+    with node.database.writing() as connection:
+        connection.execute(series.update().values(state="receiving"))
+
+
+def receive_another_series(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+    """Of the same study, today."""
+    receive(node, slices(tmp_path / "more", 2, number=2))
+
+
+def confirm_late(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
+    with node.database.writing() as connection:
+        connection.execute(deliveries.update().values(confirmed_at=node.database.now(connection)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        queue_another,
+        run_another,
+        bury_another,
+        *(deliver(state) for state in ("waiting", "sending", "sent", "dead")),
+        receive_more,
+        receive_another_series,
+        confirm_late,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_what_is_not_through_stays(node: Node, tmp_path: Path, change: Callable[..., None]) -> None:
+    series_id, job = published(node, tmp_path)
+    grow_old(node)
+    change(node, series_id, job, tmp_path)
+    assert clear_published(node) == 0
+    assert (node.store.results / job / "dicom-seg.dcm").exists()
+    assert len(stored(node)) >= 3
+    assert not any(gone(node))
+
+
+def test_a_study_stays_as_long_as_one_of_its_series(node: Node, tmp_path: Path) -> None:
+    """Two series of one study, of which one has a dead job."""
+    series_id, _ = published(node, tmp_path)
+    other = receive(node, slices(tmp_path / "more", 2, number=2))
+    with node.database.writing() as connection:
+        node.jobs.put(connection, Order(other, 1, "rule", "model", "e" * 64, {}))
+        connection.execute(jobs.update().where(jobs.c.series_id == other).values(state="dead", finished_at=0.0))
+        studies = connection.scalars(sa.select(series.c.study_id).where(series.c.id.in_((series_id, other)))).all()
+    assert len(set(studies)) == 1
+    grow_old(node)
+    assert clear_published(node) == 0
+    assert len(stored(node)) == 5
+
+
+def test_a_file_that_comes_again_is_there_again(node: Node, tmp_path: Path) -> None:
+    published(node, tmp_path)
+    grow_old(node)
+    assert clear_published(node) == 1
+    receive(node, slices(tmp_path / "again", 1))
+    assert sorted(gone(node)) == [False, True, True]
+    assert len(stored(node)) == 1
+    # for as long as any other
+    assert clear_published(node) == 0
+
+
+def test_a_file_removed_while_it_comes_again_is_not_acknowledged(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Housekeeping looks after the file was moved to its place, and before its row is read."""
+    published(node, tmp_path)
+    grow_old(node)
+    keep = node.store.keep
+
+    def keep_and_lose(*arguments: Any) -> Path:
+        place = keep(*arguments)
+        assert clear_published(node) == 1
+        return place
+
+    monkeypatch.setattr(node.store, "keep", keep_and_lose)
+    with pytest.raises(NoRoomError, match="send it again"):
+        receive(node, slices(tmp_path / "again", 1))
+
+
+def test_killed_in_the_middle_it_goes_on(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = published(node, tmp_path)
+    grow_old(node)
+
+    def fail(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medseg_pipelines.hospital.housekeeping.shutil.rmtree", fail)
+    with pytest.raises(KeyboardInterrupt):
+        clear_published(node)
+    assert not any(gone(node))
+    monkeypatch.undo()
+    assert clear_published(node) == 1
+    assert not (node.store.results / job).exists()
+    assert all(gone(node))
