@@ -234,6 +234,45 @@ def test_dead_deliveries_are_begun_anew(node_of: NewNode, file: Path) -> None:
     assert batch.deliveries[0].attempts == 0
 
 
+def test_an_early_request_may_confirm_and_not_fail(node_of: NewNode, file: Path) -> None:
+    """The peer takes its time, and was asked again meanwhile."""
+    node = node_of()
+    (job,) = add(node, file)
+    rows = open_deliveries(node)
+    batch = rows.claim("out", "w", most=8)
+    assert batch is not None
+    (delivery,) = batch.deliveries
+    assert rows.sent(batch, delivery, confirmed=False)
+    for transaction in ("1.1", "1.2"):
+        with node.database.writing() as connection:
+            connection.execute(deliveries.update().values(not_before=0.0))
+        batch = rows.claim_unconfirmed("out", "w", most=8)
+        assert batch is not None
+        rows.asked(batch, {delivery: "2.25.7"}, transaction)
+        assert rows.ask_again(batch, 0.01, "") == ()
+    assert rows.reported("1.1", (), {"2.25.7": "lost"}) == []
+    assert state_of(node, job).state == "sent"
+    assert rows.reported("1.1", {"2.25.7"}, {}) == [(job, "out", "dicom-seg", "done")]
+    # all requests for it are settled with that
+    assert rows.reported("1.2", (), {"2.25.7": "lost"}) is None
+    assert state_of(node, job).state == "done"
+
+
+def test_what_no_destination_of_the_settings_takes_is_given_up(node_of: NewNode, file: Path) -> None:
+    node = node_of(publish={"give_up_h": 1.0})
+    rows = open_deliveries(node)
+    (job,) = add(node, file)
+    assert rows.give_up_unknown({"out"}) == ()
+    assert state_of(node, job).first_tried_at is None
+    assert rows.give_up_unknown({"other"}) == ()
+    assert "not in the settings" in state_of(node, job).reason
+    with node.database.writing() as connection:
+        connection.execute(deliveries.update().values(first_tried_at=deliveries.c.first_tried_at - 3601.0))
+    assert rows.give_up_unknown({"out"}) == ()
+    assert rows.give_up_unknown({"other"}) == ((job, "dicom-seg"),)
+    assert state_of(node, job).state == "dead"
+
+
 def test_the_waits_double_up_to_the_most() -> None:
     patience = Patience(retry_s=5.0, most_retry_s=300.0, give_up_s=1.0)
     assert [patience.wait_s(n) for n in (0, 1, 2, 3, 7, 8, 10_000)] == [0, 5, 10, 20, 300, 300, 300]

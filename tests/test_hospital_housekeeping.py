@@ -48,7 +48,6 @@ def published(node: Node, tmp_path: Path) -> tuple[str, str]:
     batch = rows.claim("out", "w", most=1)
     assert batch is not None
     assert rows.sent(batch, batch.deliveries[0], confirmed=True)
-    (node.store.work / job).mkdir()
     return series_id, job
 
 
@@ -76,7 +75,6 @@ def test_what_was_published_long_ago_goes_and_its_rows_stay(node: Node, tmp_path
     assert clear_published(node) == 1
     assert stored(node) == []
     assert not (node.store.results / job).exists()
-    assert not (node.store.work / job).exists()
     assert gone(node) == [True] * 3
     assert state_of(node, job).state == "done"
     (line,) = audit_events(node, "cleared")

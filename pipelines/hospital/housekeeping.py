@@ -16,7 +16,7 @@ DAY_S = 86400.0
 
 
 def clear_published(node: Node) -> int:
-    """Removes files, results and work folders of studies that are through for `storage.keep_days`; how many studies.
+    """Removes received files and results of studies that are through for `storage.keep_days`; how many studies.
 
     Through: nothing is being received, every job is done and confirmed, nothing is on its way out. A file that is sent
     to the node again comes back; the same jobs are not done again.
@@ -54,9 +54,8 @@ def _clear(node: Node, study_id: str, before: float) -> bool:
         for row in files:
             (node.store.folder / row.file).unlink(missing_ok=True)
         for job_id in job_ids:
-            for folder in (node.store.results / job_id, node.store.work / job_id):
-                if folder.exists():
-                    shutil.rmtree(folder)
+            if (folder := node.store.results / job_id).exists():
+                shutil.rmtree(folder)
         connection.execute(instances.update().where(*there).values(gone_at=node.database.now(connection)))
     log.info("study %s: %d files and %d results are removed", study_id, len(files), len(job_ids))
     node.audit.record("cleared", study=study_id, files=len(files), jobs=len(job_ids))
