@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 import sqlalchemy as sa
-from dicom_series import OBLIQUE, SHAPE, classic
+from dicom_series import OBLIQUE, SHAPE, classic, images_of, ras
 from hospital_peers import HOST, wait_for
 from pynetdicom import AE, evt
 
 from medseg.grid import Grid
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.writers.dicom_seg import write_dicom_seg
+from medseg.writers.dicom_source import labelled_series
 from medseg.writers.provenance import Algorithm
 from medseg_pipelines.hospital.database import deliveries, jobs, series
 from medseg_pipelines.hospital.jobs import Order, digest
@@ -35,13 +37,11 @@ SENDS = (("out", "dicom-seg"),)
 
 def write_seg(path: Path) -> None:
     """A Segmentation of a box in an oblique series of Jane Doe."""
-    import numpy as np
-    from dicom_series import ras
-
     array = np.zeros(SHAPE, np.uint8)
     array[3:7, 2:7, 1:4] = 1
     labels = Segmentation(array, Grid(SHAPE, ras(OBLIQUE)), (SegmentInfo(1, "liver"),))
-    write_dicom_seg(path, labels, classic(), algorithm=Algorithm("net", "1.2", "a" * 64, "b" * 64))
+    algorithm = Algorithm("net", "1.2", "a" * 64, "b" * 64)
+    write_dicom_seg(path, labelled_series(images_of(classic()), labels, algorithm=algorithm))
 
 
 def renamed(seg: Path, path: Path, number: int) -> str:
