@@ -58,6 +58,27 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A job for people to look at."""
+
+    id: str
+    state: str
+    step: str
+    rule: str
+    attempts: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """A job that its worker has lost: `queued` again, or `dead` where that was once too often."""
+
+    job_id: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Worker:
     """Who holds leases. `name` outlives a restart, `token` does not."""
 
@@ -122,6 +143,8 @@ class Jobs:
                 .where(jobs.c.id == chosen)
                 .values(
                     state="running",
+                    # whatever an earlier go came to
+                    step="selected",
                     attempts=jobs.c.attempts + 1,
                     worker=worker.name,
                     token=worker.token,
@@ -185,12 +208,25 @@ class Jobs:
             kept = self._changed(connection, job_id, worker, reason=reason, **values)
             return str(values["state"]) if kept else "lost"
 
-    def give_back(self, worker_name: str, *, but: str) -> int:
-        """Queues what an earlier process of this name held (its token is not `but`); how many jobs these were."""
+    def hand_back(self, job_id: str, worker: Worker) -> bool:
+        """Queues a job that its worker has no time for, as if it had not begun. False where it is another's by now."""
+        with self._database.writing() as connection:
+            return self._changed(
+                connection,
+                job_id,
+                worker,
+                state="queued",
+                step="selected",
+                attempts=jobs.c.attempts - 1,
+                not_before=0.0,
+            )
+
+    def give_back(self, worker_name: str, *, but: str) -> tuple[Released, ...]:
+        """Queues what an earlier process of this name held (its token is not `but`)."""
         return self._release(jobs.c.worker == worker_name, jobs.c.token != but)
 
-    def release_expired(self) -> int:
-        """Queues the jobs whose workers have not renewed their leases; how many these were."""
+    def release_expired(self) -> tuple[Released, ...]:
+        """Queues the jobs whose workers have not renewed their leases."""
         with self._database.reading() as connection:
             now = self._database.now(connection)
         return self._release(jobs.c.lease_until < now)
@@ -205,6 +241,7 @@ class Jobs:
             )
             return bool(done.rowcount)
 
+<<<<<<< ours
     def replay_deliveries(self, job_id: str) -> int:
         """The dead deliveries of a job are begun again, as if they had never failed; how many that were."""
         with self._database.writing() as connection:
@@ -224,6 +261,18 @@ class Jobs:
             return int(done.rowcount)
 
     def _release(self, *conditions: sa.ColumnElement[bool]) -> int:
+=======
+    def listed(self, state: str | None = None) -> tuple[Listed, ...]:
+        """All jobs, or those in a state, the newest first."""
+        columns = [jobs.c[name] for name in ("id", "state", "step", "rule", "attempts", "reason")]
+        asked = sa.select(*columns).order_by(jobs.c.created_at.desc(), jobs.c.id)
+        if state is not None:
+            asked = asked.where(jobs.c.state == state)
+        with self._database.reading() as connection:
+            return tuple(Listed(*row) for row in connection.execute(asked).tuples())
+
+    def _release(self, *conditions: sa.ColumnElement[bool]) -> tuple[Released, ...]:
+>>>>>>> theirs
         with self._database.writing() as connection:
             now = self._database.now(connection)
             lost = jobs.c.losses + 1
@@ -239,8 +288,9 @@ class Jobs:
                 "token": None,
                 "lease_until": None,
             }
-            done = connection.execute(jobs.update().where(jobs.c.state == "running", *conditions).values(values))
-            return int(done.rowcount)
+            held = jobs.update().where(jobs.c.state == "running", *conditions).values(values)
+            done = connection.execute(held.returning(jobs.c.id, jobs.c.state, jobs.c.reason))
+            return tuple(Released(*row) for row in done.tuples())
 
     def _changed(self, connection: sa.Connection, job_id: str, worker: Worker, **values: Any) -> bool:
         held = (jobs.c.id == job_id, jobs.c.token == worker.token, jobs.c.state == "running")

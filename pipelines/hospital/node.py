@@ -51,6 +51,11 @@ def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     store = Store(settings.folder, least_free_gb=settings.storage.least_free_gb)
     me = Worker(f"{machine}-{kind}-{number}", uuid.uuid4().hex)
     audit = Audit(settings.folder / "audit", me.name)
+    intake = Intake(database, store, audit)
+    return Node(settings, database, store, audit, intake, queue_of(settings, database), me, kind)
+
+
+def queue_of(settings: NodeSettings, database: Database) -> Jobs:
+    """The jobs in a database, as the settings say."""
     work = settings.worker
-    jobs = Jobs(database, attempts=work.attempts, retry_s=work.retry_s, lease_s=work.lease_s)
-    return Node(settings, database, store, audit, Intake(database, store, audit), jobs, me, kind)
+    return Jobs(database, attempts=work.attempts, retry_s=work.retry_s, lease_s=work.lease_s)

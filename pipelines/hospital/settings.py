@@ -194,6 +194,7 @@ class WorkerSettings(Section):
 
     The child process that infers ends where it takes longer than `most_s` or more than `most_memory_gb`. A worker
     renews its lease on a job; one that has not for `lease_s` seconds has lost it. `workers`: how many `run` starts.
+    `pictures`: whether one of each result is drawn, for the pages.
     """
 
     workers: PositiveInt = 1
@@ -205,6 +206,7 @@ class WorkerSettings(Section):
     most_s: PositiveFloat = 1800.0
     most_memory_gb: PositiveFloat = 16.0
     lease_s: PositiveFloat = 60.0
+    pictures: bool = True
 
 
 class DestinationSettings(Section):
