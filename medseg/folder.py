@@ -449,8 +449,9 @@ class _Run:
                 return
             files = [self._folder / name for name in file_names(case).values()]
             stale = self._stale([*files, probabilities_path(self._folder, case.id)], "run")
-            reason = _reason(case, error)
-            self._events.put(CaseResult(case.id, "failed", reason=reason, seconds=seconds, warnings=stale))
+            reason, cause = _why(case, error)
+            result = CaseResult(case.id, "failed", reason=reason, cause=cause, seconds=seconds, warnings=stale)
+            self._events.put(result)
         except BaseException as error:
             log.debug("case %s ends the run", case.id, exc_info=True)
             self._end_with(error)
@@ -497,17 +498,21 @@ def _digests(case: Case) -> dict[str, str]:
     return {str(p): file_sha256(p) for p in case.images if not p.is_dir()}
 
 
-def _reason(case: Case, error: Exception) -> str:
-    """What a user can act on: libraries wrap an error in one of their own, which names their inner parts."""
+def _why(case: Case, error: Exception) -> tuple[str, str]:
+    """What a user can act on, and the class of that: libraries wrap an error in one that names their inner parts."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
     for found in chain:
         if isinstance(found, MedsegError):
-            return str(found)
+            system = any(isinstance(one, OSError) for one in chain)
+            return str(found), "OSError" if system else type(found).__name__
     for found in chain:
         if isinstance(found, RuntimeError) and is_out_of_memory(found):
-            return f"{case.images[0]}: the device ran out of memory; try --device cpu or a smaller windows.batch_size"
+            why = "the device ran out of memory; try --device cpu or a smaller windows.batch_size"
+            return f"{case.images[0]}: {why}", "MemoryError"
         if isinstance(found, MemoryError):
-            return f"{case.images[0]}: the memory of this machine does not hold it ({found or 'MemoryError'})"
-    return f"{case.images[0]}: {type(chain[-1]).__name__}: {chain[-1]}"
+            why = f"the memory of this machine does not hold it ({found or 'MemoryError'})"
+            return f"{case.images[0]}: {why}", "MemoryError"
+    name = type(chain[-1]).__name__
+    return f"{case.images[0]}: {name}: {chain[-1]}", name

@@ -42,7 +42,9 @@ class CaseResult:
     """What became of one case.
 
     `status`: done; skipped, its finished mask was there; failed; not_done, the run stopped before it or while it was
-    in the network. `reason`: why it failed, or what stopped the run. `seconds` by stage. `peak_memory_mb`: the most
+    in the network. `reason`: why it failed, or what stopped the run; `cause`: the class of the error that failed it. A
+    `DataError` or `GeometryError` comes again with the same input; `OSError`: the system let a file not be read or
+    written, whatever class the text is of; `MemoryError`: that of a device too. `seconds` by stage. `peak_memory_mb`: the most
     that the process held while the case was in the network and its neighbours were read and written; where Linux does
     not let that be measured, or several devices share the process, the most since it began (run.json says which under
     `peak_memory_of`). `inputs`: SHA-256 by file. `output`, `output_sha256`: the mask, None where it was not asked for;
@@ -54,6 +56,7 @@ class CaseResult:
     status: Literal["done", "skipped", "failed", "not_done"]
     output: str | None = None
     reason: str | None = None
+    cause: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_mb: float | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from tiny import AFFINE, EXACT, SHAPE, blobs, some_images
 from medseg import folder as folder_module
 from medseg import record as record_module
 from medseg.cases import Case
-from medseg.errors import ConfigError, DataError
+from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.folder import CaseResult, infer, segment_cases
 from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
@@ -159,7 +159,7 @@ def test_an_error_while_an_error_is_told_ends_the_run(
         raise FloatingPointError
 
     monkeypatch.setattr(formats_module if stage == "write_label" else Segmenter, stage, breaks)
-    monkeypatch.setattr(folder_module, "_reason", cannot_tell)
+    monkeypatch.setattr(folder_module, "_why", cannot_tell)
     threads = threading.active_count()
     assert isinstance(ended(lambda: run(tmp_path, model)), FloatingPointError)
     assert threading.active_count() == threads
@@ -202,17 +202,24 @@ def test_a_name_that_no_file_can_have_is_the_failure_of_its_case(tmp_path: Path,
     assert "File name too long" in str(results[1].reason)
 
 
+def _from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
-    ("cause", "words"),
+    ("cause", "words", "name"),
     [
-        (DataError("a.nii: is bent"), "a.nii: is bent"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "the device ran out of memory"),
-        (MemoryError("Unable to allocate 9 GiB"), "the memory of this machine does not hold it (Unable to allocate 9"),
-        (ZeroDivisionError("by zero"), "case0.nii.gz: ZeroDivisionError: by zero"),
+        (DataError("a.nii: is bent"), "a.nii: is bent", "DataError"),
+        (GeometryError("a.nii: is turned"), "a.nii: is turned", "GeometryError"),
+        (_from(DataError("a.nii: no access"), PermissionError(13, "no")), "a.nii: no access", "OSError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "device ran out of memory", "MemoryError"),
+        (MemoryError("Unable to allocate 9 GiB"), "does not hold it (Unable to allocate 9", "MemoryError"),
+        (ZeroDivisionError("by zero"), "case0.nii.gz: ZeroDivisionError: by zero", "ZeroDivisionError"),
     ],
 )
 def test_the_reason_is_what_lies_behind_the_error_of_a_library(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, words: str
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, words: str, name: str
 ) -> None:
     some_images(tmp_path / "in", 1)
 
@@ -223,6 +230,7 @@ def test_the_reason_is_what_lies_behind_the_error_of_a_library(
     (result,) = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
     assert words in str(result.reason)
     assert "0x7f" not in str(result.reason)
+    assert (result.cause, record(tmp_path / "out")["cases"][0]["cause"]) == (name, name)
 
 
 # ---- side by side
