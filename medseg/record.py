@@ -44,12 +44,12 @@ class CaseResult:
     `status`: done; skipped, its finished mask was there; failed; not_done, the run stopped before it or while it was
     in the network. `reason`: why it failed, or what stopped the run; `cause`: the class of the error that failed it. A
     `DataError` or `GeometryError` comes again with the same input; `OSError`: the system let a file not be read or
-    written, whatever class the text is of; `MemoryError`: that of a device too. `seconds` by stage. `peak_memory_mb`: the most
-    that the process held while the case was in the network and its neighbours were read and written; where Linux does
-    not let that be measured, or several devices share the process, the most since it began (run.json says which under
-    `peak_memory_of`). `inputs`: SHA-256 by file. `output`, `output_sha256`: the mask, None where it was not asked for;
-    `files`: what was written beside it, by format. `probabilities_sha256`: None where they were not asked for.
-    `quality`: the expected Dice of each label; `look`: whether somebody should look at the mask.
+    written, whatever class the text is of; `MemoryError`: that of a device too. `seconds` by stage. `peak_memory_mb`:
+    the most that the process held while the case was in the network and its neighbours were read and written; where
+    Linux does not let that be measured, or several devices share the process, the most since it began (run.json says
+    which under `peak_memory_of`). `inputs`: SHA-256 by file. `output`, `output_sha256`: the mask, None where it was not
+    asked for; `files`: what was written beside it, by format. `probabilities_sha256`: None where they were not asked
+    for. `quality`: the expected Dice of each label; `look`: whether somebody should look at the mask.
     """
 
     case: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -30,6 +31,17 @@ __all__ = ["orthanc", "postgres", "postgres_server"]
 def _hears_interruptions() -> None:
     # a shell starts what runs in its background deaf to ctrl-C, and so would be all that the tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """What a command does to the log ends with the test that runs it."""
+    loggers = [logging.getLogger(name) for name in ("medseg", "medseg_pipelines")]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

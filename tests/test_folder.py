@@ -213,7 +213,11 @@ def _from(error: Exception, cause: Exception) -> Exception:
         (DataError("a.nii: is bent"), "a.nii: is bent", "DataError"),
         (GeometryError("a.nii: is turned"), "a.nii: is turned", "GeometryError"),
         (_from(DataError("a.nii: no access"), PermissionError(13, "no")), "a.nii: no access", "OSError"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "device ran out of memory", "MemoryError"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "device ran out of memory",
+            "MemoryError",
+        ),
         (MemoryError("Unable to allocate 9 GiB"), "does not hold it (Unable to allocate 9", "MemoryError"),
         (ZeroDivisionError("by zero"), "case0.nii.gz: ZeroDivisionError: by zero", "ZeroDivisionError"),
     ],

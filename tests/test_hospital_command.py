@@ -11,6 +11,7 @@ import yaml
 from hospital_series import insert_series, new_node, put, row_of, settings_of
 from typer.testing import CliRunner, Result
 
+import medseg
 from medseg_pipelines.hospital.command import app
 from medseg_pipelines.hospital.jobs import Order
 from medseg_pipelines.hospital.node import Node
@@ -72,28 +73,28 @@ def test_jobs_of_one_state_are_listed(node: Node, tmp_path: Path) -> None:
 def test_a_dead_job_is_replayed_and_that_is_on_record(node: Node, tmp_path: Path) -> None:
     dead, _ = ids(node)
     replayed = run(tmp_path, "replay", dead)
-    assert (replayed.exit_code, replayed.stdout) == (0, "1 job is queued again.\n")
+    assert (replayed.exit_code, replayed.stdout) == (0, "1 begun again.\n")
     assert row_of(node, dead).state == "queued"
     audits = [path.read_text() for path in (tmp_path / "node" / "audit").glob("*-command-*")]
-    assert any('"event": "replayed"' in text and dead in text for text in audits)
+    assert any('"event": "replay"' in text and dead in text for text in audits)
 
 
 def test_all_dead_jobs_are_replayed_at_once(node: Node, tmp_path: Path) -> None:
     dead, _ = ids(node)
     assert run(tmp_path, "replay", "--all").exit_code == 0
     assert row_of(node, dead).state == "queued"
-    assert run(tmp_path, "replay", "--all").stdout == "0 jobs are queued again.\n"
+    assert run(tmp_path, "replay", "--all").stdout == "0 begun again.\n"
 
 
 def test_what_cannot_be_replayed_is_said_and_costs_no_other(node: Node, tmp_path: Path) -> None:
     dead, queued = ids(node)
     replayed = run(tmp_path, "replay", queued, dead)
     assert replayed.exit_code == 1
-    assert f"{queued}: no dead job has this id" in replayed.output
+    assert f"{queued}: no dead job, nor are its deliveries" in replayed.output
     assert row_of(node, dead).state == "queued"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all", "1" * 32]])
 def test_replay_wants_ids_or_all(node: Node, tmp_path: Path, arguments: list[str]) -> None:
-    assert run(tmp_path, "replay", *arguments).exit_code == 2
+    assert isinstance(run(tmp_path, "replay", *arguments).exception, medseg.ConfigError)
     assert len(node.jobs.listed("dead")) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +29,10 @@ from hospital_node import (
 from hospital_peers import PostgresServer, wait_for
 
 import medseg
-from medseg_pipelines.hospital.audit import Audit, broken_links
-from medseg_pipelines.hospital.completeness import Completeness, Models, NoAnswerError
+from medseg_pipelines.hospital.completeness import Completeness, NoAnswerError
 from medseg_pipelines.hospital.database import instances, refusals, series
 from medseg_pipelines.hospital.intake import NoRoomError, RefusedError
+from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.rules import SeriesKnown, select
 from medseg_pipelines.hospital.settings import RuleSettings, WhenSettings
@@ -268,6 +267,35 @@ def test_a_late_slice_is_a_new_revision_with_another_job(make_node: MakeNode, tm
     assert sorted(row.revision for row in rows_of(node, instances)) == [1] * 5 + [2]
 
 
+def test_a_slice_that_comes_when_the_rest_was_removed_makes_no_job_until_all_is_there(
+    make_node: MakeNode, tmp_path: Path
+) -> None:
+    node = make_node(completeness={"quiet_s": 0.001})
+    look = closing(node)
+    files = slices(tmp_path / "ct", 6)
+    take(node, files[:5])
+    made_quiet(node)
+    assert look.look() == 1
+    with node.database.writing() as connection:
+        # as housekeeping leaves it
+        connection.execute(instances.update().values(gone_at=1.0))
+    for row in rows_of(node, instances):
+        (node.store.folder / row.file).unlink()
+    take(node, files[5:])
+    made_quiet(node)
+    assert look.look() == 1
+    assert "5 of 6 images were removed" in the_series(node).selection
+    assert len(jobs_of(node)) == 1
+    take(node, files)
+    made_quiet(node)
+    assert look.look() == 1
+    assert [job.revision for job in jobs_of(node)] == [1, 2]
+    # what was done is not done again when it is sent once more
+    take(node, files)
+    made_quiet(node)
+    assert look.look() == 0
+
+
 def test_a_series_that_is_sent_again_before_it_is_closed_is_not_quiet(make_node: MakeNode, tmp_path: Path) -> None:
     node = make_node(completeness={"quiet_s": 30.0})
     files = slices(tmp_path / "ct")
@@ -306,13 +334,13 @@ def test_another_model_is_another_job(tmp_path: Path) -> None:
     models = Models()
     rule = RuleSettings(name="ct", model=str(tmp_path / "model"))
     with pytest.raises(medseg.ConfigError, match=r"rule ct.*expected a run folder"):
-        models.of(rule)
+        model_of(models, rule)
     node_settings(tmp_path)
-    before = models.of(rule)
-    assert models.of(rule) == before
+    before = model_of(models, rule)
+    assert model_of(models, rule) == before
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    assert models.of(rule).weights_sha256 != before.weights_sha256
-    assert models.of(rule).description_sha256 == before.description_sha256
+    assert model_of(models, rule).weights_sha256 != before.weights_sha256
+    assert model_of(models, rule).description_sha256 == before.description_sha256
 
 
 # ---- a database that is gone for a while
@@ -431,37 +459,6 @@ def test_only_what_is_old_is_swept(tmp_path: Path) -> None:
     assert store.sweep(60, now + 59) == 0
     assert store.sweep(60, now + 61) == 1
     assert not old.exists()
-
-
-# ---- audit
-
-
-def test_a_changed_line_breaks_the_chain(tmp_path: Path) -> None:
-    audit = Audit(tmp_path, "gateway")
-    audit.record("received", series="abc", images=3)
-    audit.record("complete", series="abc")
-    audit.close()
-    lines = audit.path.read_text().splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["started", "received", "complete", "ended"]
-    assert list(broken_links(audit.path)) == []
-    audit.path.write_text("\n".join([lines[0], lines[1].replace('"images": 3', '"images": 4'), *lines[2:]]) + "\n")
-    assert list(broken_links(audit.path)) == [3]
-    audit.path.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
-    assert list(broken_links(audit.path)) == [2]
-    audit.path.write_text("\n".join([lines[0], "no JSON", *lines[2:]]) + "\n")
-    assert list(broken_links(audit.path)) == [2, 3]
-
-
-def test_lines_of_many_threads_are_one_chain(tmp_path: Path) -> None:
-    audit = Audit(tmp_path, "gateway")
-    threads = [threading.Thread(target=lambda n=n: [audit.record("e", n=n) for _ in range(20)]) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    audit.close()
-    assert list(broken_links(audit.path)) == []
-    assert len(audit.path.read_text().splitlines()) == 82
 
 
 # ---- threads

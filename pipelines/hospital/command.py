@@ -9,21 +9,36 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 import medseg
 from medseg.cli.shared import OK, USAGE, Verbose, finish, new_app
 from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import err, out
-from medseg_pipelines.hospital.node import Node, open_node
+from medseg_pipelines.hospital.database import open_database
+from medseg_pipelines.hospital.node import Node, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
 from medseg_pipelines.hospital.supervisor import Part, supervise
 
 log = logging.getLogger("medseg.hospital")
+
+
+class State(str, Enum):
+    """What a job may be."""
+
+    queued = "queued"
+    running = "running"
+    done = "done"
+    dead = "dead"
+
 
 app = new_app("medseg-hospital")
 Config = Annotated[
@@ -83,23 +98,49 @@ def password() -> None:
     out.print(hash_password(typed), markup=False)
 
 
+@app.command(epilog="Example: medseg-hospital jobs -c configs/hospital.yaml --state dead")
+def jobs(
+    config: Config,
+    state: Annotated[State | None, typer.Option(help="Only those in this state.", case_sensitive=False)] = None,
+    verbose: Verbose = False,
+) -> None:
+    """List jobs with state, step, rule, attempts and, where they failed, the reason."""
+    _log(verbose)
+    settings = read_settings(config)
+    database = open_database(settings.database, settings.folder, settings.database_password_file)
+    try:
+        listed = queue_of(settings, database).listed(state.value if state else None)
+    finally:
+        database.close()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("job", "state", "step", "rule"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("attempts", justify="right")
+    table.add_column("reason", overflow="fold")
+    for job in listed:
+        table.add_row(job.id, job.state, job.step, job.rule, str(job.attempts), escape(job.reason))
+    # a table that is cut to 80 columns cannot be read: lines may run on
+    Console(highlight=False, emoji=False, width=max(out.width, 132), soft_wrap=True).print(table)
+    out.print(f"{len(listed)} jobs", markup=False)
+
+
 @app.command(epilog="Example: medseg-hospital replay -c configs/hospital.yaml --all")
 def replay(
     config: Config,
-    jobs: Annotated[list[str] | None, typer.Argument(metavar="JOB...", help="Ids of jobs, as in the log.")] = None,
-    all: Annotated[bool, typer.Option("--all", help="All that are dead, or have deliveries that are.")] = False,
+    job: Annotated[list[str] | None, typer.Argument(metavar="JOB...", help="Ids, as `jobs` lists them.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All that are dead, or have deliveries that are.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Begin again what was given up: dead jobs, and dead deliveries of jobs that are done."""
     from medseg_pipelines.hospital.replaying import dead_jobs, replay_job
 
     _log(verbose)
-    if bool(jobs) == all:
+    if bool(job) == every:
         raise medseg.ConfigError("expected ids of jobs, or --all")
     node = open_node(read_settings(config), "command", os.getpid())
     try:
-        asked = dead_jobs(node.database) if all else jobs or []
-        vain = [f"{job}: no dead job, nor are its deliveries" for job in asked if not replay_job(node, job, user=None)]
+        asked = dead_jobs(node.database) if every else job or []
+        vain = [f"{one}: no dead job, nor are its deliveries" for one in asked if not replay_job(node, one, user=None)]
     finally:
         node.close()
     finish(f"{len(asked) - len(vain)} begun again.", vain)
@@ -148,7 +189,12 @@ class stopping:  # noqa: N801
 
     def __enter__(self) -> threading.Event:
         self._event = threading.Event()
-        self._before = {s: signal.signal(s, lambda *_: self._event.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+
+        def hear(*_: object) -> None:
+            # not here: the signal may come while this very thread holds the lock inside the event
+            threading.Thread(target=self._event.set, daemon=True).start()
+
+        self._before = {s: signal.signal(s, hear) for s in (signal.SIGTERM, signal.SIGINT)}
         return self._event
 
     def __exit__(self, *_: object) -> None:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-import medseg
 from medseg_pipelines.hospital.audit import Audit
 from medseg_pipelines.hospital.database import Database, instances, series
 from medseg_pipelines.hospital.jobs import Jobs, Order
-from medseg_pipelines.hospital.rules import SeriesKnown, select
+from medseg_pipelines.hospital.models import ModelFiles, Models, model_of
+from medseg_pipelines.hospital.rules import Selection, SeriesKnown, select
 from medseg_pipelines.hospital.settings import NodeSettings, RuleSettings
 
 log = logging.getLogger(__name__)
@@ -70,7 +68,7 @@ class Completeness:
         return self._close(series_id, images, expected, may_wait=expected is not None and images < expected)
 
     def _close(self, series_id: str, images: int, expected: int | None, *, may_wait: bool) -> bool:
-        models = {rule.model: self._models.of(rule) for rule in self._settings.rules}
+        models = {rule.model: model_of(self._models, rule) for rule in self._settings.rules}
         with self._database.writing() as connection:
             now = self._database.now(connection)
             row = connection.execute(sa.select(series).where(series.c.id == series_id).with_for_update()).one()
@@ -81,10 +79,16 @@ class Completeness:
                 connection.execute(series.update().where(series.c.id == series_id).values(expected=expected))
                 return False
             assumed = expected != images
-            revision = row.revision + 1
             new = (instances.c.series_id == series_id, instances.c.revision.is_(None), ~instances.c.is_copy)
-            connection.execute(instances.update().where(*new).values(revision=revision))
+            added_images = connection.execute(instances.update().where(*new).values(revision=row.revision + 1)).rowcount
+            # none: what had been removed of the last revision is there again
+            revision = row.revision + (1 if added_images else 0)
+            held = (instances.c.series_id == series_id, instances.c.gone_at.is_not(None), ~instances.c.is_copy)
+            gone = connection.scalar(sa.select(sa.func.count()).where(*held)) or 0
             selection = select(self._settings.rules, _known(row, images))
+            if gone:
+                # a part of a series could make a volume, and a wrong one
+                selection = Selection((), (f"{gone} of {images} images were removed as published long ago: send all",))
             orders = [_order(series_id, revision, rule, models[rule.model]) for rule in selection.taken]
             added = [order for order in orders if self._jobs.put(connection, order)]
             connection.execute(
@@ -105,39 +109,6 @@ class Completeness:
                 "selected", series=series_id, job=order.id, rule=order.rule, model_sha256=order.model_sha256
             )
         return True
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """SHA-256 of the weights of a model, and of what describes it."""
-
-    weights_sha256: str
-    description_sha256: str
-
-
-class Models:
-    """The digests of models, computed once for each state of their files."""
-
-    def __init__(self) -> None:
-        self._digests: dict[tuple[Path, int, int], str] = {}
-
-    def of(self, rule: RuleSettings) -> ModelFiles:
-        """Of the model of a rule. Raises `ConfigError` where it is not there."""
-        weights = medseg.weights_file(Path(rule.model))
-        try:
-            return ModelFiles(self._digest(weights), self._digest(weights.with_suffix(".json")))
-        except OSError as error:
-            raise medseg.ConfigError(
-                f"rule {rule.name}: model {rule.model}: {weights} cannot be read ({error.strerror}), expected a run "
-                "folder or a name of `medseg models`; change `model`"
-            ) from error
-
-    def _digest(self, path: Path) -> str:
-        state = path.stat()
-        key = (path, state.st_mtime_ns, state.st_size)
-        if key not in self._digests:
-            self._digests[key] = medseg.file_sha256(path)
-        return self._digests[key]
 
 
 def _order(series_id: str, revision: int, rule: RuleSettings, model: ModelFiles) -> Order:

@@ -19,12 +19,13 @@ from pynetdicom.presentation import AllStoragePresentationContexts
 
 import medseg
 from medseg_pipelines.hospital.commitment import PUSH_MODEL, Reports
-from medseg_pipelines.hospital.completeness import Completeness, Models
+from medseg_pipelines.hospital.completeness import Completeness
 from medseg_pipelines.hospital.database import count
 from medseg_pipelines.hospital.deliveries import open_deliveries
 from medseg_pipelines.hospital.dimse import new_ae, server_context
 from medseg_pipelines.hospital.entrance import Entrance, Request, Verdict
 from medseg_pipelines.hospital.intake import NoRoomError, RefusedError
+from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.pull import Puller, count_of
 from medseg_pipelines.hospital.scp import Bounds, make_acceptor, messages_of
@@ -62,7 +63,7 @@ def run_gateway(node: Node, stop: threading.Event) -> None:
     settings = node.settings
     models = Models()
     for rule in settings.rules:
-        models.of(rule)
+        model_of(models, rule)
     removed = node.store.sweep(LEFT_S, time.time())
     if removed:
         log.info("%d files that were never received whole are removed", removed)

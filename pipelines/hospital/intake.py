@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 import medseg
 from medseg_pipelines.hospital.audit import Audit
-from medseg_pipelines.hospital.database import Database, count, instances, refusals, series
+from medseg_pipelines.hospital.database import Database, count, instances, jobs, refusals, series
 from medseg_pipelines.hospital.jobs import digest
 from medseg_pipelines.hospital.store import Store, sha256_of
 
@@ -82,7 +82,8 @@ class Intake:
                     raise NoRoomError("the file was removed as published long ago at this very moment; send it again")
                 back = {"gone_at": None, "received_at": now}
                 gone = (instances.c.id == instance_id, instances.c.gone_at.is_not(None))
-                connection.execute(instances.update().where(*gone).values(back))
+                if connection.execute(instances.update().where(*gone).values(back)).rowcount:
+                    _reopen(connection, series_id, now)
                 return Taken("known", series_id, instance_id)
             connection.execute(
                 instances.insert().values(
@@ -183,3 +184,10 @@ class Intake:
     def _count(self, name: str) -> None:
         with self._database.writing() as connection:
             count(connection, name)
+
+
+def _reopen(connection: sa.Connection, series_id: str, now: float) -> None:
+    """A series whose last revision no job was made of is looked at once more: what was missing of it comes again."""
+    done = sa.select(jobs.c.id).where(jobs.c.series_id == series_id, jobs.c.revision == series.c.revision)
+    again = (series.c.id == series_id, ~done.exists())
+    connection.execute(series.update().where(*again).values(state="receiving", last_at=now))

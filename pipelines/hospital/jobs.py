@@ -241,27 +241,6 @@ class Jobs:
             )
             return bool(done.rowcount)
 
-<<<<<<< ours
-    def replay_deliveries(self, job_id: str) -> int:
-        """The dead deliveries of a job are begun again, as if they had never failed; how many that were."""
-        with self._database.writing() as connection:
-            done = connection.execute(
-                deliveries.update()
-                .where(deliveries.c.job_id == job_id, deliveries.c.state == "dead")
-                .values(
-                    state="waiting",
-                    attempts=0,
-                    first_tried_at=None,
-                    not_before=0.0,
-                    reason="",
-                    token=None,
-                    lease_until=None,
-                )
-            )
-            return int(done.rowcount)
-
-    def _release(self, *conditions: sa.ColumnElement[bool]) -> int:
-=======
     def listed(self, state: str | None = None) -> tuple[Listed, ...]:
         """All jobs, or those in a state, the newest first."""
         columns = [jobs.c[name] for name in ("id", "state", "step", "rule", "attempts", "reason")]
@@ -272,7 +251,6 @@ class Jobs:
             return tuple(Listed(*row) for row in connection.execute(asked).tuples())
 
     def _release(self, *conditions: sa.ColumnElement[bool]) -> tuple[Released, ...]:
->>>>>>> theirs
         with self._database.writing() as connection:
             now = self._database.now(connection)
             lost = jobs.c.losses + 1

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import medseg
+from medseg_pipelines.hospital.settings import RuleSettings
 from medseg_pipelines.hospital.store import sha256_of
 
 
@@ -34,3 +35,14 @@ class Models:
         if key not in self._digests:
             self._digests[key] = sha256_of(path)
         return self._digests[key]
+
+
+def model_of(models: Models, rule: RuleSettings) -> ModelFiles:
+    """Of the model that a rule names. Raises `ConfigError` where it is not there."""
+    try:
+        return models.of(rule.model)
+    except OSError as error:
+        raise medseg.ConfigError(
+            f"rule {rule.name}: model {rule.model}: {error.filename} cannot be read ({error.strerror}), expected a run "
+            "folder or a name of `medseg models`; change `model`"
+        ) from error

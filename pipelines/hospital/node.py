@@ -48,6 +48,8 @@ def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     """A part of the node: `kind` gateway, worker or web, the `number`-th on this machine. Raises `ConfigError`."""
     machine = settings.name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:64] or "node"
     database = open_database(settings.database, settings.folder, settings.database_password_file)
+    # what is below it is patients': for the node's user alone
+    settings.folder.chmod(0o700)
     store = Store(settings.folder, least_free_gb=settings.storage.least_free_gb)
     me = Worker(f"{machine}-{kind}-{number}", uuid.uuid4().hex)
     audit = Audit(settings.folder / "audit", me.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from medseg_pipelines.hospital.database import Database, deliveries, jobs, series
+from medseg_pipelines.hospital.deliveries import open_deliveries
 from medseg_pipelines.hospital.node import Node
 
 
@@ -14,7 +15,7 @@ def replay_job(node: Node, job_id: str, *, user: str | None) -> bool:
     An id that no job has is none either.
     """
     computed = node.jobs.replay(job_id)
-    sends = node.jobs.replay_deliveries(job_id)
+    sends = open_deliveries(node).replay(job_id)
     if computed or sends:
         with node.database.reading() as connection:
             study = study_of_job(connection, job_id)
