@@ -49,6 +49,7 @@ def behave(request: Request, how: str) -> None:
     elif how == "fail":
         tell(job=request.job, end="failed", reason="the device is in a bad mood")
     elif how == "segv":
+        Path(request.work, request.job).mkdir(parents=True, exist_ok=True)
         print("a library complains of Canary^Tweety", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
     elif how == "killed":

@@ -148,6 +148,8 @@ def test_poison_is_dead_after_its_goes_while_its_neighbours_are_done(node: Node,
         assert (row.state, row.attempts) == ("dead", 3)
         assert row.reason == "the process that infers broke down: it ended by SIGSEGV"
         assert begun(tmp_path).count(poison) == 3
+        # nothing of it holds the disk
+        assert list((node.store.work / node.me.name).iterdir()) == []
         assert all(begun(tmp_path).count(other) == 1 for other in others)
         # it is cured, and replayed
         (tmp_path / "cured").write_text(poison)

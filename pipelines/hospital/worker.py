@@ -203,6 +203,9 @@ class _WorkerPart:
         except StartError as error:
             self._say("start", str(error))
             return Outcome("dropped")
+        finally:
+            # of a process that was killed; its links would hold the disk
+            shutil.rmtree(self._work / job.id, ignore_errors=True)
 
     def _finish(self, job: Job, held: _Held, rule: RuleSettings, result: Mapping[str, Any]) -> None:
         files = result["files"]
