@@ -40,7 +40,7 @@ from pydicom.uid import UID
 from pynetdicom import _config
 
 import medseg
-from medseg_pipelines.hospital import dimse, entrance
+from medseg_pipelines.hospital import dimse, entrance, scp
 from medseg_pipelines.hospital import gateway as gateway_module
 from medseg_pipelines.hospital.database import refusals
 from medseg_pipelines.hospital.node import open_node
@@ -244,6 +244,26 @@ def test_garbage_in_an_association_ends_it(attacked: Attacked, content: bytes) -
         with suppress(OSError):
             wire.sendall(content)  # type: ignore[union-attr]
         wait_for(lambda: not made.is_established)
+    attacked.check()
+
+
+def test_a_flood_of_reports_is_cut_off(attacked: Attacked) -> None:
+    def uid(number: int, value: bytes) -> bytes:
+        return struct.pack("<HHL", 0, number, len(value)) + value
+
+    # N-EVENT-REPORT on storage commitment, without a data set
+    report = (
+        *(uid(0x2, b"1.2.840.10008.1.20.1"), element(0x100, 0x100), element(0x110, 1), element(0x800, 0x0101)),
+        *(uid(0x1000, b"1.2.840.10008.1.20.1.1"), element(0x1002, 1)),
+    )
+    flood = pdv(1, b"".join(report)) * (scp.MOST_REPORTS + 1)
+    before = attacked.refused()
+    with association(attacked.port) as made:
+        wire = made.dul.socket.socket  # type: ignore[union-attr]
+        with suppress(OSError):
+            wire.sendall(flood)  # type: ignore[union-attr]
+        wait_for(lambda: not made.is_established)
+    wait_for(lambda: attacked.refused()[len(before) :] == [f"more than {scp.MOST_REPORTS} reports"])
     attacked.check()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.dimse_messages import DIMSEMessage
+from pynetdicom.dimse_messages import N_EVENT_REPORT_RQ, DIMSEMessage
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 MOST_SMALL = 2**20
 # nobody is offered to send before the last message is answered
 MOST_WAITING = 2
+# reports begin a thread each at once: so many on one association are a flood
+MOST_REPORTS = 256
 # so often the disk is asked for its room while a file comes
 ROOM_EVERY = 2**26
 # so long what is being done may go on at the end
@@ -88,7 +90,7 @@ class Messages(DIMSEServiceProvider):
     def __init__(self, association: Association, bounds: Bounds) -> None:
         super().__init__(association)
         self._bounds = bounds
-        self._size = self._asked_at = 0
+        self._size = self._asked_at = self._reports = 0
         self._files: set[Path] = set()
         self.msg_queue = _Noting(self._files)
         self.dropped: set[Path] = set()
@@ -112,6 +114,9 @@ class Messages(DIMSEServiceProvider):
             self.end(f"a message that cannot be read ({type(error).__name__})")
         else:
             self._watch(message)
+            self._reports += isinstance(message, N_EVENT_REPORT_RQ)
+            if self._reports > MOST_REPORTS:
+                self.end(f"more than {MOST_REPORTS} reports")
 
     def end(self, why: str) -> None:
         """The association is aborted, as after a PDU that nobody understands."""
