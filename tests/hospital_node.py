@@ -89,7 +89,7 @@ def settings_dict(root: Path, **changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "folder": str(root / "node"),
         "name": "test",
-        "gateway": {"port": free_port(), "allow": [{"ae_title": SENDER}], "handshake_s": 2.0, "idle_s": 10.0},
+        "gateway": {"port": free_port(), "allow": [{"ae_title": SENDER}], "handshake_s": 10.0, "idle_s": 10.0},
         "storage": {"least_free_gb": 0.0},
         "completeness": {"quiet_s": 0.2},
         "rules": [{"name": "ct", "model": str(model_folder(root / "model")), "when": {"modality": ["CT"]}}],

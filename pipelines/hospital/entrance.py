@@ -58,6 +58,8 @@ class _Pending:
     deadline: float
     read: bytearray = field(default_factory=bytearray)
     is_secure: bool = False
+    # has heard that it is not welcome; the peer is to close (PS3.8 9.2.2), else the answer might be lost
+    is_leaving: bool = False
 
 
 class Entrance:
@@ -144,6 +146,9 @@ class Entrance:
             self._close(oldest, "another connection needs its place")
 
     def _go_on(self, pending: _Pending) -> None:
+        if pending.is_leaving:
+            self._see_off(pending)
+            return
         try:
             self._shake_hands(pending)
             while (missing := _missing(pending.read)) > 0:
@@ -187,14 +192,25 @@ class Entrance:
         request = Request(pending.connection, pending.address, first, called, calling)
         verdict = self._judge(request)
         if verdict is not Verdict.WELCOME:
+            self._refused(f"{pending.address[0]}: {verdict.name.replace('_', ' ').lower()}")
+            pending.is_leaving = True
             try:
                 pending.connection.send(bytes((3, 0, 0, 0, 0, 4, 0, *verdict.value)))
             except OSError as error:
-                log.info("a refusal did not arrive (%s)", error.strerror)
-            self._close(pending, verdict.name.replace("_", " ").lower())
+                self._close(pending, f"a refusal did not arrive ({error.strerror})")
             return
         self._forget(pending)
         self._admit(request)
+
+    def _see_off(self, pending: _Pending) -> None:
+        try:
+            is_gone = not pending.connection.recv(MOST_REQUEST)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return
+        except OSError:
+            is_gone = True
+        if is_gone:
+            self._close(pending, "it has gone")
 
     def _forget(self, pending: _Pending) -> None:
         del self._pending[pending.connection.fileno()]
@@ -203,7 +219,8 @@ class Entrance:
     def _close(self, pending: _Pending, why: str) -> None:
         self._forget(pending)
         pending.connection.close()
-        self._refused(f"{pending.address[0]}: {why}")
+        if not pending.is_leaving:
+            self._refused(f"{pending.address[0]}: {why}")
 
 
 def _missing(read: bytearray) -> int:
