@@ -453,3 +453,21 @@ def test_workers_of_one_machine_share_its_processors(tmp_path: Path, monkeypatch
 @pytest.fixture(autouse=True)
 def _said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+def test_what_was_published_long_ago_is_removed_again_and_again(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Node] = []
+
+    def clear(of: Node) -> int:
+        calls.append(of)
+        if len(calls) == 1:
+            raise OSError("a disk that does not answer")
+        return 0
+
+    monkeypatch.setattr(worker_module, "HOUSE_S", 0.01)
+    monkeypatch.setattr(worker_module, "clear_published", clear)
+    with working(node, tmp_path):
+        wait_for(lambda: len(calls) >= 3)
+    assert set(map(id, calls)) == {id(node)}

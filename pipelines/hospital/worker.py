@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 import medseg
 from medseg_pipelines.hospital.children import COMMAND, START_S, Children, Outcome, StartError
+from medseg_pipelines.hospital.housekeeping import clear_published
 from medseg_pipelines.hospital.jobs import Job, Released
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.publish import Publisher
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 IDLE_S, NO_ROOM_S, FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 2.0, 1.0, 60.0
 # so often it shows that it lives, and looks for those that do not
 BEAT_S = 5.0
+# so often files of studies are removed that were published long ago
+HOUSE_S = 3600.0
 # a lease is renewed so often before it ends that one beat may be lost
 BEATS_IN_A_LEASE = 4
 # so long what is being sent may take when the worker ends
@@ -109,7 +112,8 @@ class _WorkerPart:
     def _run(self) -> None:
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
-        threads = [self._thread(self._pulse), self._thread(lambda: Publisher(self._node).run(self._ending))]
+        works = (self._pulse, self._keep_house, lambda: Publisher(self._node).run(self._ending))
+        threads = [self._thread(work) for work in works]
         recovered = False
         try:
             while not self._is_over():
@@ -262,6 +266,13 @@ class _WorkerPart:
                 log.info("no sign of life could be written (%s)", type(error).__name__)
             if self._ending.wait(pause_s):
                 return
+
+    def _keep_house(self) -> None:
+        while not self._ending.wait(HOUSE_S):
+            try:
+                clear_published(self._node)
+            except OUT_OF_REACH as error:
+                log.warning("what was published long ago could not be removed (%s)", type(error).__name__)
 
     def _thread(self, work: Callable[[], None]) -> threading.Thread:
         """A thread whose end by an error ends the worker."""
