@@ -146,7 +146,9 @@ class Day:
     def _send(self, number: int) -> None:
         entity = AE(ae_title="SCANNER")
         entity.add_requested_context(MR, ExplicitVRLittleEndian)
-        study, series, frame = (generate_uid(entropy_srcs=[str(number), what]) for what in ("study", "series", "frame"))
+        study, series, frame = (
+            generate_uid(entropy_srcs=[f"{number} {what}"]) for what in ("study", "series", "frame")
+        )
         association = entity.associate("127.0.0.1", self.node_port, ae_title="MEDSEG")
         if not association.is_established:
             self.unsent.append(study)
@@ -165,7 +167,7 @@ class Day:
         made = Dataset()
         made.file_meta = FileMetaDataset()
         made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        made.SOPClassUID, made.SOPInstanceUID = MR, generate_uid(entropy_srcs=[str(number), str(k)])
+        made.SOPClassUID, made.SOPInstanceUID = MR, generate_uid(entropy_srcs=[f"{number} {k}"])
         made.StudyInstanceUID, made.SeriesInstanceUID, made.FrameOfReferenceUID = study, series, frame
         made.PatientID, made.PatientName, made.PatientBirthDate, made.PatientSex = (
             f"P{number}",
