@@ -24,6 +24,7 @@ from medseg.cli.shared import OK, USAGE, Verbose, finish, new_app
 from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import err, out
 from medseg_pipelines.hospital.database import open_database
+from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
 from medseg_pipelines.hospital.supervisor import Part, supervise
@@ -52,6 +53,11 @@ def run(config: Config, verbose: Verbose = False) -> None:
     """Start gateway, workers and pages on this machine; a part that ends is started again."""
     _log(verbose)
     settings = read_settings(config)
+    # what no part could work with is told once, here
+    models = Models()
+    for rule in settings.rules:
+        model_of(models, rule)
+    open_database(settings.database, settings.folder, settings.database_password_file).close()
     options = ["-c", str(config)] + (["-v"] if verbose else [])
     workers = [Part(f"worker {n}", ("worker", "--number", str(n), *options)) for n in range(settings.worker.workers)]
     parts = [Part("gateway", ("gateway", *options)), *workers, Part("web", ("web", *options))]
