@@ -192,6 +192,30 @@ def test_a_name_in_a_compressed_stream_is_refused(tmp_path: Path) -> None:
     assert "after all was cleaned" in reason
 
 
+@pytest.mark.parametrize("keep_interval", [False, True])
+def test_texts_that_the_table_forgets(tmp_path: Path, keep_interval: bool) -> None:
+    def edit(_: int, ds: Dataset) -> None:
+        put(ds, PatientID="12345678", PatientBirthDate="19620503", InstitutionName="Sankt Marien Klinik")
+        put(ds, PatientBirthDateInAlternativeCalendar="S37.05.03", PatientBodyMassIndex="31.2")
+        put(ds, PlacerOrderNumberProcedure="ORD-9981", FillerOrderNumberProcedure="ORD-9981", ImageID="IMG-77")
+        put(ds, DoseComment="plan of Dr Who", AcquisitionProtocolName="knee", NTPSourceAddress="10.3.4.5")
+        put(ds, ContentDescription="of March", AcquisitionNumber="12345678", RadiationMachineName="LINAC 3")
+        put(ds, Manufacturer="For Sankt Marien Klinik", SoftwareVersions="1 (03.05.1962)", SequenceName="s1962-05-03")
+        put(ds, ManufacturerModelName=f"of {phantom.STUDY}", ConvolutionKernel="B30f")
+
+    done(series(tmp_path / "in", edit), tmp_path / "out", keep_interval=keep_interval)
+    for made in read_all(tmp_path / "out"):
+        assert {element.keyword for element in made} & _TEXTS == {"ConvolutionKernel"}
+
+
+_TEXTS = {
+    *("PatientBirthDateInAlternativeCalendar", "PatientBodyMassIndex", "PlacerOrderNumberProcedure", "DoseComment"),
+    *("FillerOrderNumberProcedure", "ImageID", "AcquisitionProtocolName", "NTPSourceAddress", "ContentDescription"),
+    *("AcquisitionNumber", "RadiationMachineName", "Manufacturer", "SoftwareVersions", "SequenceName"),
+    *("ManufacturerModelName", "ConvolutionKernel"),
+}
+
+
 # ---- the table
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from pydicom import DataElement, Dataset
-from pydicom.datadict import dictionary_VR, keyword_for_tag
+from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataelem import empty_value_for_VR
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
@@ -31,6 +31,7 @@ from medseg.writers.confidentiality_table import (
     NEVER_SHIFTED,
     OF_DEVICES,
     OF_PATIENTS,
+    TECHNICAL_TEXT,
     UNLISTED_REMOVED,
 )
 
@@ -58,10 +59,13 @@ _DATE, _MOMENT = re.compile(r"[0-9]{8}"), re.compile(r"([0-9]{8})([0-9]{2,6}(\.[
 _TIME = re.compile(r"[0-9]{2}([0-9]{2}([0-9]{2}(\.[0-9]{1,6})?)?)?")
 # classes tell what an object is, not whose; those of makers are not registered
 _CLASSES = ("SOPClassUID", "ReferencedSOPClassUID", "ReferencedSOPClassUIDInFile", "OriginalSpecializedSOPClassUID")
+_OBJECTS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 IDENTIFIERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "AdmissionID", "IssuerOfPatientID", "StudyID")
 # shorter parts of names are words of their own somewhere; only from here on they are looked for inside of words. Two
 # characters are a whole name where each is a syllable
 _SHORTEST, _INSIDE, _SYLLABLES, _IN_BYTES = 3, 5, 2, 6
+# all in it is of the patient, what the table forgets too: a birth date in another calendar
+_OF_PATIENTS_GROUP = 0x0010
 # curves, overlays, what is signed or encrypted, and what has no place in a data set
 _GROUPS = (
     *range(0x0007),
@@ -133,13 +137,22 @@ def patient_of(dataset: Dataset) -> str:
 
 
 def identifiers_of(dataset: Dataset) -> frozenset[str]:
-    """The parts of all names of persons and of numbers that identify, at every depth, in lower case."""
+    """What must be in no text, at every depth, in lower case: the parts of all names of persons and of numbers that
+    identify; the institution as a whole; dates, in each order of day, month and year; UIDs of objects."""
     found: set[str] = set()
     for element in _every(dataset):
+        if element.VR == "DA":
+            found.update(form for day in _values(element) for form in _orders(str(day).strip()))
+        elif element.keyword in _OBJECTS or element.keyword == "InstitutionName":
+            found.add(str(element.value or "").casefold().strip(" \0"))
         if element.VR == "PN" or element.keyword in IDENTIFIERS:
             whole = str(element.value or "").casefold()
             found.update(re.split(r"[\W_]+", whole), *([whole.strip()] if element.VR != "PN" else []))
     return frozenset(word for word in found if len(word) >= (_SHORTEST if word.isascii() else _SYLLABLES))
+
+
+def _orders(day: str) -> tuple[str, ...]:
+    return (day, day[6:] + day[4:6] + day[:4], day[4:] + day[:4]) if _DATE.fullmatch(day) else ()
 
 
 def cleaned(dataset: Dataset, rules: Rules, identifiers: frozenset[str]) -> Dataset:
@@ -162,7 +175,10 @@ def cleaned(dataset: Dataset, rules: Rules, identifiers: frozenset[str]) -> Data
 
 def holds_identifier(data: bytes, pixels: bytes, identifiers: frozenset[str]) -> bool:
     """Whether long parts of names are still in a written file: anywhere in its header, or as usual in its pixels."""
-    words = {word for word in identifiers if len(word.encode()) >= _IN_BYTES and not word.isdecimal()}
+    # numbers are found somewhere by chance, and UIDs may be kept
+    words = {
+        w for w in identifiers if len(w.encode()) >= _IN_BYTES and not VALID_UID.fullmatch(w) and not w.isdecimal()
+    }
     written = {form for word in words for form in (word, word.upper(), word.capitalize())}
     header = data[: len(data) - len(pixels)].lower()
     return any(raw in header for raw in _bytes_of(words)) or any(raw in pixels for raw in _bytes_of(written))
@@ -210,7 +226,7 @@ def _action(keyword: str, vr: str, rules: Rules) -> str:
     if vr == "UI":
         return "X" if code == "X" else "U"
     if code is None:
-        return "X" if vr in UNLISTED_REMOVED and keyword not in BULK else "K"
+        return "K" if _may_stay(keyword, vr) else "X"
     if vr == "SQ":
         return {"X/Z": "Z", "Z": "Z", "X/Z/U*": "K"}.get(code, "X")
     if code == "X/D" and vr in ("DA", "TM"):
@@ -218,6 +234,13 @@ def _action(keyword: str, vr: str, rules: Rules) -> str:
         return "X"
     # the mildest that every type of object allows
     return code.rsplit("/", 1)[-1]
+
+
+def _may_stay(keyword: str, vr: str) -> bool:
+    """Whether an attribute stays that the table does not name."""
+    if (tag_for_keyword(keyword) or 0) >> 16 == _OF_PATIENTS_GROUP:
+        return False
+    return keyword in TECHNICAL_TEXT if vr in ("LO", "SH") else vr not in UNLISTED_REMOVED or keyword in BULK
 
 
 def _value(element: DataElement, keyword: str, action: str, rules: Rules, identifiers: frozenset[str]) -> Any:
@@ -265,6 +288,8 @@ def _checked(element: DataElement, keyword: str, identifiers: frozenset[str]) ->
     values = [str(value) for value in _values(element)]
     if pattern is not None and not all(pattern.fullmatch(value.strip()) for value in values):
         return None
+    if element.VR in ("IS", "DS") and any(len(v.strip()) >= _IN_BYTES and v.strip() in identifiers for v in values):
+        return None
     if element.VR in _TEXT and any(_names_somebody(value, identifiers) for value in values):
         return None
     return element.value
@@ -272,8 +297,13 @@ def _checked(element: DataElement, keyword: str, identifiers: frozenset[str]) ->
 
 def _names_somebody(value: str, identifiers: frozenset[str]) -> bool:
     text = value.casefold()
-    words = set(re.split(r"[\W_]+", text))
-    return any(word in words or (word in text and (len(word) >= _INSIDE or not word.isascii())) for word in identifiers)
+    words, digits = set(re.split(r"[\W_]+", text)), re.sub(r"\W", "", text)
+    return any(
+        word in words
+        or (word in text and (len(word) >= _INSIDE or not word.isascii()))
+        or (_DATE.fullmatch(word) and word in digits)
+        for word in identifiers
+    )
 
 
 def _age(value: str) -> str | None:
