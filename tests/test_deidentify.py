@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import zipfile
@@ -14,12 +15,13 @@ import phantom
 import pytest
 from dicom_series import classic
 from phantom import PLANES, VOXELS, every, only, put, series
+from PIL import Image as Picture
 from pydicom import DataElement, Dataset, dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import UID, ImplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import UID, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
 
 import medseg
 from medseg import ConfigError, DataError, Deidentified, DeidentifyOptions, deidentify
@@ -188,8 +190,48 @@ def test_a_name_in_a_compressed_stream_is_refused(tmp_path: Path) -> None:
             held = b"\xff\x64" + (len(comment) + 4).to_bytes(2, "big") + b"\0\1" + comment
             ds.PixelData = encapsulate([stream[:at] + held + stream[at:]])
 
-    reason = refused(series(tmp_path / "in", edit), tmp_path / "out")
-    assert "after all was cleaned" in reason
+    assert "a comment" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+def _jpeg(note: bytes = b"", behind: bytes = b"", block: bytes = b"") -> bytes:
+    held = io.BytesIO()
+    Picture.fromarray((VOXELS[1] % 256).astype(np.uint8)).save(held, "JPEG", comment=note)
+    stream = held.getvalue()
+    return stream[:2] + block + stream[2:] + behind
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        # too short to be looked for by its letters
+        (_jpeg(note=b"LI BO 1962"), "a comment"),
+        (_jpeg(note=b"1962-05-03"), "a comment"),
+        (_jpeg(behind=b"LI BO "), "bytes behind the end"),
+        (_jpeg(block=b"\xff\xe1\x00\x0cExif\0\0LIBO"), "a block of another program"),
+        (b"LI BO ", "cut off"),
+        (_jpeg()[:-2], "cut off"),
+    ],
+)
+def test_what_stands_beside_the_image_in_a_compressed_stream(tmp_path: Path, stream: bytes, words: str) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        ds.PatientName = "Li^Bo"
+        phantom.put_pixels(ds, (VOXELS[k] % 256).astype(np.uint8))
+        ds.PixelData = encapsulate(
+            [stream if k == 1 else _jpeg(note=b"LEAD Technologies Inc. V1.01", behind=b"\0\xff")]
+        )
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+        ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+
+    assert words in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+def test_a_compression_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if k == 1:
+            _compressed(k, ds)
+            ds.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.4.100")
+
+    assert "nobody can look into" in refused(series(tmp_path / "in", edit), tmp_path / "out")
 
 
 @pytest.mark.parametrize("keep_interval", [False, True])

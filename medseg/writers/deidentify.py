@@ -30,6 +30,7 @@ from medseg.readers.dicom_files import (
 )
 from medseg.versions import versions
 from medseg.writers import atomic_path, is_disk_full
+from medseg.writers.compressed import beside_image
 from medseg.writers.confidentiality import Rules, Secret, cleaned, holds_identifier, identifiers_of, patient_of
 from medseg.writers.provenance import IMPLEMENTATION_UID
 
@@ -297,6 +298,11 @@ def _refuse_contradictions(file: DicomFile, dataset: Dataset, facts: DicomFacts)
     pixels = header_value(dataset, "PixelData")
     if facts.transfer_syntax_uid in _PLAIN and isinstance(pixels, bytes):
         _refuse_tail(file, dataset, pixels)
+    elif isinstance(pixels, bytes) and (found := beside_image(pixels, facts.transfer_syntax_uid)):
+        raise DataError(
+            f"{file}: {found} found in its compressed pixels, expected an image alone: it may name somebody; export it "
+            "again uncompressed"
+        )
 
 
 def _refuse_tail(file: DicomFile, dataset: Dataset, pixels: bytes) -> None:
