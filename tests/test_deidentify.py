@@ -366,6 +366,25 @@ def test_patients_keep_apart(tmp_path: Path) -> None:
     assert all(str(ds.PatientName) == ds.PatientID for ds in made)
 
 
+@pytest.mark.parametrize("trait", [{"IssuerOfPatientID": "HOSP B"}, {"PatientBirthDate": "20010101"}])
+def test_two_patients_of_one_number_do_not_become_one(tmp_path: Path, trait: dict[str, str]) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        put(ds, PatientID="1001", IssuerOfPatientID="HOSP A", PatientBirthDate="19620503")
+        # a derived object may tell less
+        put(ds, **trait) if k == 4 else put(ds, IssuerOfPatientID="") if k == 2 else None
+
+    reason = refused(series(tmp_path / "in", edit), tmp_path / "out")
+    assert f"another {next(iter(trait))}" in reason
+    assert "HOSP" not in reason
+
+
+def test_namesakes_without_numbers_keep_apart(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        put(ds, PatientID="", PatientName="Same^Name", PatientBirthDate=f"196205{k % 2 + 10}")
+
+    assert done(series(tmp_path / "in", edit), tmp_path / "out").patients == 2
+
+
 def test_dates_move_together(tmp_path: Path) -> None:
     def edit(k: int, ds: Dataset) -> None:
         put(ds, PatientID=f"number {k % 2}", StudyDate="20240229", SeriesDate="20240310", StudyTime="081500.25")

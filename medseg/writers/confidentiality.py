@@ -61,6 +61,7 @@ _TIME = re.compile(r"[0-9]{2}([0-9]{2}([0-9]{2}(\.[0-9]{1,6})?)?)?")
 _CLASSES = ("SOPClassUID", "ReferencedSOPClassUID", "ReferencedSOPClassUIDInFile", "OriginalSpecializedSOPClassUID")
 _OBJECTS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 IDENTIFIERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "AdmissionID", "IssuerOfPatientID", "StudyID")
+_TRAITS = ("IssuerOfPatientID", "PatientBirthDate")
 # shorter parts of names are words of their own somewhere; only from here on they are looked for inside of words. Two
 # characters are a whole name where each is a syllable
 _SHORTEST, _INSIDE, _SYLLABLES, _IN_BYTES = 3, 5, 2, 6
@@ -128,12 +129,24 @@ class Rules:
 
 
 def patient_of(dataset: Dataset) -> str:
-    """What identifies the patient of a data set: their number, or where that is blank the name, or the study."""
-    for keyword in ("PatientID", "PatientName", "StudyInstanceUID"):
-        value = str(_read(dataset, keyword) or "").strip()
-        if value:
-            return f"{keyword}\0{value}"
-    return ""
+    """What identifies the patient of a data set: their number, or where that is blank name and birth, or the study."""
+    number, name, born = (
+        str(_read(dataset, k) or "").strip() for k in ("PatientID", "PatientName", "PatientBirthDate")
+    )
+    if number:
+        return f"PatientID\0{number}"
+    if name:
+        return f"PatientName\0{name}" + (f"\0{born}" if born else "")
+    study = str(_read(dataset, "StudyInstanceUID") or "").strip()
+    return f"StudyInstanceUID\0{study}" if study else ""
+
+
+def traits_of(dataset: Dataset) -> dict[str, str]:
+    """What two patients of one number differ in, as far as it is told."""
+    found = {keyword: str(_read(dataset, keyword) or "").strip().casefold() for keyword in _TRAITS}
+    if not _DATE.fullmatch(found["PatientBirthDate"]):
+        del found["PatientBirthDate"]
+    return {keyword: value for keyword, value in found.items() if value}
 
 
 def identifiers_of(dataset: Dataset) -> frozenset[str]:

@@ -31,7 +31,15 @@ from medseg.readers.dicom_files import (
 from medseg.versions import versions
 from medseg.writers import atomic_path, is_disk_full
 from medseg.writers.compressed import beside_image
-from medseg.writers.confidentiality import Rules, Secret, cleaned, holds_identifier, identifiers_of, patient_of
+from medseg.writers.confidentiality import (
+    Rules,
+    Secret,
+    cleaned,
+    holds_identifier,
+    identifiers_of,
+    patient_of,
+    traits_of,
+)
 from medseg.writers.provenance import IMPLEMENTATION_UID
 
 __all__ = ["Deidentified", "DeidentifyOptions", "Refused", "deidentify"]
@@ -139,13 +147,13 @@ def deidentify(
 
 @dataclass
 class _Export:
-    """A folder that grows file by file, and what is in it: digests by path, pseudonyms."""
+    """A folder that grows file by file, and what is in it: digests by path, what is known of patients by pseudonym."""
 
     output: Path
     secret: Secret
     options: DeidentifyOptions
     written: dict[Path, str] = field(default_factory=dict)
-    patients: set[str] = field(default_factory=set)
+    patients: dict[str, dict[str, str]] = field(default_factory=dict)
     copies: int = 0
 
     def add(self, file: DicomFile, stream: BinaryIO) -> None:
@@ -178,8 +186,20 @@ class _Export:
                 f"{file}: a part of a name or number of the patient found after all was cleaned, expected none; "
                 "look at it with a DICOM viewer, and leave it out"
             )
+        known = self._refuse_another_patient(file, dataset, str(made.PatientID))
         self._write(file, made, data)
-        self.patients.add(str(made.PatientID))
+        self.patients[str(made.PatientID)] = known
+
+    def _refuse_another_patient(self, file: DicomFile, dataset: Dataset, pseudonym: str) -> dict[str, str]:
+        """Gives what is known of the patient now. Hospitals give the same numbers: two people must not become one."""
+        known, found = self.patients.get(pseudonym, {}), traits_of(dataset)
+        for keyword, value in found.items():
+            if known.get(keyword, value) != value:
+                raise DataError(
+                    f"{file}: another {keyword} found than before for the same patient number, expected one: two "
+                    "patients would become one; export it apart with another salt, or give it another number"
+                )
+        return known | found
 
     def _rules(self, dataset: Dataset) -> Rules:
         options = self.options
