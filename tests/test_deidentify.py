@@ -528,9 +528,46 @@ def test_names_in_pixels(tmp_path: Path, elements: dict[str, object], words: str
     assert done(source, tmp_path / "all", allow_burned_in=True).files == PLANES
 
 
-def test_an_overlay_inside_of_the_pixels(tmp_path: Path) -> None:
-    source = series(tmp_path / "in", lambda k, ds: ds.add_new((0x6000, 0x0102), "US", 12) if k == 2 else None)
-    assert "overlay" in refused(source, tmp_path / "out")
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_overlay_inside_of_the_pixels(tmp_path: Path, empty: bool) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if k == 2:
+            ds.add_new((0x6000, 0x0102), "US", 12)
+        if k == 2 and empty:
+            ds.add_new((0x6000, 0x3000), "OW", b"")
+
+    assert "overlay" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("patient", "text"),
+    [
+        ({"PatientName": "Müller^Jürgen"}, "for MUELLER"),
+        ({"PatientName": "Müller^Jürgen"}, "for Muller"),
+        ({"PatientName": "Mueller^X"}, "for Müller"),
+        ({"PatientName": "Müller^Jürgen"}, "for Mu\u0308ller"),
+        ({"PatientName": "Núñez^Zoé"}, "of ZOE"),
+        ({"PatientName": "Li^Bo"}, "for LI BO"),
+        ({"PatientName": "Li^Bo"}, "for Bo, Li"),
+        ({"PatientID": "47-11/88"}, "no 471188"),
+        ({"PatientID": "471188"}, "no 47.11.88"),
+    ],
+)
+def test_names_and_numbers_in_other_spellings(tmp_path: Path, patient: dict[str, str], text: str) -> None:
+    source = series(tmp_path / "in", every(SpecificCharacterSet="ISO_IR 192", Manufacturer=text, **patient))
+    assert done(source, tmp_path / "out").files == PLANES
+    assert not any("Manufacturer" in made for made in read_all(tmp_path / "out"))
+
+
+def test_a_class_that_nobody_has_registered_is_no_class(tmp_path: Path) -> None:
+    def edit(_: int, ds: Dataset) -> None:
+        item = Dataset()
+        put(item, ReferencedSOPClassUID=phantom.STUDY, ReferencedSOPInstanceUID="1.2.3.5.1")
+        ds.SourceImageSequence = Sequence([item])
+
+    done(series(tmp_path / "in", edit), tmp_path / "out")
+    for made in read_all(tmp_path / "out"):
+        assert made.SourceImageSequence[0].ReferencedSOPClassUID == made.StudyInstanceUID
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import re
 import struct
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,8 +58,9 @@ _TEXT = ("LO", "SH", "CS", "AE", "ST", "LT", "UT", "UC")
 _BINARY = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
 _DATE, _MOMENT = re.compile(r"[0-9]{8}"), re.compile(r"([0-9]{8})([0-9]{2,6}(\.[0-9]{1,6})?)?([+-][0-9]{4})?")
 _TIME = re.compile(r"[0-9]{2}([0-9]{2}([0-9]{2}(\.[0-9]{1,6})?)?)?")
-# classes tell what an object is, not whose; those of makers are not registered
-_CLASSES = ("SOPClassUID", "ReferencedSOPClassUID", "ReferencedSOPClassUIDInFile", "OriginalSpecializedSOPClassUID")
+# classes tell what an object is, not whose; what stands in their place may be the UID of an object
+_CLASSES = ("ReferencedSOPClassUID", "ReferencedSOPClassUIDInFile", "OriginalSpecializedSOPClassUID")
+_STANDARD = "1.2.840.10008.5.1.4."
 _OBJECTS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 IDENTIFIERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "AdmissionID", "IssuerOfPatientID", "StudyID")
 _TRAITS = ("IssuerOfPatientID", "PatientBirthDate")
@@ -159,9 +161,20 @@ def identifiers_of(dataset: Dataset) -> frozenset[str]:
         elif element.keyword in _OBJECTS or element.keyword == "InstitutionName":
             found.add(str(element.value or "").casefold().strip(" \0"))
         if element.VR == "PN" or element.keyword in IDENTIFIERS:
-            whole = str(element.value or "").casefold()
-            found.update(re.split(r"[\W_]+", whole), *([whole.strip()] if element.VR != "PN" else []))
+            for whole in _spellings(str(element.value or "")):
+                parts = [part for part in re.split(r"[\W_]+", whole) if part]
+                # a name of short parts is known by two that stand together; a number also without its marks
+                pairs = [f"{a} {b}" for a, b in (parts[:2], parts[1::-1])] if len(parts) > 1 else []
+                found.update(parts, *([pairs] if element.VR == "PN" else [[whole.strip(), "".join(parts)]]))
     return frozenset(word for word in found if len(word) >= (_SHORTEST if word.isascii() else _SYLLABLES))
+
+
+def _spellings(text: str) -> set[str]:
+    """`text` in lower case; and as it is written where there are no accents and umlauts."""
+    lower = text.casefold()
+    bare = unicodedata.normalize("NFKD", lower)
+    plain = "".join(c for c in bare if not unicodedata.combining(c))
+    return {lower, unicodedata.normalize("NFC", lower), plain, bare.replace("\u0308", "e")}
 
 
 def _orders(day: str) -> tuple[str, ...]:
@@ -282,9 +295,10 @@ def _empty(element: DataElement) -> Any:
 
 def _uids(element: DataElement, keyword: str, rules: Rules) -> list[str]:
     old = [str(value).strip(" \0") for value in _values(element)]
-    if keyword in _CLASSES and all(VALID_UID.fullmatch(value) for value in old):
+    if keyword == "SOPClassUID" and all(VALID_UID.fullmatch(value) for value in old):
         return old
-    return [rules.new_uid(value) if value else "" for value in old]
+    kept = _STANDARD if keyword in _CLASSES else "-"
+    return [rules.new_uid(v) if v and not (v.startswith(kept) and VALID_UID.fullmatch(v)) else v for v in old]
 
 
 def _checked(element: DataElement, keyword: str, identifiers: frozenset[str]) -> Any:
@@ -309,12 +323,17 @@ def _checked(element: DataElement, keyword: str, identifiers: frozenset[str]) ->
 
 
 def _names_somebody(value: str, identifiers: frozenset[str]) -> bool:
-    text = value.casefold()
-    words, digits = set(re.split(r"[\W_]+", text)), re.sub(r"\W", "", text)
+    return any(_names_in(text, identifiers) for text in _spellings(value))
+
+
+def _names_in(text: str, identifiers: frozenset[str]) -> bool:
+    listed = [word for word in re.split(r"[\W_]+", text) if word]
+    words, spaced, compact = set(listed), " ".join(listed), "".join(listed)
     return any(
         word in words
         or (word in text and (len(word) >= _INSIDE or not word.isascii()))
-        or (_DATE.fullmatch(word) and word in digits)
+        or (" " in word and word in spaced)
+        or (len(word) >= _IN_BYTES and any(c.isdecimal() for c in word) and word in compact)
         for word in identifiers
     )
 

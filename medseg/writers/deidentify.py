@@ -360,4 +360,4 @@ def _refuse_written_on(file: DicomFile, dataset: Dataset, facts: DicomFacts) -> 
 
 def _is_inside(dataset: Dataset, group: int) -> bool:
     # with data of its own, an overlay goes; without, it is in bits of the pixels that are not used
-    return (group, 0x0102) in dataset and (group, 0x3000) not in dataset
+    return (group, 0x0102) in dataset and not ((group, 0x3000) in dataset and dataset[group, 0x3000].value)
