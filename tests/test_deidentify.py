@@ -551,6 +551,8 @@ def test_an_overlay_inside_of_the_pixels(tmp_path: Path, empty: bool) -> None:
         ({"PatientName": "Li^Bo"}, "for Bo, Li"),
         ({"PatientID": "47-11/88"}, "no 471188"),
         ({"PatientID": "471188"}, "no 47.11.88"),
+        ({"DeviceSerialNumber": "SN778899"}, "X SN778899"),
+        ({"StationName": "CTROOM5"}, "in CTROOM5"),
     ],
 )
 def test_names_and_numbers_in_other_spellings(tmp_path: Path, patient: dict[str, str], text: str) -> None:

@@ -151,21 +151,23 @@ def traits_of(dataset: Dataset) -> dict[str, str]:
     return {keyword: value for keyword, value in found.items() if value}
 
 
-def identifiers_of(dataset: Dataset) -> frozenset[str]:
+def identifiers_of(dataset: Dataset, *, devices: bool = True) -> frozenset[str]:
     """What must be in no text, at every depth, in lower case: the parts of all names of persons and of numbers that
-    identify; the institution as a whole; dates, in each order of day, month and year; UIDs of objects."""
+    identify; the institution as a whole; dates, in each order of day, month and year; UIDs of objects; of `devices`
+    station and serial number."""
+    whole = (*_OBJECTS, "InstitutionName", *(("StationName", "DeviceSerialNumber") if devices else ()))
     found: set[str] = set()
     for element in _every(dataset):
         if element.VR == "DA":
             found.update(form for day in _values(element) for form in _orders(str(day).strip()))
-        elif element.keyword in _OBJECTS or element.keyword == "InstitutionName":
+        elif element.keyword in whole:
             found.add(str(element.value or "").casefold().strip(" \0"))
         if element.VR == "PN" or element.keyword in IDENTIFIERS:
-            for whole in _spellings(str(element.value or "")):
-                parts = [part for part in re.split(r"[\W_]+", whole) if part]
+            for text in _spellings(str(element.value or "")):
+                parts = [part for part in re.split(r"[\W_]+", text) if part]
                 # a name of short parts is known by two that stand together; a number also without its marks
                 pairs = [f"{a} {b}" for a, b in (parts[:2], parts[1::-1])] if len(parts) > 1 else []
-                found.update(parts, *([pairs] if element.VR == "PN" else [[whole.strip(), "".join(parts)]]))
+                found.update(parts, *([pairs] if element.VR == "PN" else [[text.strip(), "".join(parts)]]))
     return frozenset(word for word in found if len(word) >= (_SHORTEST if word.isascii() else _SYLLABLES))
 
 

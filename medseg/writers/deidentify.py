@@ -167,7 +167,8 @@ class _Export:
             _refuse_contradictions(file, dataset, facts)
             if not self.options.allow_burned_in:
                 _refuse_written_on(file, dataset, facts)
-            identifiers, rules = identifiers_of(dataset), self._rules(dataset)
+            identifiers = identifiers_of(dataset, devices=not self.options.retain_device)
+            rules = self._rules(dataset)
             made = cleaned(dataset, rules, identifiers)
             self._describe(made, rules, facts)
             buffer = io.BytesIO()
