@@ -528,6 +528,20 @@ def test_names_in_pixels(tmp_path: Path, elements: dict[str, object], words: str
     assert done(source, tmp_path / "all", allow_burned_in=True).files == PLANES
 
 
+def test_bytes_behind_pixels_that_are_floats(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if k == 2:
+            del ds.PixelData, ds.BitsStored, ds.HighBit
+            put(ds, BitsAllocated=32, FloatPixelData=VOXELS[k].astype("<f4").tobytes() + b"\0Li Bo 1962-05-0")
+
+    assert "bytes behind its pixels" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+def test_a_table_of_frames_that_are_not_there(tmp_path: Path) -> None:
+    source = series(tmp_path / "in", lambda k, ds: ds.add_new(0x7FE00001, "OV", b"Li Bo 62") if k == 2 else None)
+    assert "table of compressed frames" in refused(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_an_overlay_inside_of_the_pixels(tmp_path: Path, empty: bool) -> None:
     def edit(k: int, ds: Dataset) -> None:

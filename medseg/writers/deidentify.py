@@ -60,6 +60,7 @@ _METHODS = {
     "retain_device": ("113109", "Retain Device Identity Option"),
     "retain_uids": ("113110", "Retain UIDs Option"),
 }
+_FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 
@@ -317,8 +318,12 @@ def _refuse_contradictions(file: DicomFile, dataset: Dataset, facts: DicomFacts)
     if "ContentSequence" in dataset:
         raise DataError(f"{file}: a report inside of an image found: its text is not cleaned; leave it out")
     pixels = header_value(dataset, "PixelData")
-    if facts.transfer_syntax_uid in _PLAIN and isinstance(pixels, bytes):
-        _refuse_tail(file, dataset, pixels)
+    if facts.transfer_syntax_uid in _PLAIN:
+        if "ExtendedOffsetTable" in dataset or "ExtendedOffsetTableLengths" in dataset:
+            raise DataError(f"{file}: a table of compressed frames found, where none is compressed; export it again")
+        for plain in (pixels, *(header_value(dataset, keyword) for keyword in _FLOATS)):
+            if isinstance(plain, bytes):
+                _refuse_tail(file, dataset, plain)
     elif isinstance(pixels, bytes) and (found := beside_image(pixels, facts.transfer_syntax_uid)):
         raise DataError(
             f"{file}: {found} found in its compressed pixels, expected an image alone: it may name somebody; export it "
