@@ -97,6 +97,7 @@ def segment_cases(
     formats = sorted({s.precision for s in segmenters})
     if len(formats) > 1:
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
+    _refuse_overlaps(segmenter)
     _refuse_clashes(cases, folder, segmenter.options.formats)
     probabilities = probabilities_path(folder, "").parent
     written = (folder, probabilities) if segmenter.options.save_probabilities else (folder,)
@@ -461,6 +462,22 @@ def _loaded(models: Sequence[str | Path], options: InferOptions) -> list[Segment
     """The model once for each device: a network is on one."""
     devices = [_device(name) for name in options.devices] or [options.device]
     return [load_model(*models, options=replace(options, device=d, devices=())) for d in devices]
+
+
+def _refuse_overlaps(segmenter: Segmenter) -> None:
+    """Raises `ConfigError` where a file would tell a part of a region as the whole: its volume would be too small.
+
+    In a label map the later region covers the earlier one; NIfTI says so, and evaluation puts them together again.
+    """
+    labels = [value for value in segmenter.config.data.labels.values() if isinstance(value, tuple)]
+    single = [(value,) for value in segmenter.config.data.labels.values() if not isinstance(value, tuple)]
+    values = [value for members in (*labels, *single) for value in members]
+    wrong = [name for name in segmenter.options.formats if name != NIFTI]
+    if segmenter.config.data.is_regions and wrong and len(set(values)) < len(values):
+        raise ConfigError(
+            f"--format {','.join(wrong)}: the labels of this model are regions that overlap, of which these files "
+            "would show and measure only what no other one covers; ask for --format nifti"
+        )
 
 
 def _refuse_clashes(cases: Sequence[Case], folder: Path, formats: Sequence[str]) -> None:

@@ -46,6 +46,7 @@ _ROOM, _LEAST_MM = 1.5, 50.0
 _LEANING = 0.24
 # of so many voxels the grey range is measured
 _GREY_VOXELS = 4_000_000
+_LEAST_GREY = 1e-4
 _STRIP = (2, 4)
 _NAMES = ("sagittal", "coronal", "axial")
 _SIDES = ("RL", "AP", "HF")
@@ -209,10 +210,12 @@ def _scene(image: npt.NDArray[Any], segmentation: Segmentation) -> _Scene:
         order, flips, grid = standing(grid)
         image, labels = (layer.transpose(order)[flips] for layer in (image, labels))
     extent = _extent(labels)
-    near: tuple[slice, ...] = extent or tuple(
-        slice(None, None, max(1, round((image.size / _GREY_VOXELS) ** (1 / image.ndim)))) for _ in image.shape
-    )
+    sparse = (slice(None, None, max(1, round((image.size / _GREY_VOXELS) ** (1 / image.ndim)))),) * image.ndim
+    near = extent or sparse
     grey = window(image[near], labels[near] != 0)
+    if grey[1] - grey[0] < _LEAST_GREY * max(1.0, abs(grey[0])):
+        # what is labelled, and the box around it, has one value
+        grey = window(image[sparse], np.zeros(image[sparse].shape, bool))
     colours = {s.value: _colour(s, n) for n, s in enumerate(segmentation.segments)}
     whole = tuple(slice(0, n) for n in labels.shape)
     return _Scene(image, labels, grid, extent or whole, _Style(colours, grey))

@@ -41,7 +41,8 @@ def window(image: npt.NDArray[Any], outlined: npt.NDArray[np.bool_]) -> tuple[fl
     That is six standard deviations of one tissue each way. Of many tissues the most frequent ones decide: in a CT of
     all organs soft tissue, within 40 HU of the usual −160 to 240, where a range over all of them (lung to bone) shows
     organs as one grey. The shortest half: Rousseeuw and Leroy 1988. Where it has no width (half of the voxels are
-    equal) or nothing is outlined, the 1st to 99th percentile. Never beyond the range of the image; NaN is passed over.
+    equal) or nothing is outlined, the 1st to 99th percentile; of the whole image where all are equal. Never beyond the
+    range of the image; NaN is passed over.
     """
     known = image[np.isfinite(image)]
     if not known.size:
@@ -49,6 +50,9 @@ def window(image: npt.NDArray[Any], outlined: npt.NDArray[np.bool_]) -> tuple[fl
     inside = np.sort(_some(image[outlined]))
     inside = inside[np.isfinite(inside)]
     low, high = np.percentile(inside if inside.size else _some(known), _WINDOW_PERCENTILES)
+    if low == high:
+        # a single voxel, saturated ones: they would be white, and all around them black
+        low, high = np.percentile(_some(known), _WINDOW_PERCENTILES)
     half = len(inside) // 2
     if half:
         widths = inside[half:] - inside[: len(inside) - half]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import zipfile
@@ -14,12 +15,13 @@ import phantom
 import pytest
 from dicom_series import classic
 from phantom import PLANES, VOXELS, every, only, put, series
+from PIL import Image as Picture
 from pydicom import DataElement, Dataset, dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import UID, ImplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import UID, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
 
 import medseg
 from medseg import ConfigError, DataError, Deidentified, DeidentifyOptions, deidentify
@@ -188,8 +190,72 @@ def test_a_name_in_a_compressed_stream_is_refused(tmp_path: Path) -> None:
             held = b"\xff\x64" + (len(comment) + 4).to_bytes(2, "big") + b"\0\1" + comment
             ds.PixelData = encapsulate([stream[:at] + held + stream[at:]])
 
-    reason = refused(series(tmp_path / "in", edit), tmp_path / "out")
-    assert "after all was cleaned" in reason
+    assert "a comment" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+def _jpeg(note: bytes = b"", behind: bytes = b"", block: bytes = b"") -> bytes:
+    held = io.BytesIO()
+    Picture.fromarray((VOXELS[1] % 256).astype(np.uint8)).save(held, "JPEG", comment=note)
+    stream = held.getvalue()
+    return stream[:2] + block + stream[2:] + behind
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        # too short to be looked for by its letters
+        (_jpeg(note=b"LI BO 1962"), "a comment"),
+        (_jpeg(note=b"1962-05-03"), "a comment"),
+        (_jpeg(behind=b"LI BO "), "bytes behind the end"),
+        (_jpeg(block=b"\xff\xe1\x00\x0cExif\0\0LIBO"), "a block of another program"),
+        (b"LI BO ", "cut off"),
+        (_jpeg()[:-2], "cut off"),
+    ],
+)
+def test_what_stands_beside_the_image_in_a_compressed_stream(tmp_path: Path, stream: bytes, words: str) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        ds.PatientName = "Li^Bo"
+        phantom.put_pixels(ds, (VOXELS[k] % 256).astype(np.uint8))
+        ds.PixelData = encapsulate(
+            [stream if k == 1 else _jpeg(note=b"LEAD Technologies Inc. V1.01", behind=b"\0\xff")]
+        )
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+        ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+
+    assert words in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+def test_a_compression_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if k == 1:
+            _compressed(k, ds)
+            ds.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.4.100")
+
+    assert "nobody can look into" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+@pytest.mark.parametrize("keep_interval", [False, True])
+def test_texts_that_the_table_forgets(tmp_path: Path, keep_interval: bool) -> None:
+    def edit(_: int, ds: Dataset) -> None:
+        put(ds, PatientID="12345678", PatientBirthDate="19620503", InstitutionName="Sankt Marien Klinik")
+        put(ds, PatientBirthDateInAlternativeCalendar="S37.05.03", PatientBodyMassIndex="31.2")
+        put(ds, PlacerOrderNumberProcedure="ORD-9981", FillerOrderNumberProcedure="ORD-9981", ImageID="IMG-77")
+        put(ds, DoseComment="plan of Dr Who", AcquisitionProtocolName="knee", NTPSourceAddress="10.3.4.5")
+        put(ds, ContentDescription="of March", AcquisitionNumber="12345678", RadiationMachineName="LINAC 3")
+        put(ds, Manufacturer="For Sankt Marien Klinik", SoftwareVersions="1 (03.05.1962)", SequenceName="s1962-05-03")
+        put(ds, ManufacturerModelName=f"of {phantom.STUDY}", ConvolutionKernel="B30f")
+
+    done(series(tmp_path / "in", edit), tmp_path / "out", keep_interval=keep_interval)
+    for made in read_all(tmp_path / "out"):
+        assert {element.keyword for element in made} & _TEXTS == {"ConvolutionKernel"}
+
+
+_TEXTS = {
+    *("PatientBirthDateInAlternativeCalendar", "PatientBodyMassIndex", "PlacerOrderNumberProcedure", "DoseComment"),
+    *("FillerOrderNumberProcedure", "ImageID", "AcquisitionProtocolName", "NTPSourceAddress", "ContentDescription"),
+    *("AcquisitionNumber", "RadiationMachineName", "Manufacturer", "SoftwareVersions", "SequenceName"),
+    *("ManufacturerModelName", "ConvolutionKernel"),
+}
 
 
 # ---- the table
@@ -298,6 +364,25 @@ def test_patients_keep_apart(tmp_path: Path) -> None:
     made = read_all(tmp_path / "out")
     assert result.patients == len({ds.PatientID for ds in made}) == 2
     assert all(str(ds.PatientName) == ds.PatientID for ds in made)
+
+
+@pytest.mark.parametrize("trait", [{"IssuerOfPatientID": "HOSP B"}, {"PatientBirthDate": "20010101"}])
+def test_two_patients_of_one_number_do_not_become_one(tmp_path: Path, trait: dict[str, str]) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        put(ds, PatientID="1001", IssuerOfPatientID="HOSP A", PatientBirthDate="19620503")
+        # a derived object may tell less
+        put(ds, **trait) if k == 4 else put(ds, IssuerOfPatientID="") if k == 2 else None
+
+    reason = refused(series(tmp_path / "in", edit), tmp_path / "out")
+    assert f"another {next(iter(trait))}" in reason
+    assert "HOSP" not in reason
+
+
+def test_namesakes_without_numbers_keep_apart(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        put(ds, PatientID="", PatientName="Same^Name", PatientBirthDate=f"196205{k % 2 + 10}")
+
+    assert done(series(tmp_path / "in", edit), tmp_path / "out").patients == 2
 
 
 def test_dates_move_together(tmp_path: Path) -> None:
@@ -443,9 +528,62 @@ def test_names_in_pixels(tmp_path: Path, elements: dict[str, object], words: str
     assert done(source, tmp_path / "all", allow_burned_in=True).files == PLANES
 
 
-def test_an_overlay_inside_of_the_pixels(tmp_path: Path) -> None:
-    source = series(tmp_path / "in", lambda k, ds: ds.add_new((0x6000, 0x0102), "US", 12) if k == 2 else None)
-    assert "overlay" in refused(source, tmp_path / "out")
+def test_bytes_behind_pixels_that_are_floats(tmp_path: Path) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if k == 2:
+            del ds.PixelData, ds.BitsStored, ds.HighBit
+            put(ds, BitsAllocated=32, FloatPixelData=VOXELS[k].astype("<f4").tobytes() + b"\0Li Bo 1962-05-0")
+
+    assert "bytes behind its pixels" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+def test_a_table_of_frames_that_are_not_there(tmp_path: Path) -> None:
+    source = series(tmp_path / "in", lambda k, ds: ds.add_new(0x7FE00001, "OV", b"Li Bo 62") if k == 2 else None)
+    assert "table of compressed frames" in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_overlay_inside_of_the_pixels(tmp_path: Path, empty: bool) -> None:
+    def edit(k: int, ds: Dataset) -> None:
+        if k == 2:
+            ds.add_new((0x6000, 0x0102), "US", 12)
+        if k == 2 and empty:
+            ds.add_new((0x6000, 0x3000), "OW", b"")
+
+    assert "overlay" in refused(series(tmp_path / "in", edit), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("patient", "text"),
+    [
+        ({"PatientName": "Müller^Jürgen"}, "for MUELLER"),
+        ({"PatientName": "Müller^Jürgen"}, "for Muller"),
+        ({"PatientName": "Mueller^X"}, "for Müller"),
+        ({"PatientName": "Müller^Jürgen"}, "for Mu\u0308ller"),
+        ({"PatientName": "Núñez^Zoé"}, "of ZOE"),
+        ({"PatientName": "Li^Bo"}, "for LI BO"),
+        ({"PatientName": "Li^Bo"}, "for Bo, Li"),
+        ({"PatientID": "47-11/88"}, "no 471188"),
+        ({"PatientID": "471188"}, "no 47.11.88"),
+        ({"DeviceSerialNumber": "SN778899"}, "X SN778899"),
+        ({"StationName": "CTROOM5"}, "in CTROOM5"),
+    ],
+)
+def test_names_and_numbers_in_other_spellings(tmp_path: Path, patient: dict[str, str], text: str) -> None:
+    source = series(tmp_path / "in", every(SpecificCharacterSet="ISO_IR 192", Manufacturer=text, **patient))
+    assert done(source, tmp_path / "out").files == PLANES
+    assert not any("Manufacturer" in made for made in read_all(tmp_path / "out"))
+
+
+def test_a_class_that_nobody_has_registered_is_no_class(tmp_path: Path) -> None:
+    def edit(_: int, ds: Dataset) -> None:
+        item = Dataset()
+        put(item, ReferencedSOPClassUID=phantom.STUDY, ReferencedSOPInstanceUID="1.2.3.5.1")
+        ds.SourceImageSequence = Sequence([item])
+
+    done(series(tmp_path / "in", edit), tmp_path / "out")
+    for made in read_all(tmp_path / "out"):
+        assert made.SourceImageSequence[0].ReferencedSOPClassUID == made.StudyInstanceUID
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ SEGMENTS = (
 QUALITY = {
     "liver": {"expected": 0.91, "low": 0.85, "high": 0.95},
     "kidney_left": {"expected": 0.0, "low": 0.0, "high": 0.0},
-    "liver_tumor": {"expected": None, "low": None, "high": None},
+    "liver_tumor": {"expected": None, "low": None, "high": float("nan")},
 }
 VOLUME = Code("118565006", "SCT", "Volume")
 # OBLIQUE has voxels of 0.8 × 1.1 × 2.5 mm: 2.2 µl

@@ -312,6 +312,24 @@ def test_a_killed_run_leaves_no_file_half_and_the_next_one_clears_up(scan: Path,
     assert set(files(tmp_path)) == {"scan.nii.gz", "scan.rtstruct.dcm", "scan.picture.png"}
 
 
+def region_model(folder: Path, **labels: tuple[int, ...]) -> Path:
+    return tiny_model(folder, tiny_config(data={"labels": labels, "region_values": [1, 2]}))
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "nifti"])
+def test_regions_that_overlap_are_not_told_as_if_they_did_not(scan: Path, tmp_path: Path, name: str) -> None:
+    model = region_model(tmp_path / "model", whole=(1, 2), core=(2,))
+    with pytest.raises(ConfigError, match="regions that overlap"):
+        one(scan, model, tmp_path / "out", asking("nifti", name))
+    assert not (tmp_path / "out").exists()
+    assert one(scan, model, tmp_path / "out", asking("nifti")).status == "done"
+
+
+def test_regions_that_do_not_overlap_are_labels(scan: Path, tmp_path: Path) -> None:
+    model = region_model(tmp_path / "model", left=(1, 3), right=(2,))
+    assert one(scan, model, tmp_path / "out", asking("dicom-sr")).status == "done"
+
+
 @pytest.mark.parametrize(
     ("names", "found"), [(("nifti", "dicom"), "dicom"), ((), "none"), (("nifti", "nifti"), "nifti,nifti"), (("",), "")]
 )

@@ -147,3 +147,15 @@ def test_a_plane_lies_as_it_is_and_is_counted_in_pixels() -> None:
     scale = 880 / 60
     assert (np.ptp(across), np.ptp(down)) == (pytest.approx(20 * scale, abs=6), pytest.approx(10 * scale, abs=6))
     assert across.min() < 5
+
+
+@pytest.mark.parametrize("voxels", [1, 3])
+def test_equal_values_inside_of_labels_do_not_blacken_the_picture(voxels: int) -> None:
+    image, _ = ball(np.eye(4))
+    image = (np.arange(100)[:, None, None] + image * 0).astype(np.int16)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[50, 30 : 30 + voxels, 12] = 1
+    segmentation = Segmentation(labels, Grid(image.shape, np.diag([*SPACING, 1.0])), SEGMENTS)
+    page = draw_overview(image, segmentation, quality={}, warnings=(), maker="")
+    # a ramp from left to right has many greys
+    assert len(np.unique(page[100 : 100 + SIDE, TILES[0]][SIDE // 4, :, 0])) > 30

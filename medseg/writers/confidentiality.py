@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import re
 import struct
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from pydicom import DataElement, Dataset
-from pydicom.datadict import dictionary_VR, keyword_for_tag
+from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataelem import empty_value_for_VR
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import BaseTag
@@ -31,6 +32,7 @@ from medseg.writers.confidentiality_table import (
     NEVER_SHIFTED,
     OF_DEVICES,
     OF_PATIENTS,
+    TECHNICAL_TEXT,
     UNLISTED_REMOVED,
 )
 
@@ -56,12 +58,17 @@ _TEXT = ("LO", "SH", "CS", "AE", "ST", "LT", "UT", "UC")
 _BINARY = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
 _DATE, _MOMENT = re.compile(r"[0-9]{8}"), re.compile(r"([0-9]{8})([0-9]{2,6}(\.[0-9]{1,6})?)?([+-][0-9]{4})?")
 _TIME = re.compile(r"[0-9]{2}([0-9]{2}([0-9]{2}(\.[0-9]{1,6})?)?)?")
-# classes tell what an object is, not whose; those of makers are not registered
-_CLASSES = ("SOPClassUID", "ReferencedSOPClassUID", "ReferencedSOPClassUIDInFile", "OriginalSpecializedSOPClassUID")
+# classes tell what an object is, not whose; what stands in their place may be the UID of an object
+_CLASSES = ("ReferencedSOPClassUID", "ReferencedSOPClassUIDInFile", "OriginalSpecializedSOPClassUID")
+_STANDARD = "1.2.840.10008.5.1.4."
+_OBJECTS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
 IDENTIFIERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "AdmissionID", "IssuerOfPatientID", "StudyID")
+_TRAITS = ("IssuerOfPatientID", "PatientBirthDate")
 # shorter parts of names are words of their own somewhere; only from here on they are looked for inside of words. Two
 # characters are a whole name where each is a syllable
 _SHORTEST, _INSIDE, _SYLLABLES, _IN_BYTES = 3, 5, 2, 6
+# all in it is of the patient, what the table forgets too: a birth date in another calendar
+_OF_PATIENTS_GROUP = 0x0010
 # curves, overlays, what is signed or encrypted, and what has no place in a data set
 _GROUPS = (
     *range(0x0007),
@@ -124,22 +131,56 @@ class Rules:
 
 
 def patient_of(dataset: Dataset) -> str:
-    """What identifies the patient of a data set: their number, or where that is blank the name, or the study."""
-    for keyword in ("PatientID", "PatientName", "StudyInstanceUID"):
-        value = str(_read(dataset, keyword) or "").strip()
-        if value:
-            return f"{keyword}\0{value}"
-    return ""
+    """What identifies the patient of a data set: their number, or where that is blank name and birth, or the study."""
+    number, name, born = (
+        str(_read(dataset, k) or "").strip() for k in ("PatientID", "PatientName", "PatientBirthDate")
+    )
+    if number:
+        return f"PatientID\0{number}"
+    if name:
+        return f"PatientName\0{name}" + (f"\0{born}" if born else "")
+    study = str(_read(dataset, "StudyInstanceUID") or "").strip()
+    return f"StudyInstanceUID\0{study}" if study else ""
 
 
-def identifiers_of(dataset: Dataset) -> frozenset[str]:
-    """The parts of all names of persons and of numbers that identify, at every depth, in lower case."""
+def traits_of(dataset: Dataset) -> dict[str, str]:
+    """What two patients of one number differ in, as far as it is told."""
+    found = {keyword: str(_read(dataset, keyword) or "").strip().casefold() for keyword in _TRAITS}
+    if not _DATE.fullmatch(found["PatientBirthDate"]):
+        del found["PatientBirthDate"]
+    return {keyword: value for keyword, value in found.items() if value}
+
+
+def identifiers_of(dataset: Dataset, *, devices: bool = True) -> frozenset[str]:
+    """What must be in no text, at every depth, in lower case: the parts of all names of persons and of numbers that
+    identify; the institution as a whole; dates, in each order of day, month and year; UIDs of objects; of `devices`
+    station and serial number."""
+    whole = (*_OBJECTS, "InstitutionName", *(("StationName", "DeviceSerialNumber") if devices else ()))
     found: set[str] = set()
     for element in _every(dataset):
+        if element.VR == "DA":
+            found.update(form for day in _values(element) for form in _orders(str(day).strip()))
+        elif element.keyword in whole:
+            found.add(str(element.value or "").casefold().strip(" \0"))
         if element.VR == "PN" or element.keyword in IDENTIFIERS:
-            whole = str(element.value or "").casefold()
-            found.update(re.split(r"[\W_]+", whole), *([whole.strip()] if element.VR != "PN" else []))
+            for text in _spellings(str(element.value or "")):
+                parts = [part for part in re.split(r"[\W_]+", text) if part]
+                # a name of short parts is known by two that stand together; a number also without its marks
+                pairs = [f"{a} {b}" for a, b in (parts[:2], parts[1::-1])] if len(parts) > 1 else []
+                found.update(parts, *([pairs] if element.VR == "PN" else [[text.strip(), "".join(parts)]]))
     return frozenset(word for word in found if len(word) >= (_SHORTEST if word.isascii() else _SYLLABLES))
+
+
+def _spellings(text: str) -> set[str]:
+    """`text` in lower case; and as it is written where there are no accents and umlauts."""
+    lower = text.casefold()
+    bare = unicodedata.normalize("NFKD", lower)
+    plain = "".join(c for c in bare if not unicodedata.combining(c))
+    return {lower, unicodedata.normalize("NFC", lower), plain, bare.replace("\u0308", "e")}
+
+
+def _orders(day: str) -> tuple[str, ...]:
+    return (day, day[6:] + day[4:6] + day[:4], day[4:] + day[:4]) if _DATE.fullmatch(day) else ()
 
 
 def cleaned(dataset: Dataset, rules: Rules, identifiers: frozenset[str]) -> Dataset:
@@ -162,7 +203,10 @@ def cleaned(dataset: Dataset, rules: Rules, identifiers: frozenset[str]) -> Data
 
 def holds_identifier(data: bytes, pixels: bytes, identifiers: frozenset[str]) -> bool:
     """Whether long parts of names are still in a written file: anywhere in its header, or as usual in its pixels."""
-    words = {word for word in identifiers if len(word.encode()) >= _IN_BYTES and not word.isdecimal()}
+    # numbers are found somewhere by chance, and UIDs may be kept
+    words = {
+        w for w in identifiers if len(w.encode()) >= _IN_BYTES and not VALID_UID.fullmatch(w) and not w.isdecimal()
+    }
     written = {form for word in words for form in (word, word.upper(), word.capitalize())}
     header = data[: len(data) - len(pixels)].lower()
     return any(raw in header for raw in _bytes_of(words)) or any(raw in pixels for raw in _bytes_of(written))
@@ -210,7 +254,7 @@ def _action(keyword: str, vr: str, rules: Rules) -> str:
     if vr == "UI":
         return "X" if code == "X" else "U"
     if code is None:
-        return "X" if vr in UNLISTED_REMOVED and keyword not in BULK else "K"
+        return "K" if _may_stay(keyword, vr) else "X"
     if vr == "SQ":
         return {"X/Z": "Z", "Z": "Z", "X/Z/U*": "K"}.get(code, "X")
     if code == "X/D" and vr in ("DA", "TM"):
@@ -218,6 +262,13 @@ def _action(keyword: str, vr: str, rules: Rules) -> str:
         return "X"
     # the mildest that every type of object allows
     return code.rsplit("/", 1)[-1]
+
+
+def _may_stay(keyword: str, vr: str) -> bool:
+    """Whether an attribute stays that the table does not name."""
+    if (tag_for_keyword(keyword) or 0) >> 16 == _OF_PATIENTS_GROUP:
+        return False
+    return keyword in TECHNICAL_TEXT if vr in ("LO", "SH") else vr not in UNLISTED_REMOVED or keyword in BULK
 
 
 def _value(element: DataElement, keyword: str, action: str, rules: Rules, identifiers: frozenset[str]) -> Any:
@@ -246,9 +297,10 @@ def _empty(element: DataElement) -> Any:
 
 def _uids(element: DataElement, keyword: str, rules: Rules) -> list[str]:
     old = [str(value).strip(" \0") for value in _values(element)]
-    if keyword in _CLASSES and all(VALID_UID.fullmatch(value) for value in old):
+    if keyword == "SOPClassUID" and all(VALID_UID.fullmatch(value) for value in old):
         return old
-    return [rules.new_uid(value) if value else "" for value in old]
+    kept = _STANDARD if keyword in _CLASSES else "-"
+    return [rules.new_uid(v) if v and not (v.startswith(kept) and VALID_UID.fullmatch(v)) else v for v in old]
 
 
 def _checked(element: DataElement, keyword: str, identifiers: frozenset[str]) -> Any:
@@ -265,15 +317,27 @@ def _checked(element: DataElement, keyword: str, identifiers: frozenset[str]) ->
     values = [str(value) for value in _values(element)]
     if pattern is not None and not all(pattern.fullmatch(value.strip()) for value in values):
         return None
+    if element.VR in ("IS", "DS") and any(len(v.strip()) >= _IN_BYTES and v.strip() in identifiers for v in values):
+        return None
     if element.VR in _TEXT and any(_names_somebody(value, identifiers) for value in values):
         return None
     return element.value
 
 
 def _names_somebody(value: str, identifiers: frozenset[str]) -> bool:
-    text = value.casefold()
-    words = set(re.split(r"[\W_]+", text))
-    return any(word in words or (word in text and (len(word) >= _INSIDE or not word.isascii())) for word in identifiers)
+    return any(_names_in(text, identifiers) for text in _spellings(value))
+
+
+def _names_in(text: str, identifiers: frozenset[str]) -> bool:
+    listed = [word for word in re.split(r"[\W_]+", text) if word]
+    words, spaced, compact = set(listed), " ".join(listed), "".join(listed)
+    return any(
+        word in words
+        or (word in text and (len(word) >= _INSIDE or not word.isascii()))
+        or (" " in word and word in spaced)
+        or (len(word) >= _IN_BYTES and any(c.isdecimal() for c in word) and word in compact)
+        for word in identifiers
+    )
 
 
 def _age(value: str) -> str | None:

@@ -198,6 +198,23 @@ NEVER_SHIFTED = _words("""
 
 # free text, addresses and bulk that nothing needs: more is removed than the standard asks for
 UNLISTED_REMOVED = _words("AE DA DT TM PN LT ST UT UC UR UN OB OD OF OL OV OW")
+# short texts of which only those stay that a machine or a coding scheme writes: comments, labels, orders, places go
+TECHNICAL_TEXT = _words("""
+    Manufacturer ManufacturerModelName ManufacturerRelatedModelGroup SoftwareVersions CodeValue ExtendedCodeValue
+    CodeMeaning CodingSchemeDesignator CodingSchemeVersion CodingSchemeRegistry MappingResourceName StageName ViewName
+    SequenceName PulseSequenceName Radionuclide Radiopharmaceutical RadiopharmaceuticalRoute ImagedNucleus
+    ContrastBolusRoute TriggerSourceOrType CardiacFramingType PVCRejection FilterType TypeOfFilters CollimatorGridName
+    PaddleDescription AcquisitionMode DoseModeName ConvolutionKernel ReceiveCoilName TransmitCoilName PlateType
+    PhosphorType AcquisitionDeviceProcessingCode OutputPower TransducerData ProcessingFunction PostprocessingFunction
+    DetectorManufacturerName DetectorManufacturerModelName ReceiveCoilManufacturerName TransmitCoilManufacturerName
+    MultiCoilConfiguration MultiCoilElementName RespiratorySignalSourceID ImageFilter ApplicationName
+    ApplicationVersion ApplicationManufacturer PositionReferenceIndicator StackID ImageGeometryType
+    DimensionDescriptionLabel RescaleType ModalityLUTType LUTExplanation LUTLabel WindowCenterWidthExplanation
+    EnergyWindowName AttenuationCorrectionMethod ReconstructionMethod ScatterCorrectionMethod
+    DetectorLinesOfResponseUsed SegmentLabel SegmentAlgorithmName AlgorithmName AlgorithmVersion
+    OpticalPathIdentifier ReferencedOpticalPathIdentifier SecondaryCaptureDeviceManufacturer
+    SecondaryCaptureDeviceManufacturerModelName SecondaryCaptureDeviceSoftwareVersions
+    """)
 BULK = _words("""
     PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths LUTData
     RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData

@@ -30,7 +30,16 @@ from medseg.readers.dicom_files import (
 )
 from medseg.versions import versions
 from medseg.writers import atomic_path, is_disk_full
-from medseg.writers.confidentiality import Rules, Secret, cleaned, holds_identifier, identifiers_of, patient_of
+from medseg.writers.compressed import beside_image
+from medseg.writers.confidentiality import (
+    Rules,
+    Secret,
+    cleaned,
+    holds_identifier,
+    identifiers_of,
+    patient_of,
+    traits_of,
+)
 from medseg.writers.provenance import IMPLEMENTATION_UID
 
 __all__ = ["Deidentified", "DeidentifyOptions", "Refused", "deidentify"]
@@ -51,6 +60,7 @@ _METHODS = {
     "retain_device": ("113109", "Retain Device Identity Option"),
     "retain_uids": ("113110", "Retain UIDs Option"),
 }
+_FLOATS = ("FloatPixelData", "DoubleFloatPixelData")
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 
@@ -138,13 +148,13 @@ def deidentify(
 
 @dataclass
 class _Export:
-    """A folder that grows file by file, and what is in it: digests by path, pseudonyms."""
+    """A folder that grows file by file, and what is in it: digests by path, what is known of patients by pseudonym."""
 
     output: Path
     secret: Secret
     options: DeidentifyOptions
     written: dict[Path, str] = field(default_factory=dict)
-    patients: set[str] = field(default_factory=set)
+    patients: dict[str, dict[str, str]] = field(default_factory=dict)
     copies: int = 0
 
     def add(self, file: DicomFile, stream: BinaryIO) -> None:
@@ -158,7 +168,8 @@ class _Export:
             _refuse_contradictions(file, dataset, facts)
             if not self.options.allow_burned_in:
                 _refuse_written_on(file, dataset, facts)
-            identifiers, rules = identifiers_of(dataset), self._rules(dataset)
+            identifiers = identifiers_of(dataset, devices=not self.options.retain_device)
+            rules = self._rules(dataset)
             made = cleaned(dataset, rules, identifiers)
             self._describe(made, rules, facts)
             buffer = io.BytesIO()
@@ -177,8 +188,20 @@ class _Export:
                 f"{file}: a part of a name or number of the patient found after all was cleaned, expected none; "
                 "look at it with a DICOM viewer, and leave it out"
             )
+        known = self._refuse_another_patient(file, dataset, str(made.PatientID))
         self._write(file, made, data)
-        self.patients.add(str(made.PatientID))
+        self.patients[str(made.PatientID)] = known
+
+    def _refuse_another_patient(self, file: DicomFile, dataset: Dataset, pseudonym: str) -> dict[str, str]:
+        """Gives what is known of the patient now. Hospitals give the same numbers: two people must not become one."""
+        known, found = self.patients.get(pseudonym, {}), traits_of(dataset)
+        for keyword, value in found.items():
+            if known.get(keyword, value) != value:
+                raise DataError(
+                    f"{file}: another {keyword} found than before for the same patient number, expected one: two "
+                    "patients would become one; export it apart with another salt, or give it another number"
+                )
+        return known | found
 
     def _rules(self, dataset: Dataset) -> Rules:
         options = self.options
@@ -295,8 +318,17 @@ def _refuse_contradictions(file: DicomFile, dataset: Dataset, facts: DicomFacts)
     if "ContentSequence" in dataset:
         raise DataError(f"{file}: a report inside of an image found: its text is not cleaned; leave it out")
     pixels = header_value(dataset, "PixelData")
-    if facts.transfer_syntax_uid in _PLAIN and isinstance(pixels, bytes):
-        _refuse_tail(file, dataset, pixels)
+    if facts.transfer_syntax_uid in _PLAIN:
+        if "ExtendedOffsetTable" in dataset or "ExtendedOffsetTableLengths" in dataset:
+            raise DataError(f"{file}: a table of compressed frames found, where none is compressed; export it again")
+        for plain in (pixels, *(header_value(dataset, keyword) for keyword in _FLOATS)):
+            if isinstance(plain, bytes):
+                _refuse_tail(file, dataset, plain)
+    elif isinstance(pixels, bytes) and (found := beside_image(pixels, facts.transfer_syntax_uid)):
+        raise DataError(
+            f"{file}: {found} found in its compressed pixels, expected an image alone: it may name somebody; export it "
+            "again uncompressed"
+        )
 
 
 def _refuse_tail(file: DicomFile, dataset: Dataset, pixels: bytes) -> None:
@@ -334,4 +366,4 @@ def _refuse_written_on(file: DicomFile, dataset: Dataset, facts: DicomFacts) -> 
 
 def _is_inside(dataset: Dataset, group: int) -> bool:
     # with data of its own, an overlay goes; without, it is in bits of the pixels that are not used
-    return (group, 0x0102) in dataset and (group, 0x3000) not in dataset
+    return (group, 0x0102) in dataset and not ((group, 0x3000) in dataset and dataset[group, 0x3000].value)

@@ -11,6 +11,7 @@ Codes of ours, in the coding scheme `99MEDSEG`, each a number without a unit:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def _group(
     known = quality.get(segment.name, {})
     for key, name in _QUALITY.items():
         value = known.get(key)
-        if value is not None:
+        if value is not None and math.isfinite(value):
             measured.append(sr.Measurement(name, float(value), _NO_UNIT))
     # what is abnormal is nowhere that its name tells
     placed = code != STRUCTURE and CODES[anatomy.category] != ABNORMAL
