@@ -85,8 +85,9 @@ def test_gradients_in_bf16_are_as_close_as_bf16_is() -> None:
     short = [t.to(torch.bfloat16) for t in (gradient, maps)]
     for route in ROUTES["weight"]:
         error = weight_gradient(*short, (3, 3, 3), dilation, route).double() - of_weight
-        # bf16 keeps 8 bits: inputs and result are each rounded by 2^-9 at most
-        assert error.norm() / of_weight.norm() < 3 * 2**-9
+        # bf16 keeps 8 bits: both inputs and the result are each rounded by 2^-9 at most, and so are partial sums where
+        # the processor has no instructions for it
+        assert error.norm() / of_weight.norm() < 4 * 2**-9
 
 
 @pytest.mark.parametrize(
