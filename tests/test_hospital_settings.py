@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 pytest.importorskip("sqlalchemy", reason="the hospital node needs `pip install 'medseg[hospital]'`")
 
 import medseg
 from medseg_pipelines.hospital.settings import read_settings
 
-SHIPPED = Path(__file__).parents[1] / "configs" / "hospital.yaml"
+ROOT = Path(__file__).parents[1]
+SHIPPED = (ROOT / "configs" / "hospital.yaml", ROOT / "docker" / "hospital.yaml")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -21,11 +25,25 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_what_is_shipped_is_read_and_names_a_model_that_is_there() -> None:
-    settings = read_settings(SHIPPED)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_what_is_shipped_is_read_and_names_a_model_that_is_there(path: Path) -> None:
+    settings = read_settings(path)
     assert [rule.name for rule in settings.rules] == ["hippocampus"]
     assert medseg.weights_file(Path(settings.rules[0].model)).is_file()
     assert [d.name for d in settings.destinations_of(settings.rules[0])] == ["pacs"]
+
+
+def test_containers_are_told_of_each_other() -> None:
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    settings = read_settings(ROOT / "docker" / "hospital.yaml")
+    services = compose["services"]
+    assert settings.database is not None
+    assert urlsplit(settings.database).hostname in services
+    assert settings.peers["pacs"].host in services
+    pacs = json.loads((ROOT / "docker" / "orthanc.json").read_text())
+    assert (pacs["DicomAet"], pacs["DicomPort"]) == (settings.peers["pacs"].ae_title, settings.peers["pacs"].port)
+    assert ["MEDSEG", "gateway", settings.gateway.port] in pacs["DicomModalities"].values()
+    assert str(settings.folder) in [volume.split(":")[1] for volume in services["worker-0"]["volumes"]]
 
 
 def test_all_but_the_folder_may_be_left_out(tmp_path: Path) -> None:
