@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test format .venv
+.PHONY: help demo test test-library test-node coverage format .venv
 
 help:
 	@echo "make demo    train on the sample data, segment, write demo/report.html (about four minutes on 2 cores)"
-	@echo "make test    format, lint, types, tests with coverage"
+	@echo "make test    format, lint, types, tests"
+	@echo "make coverage  the tests again, one after the other, and which lines they reach"
 	@echo "make format  put the code into shape"
 	@echo "make .venv   only the virtual environment, from constraints.txt"
 
@@ -26,6 +27,16 @@ test: .venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@# the tests of the hospital node wait for most of their time: they run beside the others
+	$(MAKE) --jobs=2 --output-sync=target test-library test-node
+
+test-library: .venv
+	$(BIN)/pytest --ignore-glob='*/test_hospital_*'
+
+test-node: .venv
+	$(BIN)/pytest -p no:cacheprovider tests/test_hospital_*.py
+
+coverage: .venv
 	$(BIN)/pytest --cov --cov-report=term
 
 format: .venv
