@@ -5,11 +5,11 @@ BIN := .venv/bin
 .PHONY: help demo test test-library test-node coverage format .venv
 
 help:
-	@echo "make demo    train on the sample data, segment, write demo/report.html (about four minutes on 2 cores)"
-	@echo "make test    format, lint, types, tests"
+	@echo "make demo      train on the sample data, segment, write demo/report.html (about four minutes on 2 cores)"
+	@echo "make test      format, lint, types, tests"
 	@echo "make coverage  the tests again, one after the other, and which lines they reach"
-	@echo "make format  put the code into shape"
-	@echo "make .venv   only the virtual environment, from constraints.txt"
+	@echo "make format    put the code into shape"
+	@echo "make .venv     only the virtual environment, from constraints.txt"
 
 .venv: .venv/ready
 
@@ -28,7 +28,7 @@ test: .venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@# the tests of the hospital node wait for most of their time: they run beside the others
-	$(MAKE) --jobs=2 --output-sync=target test-library test-node
+	$(MAKE) --jobs=2 --output-sync=line test-library test-node
 
 test-library: .venv
 	$(BIN)/pytest --ignore-glob='*/test_hospital_*'
