@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -464,13 +465,25 @@ def test_only_what_is_old_is_swept(tmp_path: Path) -> None:
 # ---- threads
 
 
-def test_what_passes_by_itself_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_association_has_a_connection_to_the_database(make_node: MakeNode) -> None:
+    """A database that hangs is waited for by each on its own; those that keep the gateway alive are not shut out."""
+    node = make_node()
+    with ExitStack() as held:
+        for _ in range(node.settings.gateway.most_associations + 5):
+            held.enter_context(node.database.reading())
+        node.beat()
+
+
+@pytest.mark.parametrize(
+    "error", [medseg.ModelError("a model is being replaced"), sa.exc.TimeoutError("no connection is free")]
+)
+def test_what_passes_by_itself_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     stop, calls = threading.Event(), []
 
     def work() -> None:
         calls.append(len(calls))
         if len(calls) < 4:
-            raise medseg.ModelError("a model is being replaced")
+            raise error
 
     threads = Threads(stop)
     caplog.set_level("INFO")
@@ -478,7 +491,7 @@ def test_what_passes_by_itself_is_told_once_and_tried_again(caplog: pytest.LogCa
     wait_for(lambda: len(calls) > 5)
     stop.set()
     threads.wait()
-    assert caplog.text.count("work does not work: a model is being replaced; it is tried again") == 1
+    assert caplog.text.count(f"work does not work: {told(error)}; it is tried again") == 1
     assert caplog.text.count("work works again") == 1
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,6 +18,8 @@ import medseg
 SCHEMA_VERSION = 1
 # so long a statement waits for another process to finish writing
 BUSY_S = 60.0
+# beside those that are kept: each association has one while its file is written down
+MOST_CONNECTIONS = 60
 ID = sa.String(32)
 
 metadata = sa.MetaData()
@@ -206,14 +209,18 @@ class Database:
         if self.url.drivername == "postgresql":
             self.url = self.url.set(drivername="postgresql+pg8000")
         # parameters are a patient's data: they stand in no text of an error
+        common: dict[str, Any] = {
+            "hide_parameters": True,
+            "max_overflow": MOST_CONNECTIONS,
+            "pool_timeout": BUSY_S,
+            "connect_args": {"timeout": BUSY_S},
+        }
         if self.is_sqlite:
-            self._engine = sa.create_engine(self.url, hide_parameters=True, connect_args={"timeout": BUSY_S})
+            self._engine = sa.create_engine(self.url, **common)
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         else:
-            self._engine = sa.create_engine(
-                self.url, hide_parameters=True, pool_pre_ping=True, pool_recycle=600, connect_args={"timeout": BUSY_S}
-            )
+            self._engine = sa.create_engine(self.url, pool_pre_ping=True, pool_recycle=600, **common)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
