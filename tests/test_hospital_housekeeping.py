@@ -98,6 +98,16 @@ def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
     assert len(stored(node)) == 3
 
 
+def test_what_a_later_revision_took_the_place_of_holds_nothing(node: Node, tmp_path: Path) -> None:
+    series_id, _ = published(node, tmp_path)
+    bury_another(node, series_id, "", tmp_path)
+    with node.database.writing() as connection:
+        assert len(node.jobs.supersede(connection, series_id, 2)) == 1
+    grow_old(node)
+    assert clear_published(node) == 1
+    assert stored(node) == []
+
+
 def queue_another(node: Node, series_id: str, job: str, tmp_path: Path) -> None:
     with node.database.writing() as connection:
         node.jobs.put(connection, Order(series_id, 1, "other", "model", "f" * 64, {}))

@@ -268,6 +268,38 @@ def test_a_late_slice_is_a_new_revision_with_another_job(make_node: MakeNode, tm
     assert sorted(row.revision for row in rows_of(node, instances)) == [1] * 5 + [2]
 
 
+@pytest.mark.parametrize("state", ["queued", "running", "dead", "done"])
+def test_a_later_revision_takes_the_place_of_what_is_not_done(make_node: MakeNode, tmp_path: Path, state: str) -> None:
+    node = make_node(completeness={"quiet_s": 0.001})
+    look = closing(node)
+    files = slices(tmp_path / "ct", 6)
+    take(node, files[:5])
+    made_quiet(node)
+    assert look.look() == 1
+    job = None if state == "queued" else node.jobs.claim(node.me)
+    if job is not None and state == "dead":
+        node.jobs.fail(job.id, node.me, "a slice is missing", for_good=True)
+    if job is not None and state == "done":
+        assert node.jobs.finish(job.id, node.me, {}, [])
+    take(node, files[5:])
+    # while the rest comes, nobody begins with what is there
+    assert node.jobs.claim(node.me) is None
+    made_quiet(node)
+    assert look.look() == 1
+    first, second = jobs_of(node)
+    assert (first.state, second.state) == ("done" if state == "done" else "superseded", "queued")
+    why = {"done": "", "dead": "a slice is missing"}.get(state, "images came later: revision 2 took its place")
+    assert first.reason == why
+    if job is not None and state == "running":
+        assert not node.jobs.renew(job.id, node.me)
+        assert not node.jobs.finish(job.id, node.me, {}, [("pacs", "dicom-seg")])
+    assert not node.jobs.replay(first.id)
+    claimed = node.jobs.claim(node.me)
+    assert claimed is not None
+    assert claimed.revision == 2
+    assert len(claimed.files) == 6
+
+
 def test_a_slice_that_comes_when_the_rest_was_removed_makes_no_job_until_all_is_there(
     make_node: MakeNode, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ class State(str, Enum):
     running = "running"
     done = "done"
     dead = "dead"
+    superseded = "superseded"
 
 
 app = new_app("medseg-hospital")

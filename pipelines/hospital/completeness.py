@@ -91,6 +91,7 @@ class Completeness:
                 selection = Selection((), (f"{gone} of {images} images were removed as published long ago: send all",))
             orders = [_order(series_id, revision, rule, models[rule.model]) for rule in selection.taken]
             added = [order for order in orders if self._jobs.put(connection, order)]
+            superseded = self._jobs.supersede(connection, series_id, revision)
             connection.execute(
                 series.update()
                 .where(series.c.id == series_id)
@@ -104,6 +105,9 @@ class Completeness:
             )
         log.info("series %s is complete as revision %d (%d images): %s", series_id, revision, images, selection)
         self._audit.record("complete", series=series_id, revision=revision, images=images, assumed=assumed)
+        for job_id in superseded:
+            log.info("job %s is superseded by revision %d", job_id, revision)
+            self._audit.record("superseded", series=series_id, job=job_id, revision=revision)
         for order in added:
             self._audit.record(
                 "selected", series=series_id, job=order.id, rule=order.rule, model_sha256=order.model_sha256

@@ -94,7 +94,7 @@ jobs = sa.Table(
     # what of the rule a result depends on
     sa.Column("order", sa.JSON, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
-    # queued, running, done, dead
+    # queued, running, done, dead, superseded (by a later revision of the series)
     sa.Column("state", sa.String(16), nullable=False),
     # selected, checked, inferred, encoded, published, confirmed
     sa.Column("step", sa.String(16), nullable=False),
@@ -120,7 +120,7 @@ deliveries = sa.Table(
     sa.Column("job_id", ID, sa.ForeignKey("jobs.id"), primary_key=True),
     sa.Column("destination", sa.String(64), primary_key=True),
     sa.Column("format", sa.String(16), primary_key=True),
-    # waiting, sending, sent (commitment is waited for), done, dead
+    # waiting, sending, sent (commitment is waited for), done, dead, superseded
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("first_tried_at", sa.Float),

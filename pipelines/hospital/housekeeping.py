@@ -18,8 +18,8 @@ DAY_S = 86400.0
 def clear_published(node: Node) -> int:
     """Removes received files and results of studies that are through for `storage.keep_days`; how many studies.
 
-    Through: nothing is being received, every job is done and confirmed, nothing is on its way out. A file that is sent
-    to the node again comes back; the same jobs are not done again.
+    Through: nothing is being received, every job is done and confirmed or superseded, nothing is on its way out. A file
+    that is sent to the node again comes back; the same jobs are not done again.
     """
     keep_days = node.settings.storage.keep_days
     if keep_days is None:
@@ -41,11 +41,19 @@ def _clear(node: Node, study_id: str, before: float) -> bool:
         if any(row.state != "complete" or row.last_at >= before for row in rows):
             return False
         done = connection.execute(sa.select(jobs).where(jobs.c.series_id.in_(ids))).all()
-        if any(job.state != "done" or job.step != "confirmed" or (job.finished_at or before) >= before for job in done):
+        through = (("done", "confirmed"), ("superseded", None))
+        if any(
+            (job.state, job.step if job.state == "done" else None) not in through
+            or (job.finished_at or before) >= before
+            for job in done
+        ):
             return False
         job_ids = [job.id for job in done]
         sent = connection.execute(sa.select(deliveries).where(deliveries.c.job_id.in_(job_ids))).all()
-        if any(row.state != "done" or (row.confirmed_at or before) >= before for row in sent):
+        if any(
+            row.state != "superseded" and (row.state != "done" or (row.confirmed_at or before) >= before)
+            for row in sent
+        ):
             return False
         there = (instances.c.series_id.in_(ids), instances.c.gone_at.is_(None))
         files = connection.execute(sa.select(instances.c.file, instances.c.received_at).where(*there)).all()

@@ -2,7 +2,8 @@
 
 A job is leased to a worker and lost where the lease is not renewed. Everything that is decided is decided in one
 transaction of the database, so that a process may be killed at any moment. Steps: selected → checked → inferred →
-encoded → published → confirmed; the last two follow from the deliveries, which publish.py sends.
+encoded → published → confirmed; the last two follow from the deliveries, which publish.py sends. What is not done of a
+revision when a later one is there is `superseded`: nobody is to get the older result after the newer one.
 """
 
 from __future__ import annotations
@@ -91,6 +92,11 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def superseded_by(revision: int) -> str:
+    """Why something is superseded."""
+    return f"images came later: revision {revision} took its place"
+
+
 class Jobs:
     """The queue in a database."""
 
@@ -124,16 +130,37 @@ class Jobs:
         )
         return True
 
+    def supersede(self, connection: sa.Connection, series_id: str, revision: int) -> tuple[str, ...]:
+        """In the caller's transaction: jobs of earlier revisions that are not done never will be; their ids."""
+        held = (
+            jobs.c.series_id == series_id,
+            jobs.c.revision < revision,
+            jobs.c.state.in_(("queued", "running", "dead")),
+        )
+        values = {
+            "state": "superseded",
+            # why a dead one failed stays
+            "reason": sa.case((jobs.c.state == "dead", jobs.c.reason), else_=superseded_by(revision)),
+            "finished_at": sa.func.coalesce(jobs.c.finished_at, self._database.now(connection)),
+            "token": None,
+            "lease_until": None,
+        }
+        return tuple(connection.scalars(jobs.update().where(*held).values(values).returning(jobs.c.id)))
+
     def claim(self, worker: Worker) -> Job | None:
-        """The job of the greatest priority that waits, the oldest of those; None where none does."""
+        """The job of the greatest priority that waits, the oldest of those; None where none does.
+
+        One of a series that more images come of waits for them: a later revision will take its place.
+        """
         with self._database.writing() as connection:
             now = self._database.now(connection)
+            whole = sa.select(series.c.id).where(series.c.state == "complete")
             waiting = (
                 sa.select(jobs.c.id)
-                .where(jobs.c.state == "queued", jobs.c.not_before <= now)
+                .where(jobs.c.state == "queued", jobs.c.not_before <= now, jobs.c.series_id.in_(whole))
                 .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
                 .limit(1)
-                .with_for_update(skip_locked=True)
+                .with_for_update(skip_locked=True, of=jobs)
             )
             chosen = connection.scalar(waiting)
             if chosen is None:

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 SILENT_S = 60.0
 # parts that a node cannot do without
 NEEDED = ("gateway", "worker")
-JOB_STATES = ("queued", "running", "done", "dead")
-DELIVERY_STATES = ("waiting", "sending", "sent", "done", "dead")
+JOB_STATES = ("queued", "running", "done", "dead", "superseded")
+DELIVERY_STATES = ("waiting", "sending", "sent", "done", "dead", "superseded")
 # a transaction that ends a job is seen by others at most so much later than the time that it writes
 LATE_S = 600.0
 

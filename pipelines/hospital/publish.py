@@ -89,6 +89,9 @@ class Publisher:
         self._deliveries.renew([batch.token for batch in self._running.values()])
         if freed := self._deliveries.release_expired():
             log.warning("%d deliveries of a worker that is gone are sent again", freed)
+        for job, name, format in self._deliveries.supersede():
+            self._node.audit.record("superseded", job=job, destination=name, format=format)
+            log.info("%s of job %s to %s: superseded by a later revision", format, job, name)
         for job, format in self._deliveries.give_up_unknown(self._destinations):
             self._node.audit.record("dead", job=job, format=format, reason="its destination is not in the settings")
 

@@ -235,7 +235,7 @@ class _WorkerPart:
 
     def _give_up(self, job: Job, held: _Held) -> None:
         if held.lost.is_set():
-            log.warning("job %s is another's by now: it took longer than its lease", job.id)
+            log.warning("job %s is given up: it is another's, or a later revision of its series is there", job.id)
             return
         if self._node.jobs.hand_back(job.id, self._node.me):
             log.info("job %s is queued again: this worker ends, or cannot go on", job.id)
