@@ -26,6 +26,9 @@ metadata = sa.MetaData()
 
 about = sa.Table("about", metadata, sa.Column("schema_version", sa.Integer, nullable=False))
 
+# what the folder of the node is known by
+identity = sa.Table("identity", metadata, sa.Column("node_id", ID, nullable=False))
+
 series = sa.Table(
     "series",
     metadata,
@@ -243,6 +246,11 @@ class Database:
             return time.time()
         return float(connection.scalar(sa.select(sa.func.extract("epoch", sa.func.clock_timestamp()))) or 0.0)
 
+    def lock_all(self, connection: sa.Connection) -> None:
+        """Until the transaction ends, no other part of the node starts: several may at once."""
+        if not self.is_sqlite:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7235710)"))
+
     def close(self) -> None:
         """All connections are closed."""
         self._engine.dispose()
@@ -251,9 +259,7 @@ class Database:
         """Makes what tables are missing. Raises `ConfigError` where another version of the node made them."""
         try:
             with self.writing() as connection:
-                if not self.is_sqlite:
-                    # several parts may start at once
-                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(7235710)"))
+                self.lock_all(connection)
                 metadata.create_all(connection)
                 found = connection.scalar(sa.select(about.c.schema_version))
                 if found is None:

@@ -58,6 +58,8 @@ def readiness(node: Node) -> Readiness:
             for kind in NEEDED
             if now - seen.get(kind, float("-inf")) > SILENT_S
         ]
+    if not node.store.is_here():
+        lacking.append("the folder of the node is not there; is its disk mounted?")
     if not node.store.has_room():
         lacking.append(f"the disk has {node.store.free_bytes / 1e9:.1f} GB left: nothing is taken in any more")
     return Readiness(tuple(lacking))

@@ -69,7 +69,9 @@ class Publisher:
                     if time.monotonic() >= upkeep_at:
                         self._keep_up()
                         upkeep_at = time.monotonic() + self._node.settings.worker.lease_s / 4
-                    self._look(pool)
+                    if self._node.store.is_here():
+                        # else all would be missing; the worker says so
+                        self._look(pool)
                 except sa.exc.SQLAlchemyError as error:
                     log.error("publishing waits: the database cannot be used (%s)", type(error).__name__)
                     pause_s = PAUSE_S
@@ -158,6 +160,8 @@ class Publisher:
             try:
                 parcels.append(open_parcel(self._node.store, delivery))
             except UnsendableError as error:
+                if not self._node.store.is_here():
+                    continue
                 left.remove(delivery)
                 if self._deliveries.never(batch, delivery, str(error)):
                     self._tell("dead", delivery, str(error))

@@ -140,6 +140,10 @@ class _WorkerPart:
 
     def _turn(self) -> float:
         """Does one job, where there is one and all is well; so many seconds the next turn has time."""
+        if not self._node.store.is_here():
+            self._say("folder", f"{self._node.store.folder} is not the node's; is its disk mounted? no job is begun")
+            return NO_ROOM_S
+        self._say("folder", None)
         if not self._node.store.has_room():
             free, least = self._node.store.free_bytes / 1e9, self._node.settings.storage.least_free_gb
             self._say("room", f"the disk has {free:.1f} GB left, less than {least:g} (least_free_gb): no job is begun")
@@ -182,7 +186,8 @@ class _WorkerPart:
         outcome = self._ask(job, held)
         if outcome.end == "done":
             self._finish(job, held, rule, outcome.result)
-        elif outcome.end == "dropped":
+        elif outcome.end == "dropped" or not self._node.store.is_here():
+            # without its disk nothing can be said of a job
             self._give_up(job, held)
         else:
             self._fail(job, held, outcome)
@@ -270,7 +275,8 @@ class _WorkerPart:
     def _keep_house(self) -> None:
         while not self._ending.wait(HOUSE_S):
             try:
-                clear_published(self._node)
+                if self._node.store.is_here():
+                    clear_published(self._node)
             except OUT_OF_REACH as error:
                 log.warning("what was published long ago could not be removed (%s)", type(error).__name__)
 
