@@ -20,6 +20,7 @@ from hospital_node import (
     header,
     jobs_of,
     leaks,
+    model_folder,
     node_settings,
     rows_of,
     send,
@@ -361,6 +362,19 @@ def test_a_series_that_no_rule_takes_says_why(make_node: MakeNode, tmp_path: Pat
     closing(node).look()
     assert the_series(node).selection == "mr: modality is not MR"
     assert jobs_of(node) == []
+
+
+def test_rules_that_ask_for_the_same_make_one_job_for_all_of_them(make_node: MakeNode, tmp_path: Path) -> None:
+    folder = str(model_folder(tmp_path / "model"))
+    rules = [{"name": name, "model": folder, "priority": n} for n, name in enumerate(("care", "study"))]
+    rules.append({"name": "other", "model": folder, "tta": "flip"})
+    node = make_node(completeness={"quiet_s": 0.001}, rules=rules)
+    take(node, slices(tmp_path / "ct", 5))
+    made_quiet(node)
+    assert closing(node).look() == 1
+    held = [node.jobs.claim(node.me), node.jobs.claim(node.me)]
+    assert [job.rules for job in held if job is not None] == [("care", "study"), ("other",)]
+    assert node.jobs.claim(node.me) is None
 
 
 def test_another_model_is_another_job(tmp_path: Path) -> None:

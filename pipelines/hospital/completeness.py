@@ -6,7 +6,8 @@ A slice that comes later makes a new revision, never an addition to the one befo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -89,7 +90,7 @@ class Completeness:
             if gone:
                 # a part of a series could make a volume, and a wrong one
                 selection = Selection((), (f"{gone} of {images} images were removed as published long ago: send all",))
-            orders = [_order(series_id, revision, rule, models[rule.model]) for rule in selection.taken]
+            orders = _together(_order(series_id, revision, rule, models[rule.model]) for rule in selection.taken)
             added = [order for order in orders if self._jobs.put(connection, order)]
             superseded = self._jobs.supersede(connection, series_id, revision)
             connection.execute(
@@ -124,6 +125,17 @@ def _order(series_id: str, revision: int, rule: RuleSettings, model: ModelFiles)
         "resample_gaps": rule.resample_gaps,
     }
     return Order(series_id, revision, rule.name, rule.model, model.weights_sha256, settings, rule.priority)
+
+
+def _together(orders: Iterable[Order]) -> list[Order]:
+    """Rules that ask for the same, and differ in where it goes, make one job of all of them."""
+    made: dict[str, Order] = {}
+    for order in orders:
+        first = made.get(order.id)
+        if first is not None:
+            order = replace(first, also=(*first.also, order.rule), priority=max(first.priority, order.priority))
+        made[order.id] = order
+    return list(made.values())
 
 
 def _known(row: Any, images: int) -> SeriesKnown:

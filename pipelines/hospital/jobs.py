@@ -20,11 +20,16 @@ from medseg_pipelines.hospital.database import Database, deliveries, instances, 
 STEPS = ("selected", "checked", "inferred", "encoded", "published", "confirmed")
 # a job whose worker was gone so often is taken for what ended it
 MOST_LOSSES = 5
+# in the record of an order: the names of the other rules
+ALSO = "also_for"
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be made of a revision of a series; `settings`: what of the rule the result depends on."""
+    """What is to be made of a revision of a series; `settings`: what of the rule the result depends on.
+
+    `also`: other rules that ask for the very same.
+    """
 
     series_id: str
     revision: int
@@ -33,6 +38,7 @@ class Order:
     model_sha256: str
     settings: Mapping[str, Any]
     priority: int = 0
+    also: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -56,6 +62,11 @@ class Job:
     step: str
     attempts: int
     files: tuple[str, ...]
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """All rules that the job is done for."""
+        return (self.rule, *map(str, self.order.get(ALSO, ())))
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Jobs:
                 rule=order.rule,
                 model=order.model,
                 model_sha256=order.model_sha256,
-                order=dict(order.settings),
+                order=dict(order.settings) | ({ALSO: list(order.also)} if order.also else {}),
                 priority=order.priority,
                 state="queued",
                 step="selected",
