@@ -27,7 +27,7 @@ from medseg_pipelines.hospital.database import open_database
 from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
-from medseg_pipelines.hospital.supervisor import Part, supervise
+from medseg_pipelines.hospital.supervisor import Part, end_with_supervisor, supervise
 
 log = logging.getLogger("medseg.hospital")
 
@@ -181,6 +181,7 @@ def audit(
 def _run_part(
     config: Path, kind: str, number: int, part: Callable[[Node, threading.Event], None], verbose: bool
 ) -> None:
+    end_with_supervisor()
     _log(verbose)
     settings: NodeSettings = read_settings(config)
     node = open_node(settings, kind, number)
