@@ -7,7 +7,7 @@ import shutil
 
 import sqlalchemy as sa
 
-from medseg_pipelines.hospital.database import deliveries, instances, jobs, series
+from medseg_pipelines.hospital.database import deliveries, instances, jobs, parts, refusals, series
 from medseg_pipelines.hospital.node import Node
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,45 @@ def clear_published(node: Node) -> int:
         kept = sa.select(series.c.study_id).join(instances).where(instances.c.gone_at.is_(None))
         old = kept.where(series.c.last_at < before).distinct()
         studies = list(connection.scalars(old.order_by(series.c.study_id)))
-    return sum(_clear(node, study, before) for study in studies)
+    return sum(_cleared(node, study, before) for study in studies)
+
+
+def clear_leavings(node: Node) -> int:
+    """Removes what nobody asks for any more after `storage.keep_days`; how many files and folders.
+
+    That is what was refused, with its rows; parts that have been silent so long; folders that workers were killed in.
+    """
+    keep_days = node.settings.storage.keep_days
+    if keep_days is None:
+        return 0
+    with node.database.writing() as connection:
+        before = node.database.now(connection) - keep_days * DAY_S
+        connection.execute(refusals.delete().where(refusals.c.at < before))
+        connection.execute(parts.delete().where(parts.c.seen_at < before))
+        # one that came again since is still looked for
+        named = set(connection.scalars(sa.select(refusals.c.file)))
+    removed = 0
+    for path in node.store.refused.iterdir():
+        if path.relative_to(node.store.folder).as_posix() not in named and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+            removed += 1
+    for path in node.store.work.iterdir():
+        # with hard links to images, which hold the disk
+        if path.is_dir() and path.stat().st_mtime < before:
+            shutil.rmtree(path, ignore_errors=True)
+            removed += 1
+    if removed:
+        log.info("%d files and folders that nobody asks for any more are removed", removed)
+    return removed
+
+
+def _cleared(node: Node, study_id: str, before: float) -> bool:
+    """One that cannot be removed is no reason to keep the others."""
+    try:
+        return _clear(node, study_id, before)
+    except OSError as error:
+        log.warning("study %s: what was published long ago cannot be removed (%s)", study_id, error.strerror)
+        return False
 
 
 def _clear(node: Node, study_id: str, before: float) -> bool:

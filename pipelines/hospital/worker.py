@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 import medseg
 from medseg_pipelines.hospital.children import COMMAND, START_S, Children, Outcome, StartError
-from medseg_pipelines.hospital.housekeeping import clear_published
+from medseg_pipelines.hospital.housekeeping import clear_leavings, clear_published
 from medseg_pipelines.hospital.jobs import Job, Released
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.publish import Publisher
@@ -279,6 +279,7 @@ class _WorkerPart:
             try:
                 if self._node.store.is_here():
                     clear_published(self._node)
+                    clear_leavings(self._node)
             except OUT_OF_REACH as error:
                 log.warning("what was published long ago could not be removed (%s)", type(error).__name__)
 
