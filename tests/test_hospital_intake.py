@@ -330,6 +330,40 @@ def test_a_slice_that_comes_when_the_rest_was_removed_makes_no_job_until_all_is_
     assert look.look() == 0
 
 
+def test_what_was_removed_may_come_again_with_another_content(make_node: MakeNode, tmp_path: Path) -> None:
+    """A PACS gives back the same image with other bytes: that is no copy of a file that is gone."""
+    node = make_node(completeness={"quiet_s": 0.001})
+    look = closing(node)
+    files = slices(tmp_path / "ct", 3)
+    take(node, files)
+    made_quiet(node)
+    assert look.look() == 1
+    with node.database.writing() as connection:
+        # as housekeeping leaves it
+        connection.execute(instances.update().values(gone_at=1.0))
+    for row in rows_of(node, instances):
+        (node.store.folder / row.file).unlink()
+    for k, path in enumerate(files):
+        changed = header(1, k)
+        changed.InstitutionName = "of the PACS"
+        changed.save_as(path, enforce_file_format=True)
+    assert take(node, files[:2]) == ["new", "new"]
+    made_quiet(node)
+    assert look.look() == 1
+    assert "1 of 3 images were removed" in the_series(node).selection
+    assert take(node, files[2:]) == ["new"]
+    assert take(node, files) == ["known"] * 3
+    made_quiet(node)
+    assert look.look() == 1
+    row, (_, second) = the_series(node), jobs_of(node)
+    assert (row.images, row.revision, second.revision) == (3, 3, 3)
+    job = node.jobs.claim(node.me)
+    assert job is not None
+    assert (job.revision, len(job.files)) == (3, 3)
+    held = rows_of(node, instances, ~instances.c.is_copy)
+    assert sorted(one.sha256 for one in held) == sorted(map(sha256_of, files))
+
+
 def test_a_series_that_is_sent_again_before_it_is_closed_is_not_quiet(make_node: MakeNode, tmp_path: Path) -> None:
     node = make_node(completeness={"quiet_s": 30.0})
     files = slices(tmp_path / "ct")
