@@ -411,6 +411,24 @@ def test_rules_that_ask_for_the_same_make_one_job_for_all_of_them(make_node: Mak
     assert node.jobs.claim(node.me) is None
 
 
+def test_a_model_that_is_missing_holds_up_its_own_series_alone(make_node: MakeNode, tmp_path: Path) -> None:
+    rules = [
+        {"name": name, "model": str(model_folder(tmp_path / name)), "when": {"images": [number, number]}}
+        for number, name in ((3, "three"), (4, "four"))
+    ]
+    node = make_node(completeness={"quiet_s": 0.001}, rules=rules)
+    look = closing(node)
+    for number, count in ((1, 3), (2, 4), (3, 3)):
+        take(node, slices(tmp_path / "ct", count, number=number))
+    made_quiet(node)
+    away = (tmp_path / "three" / "model.safetensors").rename(tmp_path / "away")
+    with pytest.raises(medseg.ConfigError, match=r"rule three: model"):
+        look.look()
+    assert [the_series(node, number).state for number in (1, 2, 3)] == ["receiving", "complete", "receiving"]
+    away.rename(tmp_path / "three" / "model.safetensors")
+    assert look.look() == 2
+
+
 def test_another_model_is_another_job(tmp_path: Path) -> None:
     models = Models()
     rule = RuleSettings(name="ct", model=str(tmp_path / "model"))
