@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hospital_publishing import finish_job, new_node, state_of, step_of
 from medseg_pipelines.hospital.database import deliveries, destinations, jobs, series
 from medseg_pipelines.hospital.deliveries import Batch, Deliveries, Patience, open_deliveries
 from medseg_pipelines.hospital.node import Node
+from medseg_pipelines.hospital.replaying import replay_job
 
 NewNode = Callable[..., Node]
 
@@ -90,6 +92,33 @@ def test_the_last_two_deliveries_of_a_job_settled_at_once_confirm_it(node_of: Ne
         for thread in threads:
             thread.join(60)
         assert step_of(node, job) == "confirmed"
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed", ""])
+def test_a_result_that_is_not_whole_is_made_again_when_its_delivery_is_replayed(
+    node_of: NewNode, file: Path, damage: str
+) -> None:
+    node = node_of()
+    (job,) = add(node, file)
+    folder = node.store.results / job
+    if damage == "lost":
+        shutil.rmtree(folder)
+    elif damage:
+        (folder / "dicom-seg.dcm").write_bytes(b"other")
+    with node.database.writing() as connection:
+        connection.execute(deliveries.update().values(state="dead"))
+    assert replay_job(node, job, user=None)
+    if not damage:
+        assert node.jobs.claim(node.me) is None
+        assert open_deliveries(node).claim("out", "w", most=8) is not None
+        return
+    # what is to be sent is not there yet
+    assert open_deliveries(node).claim("out", "w", most=8) is None
+    again = node.jobs.claim(node.me)
+    assert again is not None
+    assert again.id == job
+    assert node.jobs.finish(job, node.me, {}, [("out", "dicom-seg")])
+    assert open_deliveries(node).claim("out", "w", most=8) is not None
 
 
 def revised(node: Node, file: Path, count: int = 1) -> list[str]:

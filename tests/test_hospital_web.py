@@ -421,7 +421,7 @@ def test_a_dead_job_is_tried_again(client: TestClient, node: Node) -> None:
 
 def test_a_dead_delivery_is_sent_again_and_the_others_are_not(client: TestClient, node: Node) -> None:
     series_id = add_series(node.database)
-    job_id = add_job(node.database, series_id, state="done")
+    job_id = add_job(node.database, series_id, state="done", result={})
     add_delivery(node.database, job_id, "pacs")
     add_delivery(node.database, job_id, "archive", state="dead", attempts=41, reason="refused")
     page = client.get(f"/studies/{study_of(node.database, series_id)}").text

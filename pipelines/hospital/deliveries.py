@@ -336,7 +336,7 @@ class Deliveries:
             free = [d.state == state, d.not_before <= now, sa.or_(d.lease_until.is_(None), d.lease_until < now)]
             if state == "waiting":
                 # and one of a later revision waits until that of an earlier one has arrived
-                free += [d.job_id.not_in(_outdated()), ~_earlier_is_sent(destination).exists()]
+                free += [jobs.c.state == "done", d.job_id.not_in(_outdated()), ~_earlier_is_sent(destination).exists()]
             found = connection.execute(
                 sa.select(d.job_id, d.destination, d.format, d.attempts, jobs.c.result)
                 .join(jobs, jobs.c.id == d.job_id)

@@ -279,6 +279,13 @@ class Jobs:
             )
             return bool(done.rowcount)
 
+    def remake(self, job_id: str) -> bool:
+        """A job that is done is begun again: what it made is lost or damaged. False where it is not done."""
+        with self._database.writing() as connection:
+            anew = {"state": "queued", "step": "selected", "attempts": 0, "losses": 0, "not_before": 0.0}
+            done = (jobs.c.id == job_id, jobs.c.state == "done")
+            return bool(connection.execute(jobs.update().where(*done).values(anew | {"finished_at": None})).rowcount)
+
     def listed(self, state: str | None = None) -> tuple[Listed, ...]:
         """All jobs, or those in a state, the newest first."""
         columns = [jobs.c[name] for name in ("id", "state", "step", "rule", "attempts", "reason")]
