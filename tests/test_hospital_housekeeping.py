@@ -15,9 +15,9 @@ from hospital_node import slices
 from hospital_publishing import audit_events, finish_job, new_node, state_of
 
 from medseg_pipelines.hospital import housekeeping
-from medseg_pipelines.hospital.database import deliveries, instances, jobs, parts, refusals, series
+from medseg_pipelines.hospital.database import deliveries, destinations, instances, jobs, parts, refusals, series
 from medseg_pipelines.hospital.deliveries import open_deliveries
-from medseg_pipelines.hospital.housekeeping import DAY_S, clear_leavings, clear_published
+from medseg_pipelines.hospital.housekeeping import DAY_S, clear_leavings, clear_published, mend_times
 from medseg_pipelines.hospital.intake import NoRoomError
 from medseg_pipelines.hospital.jobs import Order
 from medseg_pipelines.hospital.node import Node
@@ -162,6 +162,24 @@ def test_a_study_that_cannot_be_removed_keeps_no_other(
     monkeypatch.setattr(housekeeping, "_clear", clear)
     assert clear_published(node) == 1
     assert len(tried) == 2
+
+
+def test_a_clock_that_was_set_back_lets_nothing_wait(node: Node, tmp_path: Path) -> None:
+    series_id, _ = published(node, tmp_path)
+    run_another(node, series_id, "", tmp_path)
+    node.beat()
+    with node.database.writing() as connection:
+        soon = node.database.now(connection) + DAY_S / 2
+        connection.execute(destinations.update().values(not_before=soon))
+        connection.execute(series.update().values(last_at=soon + OLD_S))
+        connection.execute(jobs.update().where(jobs.c.state == "running").values(lease_until=soon + OLD_S))
+    assert node.jobs.release_expired() == ()
+    assert mend_times(node) == 2
+    assert mend_times(node) == 0
+    assert len(node.jobs.release_expired()) == 1
+    with node.database.reading() as connection:
+        assert connection.scalar(sa.select(destinations.c.not_before)) == soon
+        assert connection.scalar(sa.select(series.c.last_at)) < soon
 
 
 def queue_another(node: Node, series_id: str, job: str, tmp_path: Path) -> None:

@@ -7,12 +7,18 @@ import shutil
 
 import sqlalchemy as sa
 
-from medseg_pipelines.hospital.database import deliveries, instances, jobs, parts, refusals, series
+from medseg_pipelines.hospital.database import deliveries, destinations, instances, jobs, parts, refusals, series
 from medseg_pipelines.hospital.node import Node
 
 log = logging.getLogger(__name__)
 
 DAY_S = 86400.0
+# nothing is put off for so long, or leased: a time further ahead was written by a clock that has been set back since
+MOST_AHEAD_S = DAY_S
+TIMES = (
+    *(series.c.last_at, series.c.asked_at, jobs.c.not_before, jobs.c.lease_until),
+    *(deliveries.c.not_before, deliveries.c.lease_until, destinations.c.not_before, parts.c.seen_at),
+)
 
 
 def clear_published(node: Node) -> int:
@@ -59,6 +65,19 @@ def clear_leavings(node: Node) -> int:
     if removed:
         log.info("%d files and folders that nobody asks for any more are removed", removed)
     return removed
+
+
+def mend_times(node: Node) -> int:
+    """What would wait for a time that a wrong clock has written waits no more; how many rows."""
+    mended = 0
+    for column in TIMES:
+        with node.database.writing() as connection:
+            now = node.database.now(connection)
+            ahead = column.table.update().where(column > now + MOST_AHEAD_S).values({column.name: now})
+            mended += int(connection.execute(ahead).rowcount)
+    if mended:
+        log.warning("%d times were more than a day ahead: the clock has been set back; they are now", mended)
+    return mended
 
 
 def _cleared(node: Node, study_id: str, before: float) -> bool:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 import medseg
 from medseg_pipelines.hospital.children import COMMAND, START_S, Children, Outcome, StartError
-from medseg_pipelines.hospital.housekeeping import clear_leavings, clear_published
+from medseg_pipelines.hospital.housekeeping import clear_leavings, clear_published, mend_times
 from medseg_pipelines.hospital.jobs import Job, Released
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.publish import Publisher
@@ -277,6 +277,7 @@ class _WorkerPart:
     def _keep_house(self) -> None:
         while not self._ending.wait(HOUSE_S):
             try:
+                mend_times(self._node)
                 if self._node.store.is_here():
                     clear_published(self._node)
                     clear_leavings(self._node)
