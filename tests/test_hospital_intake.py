@@ -39,7 +39,7 @@ from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.rules import SeriesKnown, select
 from medseg_pipelines.hospital.settings import RuleSettings, WhenSettings
 from medseg_pipelines.hospital.store import Store, sha256_of
-from medseg_pipelines.hospital.threads import Threads, told
+from medseg_pipelines.hospital.threads import told
 
 MakeNode = Callable[..., Node]
 
@@ -560,9 +560,6 @@ def test_only_what_is_old_is_swept(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-# ---- threads
-
-
 def test_every_association_has_a_connection_to_the_database(make_node: MakeNode) -> None:
     """A database that hangs is waited for by each on its own; those that keep the gateway alive are not shut out."""
     node = make_node()
@@ -570,34 +567,3 @@ def test_every_association_has_a_connection_to_the_database(make_node: MakeNode)
         for _ in range(node.settings.gateway.most_associations + 5):
             held.enter_context(node.database.reading())
         node.beat()
-
-
-@pytest.mark.parametrize(
-    "error", [medseg.ModelError("a model is being replaced"), sa.exc.TimeoutError("no connection is free")]
-)
-def test_what_passes_by_itself_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture, error: Exception) -> None:
-    stop, calls = threading.Event(), []
-
-    def work() -> None:
-        calls.append(len(calls))
-        if len(calls) < 4:
-            raise error
-
-    threads = Threads(stop)
-    caplog.set_level("INFO")
-    threads.every("work", 0.01, work)
-    wait_for(lambda: len(calls) > 5)
-    stop.set()
-    threads.wait()
-    assert caplog.text.count(f"work does not work: {told(error)}; it is tried again") == 1
-    assert caplog.text.count("work works again") == 1
-
-
-def test_a_thread_that_ends_by_itself_ends_all() -> None:
-    stop = threading.Event()
-    threads = Threads(stop)
-    threads.every("other", 0.01, lambda: None)
-    threads.start("short", lambda _: None)
-    with pytest.raises(medseg.MedsegError, match="short has ended by itself"):
-        threads.wait()
-    assert stop.is_set()
