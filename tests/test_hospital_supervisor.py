@@ -41,6 +41,18 @@ def running(root: Path, values: dict[str, Any]) -> Iterator[subprocess.Popen[byt
                 one.kill()
 
 
+def test_a_database_that_is_not_up_yet_does_not_end_the_node(tmp_path: Path) -> None:
+    values = settings_dict(tmp_path, database=f"postgresql://medseg@127.0.0.1:{free_port()}/medseg")
+    with running(tmp_path, values) as process:
+        wait_for(lambda: process.poll() is not None or b"has ended (2); it is started again" in log_of(tmp_path))
+        assert process.poll() is None
+    assert b"the parts are started, and try again" in log_of(tmp_path)
+
+
+def log_of(root: Path) -> bytes:
+    return (root / "log").read_bytes().replace(b"\n", b" ")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_parts_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     values = settings_dict(tmp_path, web={"port": free_port(), "secure": False})

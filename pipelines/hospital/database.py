@@ -201,6 +201,10 @@ def count(connection: sa.Connection, name: str, *, by: int = 1) -> None:
     connection.execute(counters.update().where(counters.c.name == name).values(value=counters.c.value + by))
 
 
+class DatabaseDownError(medseg.ConfigError):
+    """The database does not answer, which passes by itself where it only starts later than the node."""
+
+
 class Database:
     """Connections to the node's tables, for threads of one process."""
 
@@ -269,7 +273,9 @@ class Database:
                     if name not in there:
                         connection.execute(counters.insert().values(name=name, value=0))
         except sa.exc.SQLAlchemyError as error:
-            raise medseg.ConfigError(
+            # also where the address or the password is wrong: a database that starts says no better
+            is_down = isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError))
+            raise (DatabaseDownError if is_down else medseg.ConfigError)(
                 f"database {self.url.render_as_string()}: cannot be used ({_first_line(error)}); "
                 "check that it runs and that its user may make tables"
             ) from error
