@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,10 @@ import sqlalchemy as sa
 from hospital_peers import wait_for
 from hospital_publishing import finish_job, new_node, state_of, step_of
 
-from medseg_pipelines.hospital.database import deliveries, destinations, jobs
+from medseg_pipelines.hospital.database import deliveries, destinations, jobs, series
 from medseg_pipelines.hospital.deliveries import Batch, Deliveries, Patience, open_deliveries
 from medseg_pipelines.hospital.node import Node
+from medseg_pipelines.hospital.replaying import replay_job
 
 NewNode = Callable[..., Node]
 
@@ -90,6 +92,84 @@ def test_the_last_two_deliveries_of_a_job_settled_at_once_confirm_it(node_of: Ne
         for thread in threads:
             thread.join(60)
         assert step_of(node, job) == "confirmed"
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed", ""])
+def test_a_result_that_is_not_whole_is_made_again_when_its_delivery_is_replayed(
+    node_of: NewNode, file: Path, damage: str
+) -> None:
+    node = node_of()
+    (job,) = add(node, file)
+    folder = node.store.results / job
+    if damage == "lost":
+        shutil.rmtree(folder)
+    elif damage:
+        (folder / "dicom-seg.dcm").write_bytes(b"other")
+    with node.database.writing() as connection:
+        connection.execute(deliveries.update().values(state="dead"))
+    assert replay_job(node, job, user=None)
+    if not damage:
+        assert node.jobs.claim(node.me) is None
+        assert open_deliveries(node).claim("out", "w", most=8) is not None
+        return
+    # what is to be sent is not there yet
+    assert open_deliveries(node).claim("out", "w", most=8) is None
+    again = node.jobs.claim(node.me)
+    assert again is not None
+    assert again.id == job
+    assert node.jobs.finish(job, node.me, {}, [("out", "dicom-seg")])
+    assert open_deliveries(node).claim("out", "w", most=8) is not None
+
+
+def revised(node: Node, file: Path, count: int = 1) -> list[str]:
+    """Jobs that are made of a series, and then one of its second revision."""
+    made = add(node, file, count)
+    with node.database.writing() as connection:
+        connection.execute(series.update().values(revision=2))
+    made += add(node, file, first=count)
+    with node.database.writing() as connection:
+        connection.execute(jobs.update().where(jobs.c.id == made[-1]).values(revision=2))
+    return made
+
+
+@pytest.mark.parametrize("state", ["waiting", "dead"])
+def test_what_has_not_gone_out_of_an_earlier_revision_never_does(node_of: NewNode, file: Path, state: str) -> None:
+    node = node_of()
+    rows = open_deliveries(node)
+    old, new = revised(node, file)
+    with node.database.writing() as connection:
+        connection.execute(deliveries.update().where(deliveries.c.job_id == old).values(state=state))
+    assert rows.due() == {"out": {"waiting"}}
+    batch = rows.claim("out", "w", most=8)
+    assert batch is not None
+    assert [delivery.job_id for delivery in batch.deliveries] == [new]
+    assert rows.supersede() == ((old, "out", "dicom-seg"),)
+    assert rows.supersede() == ()
+    assert (state_of(node, old).state, step_of(node, old)) == ("superseded", "confirmed")
+    assert rows.replay(old) == 0
+    assert rows.sent(batch, batch.deliveries[0], confirmed=True)
+    assert (rows.due(), step_of(node, new)) == ({}, "confirmed")
+
+
+def test_a_later_revision_waits_until_an_earlier_one_has_arrived(node_of: NewNode, file: Path) -> None:
+    """Else a slow association could bring the older result last."""
+    node = node_of()
+    rows = open_deliveries(node)
+    (old,) = add(node, file)
+    first = rows.claim("out", "w", most=8)
+    assert first is not None
+    with node.database.writing() as connection:
+        connection.execute(series.update().values(revision=2))
+    (new,) = add(node, file, first=1)
+    with node.database.writing() as connection:
+        connection.execute(jobs.update().where(jobs.c.id == new).values(revision=2))
+    assert rows.claim("out", "w", most=8) is None
+    assert rows.supersede() == ()
+    assert rows.sent(first, first.deliveries[0], confirmed=True)
+    second = rows.claim("out", "w", most=8)
+    assert second is not None
+    assert [delivery.job_id for delivery in second.deliveries] == [new]
+    assert state_of(node, old).state == "done"
 
 
 def test_a_job_is_published_when_all_is_sent(node_of: NewNode, file: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,10 @@ import sqlalchemy as sa
 from hospital_node import slices
 from hospital_publishing import audit_events, finish_job, new_node, state_of
 
-from medseg_pipelines.hospital.database import deliveries, instances, jobs, series
+from medseg_pipelines.hospital import housekeeping
+from medseg_pipelines.hospital.database import deliveries, destinations, instances, jobs, parts, refusals, series
 from medseg_pipelines.hospital.deliveries import open_deliveries
-from medseg_pipelines.hospital.housekeeping import DAY_S, clear_published
+from medseg_pipelines.hospital.housekeeping import DAY_S, clear_leavings, clear_published, mend_times
 from medseg_pipelines.hospital.intake import NoRoomError
 from medseg_pipelines.hospital.jobs import Order
 from medseg_pipelines.hospital.node import Node
@@ -96,6 +99,87 @@ def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
     grow_old(node, 10_000 * DAY_S)
     assert clear_published(node) == 0
     assert len(stored(node)) == 3
+
+
+def test_what_a_later_revision_took_the_place_of_holds_nothing(node: Node, tmp_path: Path) -> None:
+    series_id, _ = published(node, tmp_path)
+    bury_another(node, series_id, "", tmp_path)
+    with node.database.writing() as connection:
+        assert len(node.jobs.supersede(connection, series_id, 2)) == 1
+    grow_old(node)
+    assert clear_published(node) == 1
+    assert stored(node) == []
+
+
+def test_what_nobody_asks_for_any_more_goes(node: Node, tmp_path: Path) -> None:
+    def refuse(content: bytes) -> Path:
+        with node.store.new_file() as path:
+            path.write_bytes(content)
+            node.intake.refuse(path, sent_by="SCANNER", reason="no DICOM file")
+        return node.store.refused / f"{hashlib.sha256(content).hexdigest()[:32]}.bin"
+
+    node.beat()
+    old, again, unknown = refuse(b"old"), refuse(b"again"), node.store.refused / f"{'0' * 32}.bin"
+    killed = node.store.work / "another-machine-worker-0" / "job"
+    killed.mkdir(parents=True)
+    # of a process that was killed before the row was there
+    unknown.write_bytes(b"unknown")
+    with node.database.writing() as connection:
+        connection.execute(refusals.update().values(at=refusals.c.at - OLD_S))
+        connection.execute(parts.update().values(seen_at=parts.c.seen_at - OLD_S))
+    assert clear_leavings(node) == 0
+    node.beat()
+    refuse(b"again")
+    for path in (old, again, unknown, killed.parent):
+        os.utime(path, (1e9, 1e9))
+    with node.database.writing() as connection:
+        connection.execute(refusals.insert().values(id="1", at=1.0, sent_by="", reason="", file=""))
+    assert clear_leavings(node) == 3
+    assert [path for path in (old, again, unknown, killed) if path.exists()] == [again]
+    with node.database.reading() as connection:
+        assert list(connection.scalars(sa.select(refusals.c.file))) == [f"refused/{again.name}"]
+        assert list(connection.scalars(sa.select(parts.c.name))) == [node.me.name]
+
+
+def test_a_study_that_cannot_be_removed_keeps_no_other(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def clear(of: Node, study_id: str, before: float) -> bool:
+        tried.append(study_id)
+        if len(tried) == 1:
+            raise PermissionError(13, "Permission denied")
+        return True
+
+    published(node, tmp_path)
+    with node.database.writing() as connection:
+        rows = connection.execute(sa.select(series)).mappings().one()
+        connection.execute(series.insert().values({**rows, "id": "2" * 32, "study_id": "2" * 32}))
+        file = connection.execute(sa.select(instances).limit(1)).mappings().one()
+        connection.execute(instances.insert().values({**file, "id": "2" * 32, "series_id": "2" * 32}))
+    grow_old(node)
+    monkeypatch.setattr(housekeeping, "_clear", clear)
+    assert clear_published(node) == 1
+    assert len(tried) == 2
+
+
+def test_a_clock_that_was_set_back_lets_nothing_wait(node: Node, tmp_path: Path) -> None:
+    series_id, _ = published(node, tmp_path)
+    run_another(node, series_id, "", tmp_path)
+    node.beat()
+    with node.database.writing() as connection:
+        soon = node.database.now(connection) + DAY_S / 2
+        connection.execute(destinations.update().values(not_before=soon))
+        connection.execute(series.update().values(last_at=soon + OLD_S))
+        connection.execute(jobs.update().where(jobs.c.state == "running").values(lease_until=soon + OLD_S))
+    assert node.jobs.release_expired() == ()
+    assert mend_times(node) == 2
+    assert mend_times(node) == 0
+    assert len(node.jobs.release_expired()) == 1
+    with node.database.reading() as connection:
+        assert connection.scalar(sa.select(destinations.c.not_before)) == soon
+        assert connection.scalar(sa.select(series.c.last_at)) < soon
 
 
 def queue_another(node: Node, series_id: str, job: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hospital_node import (
     header,
     jobs_of,
     leaks,
+    model_folder,
     node_settings,
     rows_of,
     send,
@@ -37,7 +39,7 @@ from medseg_pipelines.hospital.node import Node, open_node
 from medseg_pipelines.hospital.rules import SeriesKnown, select
 from medseg_pipelines.hospital.settings import RuleSettings, WhenSettings
 from medseg_pipelines.hospital.store import Store, sha256_of
-from medseg_pipelines.hospital.threads import Threads, told
+from medseg_pipelines.hospital.threads import told
 
 MakeNode = Callable[..., Node]
 
@@ -267,6 +269,38 @@ def test_a_late_slice_is_a_new_revision_with_another_job(make_node: MakeNode, tm
     assert sorted(row.revision for row in rows_of(node, instances)) == [1] * 5 + [2]
 
 
+@pytest.mark.parametrize("state", ["queued", "running", "dead", "done"])
+def test_a_later_revision_takes_the_place_of_what_is_not_done(make_node: MakeNode, tmp_path: Path, state: str) -> None:
+    node = make_node(completeness={"quiet_s": 0.001})
+    look = closing(node)
+    files = slices(tmp_path / "ct", 6)
+    take(node, files[:5])
+    made_quiet(node)
+    assert look.look() == 1
+    job = None if state == "queued" else node.jobs.claim(node.me)
+    if job is not None and state == "dead":
+        node.jobs.fail(job.id, node.me, "a slice is missing", for_good=True)
+    if job is not None and state == "done":
+        assert node.jobs.finish(job.id, node.me, {}, [])
+    take(node, files[5:])
+    # while the rest comes, nobody begins with what is there
+    assert node.jobs.claim(node.me) is None
+    made_quiet(node)
+    assert look.look() == 1
+    first, second = jobs_of(node)
+    assert (first.state, second.state) == ("done" if state == "done" else "superseded", "queued")
+    why = {"done": "", "dead": "a slice is missing"}.get(state, "images came later: revision 2 took its place")
+    assert first.reason == why
+    if job is not None and state == "running":
+        assert not node.jobs.renew(job.id, node.me)
+        assert not node.jobs.finish(job.id, node.me, {}, [("pacs", "dicom-seg")])
+    assert not node.jobs.replay(first.id)
+    claimed = node.jobs.claim(node.me)
+    assert claimed is not None
+    assert claimed.revision == 2
+    assert len(claimed.files) == 6
+
+
 def test_a_slice_that_comes_when_the_rest_was_removed_makes_no_job_until_all_is_there(
     make_node: MakeNode, tmp_path: Path
 ) -> None:
@@ -294,6 +328,40 @@ def test_a_slice_that_comes_when_the_rest_was_removed_makes_no_job_until_all_is_
     take(node, files)
     made_quiet(node)
     assert look.look() == 0
+
+
+def test_what_was_removed_may_come_again_with_another_content(make_node: MakeNode, tmp_path: Path) -> None:
+    """A PACS gives back the same image with other bytes: that is no copy of a file that is gone."""
+    node = make_node(completeness={"quiet_s": 0.001})
+    look = closing(node)
+    files = slices(tmp_path / "ct", 3)
+    take(node, files)
+    made_quiet(node)
+    assert look.look() == 1
+    with node.database.writing() as connection:
+        # as housekeeping leaves it
+        connection.execute(instances.update().values(gone_at=1.0))
+    for row in rows_of(node, instances):
+        (node.store.folder / row.file).unlink()
+    for k, path in enumerate(files):
+        changed = header(1, k)
+        changed.InstitutionName = "of the PACS"
+        changed.save_as(path, enforce_file_format=True)
+    assert take(node, files[:2]) == ["new", "new"]
+    made_quiet(node)
+    assert look.look() == 1
+    assert "1 of 3 images were removed" in the_series(node).selection
+    assert take(node, files[2:]) == ["new"]
+    assert take(node, files) == ["known"] * 3
+    made_quiet(node)
+    assert look.look() == 1
+    row, (_, second) = the_series(node), jobs_of(node)
+    assert (row.images, row.revision, second.revision) == (3, 3, 3)
+    job = node.jobs.claim(node.me)
+    assert job is not None
+    assert (job.revision, len(job.files)) == (3, 3)
+    held = rows_of(node, instances, ~instances.c.is_copy)
+    assert sorted(one.sha256 for one in held) == sorted(map(sha256_of, files))
 
 
 def test_a_series_that_is_sent_again_before_it_is_closed_is_not_quiet(make_node: MakeNode, tmp_path: Path) -> None:
@@ -328,6 +396,37 @@ def test_a_series_that_no_rule_takes_says_why(make_node: MakeNode, tmp_path: Pat
     closing(node).look()
     assert the_series(node).selection == "mr: modality is not MR"
     assert jobs_of(node) == []
+
+
+def test_rules_that_ask_for_the_same_make_one_job_for_all_of_them(make_node: MakeNode, tmp_path: Path) -> None:
+    folder = str(model_folder(tmp_path / "model"))
+    rules = [{"name": name, "model": folder, "priority": n} for n, name in enumerate(("care", "study"))]
+    rules.append({"name": "other", "model": folder, "tta": "flip"})
+    node = make_node(completeness={"quiet_s": 0.001}, rules=rules)
+    take(node, slices(tmp_path / "ct", 5))
+    made_quiet(node)
+    assert closing(node).look() == 1
+    held = [node.jobs.claim(node.me), node.jobs.claim(node.me)]
+    assert [job.rules for job in held if job is not None] == [("care", "study"), ("other",)]
+    assert node.jobs.claim(node.me) is None
+
+
+def test_a_model_that_is_missing_holds_up_its_own_series_alone(make_node: MakeNode, tmp_path: Path) -> None:
+    rules = [
+        {"name": name, "model": str(model_folder(tmp_path / name)), "when": {"images": [number, number]}}
+        for number, name in ((3, "three"), (4, "four"))
+    ]
+    node = make_node(completeness={"quiet_s": 0.001}, rules=rules)
+    look = closing(node)
+    for number, count in ((1, 3), (2, 4), (3, 3)):
+        take(node, slices(tmp_path / "ct", count, number=number))
+    made_quiet(node)
+    away = (tmp_path / "three" / "model.safetensors").rename(tmp_path / "away")
+    with pytest.raises(medseg.ConfigError, match=r"rule three: model"):
+        look.look()
+    assert [the_series(node, number).state for number in (1, 2, 3)] == ["receiving", "complete", "receiving"]
+    away.rename(tmp_path / "three" / "model.safetensors")
+    assert look.look() == 2
 
 
 def test_another_model_is_another_job(tmp_path: Path) -> None:
@@ -461,32 +560,10 @@ def test_only_what_is_old_is_swept(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-# ---- threads
-
-
-def test_what_passes_by_itself_is_told_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    stop, calls = threading.Event(), []
-
-    def work() -> None:
-        calls.append(len(calls))
-        if len(calls) < 4:
-            raise medseg.ModelError("a model is being replaced")
-
-    threads = Threads(stop)
-    caplog.set_level("INFO")
-    threads.every("work", 0.01, work)
-    wait_for(lambda: len(calls) > 5)
-    stop.set()
-    threads.wait()
-    assert caplog.text.count("work does not work: a model is being replaced; it is tried again") == 1
-    assert caplog.text.count("work works again") == 1
-
-
-def test_a_thread_that_ends_by_itself_ends_all() -> None:
-    stop = threading.Event()
-    threads = Threads(stop)
-    threads.every("other", 0.01, lambda: None)
-    threads.start("short", lambda _: None)
-    with pytest.raises(medseg.MedsegError, match="short has ended by itself"):
-        threads.wait()
-    assert stop.is_set()
+def test_every_association_has_a_connection_to_the_database(make_node: MakeNode) -> None:
+    """A database that hangs is waited for by each on its own; those that keep the gateway alive are not shut out."""
+    node = make_node()
+    with ExitStack() as held:
+        for _ in range(node.settings.gateway.most_associations + 5):
+            held.enter_context(node.database.reading())
+        node.beat()

@@ -288,6 +288,19 @@ def test_answers_for_other_series_are_no_count() -> None:
         assert ask("1.2.3", "1.2.4") is None
 
 
+def test_a_peer_that_leaves_a_key_out_gives_a_count_all_the_same() -> None:
+    def find(event: Any) -> Iterator[Any]:
+        found = event.identifier
+        del found.Modality
+        found.NumberOfSeriesRelatedInstances = 7
+        yield 0xFF00, found
+
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        assert ask("1.2.3", "1.2.4") == 7
+
+
 def test_a_move_without_an_answer_is_told() -> None:
     peer_of = "pacs"
     with fake_peer(breaks_off) as settings:

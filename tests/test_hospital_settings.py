@@ -88,6 +88,16 @@ publish: {destinations: [{name: out, folder: out}]}
         ("folder: x\npull: [{modality: CT}]\n", "expected one of `peer` and `dicomweb`"),
         ("folder: x\nrules: [{name: ../a, model: m}]\n", "expected a name of letters"),
         ("folder: x\nworker: {most_s: .inf}\n", "worker.most_s"),
+        (
+            "folder: x\npeers: {p: {ae_title: P, host: h, port: 1}}\n"
+            "rules: [{name: a, model: m, formats: [nifti]}]\npublish: {destinations: [{name: b, peer: p}]}\n",
+            "rule a: nothing of nifti is for b",
+        ),
+        (
+            "folder: x\nrules: [{name: a, model: m, send_to: [b, c]}]\n"
+            "publish: {destinations: [{name: b, folder: f}, {name: c, folder: f, formats: [dicom-sr]}]}\n",
+            "rule a: nothing of dicom-seg is for c",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:

@@ -7,6 +7,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hospital_node import (
@@ -217,6 +218,34 @@ def test_a_file_that_may_not_be_read_is_told_and_the_others_are_taken(
     assert watcher.look() == 1
     assert watcher.look() == 0
     assert caplog.text.count("may not be read") == 1
+
+
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_a_file_that_its_disk_does_not_give_is_told_and_the_others_are_taken(
+    folder: Path, watcher: Watcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    first, _ = slices(folder, 2)
+    watcher.look()
+    opened, bad = os.open, os.stat(first).st_ino
+    read = watch_module._read
+
+    def broken(path: object, *arguments: int, **options: int) -> int:
+        if where == "open" and path == first:
+            raise OSError(5, "Input/output error")
+        return opened(path, *arguments, **options)  # type: ignore[arg-type]
+
+    def torn(source: BinaryIO) -> bytes:
+        if where == "read" and os.fstat(source.fileno()).st_ino == bad:
+            raise watch_module._UnreadableError("Input/output error")
+        return read(source)
+
+    with monkeypatch.context() as damaged:
+        damaged.setattr(watch_module.os, "open", broken)
+        damaged.setattr(watch_module, "_read", torn)
+        assert [watcher.look() for _ in range(3)] == [1, 0, 0]
+    assert caplog.text.count("cannot be read (Input/output error)") == 1
+    # a share that hung for a while
+    assert watcher.look() == 1
 
 
 def test_a_folder_that_is_gone_is_told(folder: Path, watcher: Watcher) -> None:

@@ -419,9 +419,24 @@ def test_a_dead_job_is_tried_again(client: TestClient, node: Node) -> None:
     assert len([e for e in events(node) if e["event"] == "replay"]) == 1
 
 
+def test_what_a_later_revision_took_the_place_of_is_no_failure_and_not_tried_again(
+    client: TestClient, node: Node
+) -> None:
+    series_id = add_series(node.database, revision=3)
+    add_job(node.database, series_id, state="superseded", revision=1, reason="images came later")
+    unsent = add_job(node.database, series_id, state="done", revision=2)
+    add_delivery(node.database, unsent, state="superseded", sent_at=None)
+    add_delivery(node.database, add_job(node.database, series_id, state="done"))
+    study = text_of(client, f"/studies/{study_of(node.database, series_id)}")
+    assert study.count("organs Superseded Of revision") == 2
+    assert "Try again" not in study
+    assert "Send again" not in study
+    assert "Failed" not in study
+
+
 def test_a_dead_delivery_is_sent_again_and_the_others_are_not(client: TestClient, node: Node) -> None:
     series_id = add_series(node.database)
-    job_id = add_job(node.database, series_id, state="done")
+    job_id = add_job(node.database, series_id, state="done", result={})
     add_delivery(node.database, job_id, "pacs")
     add_delivery(node.database, job_id, "archive", state="dead", attempts=41, reason="refused")
     page = client.get(f"/studies/{study_of(node.database, series_id)}").text

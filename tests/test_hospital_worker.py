@@ -123,12 +123,27 @@ def test_a_job_is_done_and_sent_in_the_formats_of_each_destination(tmp_path: Pat
     node.close()
 
 
+def test_rules_that_ask_for_the_same_have_it_sent_to_the_destinations_of_each(tmp_path: Path) -> None:
+    rules = [
+        {"name": name, "model": "done", "formats": FORMATS, "send_to": [name]} for name in ("all", "study", "gone")
+    ]
+    destinations = [{"name": rule["name"], "folder": str(tmp_path / "out")} for rule in rules]
+    (tmp_path / "out").mkdir()
+    settings = settings_of(tmp_path, "done", rules=rules[:2], publish={"destinations": destinations})
+    node = new_node(settings)
+    job_id = add_job(node, also=("study", "gone"))
+    with working(node, tmp_path):
+        wait_for(is_in(node, job_id, "done"))
+    assert {destination for _, destination, _ in sends(node)} == {"all", "study"}
+    node.close()
+
+
 def test_pictures_are_never_sent_and_a_rule_may_send_nothing(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "done")
     (rule,) = settings.rules
-    assert sends_of(settings, rule, ["picture"]) == []
+    assert sends_of(settings, [rule], ["picture"]) == []
     nowhere = NodeSettings.model_validate(settings.model_dump() | {"publish": {}})
-    assert sends_of(nowhere, rule, ["dicom-seg"]) == []
+    assert sends_of(nowhere, [rule], ["dicom-seg"]) == []
 
 
 def test_a_refused_series_is_dead_at_once_with_the_reason(node: Node, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ import medseg
 from medseg.cli.shared import OK, USAGE, Verbose, finish, new_app
 from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import err, out
-from medseg_pipelines.hospital.database import open_database
+from medseg_pipelines.hospital.database import DatabaseDownError, open_database
 from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
-from medseg_pipelines.hospital.supervisor import Part, supervise
+from medseg_pipelines.hospital.supervisor import Part, end_with_supervisor, supervise
 
 log = logging.getLogger("medseg.hospital")
 
@@ -39,6 +39,7 @@ class State(str, Enum):
     running = "running"
     done = "done"
     dead = "dead"
+    superseded = "superseded"
 
 
 app = new_app("medseg-hospital")
@@ -57,7 +58,11 @@ def run(config: Config, verbose: Verbose = False) -> None:
     models = Models()
     for rule in settings.rules:
         model_of(models, rule)
-    open_database(settings.database, settings.folder, settings.database_password_file).close()
+    try:
+        open_database(settings.database, settings.folder, settings.database_password_file).close()
+    except DatabaseDownError as error:
+        # after a power cut it may be up later than this
+        log.error("%s; the parts are started, and try again", error)
     options = ["-c", str(config)] + (["-v"] if verbose else [])
     workers = [Part(f"worker {n}", ("worker", "--number", str(n), *options)) for n in range(settings.worker.workers)]
     parts = [Part("gateway", ("gateway", *options)), *workers, Part("web", ("web", *options))]
@@ -180,6 +185,7 @@ def audit(
 def _run_part(
     config: Path, kind: str, number: int, part: Callable[[Node, threading.Event], None], verbose: bool
 ) -> None:
+    end_with_supervisor()
     _log(verbose)
     settings: NodeSettings = read_settings(config)
     node = open_node(settings, kind, number)

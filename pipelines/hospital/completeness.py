@@ -6,11 +6,13 @@ A slice that comes later makes a new revision, never an addition to the one befo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 
+import medseg
 from medseg_pipelines.hospital.audit import Audit
 from medseg_pipelines.hospital.database import Database, instances, series
 from medseg_pipelines.hospital.jobs import Jobs, Order
@@ -41,13 +43,22 @@ class Completeness:
         self._models = Models()
 
     def look(self) -> int:
-        """Closes every series that is all there; how many that were."""
+        """Closes every series that is all there; how many that were. Raises `ConfigError` where a model is missing."""
         with self._database.reading() as connection:
             quiet_since = self._database.now(connection) - self._settings.completeness.quiet_s
             waiting = (series.c.state == "receiving", series.c.images > 0)
             columns = (series.c.id, series.c.study_uid, series.c.series_uid, series.c.last_at, series.c.images)
             found = connection.execute(sa.select(*columns).where(*waiting, series.c.last_at <= quiet_since)).all()
-        return sum(self._look(row.id, row.study_uid, row.series_uid, row.images) for row in found)
+        closed, failed = 0, None
+        for row in found:
+            try:
+                closed += self._look(row.id, row.study_uid, row.series_uid, row.images)
+            except medseg.ConfigError as error:
+                # a model that is not there holds up the series that it is for, and no other
+                failed = error
+        if failed is not None:
+            raise failed
+        return closed
 
     def _look(self, series_id: str, study_uid: str, series_uid: str, images: int) -> bool:
         if self._count_of is None:
@@ -67,8 +78,16 @@ class Completeness:
         expected = expected or None
         return self._close(series_id, images, expected, may_wait=expected is not None and images < expected)
 
+    def _model(self, rule: RuleSettings) -> ModelFiles | medseg.ConfigError:
+        """The model of a rule, or why it cannot be had, which matters where the rule takes the series."""
+        try:
+            return model_of(self._models, rule)
+        except medseg.ConfigError as error:
+            return error
+
     def _close(self, series_id: str, images: int, expected: int | None, *, may_wait: bool) -> bool:
-        models = {rule.model: model_of(self._models, rule) for rule in self._settings.rules}
+        # before rows are locked: weights may be large
+        models = {rule.name: self._model(rule) for rule in self._settings.rules}
         with self._database.writing() as connection:
             now = self._database.now(connection)
             row = connection.execute(sa.select(series).where(series.c.id == series_id).with_for_update()).one()
@@ -89,8 +108,9 @@ class Completeness:
             if gone:
                 # a part of a series could make a volume, and a wrong one
                 selection = Selection((), (f"{gone} of {images} images were removed as published long ago: send all",))
-            orders = [_order(series_id, revision, rule, models[rule.model]) for rule in selection.taken]
+            orders = _together(_order(series_id, revision, rule, _there(models[rule.name])) for rule in selection.taken)
             added = [order for order in orders if self._jobs.put(connection, order)]
+            superseded = self._jobs.supersede(connection, series_id, revision)
             connection.execute(
                 series.update()
                 .where(series.c.id == series_id)
@@ -104,11 +124,20 @@ class Completeness:
             )
         log.info("series %s is complete as revision %d (%d images): %s", series_id, revision, images, selection)
         self._audit.record("complete", series=series_id, revision=revision, images=images, assumed=assumed)
+        for job_id in superseded:
+            log.info("job %s is superseded by revision %d", job_id, revision)
+            self._audit.record("superseded", series=series_id, job=job_id, revision=revision)
         for order in added:
             self._audit.record(
                 "selected", series=series_id, job=order.id, rule=order.rule, model_sha256=order.model_sha256
             )
         return True
+
+
+def _there(model: ModelFiles | medseg.ConfigError) -> ModelFiles:
+    if isinstance(model, medseg.ConfigError):
+        raise model
+    return model
 
 
 def _order(series_id: str, revision: int, rule: RuleSettings, model: ModelFiles) -> Order:
@@ -120,6 +149,17 @@ def _order(series_id: str, revision: int, rule: RuleSettings, model: ModelFiles)
         "resample_gaps": rule.resample_gaps,
     }
     return Order(series_id, revision, rule.name, rule.model, model.weights_sha256, settings, rule.priority)
+
+
+def _together(orders: Iterable[Order]) -> list[Order]:
+    """Rules that ask for the same, and differ in where it goes, make one job of all of them."""
+    made: dict[str, Order] = {}
+    for order in orders:
+        first = made.get(order.id)
+        if first is not None:
+            order = replace(first, also=(*first.also, order.rule), priority=max(first.priority, order.priority))
+        made[order.id] = order
+    return list(made.values())
 
 
 def _known(row: Any, images: int) -> SeriesKnown:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,11 +18,16 @@ import medseg
 SCHEMA_VERSION = 1
 # so long a statement waits for another process to finish writing
 BUSY_S = 60.0
+# beside those that are kept: each association has one while its file is written down
+MOST_CONNECTIONS = 60
 ID = sa.String(32)
 
 metadata = sa.MetaData()
 
 about = sa.Table("about", metadata, sa.Column("schema_version", sa.Integer, nullable=False))
+
+# what the folder of the node is known by
+identity = sa.Table("identity", metadata, sa.Column("node_id", ID, nullable=False))
 
 series = sa.Table(
     "series",
@@ -91,7 +97,7 @@ jobs = sa.Table(
     # what of the rule a result depends on
     sa.Column("order", sa.JSON, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
-    # queued, running, done, dead
+    # queued, running, done, dead, superseded (by a later revision of the series)
     sa.Column("state", sa.String(16), nullable=False),
     # selected, checked, inferred, encoded, published, confirmed
     sa.Column("step", sa.String(16), nullable=False),
@@ -117,7 +123,7 @@ deliveries = sa.Table(
     sa.Column("job_id", ID, sa.ForeignKey("jobs.id"), primary_key=True),
     sa.Column("destination", sa.String(64), primary_key=True),
     sa.Column("format", sa.String(16), primary_key=True),
-    # waiting, sending, sent (commitment is waited for), done, dead
+    # waiting, sending, sent (commitment is waited for), done, dead, superseded
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("first_tried_at", sa.Float),
@@ -195,6 +201,10 @@ def count(connection: sa.Connection, name: str, *, by: int = 1) -> None:
     connection.execute(counters.update().where(counters.c.name == name).values(value=counters.c.value + by))
 
 
+class DatabaseDownError(medseg.ConfigError):
+    """The database does not answer, which passes by itself where it only starts later than the node."""
+
+
 class Database:
     """Connections to the node's tables, for threads of one process."""
 
@@ -206,14 +216,18 @@ class Database:
         if self.url.drivername == "postgresql":
             self.url = self.url.set(drivername="postgresql+pg8000")
         # parameters are a patient's data: they stand in no text of an error
+        common: dict[str, Any] = {
+            "hide_parameters": True,
+            "max_overflow": MOST_CONNECTIONS,
+            "pool_timeout": BUSY_S,
+            "connect_args": {"timeout": BUSY_S},
+        }
         if self.is_sqlite:
-            self._engine = sa.create_engine(self.url, hide_parameters=True, connect_args={"timeout": BUSY_S})
+            self._engine = sa.create_engine(self.url, **common)
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         else:
-            self._engine = sa.create_engine(
-                self.url, hide_parameters=True, pool_pre_ping=True, pool_recycle=600, connect_args={"timeout": BUSY_S}
-            )
+            self._engine = sa.create_engine(self.url, pool_pre_ping=True, pool_recycle=600, **common)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -236,6 +250,11 @@ class Database:
             return time.time()
         return float(connection.scalar(sa.select(sa.func.extract("epoch", sa.func.clock_timestamp()))) or 0.0)
 
+    def lock_all(self, connection: sa.Connection) -> None:
+        """Until the transaction ends, no other part of the node starts: several may at once."""
+        if not self.is_sqlite:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7235710)"))
+
     def close(self) -> None:
         """All connections are closed."""
         self._engine.dispose()
@@ -244,9 +263,7 @@ class Database:
         """Makes what tables are missing. Raises `ConfigError` where another version of the node made them."""
         try:
             with self.writing() as connection:
-                if not self.is_sqlite:
-                    # several parts may start at once
-                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(7235710)"))
+                self.lock_all(connection)
                 metadata.create_all(connection)
                 found = connection.scalar(sa.select(about.c.schema_version))
                 if found is None:
@@ -256,7 +273,9 @@ class Database:
                     if name not in there:
                         connection.execute(counters.insert().values(name=name, value=0))
         except sa.exc.SQLAlchemyError as error:
-            raise medseg.ConfigError(
+            # also where the address or the password is wrong: a database that starts says no better
+            is_down = isinstance(error, (sa.exc.OperationalError, sa.exc.InterfaceError))
+            raise (DatabaseDownError if is_down else medseg.ConfigError)(
                 f"database {self.url.render_as_string()}: cannot be used ({_first_line(error)}); "
                 "check that it runs and that its user may make tables"
             ) from error

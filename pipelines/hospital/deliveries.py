@@ -1,8 +1,10 @@
 """The durable part of publishing: which file goes where, who sends it, what became of it; nothing is sent from here.
 
-waiting → sending → sent (storage commitment is waited for) → done, or dead. A destination that fails rests as a whole:
-one delivery is tried after a while, and all go out once that one got through. Whoever writes rows of a destination
-locks that of the destination first, then those of jobs, then those of deliveries: so that none waits in a circle.
+waiting → sending → sent (storage commitment is waited for) → done, or dead; `superseded` where a later revision of the
+series is there before it went out, so that no destination gets the older result last. A destination that fails rests as
+a whole: one delivery is tried after a while, and all go out once that one got through. Whoever writes rows of a
+destination locks that of the destination first, then those of jobs, then those of deliveries: so that none waits in a
+circle.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from medseg_pipelines.hospital.database import Database, commitments, deliveries, destinations, jobs
+from medseg_pipelines.hospital.database import Database, commitments, deliveries, destinations, jobs, series
+from medseg_pipelines.hospital.jobs import superseded_by
 from medseg_pipelines.hospital.node import Node
 
 
@@ -78,6 +81,7 @@ class Deliveries:
                 sa.select(d.destination, d.state)
                 .where(d.state.in_(("waiting", "sent")), d.not_before <= now, d.destination.not_in(rests))
                 .where(sa.or_(d.lease_until.is_(None), d.lease_until < now))
+                .where(sa.or_(d.state == "sent", d.job_id.not_in(_outdated())))
                 .distinct()
             ).tuples()
             found: dict[str, set[str]] = {}
@@ -293,6 +297,26 @@ class Deliveries:
             connection.execute(deliveries.update().where(*waiting).values(first_tried_at=first, reason=reason))
             return self._given_up(connection, now, *waiting)
 
+    def supersede(self) -> tuple[tuple[str, str, str], ...]:
+        """What has not gone out of revisions that are not the latest never will; job, destination and format of it."""
+        d = deliveries.c
+        left = (d.state.in_(("waiting", "dead")), d.job_id.in_(_outdated()))
+        with self._database.reading() as connection:
+            latest = sa.select(series.c.revision).join(jobs, jobs.c.series_id == series.c.id)
+            asked = sa.select(d.job_id, d.destination, d.format, latest.where(jobs.c.id == d.job_id).scalar_subquery())
+            found = connection.execute(asked.where(*left).order_by(d.job_id, d.destination, d.format)).tuples().all()
+        told = []
+        for job_id, destination, format, revision in found:
+            delivery = Delivery(job_id, destination, format, 0)
+            with self._database.writing() as connection:
+                self._locked(connection, destination)
+                _lock_job(connection, job_id)
+                values = {"state": "superseded", "reason": superseded_by(revision)}
+                if connection.execute(deliveries.update().where(*_key(delivery), *left).values(values)).rowcount:
+                    _follow(connection, job_id)
+                    told.append((job_id, destination, format))
+        return tuple(told)
+
     def replay(self, job_id: str) -> int:
         """The dead deliveries of a job are begun again, as if they had never failed; how many."""
         with self._database.writing() as connection:
@@ -309,7 +333,10 @@ class Deliveries:
             row = connection.execute(sa.select(destinations).where(destinations.c.name == destination)).one()
             if row.not_before > now:
                 return None
-            free = (d.state == state, d.not_before <= now, sa.or_(d.lease_until.is_(None), d.lease_until < now))
+            free = [d.state == state, d.not_before <= now, sa.or_(d.lease_until.is_(None), d.lease_until < now)]
+            if state == "waiting":
+                # and one of a later revision waits until that of an earlier one has arrived
+                free += [jobs.c.state == "done", d.job_id.not_in(_outdated()), ~_earlier_is_sent(destination).exists()]
             found = connection.execute(
                 sa.select(d.job_id, d.destination, d.format, d.attempts, jobs.c.result)
                 .join(jobs, jobs.c.id == d.job_id)
@@ -454,6 +481,23 @@ def _delivery(row: Any) -> Delivery:
     return Delivery(row.job_id, row.destination, row.format, row.attempts, record)
 
 
+def _outdated() -> sa.Select[tuple[str]]:
+    """The jobs of all revisions but the latest ones."""
+    return sa.select(jobs.c.id).join(series, series.c.id == jobs.c.series_id).where(jobs.c.revision < series.c.revision)
+
+
+def _earlier_is_sent(destination: str) -> sa.Select[tuple[str]]:
+    """What of earlier revisions of the same series is on its way there; correlates to `jobs`."""
+    d, j = deliveries.alias("earlier"), jobs.alias("earlier_jobs")
+    asked = sa.select(d.c.job_id).join(j, j.c.id == d.c.job_id).correlate(jobs)
+    return asked.where(
+        d.c.destination == destination,
+        d.c.state == "sending",
+        j.c.series_id == jobs.c.series_id,
+        j.c.revision < jobs.c.revision,
+    )
+
+
 def _lock_job(connection: sa.Connection, job_id: str) -> None:
     # two threads may settle the last two deliveries of a job: the second one must see what the first one did
     connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id).with_for_update())
@@ -462,7 +506,9 @@ def _lock_job(connection: sa.Connection, job_id: str) -> None:
 def _follow(connection: sa.Connection, job_id: str) -> None:
     """The step of a job that is done follows from its deliveries."""
     states = set(connection.scalars(sa.select(deliveries.c.state).where(deliveries.c.job_id == job_id)))
-    step = "confirmed" if states == {"done"} else "published" if states <= {"sent", "done"} else "encoded"
+    # nobody waits for what is superseded
+    over = {"done", "superseded"}
+    step = "confirmed" if states <= over else "published" if states <= {"sent", *over} else "encoded"
     connection.execute(
         jobs.update().where(jobs.c.id == job_id, jobs.c.state == "done", jobs.c.step != step).values(step=step)
     )

@@ -74,8 +74,12 @@ class Intake:
             # one that is sent again is not quiet, whatever of it was here
             coming = (series.c.id == series_id, series.c.state == "receiving")
             connection.execute(series.update().where(*coming).values(last_at=now))
-            copies = connection.scalars(sa.select(instances.c.id).where(instances.c.sop_id == sop_id)).all()
-            if instance_id in copies:
+            columns = (instances.c.id, instances.c.series_id, instances.c.gone_at)
+            held = connection.execute(sa.select(*columns).where(instances.c.sop_id == sop_id)).all()
+            # one that was removed has nothing that another content could be a copy of
+            replaced = bool(held) and all(row.gone_at is not None and row.series_id == series_id for row in held)
+            is_copy = bool(held) and not replaced
+            if instance_id in {row.id for row in held}:
                 count(connection, "received_again")
                 if not (self._store.folder / place).is_file():
                     # housekeeping removed it between our two looks
@@ -85,6 +89,8 @@ class Intake:
                 if connection.execute(instances.update().where(*gone).values(back)).rowcount:
                     _reopen(connection, series_id, now)
                 return Taken("known", series_id, instance_id)
+            if replaced:
+                connection.execute(instances.update().where(instances.c.sop_id == sop_id).values(is_copy=True))
             connection.execute(
                 instances.insert().values(
                     id=instance_id,
@@ -96,20 +102,21 @@ class Intake:
                     sha256=sha256,
                     size=(self._store.folder / place).stat().st_size,
                     file=place.as_posix(),
-                    is_copy=bool(copies),
+                    is_copy=is_copy,
                     received_at=now,
                 )
             )
-            if copies:
+            if is_copy:
                 count(connection, "received_copies")
             else:
                 count(connection, "received")
                 # with one more, a peer's count is worth asking for again
-                added = {"images": series.c.images + 1, "last_at": now, "asked_at": None, "state": "receiving"}
+                more = 0 if replaced else 1
+                added = {"images": series.c.images + more, "last_at": now, "asked_at": None, "state": "receiving"}
                 connection.execute(series.update().where(series.c.id == series_id).values(added))
-        if copies:
+        if is_copy:
             log.warning("instance %s of series %s came with another content; the first one holds", sop_id, series_id)
-        what: Literal["new", "copy"] = "copy" if copies else "new"
+        what: Literal["new", "copy"] = "copy" if is_copy else "new"
         self._audit.record(
             "received", series=series_id, instance=instance_id, sha256=sha256, sent_by=sent_by, what=what
         )

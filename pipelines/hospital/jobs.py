@@ -2,7 +2,8 @@
 
 A job is leased to a worker and lost where the lease is not renewed. Everything that is decided is decided in one
 transaction of the database, so that a process may be killed at any moment. Steps: selected → checked → inferred →
-encoded → published → confirmed; the last two follow from the deliveries, which publish.py sends.
+encoded → published → confirmed; the last two follow from the deliveries, which publish.py sends. What is not done of a
+revision when a later one is there is `superseded`: nobody is to get the older result after the newer one.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from medseg_pipelines.hospital.database import Database, deliveries, instances, 
 STEPS = ("selected", "checked", "inferred", "encoded", "published", "confirmed")
 # a job whose worker was gone so often is taken for what ended it
 MOST_LOSSES = 5
+# in the record of an order: the names of the other rules
+ALSO = "also_for"
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be made of a revision of a series; `settings`: what of the rule the result depends on."""
+    """What is to be made of a revision of a series; `settings`: what of the rule the result depends on.
+
+    `also`: other rules that ask for the very same.
+    """
 
     series_id: str
     revision: int
@@ -32,6 +38,7 @@ class Order:
     model_sha256: str
     settings: Mapping[str, Any]
     priority: int = 0
+    also: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -55,6 +62,11 @@ class Job:
     step: str
     attempts: int
     files: tuple[str, ...]
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """All rules that the job is done for."""
+        return (self.rule, *map(str, self.order.get(ALSO, ())))
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,11 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def superseded_by(revision: int) -> str:
+    """Why something is superseded."""
+    return f"images came later: revision {revision} took its place"
+
+
 class Jobs:
     """The queue in a database."""
 
@@ -110,7 +127,7 @@ class Jobs:
                 rule=order.rule,
                 model=order.model,
                 model_sha256=order.model_sha256,
-                order=dict(order.settings),
+                order=dict(order.settings) | ({ALSO: list(order.also)} if order.also else {}),
                 priority=order.priority,
                 state="queued",
                 step="selected",
@@ -124,16 +141,37 @@ class Jobs:
         )
         return True
 
+    def supersede(self, connection: sa.Connection, series_id: str, revision: int) -> tuple[str, ...]:
+        """In the caller's transaction: jobs of earlier revisions that are not done never will be; their ids."""
+        held = (
+            jobs.c.series_id == series_id,
+            jobs.c.revision < revision,
+            jobs.c.state.in_(("queued", "running", "dead")),
+        )
+        values = {
+            "state": "superseded",
+            # why a dead one failed stays
+            "reason": sa.case((jobs.c.state == "dead", jobs.c.reason), else_=superseded_by(revision)),
+            "finished_at": sa.func.coalesce(jobs.c.finished_at, self._database.now(connection)),
+            "token": None,
+            "lease_until": None,
+        }
+        return tuple(connection.scalars(jobs.update().where(*held).values(values).returning(jobs.c.id)))
+
     def claim(self, worker: Worker) -> Job | None:
-        """The job of the greatest priority that waits, the oldest of those; None where none does."""
+        """The job of the greatest priority that waits, the oldest of those; None where none does.
+
+        One of a series that more images come of waits for them: a later revision will take its place.
+        """
         with self._database.writing() as connection:
             now = self._database.now(connection)
+            whole = sa.select(series.c.id).where(series.c.state == "complete")
             waiting = (
                 sa.select(jobs.c.id)
-                .where(jobs.c.state == "queued", jobs.c.not_before <= now)
+                .where(jobs.c.state == "queued", jobs.c.not_before <= now, jobs.c.series_id.in_(whole))
                 .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
                 .limit(1)
-                .with_for_update(skip_locked=True)
+                .with_for_update(skip_locked=True, of=jobs)
             )
             chosen = connection.scalar(waiting)
             if chosen is None:
@@ -240,6 +278,13 @@ class Jobs:
                 .values(state="queued", attempts=0, losses=0, not_before=0.0, finished_at=None, reason="")
             )
             return bool(done.rowcount)
+
+    def remake(self, job_id: str) -> bool:
+        """A job that is done is begun again: what it made is lost or damaged. False where it is not done."""
+        with self._database.writing() as connection:
+            anew = {"state": "queued", "step": "selected", "attempts": 0, "losses": 0, "not_before": 0.0}
+            done = (jobs.c.id == job_id, jobs.c.state == "done")
+            return bool(connection.execute(jobs.update().where(*done).values(anew | {"finished_at": None})).rowcount)
 
     def listed(self, state: str | None = None) -> tuple[Listed, ...]:
         """All jobs, or those in a state, the newest first."""

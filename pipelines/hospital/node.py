@@ -6,13 +6,17 @@ import platform
 import re
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
+import sqlalchemy as sa
+
+import medseg
 from medseg_pipelines.hospital.audit import Audit
-from medseg_pipelines.hospital.database import Database, open_database, parts
+from medseg_pipelines.hospital.database import Database, identity, open_database, parts
 from medseg_pipelines.hospital.intake import Intake
 from medseg_pipelines.hospital.jobs import Jobs, Worker
 from medseg_pipelines.hospital.settings import NodeSettings
-from medseg_pipelines.hospital.store import Store
+from medseg_pipelines.hospital.store import MARK, Store, read_mark, write_mark
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,39 @@ def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     """A part of the node: `kind` gateway, worker or web, the `number`-th on this machine. Raises `ConfigError`."""
     machine = settings.name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:64] or "node"
     database = open_database(settings.database, settings.folder, settings.database_password_file)
-    # what is below it is patients': for the node's user alone
-    settings.folder.chmod(0o700)
+    try:
+        # what is below it is patients': for the node's user alone
+        settings.folder.chmod(0o700)
+        _check_folder(database, settings.folder)
+    except OSError as error:
+        raise medseg.ConfigError(f"folder {settings.folder}: cannot be used ({error.strerror}); change it") from error
     store = Store(settings.folder, least_free_gb=settings.storage.least_free_gb)
     me = Worker(f"{machine}-{kind}-{number}", uuid.uuid4().hex)
     audit = Audit(settings.folder / "audit", me.name)
     intake = Intake(database, store, audit)
     return Node(settings, database, store, audit, intake, queue_of(settings, database), me, kind)
+
+
+def _check_folder(database: Database, folder: Path) -> None:
+    """Raises `ConfigError` where a folder is not the one that the database speaks of: a share that is not mounted.
+
+    A worker would take the whole queue there, and find no image; a gateway would fill the disk below.
+    """
+    with database.writing() as connection:
+        database.lock_all(connection)
+        known, found = connection.scalar(sa.select(identity.c.node_id)), read_mark(folder)
+        if known is None:
+            if found is None:
+                found = uuid.uuid4().hex
+                # before the database knows it: a process may be killed in between
+                write_mark(folder, found)
+            connection.execute(identity.insert().values(node_id=found))
+        elif found != known:
+            raise medseg.ConfigError(
+                f"folder {folder}: {found or 'nothing'} found in `{MARK}`, expected {known}: it is not the folder of "
+                f"this database. Mount the shared disk there; where the folder was lost for good, write {known} into "
+                "that file"
+            )
 
 
 def queue_of(settings: NodeSettings, database: Database) -> Jobs:

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 SILENT_S = 60.0
 # parts that a node cannot do without
 NEEDED = ("gateway", "worker")
-JOB_STATES = ("queued", "running", "done", "dead")
-DELIVERY_STATES = ("waiting", "sending", "sent", "done", "dead")
+JOB_STATES = ("queued", "running", "done", "dead", "superseded")
+DELIVERY_STATES = ("waiting", "sending", "sent", "done", "dead", "superseded")
 # a transaction that ends a job is seen by others at most so much later than the time that it writes
 LATE_S = 600.0
 
@@ -58,6 +58,8 @@ def readiness(node: Node) -> Readiness:
             for kind in NEEDED
             if now - seen.get(kind, float("-inf")) > SILENT_S
         ]
+    if not node.store.is_here():
+        lacking.append("the folder of the node is not there; is its disk mounted?")
     if not node.store.has_room():
         lacking.append(f"the disk has {node.store.free_bytes / 1e9:.1f} GB left: nothing is taken in any more")
     return Readiness(tuple(lacking))

@@ -69,7 +69,9 @@ class Publisher:
                     if time.monotonic() >= upkeep_at:
                         self._keep_up()
                         upkeep_at = time.monotonic() + self._node.settings.worker.lease_s / 4
-                    self._look(pool)
+                    if self._node.store.is_here():
+                        # else all would be missing; the worker says so
+                        self._look(pool)
                 except sa.exc.SQLAlchemyError as error:
                     log.error("publishing waits: the database cannot be used (%s)", type(error).__name__)
                     pause_s = PAUSE_S
@@ -89,6 +91,9 @@ class Publisher:
         self._deliveries.renew([batch.token for batch in self._running.values()])
         if freed := self._deliveries.release_expired():
             log.warning("%d deliveries of a worker that is gone are sent again", freed)
+        for job, name, format in self._deliveries.supersede():
+            self._node.audit.record("superseded", job=job, destination=name, format=format)
+            log.info("%s of job %s to %s: superseded by a later revision", format, job, name)
         for job, format in self._deliveries.give_up_unknown(self._destinations):
             self._node.audit.record("dead", job=job, format=format, reason="its destination is not in the settings")
 
@@ -155,6 +160,8 @@ class Publisher:
             try:
                 parcels.append(open_parcel(self._node.store, delivery))
             except UnsendableError as error:
+                if not self._node.store.is_here():
+                    continue
                 left.remove(delivery)
                 if self._deliveries.never(batch, delivery, str(error)):
                     self._tell("dead", delivery, str(error))

@@ -207,7 +207,7 @@ def _find_series(
     for answer in _answers(association, asked, peer):
         found = str(answer.get("SeriesInstanceUID", ""))
         # keys that a peer does not match by, it leaves open
-        if UID.fullmatch(found) and str(answer.get("Modality", modality)) == (modality or str(answer.get("Modality"))):
+        if UID.fullmatch(found) and (not modality or str(answer.get("Modality", modality)) == modality):
             count = answer.get("NumberOfSeriesRelatedInstances")
             yield Found(study_uid, found, str(answer.get("SeriesDescription", "")), _whole(count))
 

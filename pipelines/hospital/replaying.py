@@ -7,20 +7,36 @@ import sqlalchemy as sa
 from medseg_pipelines.hospital.database import Database, deliveries, jobs, series
 from medseg_pipelines.hospital.deliveries import open_deliveries
 from medseg_pipelines.hospital.node import Node
+from medseg_pipelines.hospital.store import sha256_of
 
 
 def replay_job(node: Node, job_id: str, *, user: str | None) -> bool:
     """Queues a dead job, and the dead deliveries of one that is done; False where there are none. `user` None: by hand.
 
+    What a job made that is lost or damaged is made again.
+
     An id that no job has is none either.
     """
     computed = node.jobs.replay(job_id)
     sends = open_deliveries(node).replay(job_id)
+    if sends and not computed and not _is_whole(node, job_id):
+        computed = node.jobs.remake(job_id)
     if computed or sends:
         with node.database.reading() as connection:
             study = study_of_job(connection, job_id)
         node.audit.record("replay", user=user, job=job_id, study=study, computed=computed, deliveries=sends)
     return computed or sends > 0
+
+
+def _is_whole(node: Node, job_id: str) -> bool:
+    """Whether all that a job has made is there as it was made."""
+    with node.database.reading() as connection:
+        result = connection.scalar(sa.select(jobs.c.result).where(jobs.c.id == job_id)) or {}
+    folder = node.store.results / job_id
+    try:
+        return all(sha256_of(folder / made["file"]) == made["sha256"] for made in result.get("files", {}).values())
+    except OSError:
+        return False
 
 
 def dead_jobs(database: Database) -> list[str]:

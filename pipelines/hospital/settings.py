@@ -305,6 +305,7 @@ class NodeSettings(Section):
                 )
         known = [d.name for d in self.publish.destinations]
         for rule in self.rules:
+            self._check_sends(rule)
             for name in rule.send_to:
                 if name not in known:
                     raise ValueError(
@@ -314,6 +315,19 @@ class NodeSettings(Section):
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{what}: {', '.join(sorted(twice))} stands there twice")
         return self
+
+    def _check_sends(self, rule: RuleSettings) -> None:
+        """What nobody would ever get is a mistake, not a result."""
+        takes = {
+            d.name: [f for f in rule.formats if f in (d.formats or rule.formats) and (f != "nifti" or d.folder)]
+            for d in self.destinations_of(rule)
+        }
+        vain = [name for name in rule.send_to if name in takes and not takes[name]]
+        if vain or (takes and not any(takes.values())):
+            raise ValueError(
+                f"rule {rule.name}: nothing of {', '.join(rule.formats)} is for {', '.join(vain or takes)}: change "
+                "`formats` here or there (NIfTI goes to folders alone)"
+            )
 
     def destinations_of(self, rule: RuleSettings) -> tuple[DestinationSettings, ...]:
         """Where the results of a rule go."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 BLOCK = 2**20
 GB = 10**9
+# holds what the database knows the folder by
+MARK = "node.id"
 
 
 class Store:
@@ -30,6 +32,10 @@ class Store:
     def free_bytes(self) -> int:
         """What the disk still holds."""
         return shutil.disk_usage(self.folder).free
+
+    def is_here(self) -> bool:
+        """Whether the folder is that of the node; where its disk is not mounted any more, an empty one lies there."""
+        return (self.folder / MARK).is_file()
 
     def has_room(self, size: int = 0) -> bool:
         """Whether `size` bytes more leave what must stay free."""
@@ -76,6 +82,25 @@ class Store:
             if folder == self.folder:
                 break
         return place.relative_to(self.folder)
+
+
+def write_mark(folder: Path, node_id: str) -> None:
+    """Marks a folder as that of a node; on the disk when this ends."""
+    part = folder / f".{MARK}.{uuid.uuid4().hex[:8]}"
+    with part.open("x", encoding="ascii") as file:
+        file.write(f"{node_id}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / MARK)
+    sync_folder(folder)
+
+
+def read_mark(folder: Path) -> str | None:
+    """What a folder is marked with; None where it is not."""
+    try:
+        return (folder / MARK).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +22,9 @@ WORKED_S = 60.0
 LOOK_S = 0.2
 # so long parts may finish what they are doing
 GRACE_S = 30.0
+# in the environment of a part: the process that started it
+SUPERVISOR = "MEDSEG_HOSPITAL_SUPERVISOR"
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,17 @@ def supervise(parts: Sequence[Part], stop: threading.Event) -> None:
         _end(running)
 
 
+def end_with_supervisor() -> None:
+    """A part is told to end when its supervisor is killed: else it held port and queue against the next one."""
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(supervisor):
+        # it was gone before the kernel knew
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _look(one: _Running) -> None:
     now = time.monotonic()
     if one.process is not None and (code := one.process.poll()) is not None:
@@ -62,7 +79,9 @@ def _look(one: _Running) -> None:
         one.started = now
         # a session of its own: ctrl-C reaches the supervisor alone, which ends the parts in order
         one.process = subprocess.Popen(
-            [sys.executable, "-m", "medseg_pipelines.hospital", *one.part.arguments], start_new_session=True
+            [sys.executable, "-m", "medseg_pipelines.hospital", *one.part.arguments],
+            start_new_session=True,
+            env=os.environ | {SUPERVISOR: str(os.getpid())},
         )
         log.info("%s runs as process %d", one.part.name, one.process.pid)
 

@@ -77,7 +77,7 @@ def _repeat(name: str, seconds: float, function: Callable[[], object], stop: thr
             if is_down:
                 log.info("%s works again", name)
             is_down = False
-        except (sa.exc.DBAPIError, medseg.MedsegError, OSError) as error:
+        except (sa.exc.SQLAlchemyError, medseg.MedsegError, OSError) as error:
             if not is_down:
                 log.error("%s does not work: %s; it is tried again", name, told(error))
             is_down = True

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import medseg
 from medseg_pipelines.hospital.intake import Intake, NoRoomError, RefusedError
@@ -47,6 +48,7 @@ class Watcher:
         self._sent_by = f"folder-{digest(str(settings.folder))[:8]}"
         self._before: dict[Path, _State] = {}
         self._left: dict[Path, _State] = {}
+        self._unreadable: set[Path] = set()
 
     def look(self) -> int:
         """Takes what is to be taken; how many files of the folder that were. Raises `OSError`, `ConfigError`."""
@@ -56,6 +58,7 @@ class Watcher:
         stable = [path for path, state in now.items() if self._before.get(path) == state]
         self._before = now
         self._left = {path: state for path, state in self._left.items() if now.get(path) == state}
+        self._unreadable &= now.keys()
         done = 0
         for path in sorted(stable):
             if path in self._left:
@@ -66,6 +69,11 @@ class Watcher:
                 log.warning("watch: nothing is taken: %s", error)
                 break
             except _ChangedError:
+                continue
+            except _UnreadableError as error:
+                if path not in self._unreadable:
+                    log.error("watch: a file cannot be read (%s); it is tried again, after the others", error)
+                self._unreadable.add(path)
                 continue
             except PermissionError as error:
                 log.error("watch: a file may not be read (%s); give this process the right to", error.strerror)
@@ -155,8 +163,12 @@ class _ChangedError(Exception):
     """A file that is no longer the one that was looked at."""
 
 
+class _UnreadableError(Exception):
+    """A file on a disk that does not give it; the text says why."""
+
+
 def _copy(path: Path, copy: Path, state: _State) -> None:
-    """Raises `_ChangedError` where the file is written to, replaced or gone meanwhile."""
+    """Raises `_ChangedError` where the file is written to, replaced or gone meanwhile, and `_UnreadableError`."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
@@ -164,16 +176,25 @@ def _copy(path: Path, copy: Path, state: _State) -> None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _ChangedError from error
-        raise
+        if isinstance(error, PermissionError):
+            raise
+        raise _UnreadableError(error.strerror) from error
     with os.fdopen(handle, "rb") as source, copy.open("wb") as target:
         if _state(os.fstat(handle)) != state:
             raise _ChangedError
-        while block := source.read(BLOCK):
+        while block := _read(source):
             target.write(block)
             if target.tell() > state.size:
                 raise _ChangedError
         if _state(os.fstat(handle)) != state or target.tell() != state.size:
             raise _ChangedError
+
+
+def _read(source: BinaryIO) -> bytes:
+    try:
+        return source.read(BLOCK)
+    except OSError as error:
+        raise _UnreadableError(error.strerror) from error
 
 
 def _state(found: os.stat_result) -> _State:

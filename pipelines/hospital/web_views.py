@@ -80,7 +80,7 @@ class DeliveryView:
 
 @dataclass(frozen=True)
 class JobView:
-    """A job, for people. `state`: queued, running, sending, done or dead; `done_steps`: how many of `ALL_STEPS`.
+    """A job, for people. `state`: queued, running, sending, done, dead, superseded; `done_steps`: of `ALL_STEPS`.
 
     `outdated`: of an earlier revision than the series has now; `picture`: what its file was called when it was made.
     """
@@ -398,7 +398,7 @@ def _job_view(row: Any, sends: tuple[DeliveryView, ...], revision: int, now: flo
     states = {d.state for d in sends}
     state = row.state
     if state == "done" and states - {"done"}:
-        state = "dead" if "dead" in states else "sending"
+        state = "dead" if "dead" in states else "superseded" if states <= {"done", "superseded"} else "sending"
     return JobView(
         id=row.id,
         rule=row.rule,

@@ -15,13 +15,21 @@ from medseg_pipelines.hospital.web_views import ALL_STEPS, JobView, StudyRow
 # how often a page that changes is loaded again
 REFRESH_S = 15
 STATE_WORDS = {"all": "All", "in-work": "In work", "done": "Done", "dead": "Failed", "not-taken": "Not taken"}
-JOB_WORDS = {"queued": "Waiting", "running": "In work", "sending": "Being sent", "done": "Done", "dead": "Failed"}
+JOB_WORDS = {
+    "queued": "Waiting",
+    "running": "In work",
+    "sending": "Being sent",
+    "done": "Done",
+    "dead": "Failed",
+    "superseded": "Superseded",
+}
 DELIVERY_WORDS = {
     "waiting": "Waiting",
     "sending": "Being sent",
     "sent": "Sent, not yet confirmed",
     "done": "Done",
     "dead": "Failed",
+    "superseded": "Superseded",
 }
 # which colour a state has; the word stands beside it always
 TONES = {
@@ -34,6 +42,7 @@ TONES = {
     "queued": "quiet",
     "waiting": "quiet",
     "not-taken": "quiet",
+    "superseded": "quiet",
 }
 FORMAT_WORDS = {
     "nifti": "NIfTI",
@@ -138,7 +147,7 @@ def study_words(row: StudyRow) -> str:
 
 def step_marks(job: JobView) -> Mapping[str, str]:
     """For each step: done, now, failed or open."""
-    after = {"dead": "failed", "queued": "open", "done": "done"}.get(job.state, "now")
+    after = {"dead": "failed", "queued": "open", "done": "done", "superseded": "open"}.get(job.state, "now")
     marks = {}
     for number, step in enumerate(ALL_STEPS):
         if number < job.done_steps:

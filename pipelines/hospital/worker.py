@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 import medseg
 from medseg_pipelines.hospital.children import COMMAND, START_S, Children, Outcome, StartError
-from medseg_pipelines.hospital.housekeeping import clear_published
+from medseg_pipelines.hospital.housekeeping import clear_leavings, clear_published, mend_times
 from medseg_pipelines.hospital.jobs import Job, Released
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.publish import Publisher
@@ -53,16 +53,18 @@ def run_worker(node: Node, stop: threading.Event, *, command: Sequence[str] = CO
     _WorkerPart(node, stop, command).run()
 
 
-def sends_of(settings: NodeSettings, rule: RuleSettings, formats: Iterable[str]) -> list[tuple[str, str]]:
-    """Destination and format of each delivery of what was made for a rule."""
-    return [
+def sends_of(settings: NodeSettings, rules: Iterable[RuleSettings], formats: Collection[str]) -> list[tuple[str, str]]:
+    """Destination and format of each delivery of what was made for these rules."""
+    found = [
         (destination.name, format)
+        for rule in rules
         for destination in settings.destinations_of(rule)
         for format in formats
         if format not in NOT_SENT
         and (not destination.formats or format in destination.formats)
         and (format != "nifti" or destination.folder is not None)
     ]
+    return list(dict.fromkeys(found))
 
 
 class _Held:
@@ -140,6 +142,10 @@ class _WorkerPart:
 
     def _turn(self) -> float:
         """Does one job, where there is one and all is well; so many seconds the next turn has time."""
+        if not self._node.store.is_here():
+            self._say("folder", f"{self._node.store.folder} is not the node's; is its disk mounted? no job is begun")
+            return NO_ROOM_S
+        self._say("folder", None)
         if not self._node.store.has_room():
             free, least = self._node.store.free_bytes / 1e9, self._node.settings.storage.least_free_gb
             self._say("room", f"the disk has {free:.1f} GB left, less than {least:g} (least_free_gb): no job is begun")
@@ -169,20 +175,21 @@ class _WorkerPart:
             self._held = None
 
     def _do(self, job: Job, held: _Held) -> None:
-        rule = self._node.settings.rule(job.rule)
-        if rule is None:
+        rules = [rule for name in job.rules if (rule := self._node.settings.rule(name)) is not None]
+        if not rules:
             reason = f"rule {job.rule} is no more in the settings; put it back and replay the job"
             self._fail(job, held, Outcome("refused", reason))
             return
         # what was made before this worker, or another one, was killed
         made = read_result(self._node.store.results / job.id)
         if made is not None:
-            self._finish(job, held, rule, made)
+            self._finish(job, held, rules, made)
             return
         outcome = self._ask(job, held)
         if outcome.end == "done":
-            self._finish(job, held, rule, outcome.result)
-        elif outcome.end == "dropped":
+            self._finish(job, held, rules, outcome.result)
+        elif outcome.end == "dropped" or not self._node.store.is_here():
+            # without its disk nothing can be said of a job
             self._give_up(job, held)
         else:
             self._fail(job, held, outcome)
@@ -211,9 +218,9 @@ class _WorkerPart:
             # of a process that was killed; its links would hold the disk
             shutil.rmtree(self._work / job.id, ignore_errors=True)
 
-    def _finish(self, job: Job, held: _Held, rule: RuleSettings, result: Mapping[str, Any]) -> None:
+    def _finish(self, job: Job, held: _Held, rules: Sequence[RuleSettings], result: Mapping[str, Any]) -> None:
         files = result["files"]
-        sends = sends_of(self._node.settings, rule, files)
+        sends = sends_of(self._node.settings, rules, files)
         kept = self._surely(held, lambda: self._node.jobs.finish(job.id, self._node.me, result, sends))
         if not kept:
             log.warning("job %s: its end could not be written down, or came too late; what was made stays", job.id)
@@ -235,7 +242,7 @@ class _WorkerPart:
 
     def _give_up(self, job: Job, held: _Held) -> None:
         if held.lost.is_set():
-            log.warning("job %s is another's by now: it took longer than its lease", job.id)
+            log.warning("job %s is given up: it is another's, or a later revision of its series is there", job.id)
             return
         if self._node.jobs.hand_back(job.id, self._node.me):
             log.info("job %s is queued again: this worker ends, or cannot go on", job.id)
@@ -270,7 +277,10 @@ class _WorkerPart:
     def _keep_house(self) -> None:
         while not self._ending.wait(HOUSE_S):
             try:
-                clear_published(self._node)
+                mend_times(self._node)
+                if self._node.store.is_here():
+                    clear_published(self._node)
+                    clear_leavings(self._node)
             except OUT_OF_REACH as error:
                 log.warning("what was published long ago could not be removed (%s)", type(error).__name__)
 
