@@ -288,6 +288,43 @@ def test_answers_for_other_series_are_no_count() -> None:
         assert ask("1.2.3", "1.2.4") is None
 
 
+@pytest.mark.parametrize("value", [b"FD\6\0abcdef", b"US\3\0abc"], ids=["FD", "US"])
+def test_a_value_that_cannot_be_read_is_no_count_and_ends_nothing(
+    value: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heads = (
+        b"\x08\0\x52\0CS\6\0SERIES\x08\0\x60\0CS\2\0CT",
+        b"\x20\0\x0d\0UI\6\0001.2.3\0\x20\0\x0e\0UI\6\0001.2.4\0",
+        b"\x20\0\x09\x12" + value,
+    )
+    monkeypatch.setattr(pull_module, "SYNTAXES", ["1.2.840.10008.1.2.1"])
+    monkeypatch.setattr("pynetdicom.service_class.encode", lambda *_: b"".join(heads))
+
+    def find(event: Any) -> Iterator[Any]:
+        yield 0xFF00, event.identifier
+
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        with pytest.raises(NoAnswerError):
+            ask("1.2.3", "1.2.4")
+    assert "cannot be read" in caplog.text
+    assert "abc" not in caplog.text
+
+
+def test_a_series_whose_modality_is_not_told_is_counted() -> None:
+    def find(event: Any) -> Iterator[Any]:
+        found = event.identifier
+        del found.Modality
+        found.NumberOfSeriesRelatedInstances = 7
+        yield 0xFF00, found
+
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        assert ask("1.2.3", "1.2.4") == 7
+
+
 def test_a_move_without_an_answer_is_told() -> None:
     peer_of = "pacs"
     with fake_peer(breaks_off) as settings:
