@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -343,13 +345,17 @@ def test_a_move_without_an_answer_is_told() -> None:
 
 
 @contextmanager
-def service(status: int, body: bytes, content_type: str = "application/dicom+json") -> Iterator[DicomwebSettings]:
+def service(
+    status: int, body: bytes, content_type: str = "application/dicom+json", **headers: str
+) -> Iterator[DicomwebSettings]:
     """Answers every GET alike."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -390,6 +396,46 @@ def test_a_list_without_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -
         pytest.raises(ServiceError, match="more than 1000 bytes"),
     ):
         list(find_series(client, asked, {}))
+
+
+def test_what_unfolds_to_gigabytes_is_not_unfolded() -> None:
+    # 64 MiB by a kilobyte; each layer more is a thousand times as much
+    bomb = gzip.compress(gzip.compress(bytes(2**26)))
+    assert len(bomb) < 1000
+    tracemalloc.start()
+    with (
+        service(200, bomb, Content_Encoding="gzip, gzip") as asked,
+        connected(asked) as client,
+        pytest.raises(ServiceError, match="compressed"),
+    ):
+        list(find_series(client, asked, {}))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**24
+
+
+def test_a_series_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg_pipelines.hospital.dicomweb.MOST_FILES", 3)
+    store = Store(tmp_path / "store", least_free_gb=0)
+    body = b"\r\n--x\r\n\r\nmuch" * 10 + b"\r\n--x--"
+    kind = 'multipart/related; type="application/dicom"; boundary=x'
+    got = []
+    with service(200, body, kind) as asked, connected(asked) as client, pytest.raises(ServiceError, match="more than"):
+        for file in fetch_series(client, asked, "1.2", "1.3", store.new_file, most_bytes=MOST_BYTES):
+            got.append(file)
+    assert len(got) == 3
+
+
+def test_the_disk_is_asked_for_room_before_each_file(
+    tmp_path: Path, orthanc: OrthancPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(orthanc, slices(tmp_path / "ct", 4))
+    node = open_node(pulling(tmp_path, orthanc, "dicomweb"), "gateway")
+    # for one file alone
+    monkeypatch.setattr(node.store, "has_room", lambda size=0: not list((node.store.folder / "store").rglob("*.dcm")))
+    assert Puller(node.settings.pull[0], node, most_bytes=MOST_BYTES).look() == 0
+    assert len(check_kept(node)) == 1
+    node.close()
 
 
 def test_a_series_that_is_cut_off_keeps_what_came_whole(tmp_path: Path) -> None:

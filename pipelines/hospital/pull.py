@@ -105,7 +105,6 @@ class Puller:
             wanted = [one for one in map(_from_json, find_series(client, service, asked)) if one and self._wants(one)]
             for one in wanted:
                 self._note(one)
-                self._node.intake.check_room()
                 files = fetch_series(
                     client,
                     service,
@@ -114,7 +113,9 @@ class Puller:
                     self._node.store.new_file,
                     most_bytes=self._most_bytes,
                 )
+                self._node.intake.check_room()
                 for file in files:
+                    self._node.intake.check_room()
                     try:
                         self._node.intake.take(file, sent_by=sent_by)
                     except RefusedError:
