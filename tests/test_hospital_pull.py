@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import re
+import struct
 import threading
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -288,6 +289,31 @@ def test_answers_for_other_series_are_no_count() -> None:
         ask = count_of(settings)
         assert ask is not None
         assert ask("1.2.3", "1.2.4") is None
+
+
+@pytest.mark.parametrize("what", ["PDU", "answer"])
+def test_an_answer_without_end_is_not_held_in_memory(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull_module, "FIND_S", 2.0)
+
+    def find(event: Any) -> Iterator[Any]:
+        wire = event.assoc.dul.socket.socket
+        # a PDU of 4 GB, or parts of a command of which none is the last one
+        part = struct.pack(">BBLLBB", 4, 0, 100_006, 100_002, 1, 1) + bytes(100_000)
+        with suppress(OSError):
+            wire.sendall(b"\4\0\xff\xff\xff\xf0" if what == "PDU" else part)
+            for _ in range(600):
+                wire.sendall(bytes(100_000) if what == "PDU" else part)
+        yield 0x0000, None
+
+    tracemalloc.start()
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        with pytest.raises(NoAnswerError):
+            ask("1.2.3", "1.2.4")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**25
 
 
 @pytest.mark.parametrize("value", [b"FD\6\0abcdef", b"US\3\0abc"], ids=["FD", "US"])
