@@ -331,43 +331,6 @@ def test_a_command_without_end_is_cut_off(attacked: Attacked) -> None:
     attacked.check()
 
 
-def test_a_command_of_many_items_is_not_read(attacked: Attacked) -> None:
-    items = struct.pack("<HHL", 0, 0x9999, 0xFFFFFFFF) + struct.pack("<HHL", 0xFFFE, 0xE000, 0) * 120_000
-    command = items + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0) + COMMAND
-    busy = sum(attacked.process.cpu_times()[:2])
-    with association(attacked.port) as made:
-        wire = made.dul.socket.socket  # type: ignore[union-attr]
-        parts = [command[at : at + 100_000] for at in range(0, len(command), 100_000)]
-        with suppress(OSError):
-            for number, part in enumerate(parts, 1):
-                last = 3 if number == len(parts) else 1
-                wire.sendall(struct.pack(">BBLLBB", 4, 0, len(part) + 6, len(part) + 2, 1, last) + part)  # type: ignore[union-attr]
-        wait_for(lambda: not made.is_established)
-    # a tenth of what one such command would cost
-    assert sum(attacked.process.cpu_times()[:2]) - busy < 1.0
-    attacked.check()
-
-
-@pytest.mark.parametrize("more", ["\n", "\x1c", "\x1b[2J", "\xff"])
-@pytest.mark.parametrize("at", [26, 10], ids=["calling", "called"])
-def test_a_title_with_something_unseen_is_none(attacked: Attacked, tmp_path: Path, more: str, at: int) -> None:
-    with socket.create_server((HOST, 0)) as server:
-        asking = threading.Thread(target=send, args=(server.getsockname()[1], slices(tmp_path / "ct", 1)))
-        asking.start()
-        heard, _ = server.accept()
-        request = bytearray(heard.recv(65536))
-        heard.close()
-        asking.join()
-    known = request[at : at + 16].rstrip(b" ")
-    request[at : at + 16] = (known + more.encode("latin-1")).ljust(16)
-    with socket.create_connection((HOST, attacked.port), 10) as made:
-        made.settimeout(10)
-        made.sendall(request)
-        # A-ASSOCIATE-RJ
-        assert made.recv(1) == b"\3"
-    attacked.check()
-
-
 def test_silent_connections_keep_nobody_out(attacked: Attacked) -> None:
     begun = time.monotonic()
     with ExitStack() as kept:

@@ -445,11 +445,11 @@ def test_a_series_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     store = Store(tmp_path / "store", least_free_gb=0)
     body = b"\r\n--x\r\n\r\nmuch" * 10 + b"\r\n--x--"
     kind = 'multipart/related; type="application/dicom"; boundary=x'
-    got = []
-    with service(200, body, kind) as asked, connected(asked) as client, pytest.raises(ServiceError, match="more than"):
-        for file in fetch_series(client, asked, "1.2", "1.3", store.new_file, most_bytes=MOST_BYTES):
-            got.append(file)
-    assert len(got) == 3
+    with service(200, body, kind) as asked, connected(asked) as client:
+        files = fetch_series(client, asked, "1.2", "1.3", store.new_file, most_bytes=MOST_BYTES)
+        assert len([next(files) for _ in range(3)]) == 3
+        with pytest.raises(ServiceError, match="more than 3 files"):
+            next(files)
 
 
 def test_the_disk_is_asked_for_room_before_each_file(

@@ -75,8 +75,8 @@ class _Provider(DULServiceProvider):
 
 
 association_module.DULServiceProvider = _Provider  # type: ignore[attr-defined,assignment]
-association_module.DIMSEServiceProvider = _Answers  # type: ignore[attr-defined,assignment]
-ae_module.AssociationSocket = _Wire  # type: ignore[attr-defined,assignment]
+association_module.DIMSEServiceProvider = _Answers  # type: ignore[attr-defined]
+ae_module.AssociationSocket = _Wire  # type: ignore[attr-defined]
 
 
 Contexts = Sequence[tuple[str, list[str]]]

@@ -53,7 +53,9 @@ class Watcher:
     def look(self) -> int:
         """Takes what is to be taken; how many files of the folder that were. Raises `OSError`, `ConfigError`."""
         if self._folder.is_symlink() or not self._folder.is_dir():
-            raise medseg.ConfigError(f"watch: {self._folder}: no folder found (a link is none); make it, or change `folder`")
+            raise medseg.ConfigError(
+                f"watch: {self._folder}: no folder found (a link is none); make it, or change `folder`"
+            )
         now = dict(self._files())
         stable = [path for path, state in now.items() if self._before.get(path) == state]
         self._before = now
