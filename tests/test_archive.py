@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -79,6 +81,25 @@ def test_a_claim_of_many_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(archive, "MOST_MEMBERS", 3)
     with pytest.raises(DataError, match="5 members found, expected at most 3"):
         find_series(tmp_path / "ct.zip")
+
+
+def test_a_list_of_members_without_end_is_not_read(tmp_path: Path) -> None:
+    # the members share one place: 30 MB of list would be 250 MB in memory, and there may be gigabytes of it
+    path = zipped(tmp_path / "ct.zip", {"a": b"x"})
+    content = path.read_bytes()
+    start, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
+    count = 600_000
+    size = count * (end - start)
+    ends = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+    ends += struct.pack("<4sLQL", b"PK\6\7", 0, start + size, 1)
+    ends += struct.pack("<4sHHHHLLH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(content[:start] + content[start:end] * count + ends)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="a list of members of 28200000 bytes"):
+        find_series(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < archive.MOST_LIST_BYTES
 
 
 def test_a_member_that_is_larger_than_it_says_is_refused(tmp_path: Path) -> None:

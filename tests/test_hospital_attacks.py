@@ -348,6 +348,12 @@ def test_silent_connections_keep_nobody_out(attacked: Attacked) -> None:
             assert one.recv(1) == b""
 
 
+def test_a_crash_leaves_no_memory_on_the_disk(attacked: Attacked) -> None:
+    limits = Path(f"/proc/{attacked.process.pid}/limits").read_text()
+    (core,) = [line.split() for line in limits.splitlines() if line.startswith("Max core file size")]
+    assert core[4:6] == ["0", "0"]
+
+
 def test_a_large_file_is_never_in_memory(attacked: Attacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_config, "STORE_SEND_CHUNKED_DATASET", True)
     side = 8192

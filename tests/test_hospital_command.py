@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from hospital_series import insert_series, new_node, put, row_of, settings_of
 from typer.testing import CliRunner, Result
 
 import medseg
+from medseg_pipelines.hospital import command
 from medseg_pipelines.hospital.command import app
 from medseg_pipelines.hospital.jobs import Order
 from medseg_pipelines.hospital.node import Node
@@ -98,3 +102,35 @@ def test_what_cannot_be_replayed_is_said_and_costs_no_other(node: Node, tmp_path
 def test_replay_wants_ids_or_all(node: Node, tmp_path: Path, arguments: list[str]) -> None:
     assert isinstance(run(tmp_path, "replay", *arguments).exception, medseg.ConfigError)
     assert len(node.jobs.listed("dead")) == 1
+
+
+def test_a_part_tells_what_it_fails_of_and_nobodys_name(node: Node, tmp_path: Path) -> None:
+    def part(_: Node, stop: threading.Event) -> None:
+        raise ValueError("of Canary^Tweety")
+
+    with pytest.raises(medseg.MedsegError, match="web has failed: ValueError at test_hospital_command") as caught:
+        command._run_part(tmp_path / "hospital.yaml", "web", 0, part, False)
+    assert "Canary" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_thread_of_a_part_tells_nobodys_name(
+    node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ValueError("of Canary^Tweety")
+
+    def part(_: Node, stop: threading.Event) -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        warnings.warn("Invalid value for VR PN: Canary^Tweety", stacklevel=1)
+
+    before = threading.excepthook
+    try:
+        with warnings.catch_warnings():
+            command._run_part(tmp_path / "hospital.yaml", "web", 0, part, False)
+    finally:
+        threading.excepthook = before
+    heard = capfd.readouterr()
+    assert "a thread has ended: ValueError" in caplog.text + heard.err + heard.out
+    assert "Canary" not in caplog.text + heard.err + heard.out

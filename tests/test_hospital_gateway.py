@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -280,6 +282,43 @@ def test_a_wrong_title_is_rejected(settings: NodeSettings, called: str, calling:
             assert made.is_rejected
         wait_for(lambda: counter(node, "associations_refused") >= 1)
         assert echo(settings.gateway.port)
+
+
+def test_a_command_of_many_items_is_not_read(settings: NodeSettings) -> None:
+    # reading it would take ten seconds, and 85 MB
+    item = struct.pack("<HHL", 0xFFFE, 0xE000, 0)
+    command = struct.pack("<HHL", 0, 0x9999, 0xFFFFFFFF) + item * 120_000 + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    with gateway(settings) as node, association(settings.gateway.port) as made:
+        wire = made.dul.socket.socket  # type: ignore[union-attr]
+        with suppress(OSError):
+            for at in range(0, len(command), 100_000):
+                part = command[at : at + 100_000]
+                last = 3 if at + len(part) == len(command) else 1
+                wire.sendall(struct.pack(">BBLLBB", 4, 0, len(part) + 6, len(part) + 2, 1, last) + part)  # type: ignore[union-attr]
+        wait_for(lambda: not made.is_established)
+        wait_for(lambda: [row.reason for row in rows_of(node, refusals)] == ["a message of more than 65536 bytes"])
+
+
+@pytest.mark.parametrize("more", ["\n", "\x1c", "\x1b[2J", "\xff"])
+@pytest.mark.parametrize("at", [26, 10], ids=["calling", "called"])
+def test_a_title_with_something_unseen_is_none(settings: NodeSettings, tmp_path: Path, more: str, at: int) -> None:
+    with socket.create_server((HOST, 0)) as server:
+        asking = threading.Thread(target=send, args=(server.getsockname()[1], slices(tmp_path / "ct", 1)))
+        asking.start()
+        heard, _ = server.accept()
+        request = bytearray(heard.recv(65536))
+        heard.close()
+        asking.join()
+    known = request[at : at + 16].rstrip(b" ")
+    request[at : at + 16] = (known + more.encode("latin-1")).ljust(16)
+    with (
+        gateway(settings) as node,
+        socket.create_connection((HOST, node.settings.gateway.port), 10) as made,
+    ):
+        made.settimeout(10)
+        made.sendall(request)
+        # A-ASSOCIATE-RJ
+        assert made.recv(1) == b"\3"
 
 
 def test_an_unknown_address_is_not_listened_to(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from hospital_node import (
     the_series,
 )
 from hospital_peers import PostgresServer, wait_for
+from pydicom.uid import UID
 
 import medseg
 from medseg_pipelines.hospital.completeness import Completeness, NoAnswerError
@@ -427,6 +428,20 @@ def test_a_model_that_is_missing_holds_up_its_own_series_alone(make_node: MakeNo
     assert [the_series(node, number).state for number in (1, 2, 3)] == ["receiving", "complete", "receiving"]
     away.rename(tmp_path / "three" / "model.safetensors")
     assert look.look() == 2
+
+
+def test_our_own_pictures_that_come_back_make_no_job(make_node: MakeNode, tmp_path: Path) -> None:
+    # a rule that takes whatever it is given
+    node = make_node(rules=[{"name": "all", "model": str(tmp_path / "model")}])
+    made = header()
+    made.Modality, made.Manufacturer = "OT", "medseg"
+    made.SOPClassUID = made.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.7")
+    made.save_as(tmp_path / "x.dcm", enforce_file_format=True)
+    node.intake.take(tmp_path / "x.dcm", sent_by="PACS")
+    made_quiet(node)
+    closing(node).look()
+    assert the_series(node).selection == "no images of a patient"
+    assert jobs_of(node) == []
 
 
 def test_another_model_is_another_job(tmp_path: Path) -> None:

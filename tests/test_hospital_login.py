@@ -304,6 +304,11 @@ def test_a_page_tells_how_long_to_wait(stranger: TestClient, node: Node) -> None
         "held_off": True,
         "previous": "",
     }
+    # else strangers could fill the disk
+    written = len(events(node))
+    for _ in range(3):
+        assert log_in(stranger).status_code == 429
+    assert len(events(node)) == written
 
 
 # -- passwords and the secret

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -288,7 +291,56 @@ def test_answers_for_other_series_are_no_count() -> None:
         assert ask("1.2.3", "1.2.4") is None
 
 
-def test_a_peer_that_leaves_a_key_out_gives_a_count_all_the_same() -> None:
+@pytest.mark.parametrize("what", ["PDU", "answer"])
+def test_an_answer_without_end_is_not_held_in_memory(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull_module, "FIND_S", 2.0)
+
+    def find(event: Any) -> Iterator[Any]:
+        wire = event.assoc.dul.socket.socket
+        # a PDU of 4 GB, or parts of a command of which none is the last one
+        part = struct.pack(">BBLLBB", 4, 0, 100_006, 100_002, 1, 1) + bytes(100_000)
+        with suppress(OSError):
+            wire.sendall(b"\4\0\xff\xff\xff\xf0" if what == "PDU" else part)
+            for _ in range(600):
+                wire.sendall(bytes(100_000) if what == "PDU" else part)
+        yield 0x0000, None
+
+    tracemalloc.start()
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        with pytest.raises(NoAnswerError):
+            ask("1.2.3", "1.2.4")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**25
+
+
+@pytest.mark.parametrize("value", [b"FD\6\0abcdef", b"US\3\0abc"], ids=["FD", "US"])
+def test_a_value_that_cannot_be_read_is_no_count_and_ends_nothing(
+    value: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heads = (
+        b"\x08\0\x52\0CS\6\0SERIES\x08\0\x60\0CS\2\0CT",
+        b"\x20\0\x0d\0UI\6\0001.2.3\0\x20\0\x0e\0UI\6\0001.2.4\0",
+        b"\x20\0\x09\x12" + value,
+    )
+    monkeypatch.setattr(pull_module, "SYNTAXES", ["1.2.840.10008.1.2.1"])
+    monkeypatch.setattr("pynetdicom.service_class.encode", lambda *_: b"".join(heads))
+
+    def find(event: Any) -> Iterator[Any]:
+        yield 0xFF00, event.identifier
+
+    with fake_peer(find) as settings:
+        ask = count_of(settings)
+        assert ask is not None
+        with pytest.raises(NoAnswerError):
+            ask("1.2.3", "1.2.4")
+    assert "cannot be read" in caplog.text
+    assert "abc" not in caplog.text
+
+
+def test_a_series_whose_modality_is_not_told_is_counted() -> None:
     def find(event: Any) -> Iterator[Any]:
         found = event.identifier
         del found.Modality
@@ -319,13 +371,17 @@ def test_a_move_without_an_answer_is_told() -> None:
 
 
 @contextmanager
-def service(status: int, body: bytes, content_type: str = "application/dicom+json") -> Iterator[DicomwebSettings]:
+def service(
+    status: int, body: bytes, content_type: str = "application/dicom+json", **headers: str
+) -> Iterator[DicomwebSettings]:
     """Answers every GET alike."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             self.send_header("Content-Type", content_type)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -366,6 +422,46 @@ def test_a_list_without_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -
         pytest.raises(ServiceError, match="more than 1000 bytes"),
     ):
         list(find_series(client, asked, {}))
+
+
+def test_what_unfolds_to_gigabytes_is_not_unfolded() -> None:
+    # 64 MiB by a kilobyte; each layer more is a thousand times as much
+    bomb = gzip.compress(gzip.compress(bytes(2**26)))
+    assert len(bomb) < 1000
+    tracemalloc.start()
+    with (
+        service(200, bomb, Content_Encoding="gzip, gzip") as asked,
+        connected(asked) as client,
+        pytest.raises(ServiceError, match="compressed"),
+    ):
+        list(find_series(client, asked, {}))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**24
+
+
+def test_a_series_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg_pipelines.hospital.dicomweb.MOST_FILES", 3)
+    store = Store(tmp_path / "store", least_free_gb=0)
+    body = b"\r\n--x\r\n\r\nmuch" * 10 + b"\r\n--x--"
+    kind = 'multipart/related; type="application/dicom"; boundary=x'
+    with service(200, body, kind) as asked, connected(asked) as client:
+        files = fetch_series(client, asked, "1.2", "1.3", store.new_file, most_bytes=MOST_BYTES)
+        assert len([next(files) for _ in range(3)]) == 3
+        with pytest.raises(ServiceError, match="more than 3 files"):
+            next(files)
+
+
+def test_the_disk_is_asked_for_room_before_each_file(
+    tmp_path: Path, orthanc: OrthancPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(orthanc, slices(tmp_path / "ct", 4))
+    node = open_node(pulling(tmp_path, orthanc, "dicomweb"), "gateway")
+    # for one file alone
+    monkeypatch.setattr(node.store, "has_room", lambda size=0: not list((node.store.folder / "store").rglob("*.dcm")))
+    assert Puller(node.settings.pull[0], node, most_bytes=MOST_BYTES).look() == 0
+    assert len(check_kept(node)) == 1
+    node.close()
 
 
 def test_a_series_that_is_cut_off_keeps_what_came_whole(tmp_path: Path) -> None:

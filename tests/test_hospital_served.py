@@ -105,6 +105,64 @@ def test_a_request_that_never_ends_is_hung_up_on(tmp_path: Path, monkeypatch: py
     node.close()
 
 
+def test_silent_peers_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_module, "MOST_CONNECTIONS", 10)
+    port = free_port()
+    node = new_node(tmp_path, web={"port": port})
+    served = Served(node)
+    eventually(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=5)).close()
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(30)]
+    for peer in silent[::2]:
+        peer.sendall(b"GET / HTTP/1.1\r\n")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=5) as answer:
+        assert answer.status == 200
+    for peer in silent:
+        peer.close()
+    served.end()
+    node.close()
+
+
+def test_a_peer_that_reads_no_answers_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_guard, "REQUEST_S", 0.8)
+    port = free_port()
+    node = new_node(tmp_path, web={"port": port})
+    served = Served(node)
+    with eventually(lambda: socket.create_connection(("127.0.0.1", port), timeout=20)) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asked = b"GET /style.css HTTP/1.1\r\nHost: node\r\n\r\n" * 1000
+
+        def ask_on() -> None:
+            while True:
+                peer.sendall(asked)
+
+        # until it is hung up on; what is asked is not taken any more, either
+        with pytest.raises(ConnectionError):
+            ask_on()
+    served.end()
+    node.close()
+
+
+def test_the_process_lives_while_all_threads_wait_for_a_database_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(web_module, "readiness", lambda node: hangs.wait(60))
+    port = free_port()
+    node = new_node(tmp_path, web={"port": port})
+    served = Served(node)
+    eventually(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=5)).close()
+    asking = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(60)]
+    for peer in asking:
+        peer.sendall(b"GET /readyz HTTP/1.1\r\nHost: node\r\n\r\n")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/livez", timeout=5) as answer:
+        assert answer.status == 200
+    hangs.set()
+    for peer in asking:
+        peer.close()
+    served.end()
+    node.close()
+
+
 def test_a_certificate_that_is_none_is_an_error_in_words(tmp_path: Path) -> None:
     (tmp_path / "node.pem").write_text("nothing")
     paths = {"certificate": tmp_path / "node.pem", "key": tmp_path / "node.pem"}

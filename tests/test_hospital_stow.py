@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ class Service:
     has: list[str] = field(default_factory=list)
     posted: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     hangs: bool = False
+    packed: str = ""
 
 
 @contextmanager
@@ -66,6 +69,8 @@ def serving(service: Service, tls: Any = None) -> Iterator[str]:
         def _answer(self, code: int, body: bytes) -> None:
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
+            if service.packed:
+                self.send_header("Content-Encoding", service.packed)
             self.end_headers()
             self.wfile.write(body)
 
@@ -99,6 +104,17 @@ def listed(uid: str, tag: str, **reasons: int) -> bytes:
     for name, value in reasons.items():
         item[name.removeprefix("t")] = {"vr": "US", "Value": [value]}  # type: ignore[list-item]
     return json.dumps({tag: {"vr": "SQ", "Value": [item]}}).encode()
+
+
+def test_an_answer_that_unfolds_to_gigabytes_is_not_unfolded(parcel: Parcel) -> None:
+    bomb = gzip.compress(gzip.compress(bytes(2**26)))
+    tracemalloc.start()
+    with serving(Service(body=bomb, packed="gzip, gzip")) as url:
+        ((said, _),) = send(url, parcel)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert said is Said.LATER
+    assert most < 2**25
 
 
 def test_the_request_is_what_the_standard_asks_for(parcel: Parcel, tmp_path: Path) -> None:

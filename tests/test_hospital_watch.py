@@ -143,6 +143,47 @@ def test_links_lead_nowhere(tmp_path: Path, node: Node, folder: Path, watcher: W
     assert check_kept(node) == []
 
 
+@pytest.mark.parametrize("place", ["taken", "refused"])
+def test_no_link_leads_what_is_moved_elsewhere(tmp_path: Path, folder: Path, watcher: Watcher, place: str) -> None:
+    if place == "taken":
+        slices(folder, 1)
+    else:
+        (folder / "authorized_keys").write_text("a key of mine")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / place).symlink_to(elsewhere)
+    watcher.look()
+    watcher.look()
+    assert names(elsewhere) == []
+    assert watcher.look() == 0
+
+
+def test_a_folder_that_turns_into_a_link_gives_nothing_of_what_it_leads_to(
+    tmp_path: Path, folder: Path, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices(folder / "in", 1)
+    watcher.look()
+    other = tmp_path / "other"
+    slices(other, 1)
+    take = watcher._intake.take
+
+    def swap(path: Path, *, sent_by: str) -> object:
+        (folder / "in").rename(tmp_path / "was")
+        (folder / "in").symlink_to(other)
+        return take(path, sent_by=sent_by)
+
+    monkeypatch.setattr(watcher._intake, "take", swap)
+    watcher.look()
+    assert names(other) == ["1-000.dcm"]
+
+
+def test_a_folder_that_is_a_link_is_told(tmp_path: Path, folder: Path, watcher: Watcher) -> None:
+    folder.rename(tmp_path / "was")
+    folder.symlink_to(tmp_path / "was")
+    with pytest.raises(medseg.ConfigError, match="a link is none"):
+        watcher.look()
+
+
 def test_a_file_that_turns_into_a_link_is_not_followed(
     tmp_path: Path, node: Node, folder: Path, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +16,8 @@ from medseg.errors import DataError
 MOST_BYTES = 8 * 2**30
 MOST_MEMBER_BYTES = 4 * 2**30
 MOST_MEMBERS = 100_000
+# of the list of members, which is read as a whole, and takes ten times as much in memory: 160 bytes each
+MOST_LIST_BYTES = 2**24
 # deflate shrinks scans 2 to 4 times and empty ones 1000 times; more than this is no scan once it is large
 MOST_EXPANSION = 200
 SMALL_BYTES = 2**28
@@ -115,14 +117,28 @@ class Archive:
             )
 
 
+class _Bounded(io.BufferedReader):
+    """A file of which no more than `MOST_LIST_BYTES` are read at once, as long as it `is_bounded`."""
+
+    is_bounded = True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of every file. Raises `BadZipFile`."""
+        if self.is_bounded and (size or 0) > MOST_LIST_BYTES:
+            raise zipfile.BadZipFile(f"a list of members of {size} bytes found, expected at most {MOST_LIST_BYTES}")
+        return super().read(size)
+
+
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
     """The archive at `path`, checked before anything is unpacked. Raises `DataError`."""
-    try:
-        file = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise DataError(f"{path}: not a readable zip archive ({error}); make it again") from error
-    with file:
+    with ExitStack() as opened:
+        try:
+            content = opened.enter_context(_Bounded(io.FileIO(path)))
+            file = opened.enter_context(zipfile.ZipFile(content))
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+            raise DataError(f"{path}: not a readable zip archive ({error}); make it again") from error
+        content.is_bounded = False
         yield Archive(path, file)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -28,6 +30,7 @@ from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
 from medseg_pipelines.hospital.supervisor import Part, end_with_supervisor, supervise
+from medseg_pipelines.hospital.threads import told
 
 log = logging.getLogger("medseg.hospital")
 
@@ -188,12 +191,31 @@ def _run_part(
     end_with_supervisor()
     _log(verbose)
     settings: NodeSettings = read_settings(config)
+    _keep_to_itself()
     node = open_node(settings, kind, number)
     try:
         with stopping() as stop:
             part(node, stop)
+    except medseg.MedsegError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        # its own words may quote a patient's data
+        raise medseg.MedsegError(f"{kind} has failed: {told(error)}; it is to be started again") from None
     finally:
         node.close()
+
+
+def _keep_to_itself() -> None:
+    """Nothing of a patient leaves the process by what Python and the kernel write down of it; nor its child."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # pydicom's quote the values that they are about
+    warnings.simplefilter("ignore")
+    threading.excepthook = _tell_of_thread
+
+
+def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
+    error = failure.exc_value
+    log.error("a thread has ended: %s", told(error) if error is not None else failure.exc_type.__name__)
 
 
 class stopping:  # noqa: N801

@@ -20,9 +20,13 @@ from medseg_pipelines.hospital.settings import DicomwebSettings
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 TIMEOUT_S = 30.0
-# of a list of series, in bytes
-MOST_ANSWER = 2**26
+# of a page of series, in bytes: 16 kB for each
+MOST_ANSWER = 2**23
 PAGE, MOST_PAGES = 500, 200
+# files of a series: the largest scans have a tenth of it
+MOST_FILES = 100_000
+# what unfolds on the way, a few bytes could fill the memory with: of several layers even one block of them
+PLAIN = {"Accept-Encoding": "identity"}
 # Orthanc without gdcm answers HTTP 500 where a transfer syntax is asked for that it would have to make
 ACCEPT = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 CHECKS = {401: "`user` and `password_file`", 403: "the rights of `user`", 404: "`url`"}
@@ -46,6 +50,7 @@ def connected(service: DicomwebSettings) -> Iterator[httpx.Client]:
     client = httpx.Client(
         auth=None if service.user is None else (service.user, password),
         verify=verify,
+        headers=PLAIN,
         timeout=TIMEOUT_S,
         # proxies of the environment are for browsers; a redirection could lead anywhere
         trust_env=False,
@@ -85,9 +90,12 @@ def fetch_series(
         _check(service, answer)
         try:
             parts = each_part(
-                answer.iter_bytes(), answer.headers.get("Content-Type", ""), new_file, most_bytes=most_bytes
+                answer.iter_raw(), answer.headers.get("Content-Type", ""), new_file, most_bytes=most_bytes
             )
-            yield from parts
+            for number, part in enumerate(parts):
+                if number >= MOST_FILES:
+                    raise PartsError(f"more than {MOST_FILES} files")
+                yield part
         except PartsError as error:
             raise ServiceError(
                 f"{service.url}: {error} found, expected all files of a series; check its log"
@@ -106,7 +114,7 @@ def _asked(client: httpx.Client, service: DicomwebSettings, params: Mapping[str,
     with client.stream("GET", f"{_base(service)}/series", params=dict(params), headers=headers) as answer:
         _check(service, answer)
         body = bytearray()
-        for block in answer.iter_bytes():
+        for block in answer.iter_raw():
             body += block
             if len(body) > MOST_ANSWER:
                 raise ServiceError(f"{service.url}: a list of more than {MOST_ANSWER} bytes found; check its log")
@@ -124,6 +132,13 @@ def _check(service: DicomwebSettings, answer: httpx.Response) -> None:
     if answer.status_code not in (200, 204):
         check = CHECKS.get(answer.status_code, "its log")
         raise ServiceError(f"{service.url}: HTTP {answer.status_code} found, expected 200; check {check}")
+    if is_packed(answer):
+        raise ServiceError(f"{service.url}: a compressed answer found, expected none; turn that off there")
+
+
+def is_packed(answer: httpx.Response) -> bool:
+    """Whether an answer would have to be decompressed; its bytes are taken as they come."""
+    return answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity")
 
 
 def _base(service: DicomwebSettings) -> str:

@@ -13,18 +13,57 @@ from contextlib import contextmanager
 from typing import Any
 
 from pynetdicom import AE, _config, build_context, evt
+from pynetdicom import ae as ae_module
 from pynetdicom import association as association_module
 from pynetdicom.association import Association
+from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
+from pynetdicom.pdu_primitives import P_DATA
+from pynetdicom.transport import AssociationSocket
 
 import medseg
 from medseg_pipelines.hospital.settings import PeerSettings, TlsSettings
+
+log = logging.getLogger(__name__)
 
 # identifiers of queries and quoted values are a patient's data; what matters is told by the exceptions here
 _config.LOG_HANDLER_LEVEL = "none"
 _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
 for _name in ("pynetdicom", "pydicom"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+
+# of one PDU that we receive: the greatest that common peers make use of
+MAXIMUM_PDU = 131_072
+# of one message to us where we asked: an answer has some hundred bytes
+MOST_ANSWER = 2**20
+
+
+class _Wire(AssociationSocket):
+    """A peer that we call says no more at once than it was told it may."""
+
+    def recv(self, nr_bytes: int) -> bytearray:
+        """So many bytes, or fewer where the connection ends. Raises `OSError` beyond the bound."""
+        if nr_bytes > MAXIMUM_PDU:
+            raise OSError(f"a PDU of {nr_bytes} bytes")
+        return super().recv(nr_bytes)
+
+
+class _Answers(DIMSEServiceProvider):
+    """What a peer answers; one without end ends the association."""
+
+    _size = 0
+
+    def receive_primitive(self, primitive: P_DATA) -> None:
+        """Adds a part to the message that is being received."""
+        self._size = (0 if self.message is None else self._size) + sum(
+            len(data) for _, data in primitive.presentation_data_value_list
+        )
+        if self._size > MOST_ANSWER:
+            log.warning("an association is ended: an answer of more than %d bytes", MOST_ANSWER)
+            self.dul.event_queue.put("Evt19")
+            return
+        super().receive_primitive(primitive)
 
 
 class _Provider(DULServiceProvider):
@@ -36,9 +75,9 @@ class _Provider(DULServiceProvider):
 
 
 association_module.DULServiceProvider = _Provider  # type: ignore[attr-defined,assignment]
+association_module.DIMSEServiceProvider = _Answers  # type: ignore[attr-defined]
+ae_module.AssociationSocket = _Wire  # type: ignore[attr-defined]
 
-# of one PDU that we receive: the greatest that common peers make use of
-MAXIMUM_PDU = 131_072
 
 Contexts = Sequence[tuple[str, list[str]]]
 

@@ -188,7 +188,7 @@ class Entrance:
 
     def _decide(self, pending: _Pending) -> None:
         first = bytes(pending.read)
-        called, calling = (first[part].decode("ascii", "replace").strip() for part in (_CALLED, _CALLING))
+        called, calling = (first[part].decode("ascii", "replace").strip(" ") for part in (_CALLED, _CALLING))
         request = Request(pending.connection, pending.address, first, called, calling)
         verdict = self._judge(request)
         if verdict is not Verdict.WELCOME:

@@ -18,6 +18,9 @@ from medseg_pipelines.hospital.store import Store, sha256_of
 
 log = logging.getLogger(__name__)
 
+# the manufacturer that the writers put into what they make
+OURS = "medseg"
+
 
 class RefusedError(Exception):
     """A file that cannot be taken in, and why; it lies in `refused`. The text holds no patient's data."""
@@ -169,7 +172,8 @@ class Intake:
             "modality": facts.modality,
             "body_part": facts.body_part,
             "thickness_mm": facts.slice_thickness_mm,
-            "is_image": facts.is_image,
+            # pictures of our results come back from a PACS: of those there is nothing to segment
+            "is_image": facts.is_image and facts.manufacturer != OURS,
             "sent_by": sent_by,
             "state": "receiving",
             "images": 0,

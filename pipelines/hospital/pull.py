@@ -105,7 +105,6 @@ class Puller:
             wanted = [one for one in map(_from_json, find_series(client, service, asked)) if one and self._wants(one)]
             for one in wanted:
                 self._note(one)
-                self._node.intake.check_room()
                 files = fetch_series(
                     client,
                     service,
@@ -114,7 +113,9 @@ class Puller:
                     self._node.store.new_file,
                     most_bytes=self._most_bytes,
                 )
+                self._node.intake.check_room()
                 for file in files:
+                    self._node.intake.check_room()
                     try:
                         self._node.intake.take(file, sent_by=sent_by)
                     except RefusedError:
@@ -189,7 +190,7 @@ def _find_recent(association: Association, settings: PullSettings, peer: PeerSet
     asked.StudyInstanceUID = ""
     asked.StudyDate = _dates(settings)
     asked.ModalitiesInStudy = settings.modality
-    studies = [str(answer.get("StudyInstanceUID", "")) for answer in _answers(association, asked, peer)]
+    studies = [_word(answer, "StudyInstanceUID", peer) for answer in _answers(association, asked, peer)]
     for study_uid in filter(UID.fullmatch, studies):
         yield from _find_series(association, study_uid, peer, modality=settings.modality)
 
@@ -205,11 +206,11 @@ def _find_series(
     asked.SeriesDescription = ""
     asked.NumberOfSeriesRelatedInstances = ""
     for answer in _answers(association, asked, peer):
-        found = str(answer.get("SeriesInstanceUID", ""))
+        found = _word(answer, "SeriesInstanceUID", peer)
         # keys that a peer does not match by, it leaves open
-        if UID.fullmatch(found) and (not modality or str(answer.get("Modality", modality)) == modality):
-            count = answer.get("NumberOfSeriesRelatedInstances")
-            yield Found(study_uid, found, str(answer.get("SeriesDescription", "")), _whole(count))
+        if UID.fullmatch(found) and (not modality or _word(answer, "Modality", peer) in ("", modality)):
+            count = _whole(_word(answer, "NumberOfSeriesRelatedInstances", peer))
+            yield Found(study_uid, found, _word(answer, "SeriesDescription", peer), count)
 
 
 def _answers(association: Association, asked: Any, peer: PeerSettings) -> Iterator[Any]:
@@ -226,6 +227,17 @@ def _answers(association: Association, asked: Any, peer: PeerSettings) -> Iterat
             yield answer
         elif code != SUCCESS:
             raise PeerUnreachable(f"{peer.ae_title}: C-FIND fails ({_code(code)}); check its log")
+
+
+def _word(answer: Any, keyword: str, peer: PeerSettings) -> str:
+    """A value of an answer as text; empty where there is none. Raises `PeerUnreachable` where it cannot be read."""
+    try:
+        return str(answer.get(keyword) or "")
+    except Exception as error:  # noqa: BLE001
+        # values are read when they are asked for, and what pydicom raises for bad ones has no common class
+        raise PeerUnreachable(
+            f"{peer.ae_title}: {keyword} of an answer to C-FIND cannot be read ({type(error).__name__}); check its log"
+        ) from None
 
 
 def _move(association: Association, one: Found, ae_title: str, peer: PeerSettings) -> None:

@@ -27,8 +27,9 @@ from medseg_pipelines.hospital.entrance import MOST_REQUEST, Request
 
 log = logging.getLogger(__name__)
 
-# of a message that is no file: its command, and what a query or a report may hold
-MOST_SMALL = 2**20
+# of a message that is no file: its command, and what a report may hold. Commands have some hundred bytes; pydicom takes
+# ten seconds and 85 MB for a megabyte of empty items in one
+MOST_SMALL = 2**16
 # nobody is offered to send before the last message is answered
 MOST_WAITING = 2
 # reports begin a thread each at once: so many on one association are a flood

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from medseg_pipelines.hospital.dicomweb import PLAIN, is_packed
 from medseg_pipelines.hospital.parcels import DestinationDownError, Parcel, Said, Tell, said_of_status
 from medseg_pipelines.hospital.settings import DicomwebSettings
 from medseg_pipelines.hospital.store import BLOCK
@@ -56,6 +57,7 @@ class DicomwebSender:
         return httpx.Client(
             auth=None if service.user is None else (service.user, password),
             verify=verify,
+            headers=PLAIN,
             timeout=self.timeout_s,
             # proxies of the environment are for browsers; a redirection would carry an object elsewhere
             trust_env=False,
@@ -142,10 +144,10 @@ def _answered(
     headers: Mapping[str, str],
     content: Iterator[bytes] | None = None,
 ) -> tuple[int, bytes]:
-    """Code and body of an answer; a body that is too long is cut off, and so not understood."""
+    """Code and body of an answer; a body that is too long is cut off, a compressed one left out: not understood."""
     with client.stream(method, url, content=content, headers=headers) as got:
         body = b""
-        for block in got.iter_bytes():
+        for block in () if is_packed(got) else got.iter_raw():
             body += block
             if len(body) > MOST_ANSWER:
                 break

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 TAKEN, REFUSED = "taken", "refused"
 # what those who write files by and by call them until they are whole
 UNFINISHED = (".part", ".tmp", ".crdownload", ".filepart")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 MARK, MARK_AT = b"DICM", 128
 
 
@@ -52,8 +54,10 @@ class Watcher:
 
     def look(self) -> int:
         """Takes what is to be taken; how many files of the folder that were. Raises `OSError`, `ConfigError`."""
-        if not self._folder.is_dir():
-            raise medseg.ConfigError(f"watch: {self._folder}: no folder found; make it, or change `folder`")
+        if self._folder.is_symlink() or not self._folder.is_dir():
+            raise medseg.ConfigError(
+                f"watch: {self._folder}: no folder found (a link is none); make it, or change `folder`"
+            )
         now = dict(self._files())
         stable = [path for path, state in now.items() if self._before.get(path) == state]
         self._before = now
@@ -149,10 +153,16 @@ class Watcher:
 
     def _move(self, path: Path, place: str, state: _State) -> None:
         """Out of the way; where that fails, it is left, and not taken again as long as nobody writes to it."""
-        target = self._folder / place / path.relative_to(self._folder)
+        below = path.relative_to(self._folder)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(_free_name(target))
+            with ExitStack() as opened:
+                source = _folder(opened, self._folder, below.parent.parts)
+                target = _folder(opened, self._folder, (place, *below.parent.parts), make=True)
+                if _state(os.stat(path.name, dir_fd=source, follow_symlinks=False)) == state:
+                    os.rename(path.name, _free_name(target, below), src_dir_fd=source, dst_dir_fd=target)
+        except FileNotFoundError:
+            # whoever wrote it has taken it away
+            return
         except OSError as error:
             # names of files can be a patient's
             log.error("watch: a file that was dealt with cannot be moved to `%s` (%s)", place, error.strerror)
@@ -210,8 +220,24 @@ def _is_dicom(path: Path) -> bool:
         return file.read(MARK_AT + len(MARK))[MARK_AT:] == MARK
 
 
-def _free_name(target: Path) -> Path:
-    if not target.exists():
-        return target
-    numbers = (target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(2, 10_000))
-    return next((name for name in numbers if not name.exists()), target)
+def _folder(opened: ExitStack, root: Path, below: tuple[str, ...], *, make: bool = False) -> int:
+    """A folder below `root`, reached by no link: whoever may write there could lead a file anywhere by one."""
+    handle = os.open(root, _FOLDER)
+    opened.callback(os.close, handle)
+    for name in below:
+        if make:
+            with suppress(FileExistsError):
+                os.mkdir(name, dir_fd=handle)
+        handle = os.open(name, _FOLDER, dir_fd=handle)
+        opened.callback(os.close, handle)
+    return handle
+
+
+def _free_name(folder: int, file: Path) -> str:
+    names = (file.name, *(f"{file.stem}-{number}{file.suffix}" for number in range(2, 10_000)))
+    for name in names:
+        try:
+            os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return name
+    raise FileExistsError(errno.EEXIST, "too many of one name are there")

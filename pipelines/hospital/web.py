@@ -152,7 +152,8 @@ def make_app(node: Node) -> FastAPI:
         title="medseg", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY
     )
 
-    def livez() -> Response:
+    async def livez() -> Response:
+        # needs no thread: those may all wait for a database that hangs
         return JSONResponse({"alive": True})
 
     def readyz() -> Response:
@@ -265,7 +266,9 @@ class _Pages:
         if isinstance(found, Denied):
             # what is no user's name may be a password, typed into the wrong field
             known = name if self._door.knows(name) else None
-            self._node.audit.record("login_failed", user=known, address=address, held_off=found.wait_s > 0)
+            # anybody may be held off a thousand times a second
+            if found.wait_s <= 0 or self._is_news("held_off", address):
+                self._node.audit.record("login_failed", user=known, address=address, held_off=found.wait_s > 0)
             if found.wait_s > 0:
                 wait_s = int(found.wait_s) + 1
                 said = f"Too many failed logins; please wait {wait_s} s."
@@ -456,15 +459,19 @@ class _Pages:
             return words if owner == user else None
 
     def _audit_look(self, session: Session, event: str, **facts: str | bool) -> None:
-        key, now = (session.id, event, *map(str, facts.values())), time.monotonic()
+        if self._is_news(session.id, event, *map(str, facts.values())):
+            self._node.audit.record(event, user=session.user, **facts)
+
+    def _is_news(self, *key: str) -> bool:
+        """Whether it has not been so for `SAME_LOOK_S`."""
+        now = time.monotonic()
         with self._lock:
             before = self._looks.pop(key, None)
-            self._looks[key] = before if before is not None and now - before < SAME_LOOK_S else now
+            is_news = before is None or now - before >= SAME_LOOK_S
+            self._looks[key] = now if before is None or is_news else before
             while len(self._looks) > MOST_LOOKS:
                 self._looks.popitem(last=False)
-            seen = self._looks[key] == before
-        if not seen:
-            self._node.audit.record(event, user=session.user, **facts)
+        return is_news
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -80,27 +80,41 @@ class Guard:
 
 
 class Impatient(H11Protocol):
-    """A connection that is closed where its peer takes longer than `REQUEST_S` to say what it wants.
+    """A connection that is closed where its peer takes longer than `REQUEST_S` to say what it wants, or to read on.
 
-    The server knows no such limit, and a few hundred peers that never finish would keep all others out.
+    The server knows no such limit, and a few hundred peers that never finish would keep all others out. Where there are
+    as many as it serves, the one that has said nothing for longest makes place.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As of every connection; and the watch begins."""
         super().connection_made(transport)
-        self._waits = 0
+        self._waits = self._unsent = 0
+        self._since = self.loop.time()
         self._next_look = self.loop.call_later(REQUEST_S / LOOKS, self._look)
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            silent = [c for c in self.connections if c is not self and isinstance(c, Impatient) and c._is_unfinished()]
+            if silent:
+                longest = min(silent, key=lambda c: c._since)
+                longest.transport.abort()
+                # that it is lost is told later, and until then more may come
+                self.connections.discard(longest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As of every connection; and the watch ends."""
         self._next_look.cancel()
         super().connection_lost(exc)
 
+    def _is_unfinished(self) -> bool:
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
     def _look(self) -> None:
-        unfinished = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        self._waits = self._waits + 1 if unfinished else 0
+        before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
+        is_stuck = self._unsent > 0 and self._unsent == before
+        self._waits = self._waits + 1 if is_stuck or self._is_unfinished() else 0
         if self._waits >= LOOKS:
-            self.transport.close()
+            # to close it politely would be to wait until all is read
+            self.transport.abort()
         else:
             self._next_look = self.loop.call_later(REQUEST_S / LOOKS, self._look)
 
