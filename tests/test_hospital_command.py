@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 import medseg
 from medseg_pipelines.hospital import command
 from medseg_pipelines.hospital.command import app
+from medseg_pipelines.hospital.database import parts
 from medseg_pipelines.hospital.jobs import Order
 from medseg_pipelines.hospital.node import Node
 
@@ -134,3 +135,21 @@ def test_a_thread_of_a_part_tells_nobodys_name(
     heard = capfd.readouterr()
     assert "a thread has ended: ValueError" in caplog.text + heard.err + heard.out
     assert "Canary" not in caplog.text + heard.err + heard.out
+
+
+def test_health_is_that_of_the_parts_of_this_machine(node: Node, tmp_path: Path) -> None:
+    # of this machine nothing ran yet, as far as anybody can tell
+    with node.database.writing() as connection:
+        connection.execute(parts.delete())
+    assert run(tmp_path, "health").exit_code == 1
+    node.beat()
+    assert run(tmp_path, "health").exit_code == 0
+    with node.database.writing() as connection:
+        connection.execute(parts.update().values(seen_at=parts.c.seen_at - 61))
+        # another machine's life is not ours
+        now = node.database.now(connection)
+        other = {"name": "elsewhere-worker-0", "kind": "worker", "started_at": 0.0, "seen_at": now}
+        connection.execute(parts.insert().values(other))
+    told = run(tmp_path, "health")
+    assert told.exit_code == 1
+    assert "has given no sign of life" in told.output

@@ -27,7 +27,7 @@ from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import err, out
 from medseg_pipelines.hospital.database import DatabaseDownError, open_database
 from medseg_pipelines.hospital.models import Models, model_of
-from medseg_pipelines.hospital.node import Node, open_node, queue_of
+from medseg_pipelines.hospital.node import Node, machine_of, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
 from medseg_pipelines.hospital.supervisor import Part, end_with_supervisor, supervise
 from medseg_pipelines.hospital.threads import told
@@ -158,6 +158,22 @@ def replay(
     finally:
         node.close()
     finish(f"{len(asked) - len(vain)} begun again.", vain)
+
+
+@app.command(epilog="Example: medseg-hospital health -c configs/hospital.yaml")
+def health(config: Config, verbose: Verbose = False) -> None:
+    """Exit with 0 where the parts that run on this machine have lately given a sign of life, else with 1."""
+    from medseg_pipelines.hospital.operations import silent_parts
+
+    _log(verbose)
+    settings = read_settings(config)
+    database = open_database(settings.database, settings.folder, settings.database_password_file)
+    try:
+        silent = silent_parts(database, machine_of(settings))
+    finally:
+        database.close()
+    line = "Not all parts live." if silent else "All parts live."
+    finish(line, [f"{kind} has given no sign of life" for kind in silent])
 
 
 @app.command(epilog="Example: medseg-hospital audit -c configs/hospital.yaml")

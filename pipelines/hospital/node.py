@@ -48,9 +48,14 @@ class Node:
         self.database.close()
 
 
+def machine_of(settings: NodeSettings) -> str:
+    """The name of this machine, of which those of its parts are made."""
+    return settings.name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:64] or "node"
+
+
 def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     """A part of the node: `kind` gateway, worker or web, the `number`-th on this machine. Raises `ConfigError`."""
-    machine = settings.name or re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:64] or "node"
+    machine = machine_of(settings)
     database = open_database(settings.database, settings.folder, settings.database_password_file)
     try:
         # what is below it is patients': for the node's user alone

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
-from medseg_pipelines.hospital.database import counters, deliveries, jobs, parts, refusals, series
+from medseg_pipelines.hospital.database import Database, counters, deliveries, jobs, parts, refusals, series
 from medseg_pipelines.hospital.jobs import STEPS
 from medseg_pipelines.hospital.node import Node
 
@@ -63,6 +63,18 @@ def readiness(node: Node) -> Readiness:
     if not node.store.has_room():
         lacking.append(f"the disk has {node.store.free_bytes / 1e9:.1f} GB left: nothing is taken in any more")
     return Readiness(tuple(lacking))
+
+
+def silent_parts(database: Database, machine: str) -> tuple[str, ...]:
+    """The kinds of part of this machine that give no sign of life; `any part` where it has run none."""
+    with database.reading() as connection:
+        now = database.now(connection)
+        rows = connection.execute(sa.select(parts.c.name, parts.c.kind, parts.c.seen_at)).tuples().all()
+    seen: dict[str, float] = {}
+    for name, kind, at in rows:
+        if name.startswith(f"{machine}-{kind}-"):
+            seen[kind] = max(at, seen.get(kind, at))
+    return tuple(kind for kind, at in sorted(seen.items()) if now - at > SILENT_S) if seen else ("any part",)
 
 
 class Metrics:
