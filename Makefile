@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-library test-node coverage format .venv
+.PHONY: help demo test types test-a-to-f test-g-to-z test-node coverage format .venv
 
 help:
 	@echo "make demo      train on the sample data, segment, write demo/report.html (about four minutes on 2 cores)"
@@ -26,12 +26,17 @@ demo: .venv
 test: .venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	@# the tests of the hospital node wait for most of their time: they run beside the others
-	$(MAKE) --jobs=2 --output-sync=line test-library test-node
+	@# many tests wait for other processes: three runs side by side fill two cores
+	$(MAKE) --jobs=3 --output-sync=line types test-a-to-f test-node test-g-to-z
 
-test-library: .venv
-	$(BIN)/pytest --ignore-glob='*/test_hospital_*'
+types: .venv
+	$(BIN)/mypy
+
+test-a-to-f: .venv
+	$(BIN)/pytest -p no:cacheprovider tests/test_[a-f]*.py
+
+test-g-to-z: .venv
+	$(BIN)/pytest -p no:cacheprovider --ignore-glob='*/test_hospital_*' tests/test_[g-z]*.py
 
 test-node: .venv
 	$(BIN)/pytest -p no:cacheprovider tests/test_hospital_*.py
