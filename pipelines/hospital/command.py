@@ -25,9 +25,9 @@ import medseg
 from medseg.cli.shared import OK, USAGE, Verbose, finish, new_app
 from medseg.cli.shared import log as log_to_terminal
 from medseg.terminal import err, out
-from medseg_pipelines.hospital.database import DatabaseDownError, open_database
+from medseg_pipelines.hospital.database import DatabaseDownError
 from medseg_pipelines.hospital.models import Models, model_of
-from medseg_pipelines.hospital.node import Node, machine_of, open_node, queue_of
+from medseg_pipelines.hospital.node import Node, database_of, machine_of, open_node, queue_of
 from medseg_pipelines.hospital.settings import NodeSettings, read_settings
 from medseg_pipelines.hospital.supervisor import Part, end_with_supervisor, supervise
 from medseg_pipelines.hospital.threads import told
@@ -62,7 +62,7 @@ def run(config: Config, verbose: Verbose = False) -> None:
     for rule in settings.rules:
         model_of(models, rule)
     try:
-        open_database(settings.database, settings.folder, settings.database_password_file).close()
+        database_of(settings).close()
     except DatabaseDownError as error:
         # after a power cut it may be up later than this
         log.error("%s; the parts are started, and try again", error)
@@ -121,7 +121,7 @@ def jobs(
     """List jobs with state, step, rule, attempts and, where they failed, the reason."""
     _log(verbose)
     settings = read_settings(config)
-    database = open_database(settings.database, settings.folder, settings.database_password_file)
+    database = database_of(settings)
     try:
         listed = queue_of(settings, database).listed(state.value if state else None)
     finally:
@@ -167,7 +167,7 @@ def health(config: Config, verbose: Verbose = False) -> None:
 
     _log(verbose)
     settings = read_settings(config)
-    database = open_database(settings.database, settings.folder, settings.database_password_file)
+    database = database_of(settings)
     try:
         silent = silent_parts(database, machine_of(settings))
     finally:

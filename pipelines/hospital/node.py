@@ -56,7 +56,7 @@ def machine_of(settings: NodeSettings) -> str:
 def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     """A part of the node: `kind` gateway, worker or web, the `number`-th on this machine. Raises `ConfigError`."""
     machine = machine_of(settings)
-    database = open_database(settings.database, settings.folder, settings.database_password_file)
+    database = database_of(settings)
     try:
         # what is below it is patients': for the node's user alone
         settings.folder.chmod(0o700)
@@ -90,6 +90,11 @@ def _check_folder(database: Database, folder: Path) -> None:
                 f"this database. Mount the shared disk there; where the folder was lost for good, write {known} into "
                 "that file"
             )
+
+
+def database_of(settings: NodeSettings) -> Database:
+    """The database of a node, with its tables. Raises as `open_database`."""
+    return open_database(settings.database, settings.folder, settings.database_password_file)
 
 
 def queue_of(settings: NodeSettings, database: Database) -> Jobs:
