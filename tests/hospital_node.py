@@ -136,19 +136,24 @@ def gateway(settings: NodeSettings) -> Iterator[Node]:
         raise failed[0]
 
 
-@contextmanager
-def gateway_process(root: Path, values: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """`medseg-hospital gateway` in a process of its own, killed at the end; its log is `root/log`."""
+def started(command: str, root: Path, values: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """`medseg-hospital COMMAND` in a process of its own; its log is `root/log`."""
     config = root / "node.yaml"
     # JSON is YAML
     config.write_text(json.dumps(values))
     with (root / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "medseg_pipelines.hospital", "gateway", "-v", "-c", str(config)],
+        return subprocess.Popen(
+            [sys.executable, "-m", "medseg_pipelines.hospital", command, "-v", "-c", str(config)],
             stdout=log,
             stderr=log,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
+
+
+@contextmanager
+def gateway_process(root: Path, values: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """`medseg-hospital gateway` as `started` does, killed at the end."""
+    process = started("gateway", root, values)
     try:
         wait_for(lambda: process.poll() is not None or listens(values["gateway"]["port"]))
         yield process

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,22 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
-from hospital_node import listens, settings_dict
+from hospital_node import listens, settings_dict, started
 from hospital_peers import free_port, wait_for
 
 
 @contextmanager
 def running(root: Path, values: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     """`medseg-hospital run`; its log is `root/log`."""
-    config = root / "node.yaml"
-    config.write_text(json.dumps(values))
-    with (root / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "medseg_pipelines.hospital", "run", "-v", "-c", str(config)],
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    process = started("run", root, values)
     try:
         yield process
     finally:
