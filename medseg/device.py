@@ -123,15 +123,15 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def memory_format(spatial_dims: int) -> torch.memory_format:
-    """Channels last where torch has it: what the convolution kernels want."""
+def memory_format(spatial_dims: int, device: torch.device) -> torch.memory_format:
+    """Channels last where torch has it: what the convolution kernels of `device` want."""
     # oneDNN of torch 2.13 hangs or aborts in gradients of 1 × 1 convolutions of pictures, with AVX2 and channels last
     # alone (4 × 3 × 16 × 24, stride 2, one channel out)
-    if spatial_dims == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available():
+    if spatial_dims == 2 and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         return torch.contiguous_format
     return {2: torch.channels_last, 3: torch.channels_last_3d}.get(spatial_dims, torch.contiguous_format)
 
 
-def to_memory_format(network: torch.nn.Module, spatial_dims: int) -> torch.nn.Module:
+def to_memory_format(network: torch.nn.Module, spatial_dims: int, device: torch.device) -> torch.nn.Module:
     """The network with its weights in `memory_format`."""
-    return network.to(memory_format=memory_format(spatial_dims))  # type: ignore[call-overload,no-any-return]
+    return network.to(memory_format=memory_format(spatial_dims, device))  # type: ignore[call-overload,no-any-return]

@@ -43,7 +43,7 @@ def prepare_network(name: Engine, network: nn.Module, *, data: DataConfig, devic
 
 
 def _plain(network: nn.Module, data: DataConfig, device: torch.device, precision: str) -> Run:
-    network = to_memory_format(network.to(device), data.spatial_dims).eval()
+    network = to_memory_format(network.to(device), data.spatial_dims, device).eval()
     return _with_precision(network, data, device, precision)
 
 
@@ -69,7 +69,7 @@ _ENGINES = {"torch": _plain, "compile": _compiled, "openvino": _openvino}
 
 
 def _with_precision(network: Callable[..., Any], data: DataConfig, device: torch.device, precision: str) -> Run:
-    memory = memory_format(data.spatial_dims)
+    memory = memory_format(data.spatial_dims, device)
 
     @torch.inference_mode()
     def run(windows: Tensor) -> Tensor:

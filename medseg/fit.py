@@ -109,7 +109,8 @@ class Fit:
         if state is not None:
             self._check(state)
             self._from, self._loaded = state["pretrained"], frozenset(state["loaded"])
-        network = to_memory_format(ranks.spread(network, config.train.batch_size), config.data.spatial_dims)
+        spread = ranks.spread(network, config.train.batch_size)
+        network = to_memory_format(spread, config.data.spatial_dims, self.device)
         self.averaged = average_weights(network)
         optimizer = make_optimizer(config.train, network, loaded=self._loaded)
         self.fabric = ranks.fabric(self.precision)
@@ -355,7 +356,8 @@ class Fit:
         set_rates(self.optimizer, config.train, self.progress)
         self.network.train()
         averages = [average.clone() for average in self._averages]
-        logits = self.network(batch.image.contiguous(memory_format=memory_format(config.data.spatial_dims)))
+        memory = memory_format(config.data.spatial_dims, self.device)
+        logits = self.network(batch.image.contiguous(memory_format=memory))
         reduce = None if self.ranks.size == 1 else self.ranks.total
         loss = loss_of(config.loss, config.data, logits, batch.label, reduce=reduce)
         value = float(loss.detach())

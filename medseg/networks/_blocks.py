@@ -242,7 +242,7 @@ class Dropout(nn.Dropout):
         """(B, C, *spatial) with a share p of the numbers 0 and the others larger by 1 / (1 − p); unchanged in eval."""
         if not self.training or not self.p:
             return maps
-        mask = torch.empty_like(maps, memory_format=memory_format(maps.ndim - 2))
+        mask = torch.empty_like(maps, memory_format=memory_format(maps.ndim - 2, maps.device))
         return maps * mask.bernoulli_(1 - self.p).div_(1 - self.p)
 
 
