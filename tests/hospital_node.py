@@ -21,8 +21,9 @@ from hospital_peers import HOST, free_port, wait_for
 from pydicom import Dataset, FileDataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 
 from medseg_pipelines.hospital import gateway as gateway_module
 from medseg_pipelines.hospital.completeness import Completeness
@@ -180,18 +181,28 @@ def association(
     calling: str = SENDER,
     contexts: Sequence[tuple[str, str]] = ((CT, EXPLICIT), ("1.2.840.10008.1.1", EXPLICIT)),
     tls: Any = None,
+    handlers: Sequence[Any] = (),
 ) -> Iterator[Association]:
     """As pynetdicom makes it: it may not be established."""
     ae = AE(calling)
     for abstract, syntax in contexts:
         ae.add_requested_context(abstract, syntax)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = 20
-    made = ae.associate(HOST, port, ae_title=called, tls_args=None if tls is None else (tls, "localhost"))
+    secure = None if tls is None else (tls, "localhost")
+    made = ae.associate(HOST, port, ae_title=called, tls_args=secure, evt_handlers=list(handlers))
     try:
         yield made
     finally:
         if made.is_established:
             made.release()
+
+
+def rejection_of(port: int, **options: Any) -> str | None:
+    """The reason in the rejection that came over the wire; None where none came."""
+    # not `is_rejected`: where the rejection has closed the connection before pynetdicom looks at it, that is False
+    heard: list[Any] = []
+    with association(port, handlers=[(evt.EVT_PDU_RECV, lambda event: heard.append(event.pdu))], **options):
+        return next((str(pdu.reason_str) for pdu in heard if isinstance(pdu, A_ASSOCIATE_RJ)), None)
 
 
 def send(port: int, files: Sequence[Path | Dataset], **options: Any) -> list[int | None]:

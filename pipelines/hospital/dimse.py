@@ -18,6 +18,7 @@ from pynetdicom import association as association_module
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationSocket
 
@@ -140,7 +141,11 @@ def associated(
     # pynetdicom takes the timeout off a socket that is connected; without one a peer that falls silent in the middle
     # of a PDU would be waited for without end
     opened = threading.Event()
-    bounded: list[Any] = [(evt.EVT_CONN_OPEN, _limit_waiting, [timeout_s, opened])]
+    heard: list[str] = []
+    own: list[Any] = [
+        (evt.EVT_CONN_OPEN, _limit_waiting, [timeout_s, opened]),
+        (evt.EVT_PDU_RECV, _note_rejection, [heard]),
+    ]
     try:
         association = ae.associate(
             peer.host,
@@ -148,13 +153,13 @@ def associated(
             asked,
             ae_title=peer.ae_title,
             max_pdu=MAXIMUM_PDU,
-            evt_handlers=[*bounded, *handlers],
+            evt_handlers=[*own, *handlers],
             tls_args=None if context is None else (context, peer.host),
         )
     except OSError as error:
         raise PeerUnreachable(f"{_told(peer)}: no such host ({error.strerror}); check `host`") from error
     if not association.is_established:
-        raise PeerUnreachable(f"{_told(peer)}: {_why(association, peer, opened.is_set())}")
+        raise PeerUnreachable(f"{_told(peer)}: {_why(heard, peer, opened.is_set())}")
     try:
         yield association
     except BaseException:
@@ -169,6 +174,12 @@ def _limit_waiting(event: evt.Event, timeout_s: float, opened: threading.Event) 
     wrapped = event.assoc.dul.socket
     if wrapped is not None and wrapped.socket is not None:
         wrapped.socket.settimeout(timeout_s)
+
+
+def _note_rejection(event: evt.Event, heard: list[str]) -> None:
+    # pynetdicom may look at the connection only once the rejection has closed it, and then says aborted
+    if isinstance(event.pdu, A_ASSOCIATE_RJ):
+        heard.append(str(event.pdu.reason_str))
 
 
 def _loaded(context: ssl.SSLContext, tls: TlsSettings) -> ssl.SSLContext:
@@ -191,10 +202,9 @@ def _told(peer: PeerSettings) -> str:
     return f"{peer.ae_title} at {peer.host}:{peer.port}"
 
 
-def _why(association: Association, peer: PeerSettings, opened: bool) -> str:
-    answer = association.acceptor.primitive
-    if association.is_rejected and answer is not None:
-        return f"refuses us ({answer.reason_str}); check the AE titles here and there, and that it knows this address"
+def _why(rejections: list[str], peer: PeerSettings, opened: bool) -> str:
+    if rejections:
+        return f"refuses us ({rejections[-1]}); check the AE titles here and there, and that it knows this address"
     check = "that it speaks TLS, and the certificates" if peer.tls else "and that it speaks DICOM without TLS"
     if opened:
         # pynetdicom calls a connection that never stood aborted, too
