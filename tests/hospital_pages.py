@@ -23,7 +23,7 @@ from medseg_pipelines.hospital.web_login import hash_password
 PASSWORD = "correct horse battery"
 # as cheap as is allowed: what a password costs is tested by its numbers
 PASSWORD_HASH = hash_password(PASSWORD, cost=2**12, passes=1)
-HOST = "https://node"
+HOST, BROWSER = "https://node", "10.0.0.9"
 PAGES = ("/", "/search", "/refused", "/parts")
 
 
@@ -35,12 +35,12 @@ def pages_node(folder: Path, **web: Any) -> Node:
 
 def new_client(node: Node) -> TestClient:
     """A browser without a cookie, which follows no redirection."""
-    return TestClient(make_app(node), base_url=HOST, follow_redirects=False)
+    return TestClient(make_app(node), base_url=HOST, follow_redirects=False, client=(BROWSER, 50000))
 
 
 def another(client: TestClient) -> TestClient:
     """Another browser at the same pages."""
-    return TestClient(client.app, base_url=HOST, follow_redirects=False)
+    return TestClient(client.app, base_url=HOST, follow_redirects=False, client=(BROWSER, 50000))
 
 
 def form_token(text: str) -> str:

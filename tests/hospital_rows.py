@@ -134,10 +134,10 @@ def add_refusal(database: Database, **changes: Any) -> None:
     _insert(database, tables.refusals, values)
 
 
-def add_part(database: Database, name: str, kind: str, *, seen_ago_s: float = 1.0) -> None:
+def add_part(database: Database, name: str, kind: str, *, seen_ago_s: float = 1.0, trouble: str | None = None) -> None:
     """A process of the node that was last heard of so long ago."""
     now = time.time()
-    values = {"name": name, "kind": kind, "started_at": now - 86400, "seen_at": now - seen_ago_s}
+    values = {"name": name, "kind": kind, "started_at": now - 86400, "seen_at": now - seen_ago_s, "trouble": trouble}
     _insert(database, tables.parts, values)
 
 

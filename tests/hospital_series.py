@@ -78,21 +78,31 @@ def insert_instance(
     connection.execute(instances.insert().values(values | changes))
 
 
-def add_series(node: Node, number: int, voxels: np.ndarray = VOXELS) -> str:
-    """A complete series, its files in the store and its rows in the database; its id."""
-    uid, study = f"1.2.3.4.{number}", f"1.2.3.9.{number}"
-    series_id = digest(uid)
+def uids_of(number: int) -> tuple[str, str]:
+    """The UIDs of a series and of its study."""
+    return f"1.2.3.4.{number}", f"1.2.3.9.{number}"
+
+
+def write_series(place: Path, number: int, voxels: np.ndarray = VOXELS) -> list[Path]:
+    """The files of a series of its own study, in no order."""
+    uid, study = uids_of(number)
 
     def named(k: int, ds: Any) -> None:
         phantom.put(ds, SeriesInstanceUID=uid, StudyInstanceUID=study, SOPInstanceUID=f"1.2.3.5.{number}.{k + 1}")
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
 
-    place = node.store.folder / "store" / series_id[:2] / series_id
-    phantom.series(place, named, voxels=voxels)
+    return sorted(phantom.series(place, named, voxels=voxels).iterdir())
+
+
+def add_series(node: Node, number: int, voxels: np.ndarray = VOXELS) -> str:
+    """A complete series, its files in the store and its rows in the database; its id."""
+    uid, study = uids_of(number)
+    series_id = digest(uid)
+    files = write_series(node.store.folder / "store" / series_id[:2] / series_id, number, voxels)
     with node.database.writing() as connection:
         now = node.database.now(connection)
         insert_series(connection, series_id, series_uid=uid, study_uid=study, images=len(voxels), at=now)
-        for path in sorted(place.iterdir()):
+        for path in files:
             sha256 = sha256_of(path)
             file = path.relative_to(node.store.folder).as_posix()
             insert_instance(connection, sha256[:32], series_id, file, sha256=sha256, size=path.stat().st_size, at=now)

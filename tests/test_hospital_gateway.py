@@ -365,15 +365,6 @@ def test_an_idle_association_is_ended(tmp_path: Path) -> None:
         wait_for(lambda: echo(node.settings.gateway.port))
 
 
-def test_a_wrong_network_is_told_at_the_start(tmp_path: Path) -> None:
-    allow = [{"ae_title": "SCANNER", "network": "10.0.0/8/9"}]
-    with (
-        pytest.raises(medseg.ConfigError, match="network 10"),
-        gateway(node_settings(tmp_path, gateway={"allow": allow})),
-    ):
-        pass
-
-
 def test_a_port_in_use_is_told_at_the_start(tmp_path: Path, settings: NodeSettings) -> None:
     with gateway(settings):
         other = open_node(settings, "gateway", 1)

@@ -14,6 +14,7 @@ pytest.importorskip("fastapi", reason="needs the extra `hospital`")
 
 from fastapi.routing import iter_route_contexts
 from hospital_pages import (
+    BROWSER,
     PAGES,
     PASSWORD,
     PASSWORD_HASH,
@@ -300,7 +301,7 @@ def test_a_page_tells_how_long_to_wait(stranger: TestClient, node: Node) -> None
         "at": 0,
         "event": "login_failed",
         "user": "radiology",
-        "address": "testclient",
+        "address": BROWSER,
         "held_off": True,
         "previous": "",
     }

@@ -77,6 +77,16 @@ def test_a_silent_part_is_lacking(client: TestClient, node: Node, missing: str) 
     assert (answer.status_code, answer.json()["lacking"]) == (503, [f"no {missing} has given a sign of life for 60 s"])
 
 
+def test_a_worker_that_cannot_work_is_lacking_where_no_other_can(client: TestClient, node: Node) -> None:
+    add_part(node.database, "a", "gateway")
+    add_part(node.database, "b", "worker", trouble="no process that infers can be started")
+    answer = client.get("/readyz")
+    told = ["no worker can work: no process that infers can be started"]
+    assert (answer.status_code, answer.json()["lacking"]) == (503, told)
+    add_part(node.database, "c", "worker")
+    assert client.get("/readyz").json() == {"ready": True, "lacking": []}
+
+
 def test_a_full_disk_is_lacking(tmp_path: Path) -> None:
     node = new_node(tmp_path / "node", storage={"least_free_gb": 1e9})
     add_part(node.database, "a", "gateway")

@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `hospital`")
 
+import httpx
 import sqlalchemy as sa
 from browser import DESKTOP, PHONE, Browsing, accessible, sideways, texts
 from hospital_pages import (
@@ -25,8 +26,11 @@ from hospital_pages import (
     PASSWORD_HASH,
     Served,
     dead_job,
+    events,
     eventually,
     free_port,
+    log_in,
+    pages_node,
     with_picture,
 )
 from hospital_rows import (
@@ -45,6 +49,30 @@ from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.web import run_web
 
 # -- served
+
+
+@pytest.mark.parametrize(
+    ("trusted", "told", "known"),
+    [
+        ([], "10.9.9.9", "127.0.0.1"),
+        (["127.0.0.0/8"], "10.9.9.9", "10.9.9.9"),
+        # what the browser itself had claimed stands before what the proxy has seen
+        (["127.0.0.1"], "10.1.1.1, 10.9.9.9", "10.9.9.9"),
+        (["127.0.0.1"], "Tweety", "unknown"),
+    ],
+)
+def test_a_browser_has_the_address_that_a_trusted_proxy_tells(
+    tmp_path: Path, trusted: list[str], told: str, known: str
+) -> None:
+    port = free_port()
+    node = pages_node(tmp_path, port=port, trusted_proxies=trusted, secure=False)
+    served, address = Served(node), f"http://127.0.0.1:{port}"
+    eventually(lambda: urllib.request.urlopen(f"{address}/livez", timeout=5)).close()
+    with httpx.Client(base_url=address, headers={"X-Forwarded-For": told}) as browser:
+        assert log_in(browser, password="wrong").status_code == 401
+    served.end()
+    assert [event["address"] for event in events(node) if event["event"] == "login_failed"] == [known]
+    node.close()
 
 
 def test_the_pages_are_served_until_they_are_told_to_stop(tmp_path: Path) -> None:

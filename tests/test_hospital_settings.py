@@ -53,6 +53,15 @@ def test_all_but_the_folder_may_be_left_out(tmp_path: Path) -> None:
     assert settings.rules == ()
 
 
+@pytest.mark.parametrize(
+    "section",
+    ["gateway: {allow: [{ae_title: CT, network: 10.0.0/8/9}]}", "web: {trusted_proxies: [10.0.0/8/9]}"],
+)
+def test_a_wrong_network_is_told(tmp_path: Path, section: str) -> None:
+    with pytest.raises(medseg.ConfigError, match=r"10\.0\.0/8/9.*expected an address or a network"):
+        read_settings(written(tmp_path, f"folder: node\n{section}\n"))
+
+
 def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     text = """

@@ -395,13 +395,22 @@ def test_no_job_is_taken_while_no_process_can_be_started(
     node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(worker_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(worker_module, "BEAT_S", 0.01)
     (tmp_path / "broken").touch()
     job_id = add_job(node)
+
+    def trouble() -> str | None:
+        with node.database.reading() as connection:
+            return connection.scalar(sa.select(parts.c.trouble))
+
     with working(node, tmp_path):
         wait_for(lambda: "no process that infers can be started" in caplog.text)
+        # for /readyz
+        wait_for(lambda: "no process that infers can be started" in (trouble() or ""))
         assert row_of(node, job_id).attempts == 0
         (tmp_path / "broken").unlink()
         wait_for(is_in(node, job_id, "done"))
+        wait_for(lambda: trouble() is None)
     assert row_of(node, job_id).attempts == 1
 
 

@@ -182,6 +182,8 @@ parts = sa.Table(
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("started_at", sa.Float, nullable=False),
     sa.Column("seen_at", sa.Float, nullable=False),
+    # what keeps it from its work, in words
+    sa.Column("trouble", sa.Text),
 )
 
 counters = sa.Table(

@@ -29,7 +29,7 @@ from medseg_pipelines.hospital.models import Models, model_of
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.pull import Puller, count_of
 from medseg_pipelines.hospital.scp import Bounds, make_acceptor, messages_of
-from medseg_pipelines.hospital.settings import AE_TITLE, AllowedSettings, GatewaySettings
+from medseg_pipelines.hospital.settings import AE_TITLE, GatewaySettings
 from medseg_pipelines.hospital.threads import Threads, told
 from medseg_pipelines.hospital.watch import Watcher
 
@@ -118,7 +118,10 @@ class Door:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._settings = settings = node.settings.gateway
-        self._allowed = [(one, _network(one)) for one in settings.allow]
+        self._allowed = [
+            (one, None if one.network is None else ipaddress.ip_network(one.network, strict=False))
+            for one in settings.allow
+        ]
         # by the thread of the entrance, and by that which writes it down
         self._refused = self._written = 0
         ae = new_ae(settings.ae_title, timeout_s=settings.idle_s)
@@ -230,18 +233,6 @@ def _contexts() -> Sequence[Any]:
 
 def _most_bytes(settings: GatewaySettings) -> int:
     return int(settings.most_mb * 1e6)
-
-
-def _network(allowed: AllowedSettings) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    if allowed.network is None:
-        return None
-    try:
-        return ipaddress.ip_network(allowed.network, strict=False)
-    except ValueError as error:
-        raise medseg.ConfigError(
-            f"gateway: allow {allowed.ae_title}: network {allowed.network} found, expected an address or a network "
-            "such as 10.1.0.0/16"
-        ) from error
 
 
 def _inside(network: ipaddress.IPv4Network | ipaddress.IPv6Network | None, address: str) -> bool:

@@ -32,15 +32,13 @@ class Node:
     me: Worker
     kind: str
 
-    def beat(self) -> None:
-        """Tells the others that this part lives."""
+    def beat(self, trouble: str | None = None) -> None:
+        """Tells the others that this part lives, and what keeps it from its work."""
         with self.database.writing() as connection:
             now = self.database.now(connection)
-            mine = parts.c.name == self.me.name
-            if not connection.execute(parts.update().where(mine).values(seen_at=now)).rowcount:
-                connection.execute(
-                    parts.insert().values(name=self.me.name, kind=self.kind, started_at=now, seen_at=now)
-                )
+            mine, told = parts.c.name == self.me.name, {"seen_at": now, "trouble": trouble}
+            if not connection.execute(parts.update().where(mine).values(told)).rowcount:
+                connection.execute(parts.insert().values(name=self.me.name, kind=self.kind, started_at=now, **told))
 
     def close(self) -> None:
         """The end of this process's part."""

@@ -47,17 +47,18 @@ def readiness(node: Node) -> Readiness:
     try:
         with node.database.reading() as connection:
             now = node.database.now(connection)
-            latest = sa.select(parts.c.kind, sa.func.max(parts.c.seen_at)).group_by(parts.c.kind)
-            seen = dict(connection.execute(latest).tuples().all())
+            asked = sa.select(parts.c.kind, parts.c.trouble).where(parts.c.seen_at >= now - SILENT_S)
+            alive = connection.execute(asked.order_by(parts.c.name)).tuples().all()
     except sa.exc.SQLAlchemyError as error:
         log.error("the database does not answer (%s)", type(error).__name__)
         lacking.append("the database does not answer")
     else:
-        lacking += [
-            f"no {kind} has given a sign of life for {SILENT_S:.0f} s"
-            for kind in NEEDED
-            if now - seen.get(kind, float("-inf")) > SILENT_S
-        ]
+        for kind in NEEDED:
+            troubles = [trouble for one, trouble in alive if one == kind]
+            if not troubles:
+                lacking.append(f"no {kind} has given a sign of life for {SILENT_S:.0f} s")
+            elif all(troubles):
+                lacking.append(f"no {kind} can work: {troubles[0]}")
     if not node.store.is_here():
         lacking.append("the folder of the node is not there; is its disk mounted?")
     if not node.store.has_room():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,8 +46,17 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _network(text: str) -> str:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError as error:
+        raise ValueError(f"{text!r} found, expected an address or a network such as 10.1.0.0/16") from error
+    return text
+
+
 AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Name = Annotated[str, AfterValidator(_name)]
+Network = Annotated[str, AfterValidator(_network)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Format = Literal["nifti", "dicom-seg", "rtstruct", "dicom-sr", "dicom-sc"]
@@ -79,7 +89,7 @@ class AllowedSettings(Section):
     """Who may send: an AE title, and the address or network it calls from (none: any)."""
 
     ae_title: AeTitle
-    network: str | None = None
+    network: Network | None = None
 
 
 class GatewaySettings(Section):
@@ -255,13 +265,18 @@ class UserSettings(Section):
 
 
 class WebSettings(Section):
-    """The pages. `secure`: cookies go over TLS alone; leave it on wherever a browser is not on this machine."""
+    """The pages. `secure`: cookies go over TLS alone; leave it on wherever a browser is not on this machine.
+
+    `trusted_proxies`: addresses or networks of proxies before the pages. The address of a browser is then the last one
+    in their `X-Forwarded-For` that is none of theirs; without them all browsers count as one where logins are held off.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8080
     users: tuple[UserSettings, ...] = ()
     tls: TlsSettings | None = None
     secure: bool = True
+    trusted_proxies: tuple[Network, ...] = ()
     session_h: PositiveFloat = 8.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import logging
 import re
 import secrets
@@ -84,7 +85,8 @@ def run_web(node: Node, stop: threading.Event) -> None:
         log_config=None,
         # addresses are nobody's business
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=bool(web.trusted_proxies),
+        forwarded_allow_ips=list(web.trusted_proxies),
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
@@ -261,7 +263,7 @@ class _Pages:
         visit = request.cookies.get(f"{self._cookie}-visit", "")
         if not visit or not self._door.is_token(f"visit {visit}", token):
             return self._login_form(request, back, "That form was out of date; please try once more.", 403)
-        address = request.client.host if request.client else "unknown"
+        address = _address(request)
         found = self._door.enter(name, password, address)
         if isinstance(found, Denied):
             # what is no user's name may be a password, typed into the wrong field
@@ -486,6 +488,16 @@ def _listen(host: str, port: int) -> socket.socket:
             f"web: cannot listen at {host}:{port} ({error.strerror}); change `web.host` or `web.port`"
         ) from error
     return listener
+
+
+def _address(request: Request) -> str:
+    """Of the browser, as far as that is known."""
+    host = request.client.host if request.client else ""
+    try:
+        # what a proxy passes on may be anything
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return "unknown"
 
 
 def _session(request: Request) -> Session:

@@ -267,7 +267,7 @@ class _WorkerPart:
                 # of one that is stuck the lease ends: another worker may get further
                 if held is not None and not held.is_stuck and not self._node.jobs.renew(held.job_id, self._node.me):
                     held.lost.set()
-                self._node.beat()
+                self._node.beat(next(iter(tuple(self._said.values())), None))
                 self._tell_released(self._node.jobs.release_expired())
             except OUT_OF_REACH as error:
                 log.info("no sign of life could be written (%s)", type(error).__name__)
