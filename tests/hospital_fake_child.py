@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_pipelines.hospital.request import Request, read_request
-from medseg_pipelines.hospital.results import file_name, write_result
+from medseg_pipelines.hospital.results import file_name, inputs_of, write_result
 from medseg_pipelines.hospital.store import sha256_of
 
 HELD = bytearray()
@@ -38,7 +38,14 @@ def done(request: Request) -> None:
         path = made / file_name(format)
         path.write_text(f"{request.job} {format}")
         files[format] = {"file": path.name, "sha256": sha256_of(path), "size": path.stat().st_size}
-    result = {"files": files, "seconds": {"network": 0.5}, "quality": {}, "warnings": [], "look": False}
+    result = {
+        "inputs": inputs_of(request.files),
+        "files": files,
+        "seconds": {"network": 0.5},
+        "quality": {},
+        "warnings": [],
+        "look": False,
+    }
     tell(job=request.job, end="done", result=write_result(made, result, Path(request.results)))
 
 

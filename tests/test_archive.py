@@ -54,6 +54,13 @@ def test_names_in_an_archive_are_never_paths(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == sorted([*before, path])
 
 
+def test_a_member_without_a_name_is_none(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "ct.zip", {"nameless": b"x", **members(tmp_path)})
+    # what is read of a name ends at a zero byte
+    path.write_bytes(path.read_bytes().replace(b"nameless", b"\0ameless"))
+    np.testing.assert_array_equal(read_series(choose_series(path)).array[0], VOXELS.T)
+
+
 def test_a_damaged_member_is_told_by_its_number_and_not_by_its_name(tmp_path: Path) -> None:
     path = zipped(tmp_path / "ct.zip", members(tmp_path), zipfile.ZIP_STORED)
     content = bytearray(path.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import random
 import select
 import socket
@@ -44,7 +45,7 @@ from medseg_pipelines.hospital import dimse, entrance, scp
 from medseg_pipelines.hospital import gateway as gateway_module
 from medseg_pipelines.hospital.database import refusals
 from medseg_pipelines.hospital.node import open_node
-from medseg_pipelines.hospital.settings import AllowedSettings, NodeSettings, PeerSettings, TlsSettings
+from medseg_pipelines.hospital.settings import NodeSettings, PeerSettings, TlsSettings
 
 NOT_UNDERSTOOD = 0xC000
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
@@ -340,8 +341,8 @@ def test_silent_connections_keep_nobody_out(attacked: Attacked) -> None:
             one.sendall(b"\x01\x00\x00")
         threads = attacked.process.num_threads()
         attacked.check()
-        # a full queue of the operating system costs seconds, a time limit of one of them 50
-        assert time.monotonic() - begun < 5
+        # one after the other they would keep all out for 50 seconds; the machine may be busy
+        assert time.monotonic() - begun < 20
         assert attacked.process.num_threads() < threads + 10
         for one in silent:
             one.settimeout(20)
@@ -452,7 +453,7 @@ def test_a_slow_sender_does_not_hold_its_place(tmp_path: Path) -> None:
     ],
 )
 def test_networks_hold_addresses_of_both_kinds(network: str | None, address: str, is_inside: bool) -> None:
-    allowed = gateway_module._network(AllowedSettings(ae_title="A", network=network))
+    allowed = None if network is None else ipaddress.ip_network(network)
     assert gateway_module._inside(allowed, address) == is_inside
 
 

@@ -25,7 +25,7 @@ from medseg_pipelines.hospital import child as child_module
 from medseg_pipelines.hospital.child import MOST_MODELS, Child, Watched
 from medseg_pipelines.hospital.models import Models
 from medseg_pipelines.hospital.request import Request
-from medseg_pipelines.hospital.results import read_result, write_result
+from medseg_pipelines.hospital.results import inputs_of, read_result, write_result
 
 VOXELS = np.random.default_rng(1).integers(0, 300, (6, 10, 14)).astype(np.int16)
 GAP = [0.0, 2.5, 7.5, 10.0, 12.5, 15.0]
@@ -323,11 +323,15 @@ def test_who_is_second_takes_what_is_there(tmp_path: Path) -> None:
     first = made("first")
     assert made("second") == first
     assert (place / "nifti.nii.gz").read_text() == "first"
-    # what is broken is replaced
+    # what is broken is replaced, and what was made of other images
     (place / "nifti.nii.gz").write_text("damaged")
     third = made("third")
     assert third != first
     assert read_result(place) == third
+    folder = tmp_path / "work" / "fourth"
+    folder.mkdir()
+    fourth = write_result(folder, {"files": {}, "inputs": inputs_of(["store/a.dcm"])}, place)
+    assert read_result(place) == fourth
     assert [path.name for path in place.parent.iterdir()] == [JOB]
 
 

@@ -200,7 +200,7 @@ def test_what_the_peer_does_not_keep_is_sent_again(tmp_path: Path, seg: Path) ->
 
 def test_silence_is_asked_about_again_until_it_is_given_up(tmp_path: Path, seg: Path) -> None:
     got, port, commits = Received(), free_port(), Committing(never)
-    node = new_node(tmp_path, **settings(port, give_up_h=1.2 / 3600))
+    node = new_node(tmp_path, **settings(port, give_up_h=4 / 3600))
     job = finish_job(node, {"dicom-seg": seg})
     with store_scp(port, got, **commits.offered), publishing(node):
         row = wait_until(node, job, "sent")

@@ -338,6 +338,45 @@ def test_an_early_request_may_confirm_and_not_fail(node_of: NewNode, file: Path)
     assert state_of(node, job).state == "done"
 
 
+@pytest.mark.parametrize(("days", "state"), [(6, "waiting"), (8, "dead")])
+def test_what_a_peer_takes_and_never_keeps_is_given_up(node_of: NewNode, file: Path, days: int, state: str) -> None:
+    node = node_of(publish={"give_up_h": 7 * 24.0})
+    (job,) = add(node, file)
+    rows = open_deliveries(node)
+    batch = rows.claim("out", "w", most=8)
+    assert batch is not None
+    (delivery,) = batch.deliveries
+    assert rows.sent(batch, delivery, confirmed=False)
+    batch = rows.claim_unconfirmed("out", "w", most=8)
+    assert batch is not None
+    rows.asked(batch, {delivery: "2.25.7"}, "1.1")
+    with node.database.writing() as connection:
+        tried = node.database.now(connection) - days * 86400
+        connection.execute(deliveries.update().values(first_tried_at=tried))
+    assert rows.reported("1.1", (), {"2.25.7": "no room"}) == [(job, "out", "dicom-seg", state)]
+    assert (state_of(node, job).state, state_of(node, job).reason) == (state, "no room")
+
+
+def test_nobody_sends_what_is_lost_while_it_is_replayed(
+    node_of: NewNode, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = node_of()
+    (job,) = add(node, file)
+    shutil.rmtree(node.store.results / job)
+    with node.database.writing() as connection:
+        connection.execute(deliveries.update().values(state="dead"))
+    replay, seen = Deliveries.replay, []
+
+    def watched(self: Deliveries, job_id: str) -> int:
+        begun = replay(self, job_id)
+        seen.append(open_deliveries(node).claim("out", "w", most=8))
+        return begun
+
+    monkeypatch.setattr(Deliveries, "replay", watched)
+    assert replay_job(node, job, user=None)
+    assert seen == [None]
+
+
 def test_what_no_destination_of_the_settings_takes_is_given_up(node_of: NewNode, file: Path) -> None:
     node = node_of(publish={"give_up_h": 1.0})
     rows = open_deliveries(node)

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hospital_peers import postgres, postgres_server, wait_for  # noqa: F401
 from hospital_publishing import SENDS, finish_job, publishing, state_of
 from hospital_publishing import new_node as publishing_node
 from test_hospital_worker import add_job, begun, is_in, node_of, row_of, working
 
 import medseg
+from medseg_pipelines.hospital.database import SCHEMA_VERSION, about, parts
 from medseg_pipelines.hospital.node import open_node
 from medseg_pipelines.hospital.operations import readiness
 from medseg_pipelines.hospital.settings import NodeSettings
@@ -37,6 +39,48 @@ def test_a_folder_that_is_not_that_of_the_database_is_refused(
         open_node(other, "worker")
     (tmp_path / "bare" / MARK).write_text(known)
     open_node(other, "worker").close()
+
+
+def test_a_folder_without_the_node_of_the_settings_is_refused_before_anything_is_made_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On SQLite the database lies in the folder, and cannot know that its disk is not mounted."""
+    folder = tmp_path / "node"
+    open_node(NodeSettings.model_validate({"folder": folder}), "gateway").close()
+    node_id = (folder / MARK).read_text().strip()
+    assert f"put `node_id: {node_id}` into the settings" in caplog.text
+    known = NodeSettings.model_validate({"folder": folder, "node_id": node_id})
+    open_node(known, "gateway").close()
+    folder.rename(tmp_path / "away")
+    folder.mkdir()
+    with pytest.raises(medseg.ConfigError, match=r"nothing found in `node.id`, expected \w+ as `node_id` says"):
+        open_node(known, "gateway")
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    with pytest.raises(medseg.ConfigError, match="Mount its disk"):
+        open_node(known, "worker")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_of_an_earlier_version_is_brought_up_to_date(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("postgres") if kind == "postgresql" else None
+    settings = NodeSettings.model_validate({"folder": tmp_path, "database": url})
+    node = open_node(settings, "gateway")
+    node.beat()
+    with node.database.writing() as connection:
+        connection.exec_driver_sql("ALTER TABLE parts DROP COLUMN trouble")
+        connection.execute(about.update().values(schema_version=1))
+    node.close()
+    later = open_node(settings, "worker")
+    later.beat("no GPU")
+    with later.database.reading() as connection:
+        assert connection.scalar(sa.select(about.c.schema_version)) == SCHEMA_VERSION
+        told = connection.execute(sa.select(parts.c.kind, parts.c.trouble).order_by(parts.c.kind)).tuples().all()
+    assert told == [("gateway", None), ("worker", "no GPU")]
+    later.close()
 
 
 def test_a_new_database_takes_the_folder_as_it_is(tmp_path: Path, postgres: str) -> None:  # noqa: F811

@@ -31,6 +31,7 @@ from hospital_node import (
 )
 from hospital_peers import HOST, required, wait_for
 from pydicom import dcmread
+from pynetdicom.dimse_messages import C_STORE_RQ
 
 import medseg
 from medseg_pipelines.hospital import gateway as gateway_module
@@ -231,6 +232,49 @@ def test_messages_before_an_answer_are_bounded(tmp_path: Path, settings: NodeSet
         go_on.set()
         (row,) = wait_for(lambda: rows_of(node, refusals))
         assert row.reason == "too many messages before an answer"
+        wait_for(lambda: not incoming(node))
+        assert echo(settings.gateway.port)
+
+
+Part = tuple[int, bytes]
+
+
+def _parts(file: Path) -> list[Part]:
+    """The command of a C-STORE and its data set: context, control header and content of each."""
+    message = C_STORE_RQ()
+    message.primitive_to_message(_request(file, 1))  # type: ignore[arg-type]
+    return [part for data in message.encode_msg(1, 2**20) for part in data.presentation_data_value_list]
+
+
+def _pdu(parts: list[Part]) -> bytes:
+    """One P-DATA-TF with all of them (PS3.8 9.3.5)."""
+    items = b"".join(struct.pack(">LB", len(data) + 1, context) + data for context, data in parts)
+    return struct.pack(">BBL", 4, 0, len(items)) + items
+
+
+def test_a_command_may_come_together_with_its_data(tmp_path: Path, settings: NodeSettings) -> None:
+    # longer than a message that is no file may be
+    (file,) = slices(tmp_path / "ct", 1, rows=220)
+    with gateway(settings) as node, association(settings.gateway.port) as made:
+        packed = _pdu(_parts(file))
+        assert scp.MOST_SMALL < len(packed) < scp.MAXIMUM_PDU
+        made.dul.socket.socket.sendall(packed)  # type: ignore[union-attr]
+        wait_for(lambda: counter(node, "received") == 1)
+        (kept,) = check_kept(node)
+        assert dcmread(node.store.folder / kept.file) == dcmread(file)
+        assert made.is_established
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_message_has_one_command(tmp_path: Path, settings: NodeSettings, at_once: bool) -> None:
+    # each more would be held in memory, up to the size of a file
+    command, data = _parts(slices(tmp_path / "ct", 1)[0])
+    with gateway(settings) as node, association(settings.gateway.port) as made:
+        pdus = [_pdu([command, command, data])] if at_once else [_pdu([command]), _pdu([(1, b"\1" + bytes(1000))])]
+        for pdu in pdus:
+            made.dul.socket.socket.sendall(pdu)  # type: ignore[union-attr]
+        wait_for(lambda: not made.is_established)
+        wait_for(lambda: [row.reason for row in rows_of(node, refusals)] == ["a second command in a message"])
         wait_for(lambda: not incoming(node))
         assert echo(settings.gateway.port)
 

@@ -100,6 +100,53 @@ def test_a_file_is_new_then_known_and_another_content_is_a_copy(make_node: MakeN
     assert list(node.store.incoming.iterdir()) == []
 
 
+def test_a_uid_that_two_series_have_leaves_neither_incomplete(make_node: MakeNode, tmp_path: Path) -> None:
+    """As where a PACS has moved images to a new series, and kept their UIDs."""
+    node = make_node(completeness={"quiet_s": 0.001})
+    first = slices(tmp_path / "ct", 3)
+    moved = []
+    for k in range(3):
+        other = header(1, k)
+        other.SeriesInstanceUID = series_uid(2)
+        moved.append(tmp_path / f"moved{k}")
+        other.save_as(moved[-1], enforce_file_format=True)
+    assert take(node, first) == take(node, moved) == ["new"] * 3
+    made_quiet(node)
+    assert closing(node).look() == 2
+    assert [the_series(node, number).images for number in (1, 2)] == [3, 3]
+    assert [len(jobs_of(node, number)) for number in (1, 2)] == [1, 1]
+    assert [len(job.files) for job in iter(lambda: node.jobs.claim(node.me), None)] == [3, 3]
+
+
+def test_what_comes_again_of_two_contents_holds(make_node: MakeNode, tmp_path: Path) -> None:
+    """The scanner sent one, the PACS another; both were removed as published long ago, and the PACS sends its own."""
+    node = make_node(completeness={"quiet_s": 0.001})
+    look = closing(node)
+    scanner, pacs = slices(tmp_path / "ct", 3), []
+    for k in range(3):
+        other = header(1, k)
+        other.InstitutionName = "of the PACS"
+        pacs.append(tmp_path / f"pacs{k}")
+        other.save_as(pacs[-1], enforce_file_format=True)
+    assert take(node, scanner) == ["new"] * 3
+    assert take(node, pacs) == ["copy"] * 3
+    made_quiet(node)
+    assert look.look() == 1
+    with node.database.writing() as connection:
+        connection.execute(instances.update().values(gone_at=1.0))
+    for row in rows_of(node, instances):
+        (node.store.folder / row.file).unlink()
+    late = slices(tmp_path / "late", 1, first=3)
+    assert take(node, late) == ["new"]
+    assert take(node, pacs) == ["known"] * 3
+    made_quiet(node)
+    assert look.look() == 1
+    (_, second) = jobs_of(node)
+    (job,) = [job for job in iter(lambda: node.jobs.claim(node.me), None) if job.id == second.id]
+    kept = sorted(sha256_of(node.store.folder / file) for file in job.files)
+    assert kept == sorted(map(sha256_of, [*pacs, *late]))
+
+
 def test_what_is_no_dicom_file_is_quarantined_without_its_name(make_node: MakeNode, tmp_path: Path) -> None:
     node = make_node()
     bad = tmp_path / "Tweety.dcm"

@@ -259,7 +259,7 @@ def test_the_jobs_of_a_worker_that_stands_still_are_done_by_another(
     model: Path,
     postgres: str,
 ) -> None:
-    lease_s, count = 3.0, 24
+    lease_s, count = 6.0, 24
     changes: dict[str, Any] = {"database": postgres, "worker": {"pictures": False, "lease_s": lease_s}}
     node, parts = node_and_parts(tmp_path, model, **changes)
     try:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,11 @@ def running(folder: Path, pacs: OrthancPeer) -> Iterator[dict[str, Any]]:
     assert process.returncode == 0
 
 
+def metrics_of(settings: dict[str, Any]) -> str:
+    """What the node tells of itself."""
+    return httpx.get(f"http://{HOST}:{settings['web']['port']}/metrics").text
+
+
 def _is_ready(url: str, process: subprocess.Popen[bytes], folder: Path) -> bool:
     if process.poll() is not None:
         raise RuntimeError(f"the node has ended: {(folder / 'log').read_text()[-3000:]}")
@@ -97,10 +103,15 @@ def test_a_study_that_a_scanner_sends_comes_back_to_the_pacs_as_segmentation(
         port = settings["gateway"]["port"]
         assert set(send(port, files, contexts=[(MR, EXPLICIT)])) == {0x0000}
         wait_for(lambda: len(orthanc.instances()) == 2, seconds=PATIENCE_S)
-        # the same study again changes nothing
+        wait_for(lambda: 'medseg_jobs{state="done",step="confirmed"} 1.0' in metrics_of(settings))
+        # the same study again changes nothing: another job would begin when it is quiet
         assert set(send(port, files, contexts=[(MR, EXPLICIT)])) == {0x0000}
-        metrics = httpx.get(f"http://{HOST}:{settings['web']['port']}/metrics").text
-    assert 'state="done"' in metrics
+        wait_for(lambda: f'medseg_events_total{{event="received_again"}} {len(files)}.0' in metrics_of(settings))
+        time.sleep(4 * settings["completeness"]["quiet_s"])
+        metrics = metrics_of(settings)
+    told = [line for line in metrics.splitlines() if line.startswith("medseg_jobs{") and not line.endswith(" 0.0")]
+    assert told == ['medseg_jobs{state="done",step="confirmed"} 1.0']
+    assert 'medseg_series{state="complete"} 1.0' in metrics
     assert len(orthanc.instances()) == 2
     made = tmp_path / "from_pacs.dcm"
     for uid in orthanc.instances():

@@ -312,7 +312,7 @@ def test_a_silent_peer_does_not_slow_the_others(tmp_path: Path, seg: Path) -> No
     (tmp_path / "share").mkdir()
     with socket.create_server((HOST, 0)) as silent:
         values = to_peer(silent.getsockname()[1])
-        values["publish"] |= {"timeout_s": 8.0}
+        values["publish"] |= {"timeout_s": 30.0}
         values["publish"]["destinations"].append({"name": "share", "folder": tmp_path / "share"})
         node = new_node(tmp_path / "node", **values)
         sends = [("out", "dicom-seg"), ("share", "dicom-seg")]

@@ -130,6 +130,27 @@ def test_what_is_no_dicom_file_is_moved_to_refused(node: Node, folder: Path, wat
     assert leaks(node.settings.folder, *reasons(node)) == []
 
 
+def test_a_file_that_nothing_is_prepared_for_keeps_out_no_other(
+    node: Node, folder: Path, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = medseg.dicom_facts
+
+    def broken(path: Path) -> medseg.DicomFacts:
+        if b"odd" in path.read_bytes():
+            raise IndexError("Tweety")
+        return facts(path)
+
+    monkeypatch.setattr(medseg, "dicom_facts", broken)
+    (folder / "a").write_bytes(b"odd")
+    slices(folder, 1)
+    watcher.look()
+    assert watcher.look() == 2
+    assert names(folder) == ["refused/a", "taken/1-000.dcm"]
+    (reason,) = reasons(node)
+    assert reason.startswith("a file that cannot be looked at: IndexError at ")
+    assert leaks(node.settings.folder, reason) == []
+
+
 def test_links_lead_nowhere(tmp_path: Path, node: Node, folder: Path, watcher: Watcher) -> None:
     outside = tmp_path / "outside"
     slices(outside, 2)

@@ -22,7 +22,7 @@ from hospital_series import insert_instance, insert_series, new_node, put, row_o
 import medseg
 from medseg_pipelines.hospital import worker as worker_module
 from medseg_pipelines.hospital.command import stopping
-from medseg_pipelines.hospital.database import parts
+from medseg_pipelines.hospital.database import instances, jobs, parts
 from medseg_pipelines.hospital.jobs import Jobs, Order, Worker
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.publish import Publisher
@@ -292,6 +292,27 @@ def test_a_lease_is_renewed_for_as_long_as_the_work_takes(tmp_path: Path) -> Non
         wait_for(lambda: (row_of(node, job_id).lease_until or first) > first + 1.0)
         assert row_of(node, job_id).losses == 0
     node.close()
+
+
+def test_a_result_of_other_images_is_made_anew(node: Node, tmp_path: Path) -> None:
+    """As where a database was lost and begun anew: its first revision may hold what an earlier one did not."""
+    job_id = add_job(node)
+    with working(node, tmp_path):
+        wait_for(is_in(node, job_id, "done"))
+    first = row_of(node, job_id).result
+    with node.database.writing() as connection:
+        connection.execute(instances.update().values(file="store/another.dcm"))
+        connection.execute(jobs.update().values(state="queued", step="selected"))
+    with working(node, tmp_path):
+        wait_for(is_in(node, job_id, "done"))
+    assert row_of(node, job_id).result["inputs"] != first["inputs"]
+    assert begun(tmp_path) == [job_id] * 2
+    # and the same ones are not
+    with node.database.writing() as connection:
+        connection.execute(jobs.update().values(state="queued", step="selected"))
+    with working(node, tmp_path):
+        wait_for(is_in(node, job_id, "done"))
+    assert begun(tmp_path) == [job_id] * 2
 
 
 def test_a_worker_that_is_stuck_loses_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

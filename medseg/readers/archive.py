@@ -52,7 +52,8 @@ class Archive:
     def members(self) -> Iterator[tuple[int, str]]:
         """Number and last part of the name of every file in it; the name is only for a look at its ending."""
         for number, info in enumerate(self._infos):
-            if not info.is_dir():
+            # one without a name is none, and zipfile looks for its last letter
+            if info.filename and not info.is_dir():
                 yield number, info.filename.replace("\\", "/").rsplit("/", 1)[-1]
 
     def read(self, number: int) -> BinaryIO:

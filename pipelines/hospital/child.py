@@ -28,7 +28,7 @@ from typing import Any, TextIO, cast
 import medseg
 from medseg_pipelines.hospital.models import ModelFiles, Models
 from medseg_pipelines.hospital.request import Request, read_request
-from medseg_pipelines.hospital.results import file_name, write_result
+from medseg_pipelines.hospital.results import file_name, inputs_of, write_result
 from medseg_pipelines.hospital.store import sha256_of
 
 # so many models stay in memory
@@ -120,6 +120,7 @@ class Child:
                 "job": request.job,
                 "series": request.series_id,
                 "revision": request.revision,
+                "inputs": inputs_of(request.files),
                 "model_sha256": request.weights_sha256,
                 "version": medseg.__version__,
                 "files": files,

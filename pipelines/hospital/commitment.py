@@ -34,6 +34,12 @@ EVENTS = (1, 2)
 OK, NO_SUCH_EVENT, INVALID_ARGUMENT, PROCESSING_FAILURE = 0x0000, 0x0113, 0x0115, 0x0110
 # so long a report may come on the association of its request; most peers open one of their own
 SAME_S = 2.0
+# by the state of a delivery after a report
+SETTLED = {
+    "done": "",
+    "waiting": "not kept by the peer; it is sent again",
+    "dead": "not kept by the peer however often it was sent; it is given up",
+}
 # PS3.3 C.14.1.1
 REASONS = {
     0x0110: "processing failure",
@@ -77,15 +83,10 @@ class Reports:
             log.warning("a report on storage commitment came that nobody asked for, or that was answered before")
             return INVALID_ARGUMENT, None
         for job, destination, format, state in told:
-            confirmed = state == "done"
-            self.audit.record(
-                "confirmed" if confirmed else "failed",
-                job=job,
-                destination=destination,
-                format=format,
-                reason="" if confirmed else "not kept by the peer; it is sent again",
-            )
-            log.info("%s of job %s: %s by %s", format, job, "confirmed" if confirmed else "not kept", destination)
+            reason = SETTLED[state]
+            what = "failed" if reason else "confirmed"
+            self.audit.record(what, job=job, destination=destination, format=format, reason=reason)
+            log.info("%s of job %s: %s by %s", format, job, reason or "confirmed", destination)
         return OK, None
 
 

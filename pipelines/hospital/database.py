@@ -15,7 +15,9 @@ import sqlalchemy as sa
 
 import medseg
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# by the version before it, what makes each one
+UPGRADES = {1: ("ALTER TABLE parts ADD COLUMN trouble TEXT",)}
 # so long a statement waits for another process to finish writing
 BUSY_S = 60.0
 # beside those that are kept: each association has one while its file is written down
@@ -270,6 +272,11 @@ class Database:
                 found = connection.scalar(sa.select(about.c.schema_version))
                 if found is None:
                     connection.execute(about.insert().values(schema_version=SCHEMA_VERSION))
+                while found in UPGRADES:
+                    for statement in UPGRADES[found]:
+                        connection.exec_driver_sql(statement)
+                    found += 1
+                    connection.execute(about.update().values(schema_version=found))
                 there = set(connection.scalars(sa.select(counters.c.name)))
                 for name in COUNTED:
                     if name not in there:

@@ -103,8 +103,14 @@ class Deliveries:
             return 0
         with self._database.writing() as connection:
             until = self._database.now(connection) + self._lease_s
-            held = deliveries.c.token.in_(sorted(tokens))
-            return int(connection.execute(deliveries.update().where(held).values(lease_until=until)).rowcount)
+            d, held = deliveries.c, deliveries.c.token.in_(sorted(tokens))
+            # those who settle deliveries lock them in another order; what they have now is not waited for
+            free = sa.select(d.job_id, d.destination, d.format).where(held).with_for_update(skip_locked=True)
+            renewed = 0
+            for row in connection.execute(free).all():
+                one = (d.job_id == row.job_id, d.destination == row.destination, d.format == row.format)
+                renewed += int(connection.execute(deliveries.update().where(*one).values(lease_until=until)).rowcount)
+            return renewed
 
     def sent(self, batch: Batch, delivery: Delivery, *, confirmed: bool) -> bool:
         """It is there; `confirmed`: nothing more is waited for. False where it is another's by now."""
@@ -216,8 +222,9 @@ class Deliveries:
     ) -> list[tuple[str, str, str, str]] | None:
         """What a peer says of a request: SOP Instance UIDs that it keeps, and those it does not with the reasons.
 
-        Gives job, destination, format and what that made of each delivery (`done`, `waiting`: it is sent again); None
-        where the request is not known. A report of an earlier request may confirm, but not fail a delivery.
+        Gives job, destination, format and what that made of each delivery: `done`, `waiting` (it is sent again) or
+        `dead` (that went on for too long); None where the request is not known. A report of an earlier request may
+        confirm, but not fail a delivery.
         """
         c, d = commitments.c, deliveries.c
         told: list[tuple[str, str, str, str]] = []
@@ -241,9 +248,18 @@ class Deliveries:
                 elif row.sop_instance_uid in failed and row.asked_at == connection.scalar(
                     sa.select(sa.func.max(c.asked_at)).where(*_of(delivery))
                 ):
-                    tried = connection.scalar(sa.select(d.attempts).where(*_key(delivery))) or 1
-                    wait_s = self._patience.wait_s(tried)
-                    values = {"state": "waiting", "not_before": now + wait_s, "reason": failed[row.sop_instance_uid]}
+                    known = connection.execute(
+                        sa.select(d.attempts, d.first_tried_at).where(*_key(delivery))
+                    ).one_or_none()
+                    tried, first = (known.attempts, known.first_tried_at) if known else (1, None)
+                    wait_s = self._patience.wait_s(tried or 1)
+                    # a peer that takes it each time, and each time does not keep it, would never be given up
+                    is_over = first is not None and first <= now - self._patience.give_up_s
+                    values = {
+                        "state": "dead" if is_over else "waiting",
+                        "not_before": now + wait_s,
+                        "reason": failed[row.sop_instance_uid],
+                    }
                 else:
                     continue
                 values |= {"token": None, "worker": None, "lease_until": None}

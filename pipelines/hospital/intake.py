@@ -77,11 +77,13 @@ class Intake:
             # one that is sent again is not quiet, whatever of it was here
             coming = (series.c.id == series_id, series.c.state == "receiving")
             connection.execute(series.update().where(*coming).values(last_at=now))
-            columns = (instances.c.id, instances.c.series_id, instances.c.gone_at)
-            held = connection.execute(sa.select(*columns).where(instances.c.sop_id == sop_id)).all()
+            # a UID that another series has, too, is no reason to keep this one incomplete
+            same = (instances.c.sop_id == sop_id, instances.c.series_id == series_id)
+            held = connection.execute(sa.select(instances.c.id, instances.c.gone_at).where(*same)).all()
             # one that was removed has nothing that another content could be a copy of
-            replaced = bool(held) and all(row.gone_at is not None and row.series_id == series_id for row in held)
-            is_copy = bool(held) and not replaced
+            others_gone = all(row.gone_at is not None for row in held if row.id != instance_id)
+            replaced = bool(held) and others_gone
+            is_copy = not others_gone
             if instance_id in {row.id for row in held}:
                 count(connection, "received_again")
                 if not (self._store.folder / place).is_file():
@@ -90,10 +92,15 @@ class Intake:
                 back = {"gone_at": None, "received_at": now}
                 gone = (instances.c.id == instance_id, instances.c.gone_at.is_not(None))
                 if connection.execute(instances.update().where(*gone).values(back)).rowcount:
+                    if others_gone:
+                        # whichever content held before: it is the one that is there now
+                        connection.execute(
+                            instances.update().where(*same).values(is_copy=instances.c.id != instance_id)
+                        )
                     _reopen(connection, series_id, now)
                 return Taken("known", series_id, instance_id)
             if replaced:
-                connection.execute(instances.update().where(instances.c.sop_id == sop_id).values(is_copy=True))
+                connection.execute(instances.update().where(*same).values(is_copy=True))
             connection.execute(
                 instances.insert().values(
                     id=instance_id,

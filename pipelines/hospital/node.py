@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import uuid
@@ -17,6 +18,8 @@ from medseg_pipelines.hospital.intake import Intake
 from medseg_pipelines.hospital.jobs import Jobs, Worker
 from medseg_pipelines.hospital.settings import NodeSettings
 from medseg_pipelines.hospital.store import MARK, Store, read_mark, write_mark
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def machine_of(settings: NodeSettings) -> str:
 def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     """A part of the node: `kind` gateway, worker or web, the `number`-th on this machine. Raises `ConfigError`."""
     machine = machine_of(settings)
+    _check_mark(settings)
     database = database_of(settings)
     try:
         # what is below it is patients': for the node's user alone
@@ -66,6 +70,16 @@ def open_node(settings: NodeSettings, kind: str, number: int = 0) -> Node:
     audit = Audit(settings.folder / "audit", me.name)
     intake = Intake(database, store, audit)
     return Node(settings, database, store, audit, intake, queue_of(settings, database), me, kind)
+
+
+def _check_mark(settings: NodeSettings) -> None:
+    """Raises `ConfigError` where the folder is not that of the node in the settings, before anything is made there."""
+    found = read_mark(settings.folder)
+    if settings.node_id is not None and found != settings.node_id:
+        raise medseg.ConfigError(
+            f"folder {settings.folder}: {found or 'nothing'} found in `{MARK}`, expected {settings.node_id} as "
+            "`node_id` says. Mount its disk; leave `node_id` out to begin a new node there"
+        )
 
 
 def _check_folder(database: Database, folder: Path) -> None:
@@ -81,6 +95,9 @@ def _check_folder(database: Database, folder: Path) -> None:
                 found = uuid.uuid4().hex
                 # before the database knows it: a process may be killed in between
                 write_mark(folder, found)
+                if database.is_sqlite:
+                    told = "a new node is made in %s; put `node_id: %s` into the settings, so that none is made again"
+                    log.warning(told + " where the disk of that folder is not mounted", folder, found)
             connection.execute(identity.insert().values(node_id=found))
         elif found != known:
             raise medseg.ConfigError(

@@ -18,14 +18,21 @@ def replay_job(node: Node, job_id: str, *, user: str | None) -> bool:
     An id that no job has is none either.
     """
     computed = node.jobs.replay(job_id)
-    sends = open_deliveries(node).replay(job_id)
-    if sends and not computed and not _is_whole(node, job_id):
+    if not computed and _has_dead_deliveries(node, job_id) and not _is_whole(node, job_id):
+        # before its deliveries wait: whoever sends them must not find what is lost
         computed = node.jobs.remake(job_id)
+    sends = open_deliveries(node).replay(job_id)
     if computed or sends:
         with node.database.reading() as connection:
             study = study_of_job(connection, job_id)
         node.audit.record("replay", user=user, job=job_id, study=study, computed=computed, deliveries=sends)
     return computed or sends > 0
+
+
+def _has_dead_deliveries(node: Node, job_id: str) -> bool:
+    dead = (deliveries.c.job_id == job_id, deliveries.c.state == "dead")
+    with node.database.reading() as connection:
+        return bool(connection.scalar(sa.select(sa.func.count()).select_from(deliveries).where(*dead)))
 
 
 def _is_whole(node: Node, job_id: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from medseg_pipelines.hospital.store import sha256_of, sync_folder
@@ -19,6 +20,12 @@ ENDINGS = {"nifti": ".nii.gz", "picture": ".png"}
 def file_name(format: str) -> str:
     """What the file of a format is called in the folder of a job: nothing of a patient."""
     return f"{format}{ENDINGS.get(format, '.dcm')}"
+
+
+def inputs_of(files: Iterable[str]) -> str:
+    """What a result was made of: the contents of the images, by which the store names its files."""
+    names = "\n".join(sorted(PurePath(file).name for file in files))
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -38,8 +45,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def write_result(made: Path, result: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """Moves the folder `made`, which holds the files of `result`, to `place`; on the disk when this ends.
 
-    What is whole there already stays, and is given back: a worker that has lost its lease may have been first. `made`
-    is on the same disk, and gone after this.
+    What is whole there already, and made of the same `inputs`, stays and is given back: a worker that has lost its
+    lease may have been first. `made` is on the same disk, and gone after this.
     """
     text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -48,7 +55,8 @@ def write_result(made: Path, result: Mapping[str, Any], place: Path) -> dict[str
             os.fsync(file.fileno())
     sync_folder(made)
     while True:
-        if (there := read_result(place)) is not None:
+        there = read_result(place)
+        if there is not None and there.get("inputs") == result.get("inputs"):
             shutil.rmtree(made)
             return there
         _move_aside(place, made.parent)

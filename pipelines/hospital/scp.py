@@ -91,7 +91,8 @@ class Messages(DIMSEServiceProvider):
     def __init__(self, association: Association, bounds: Bounds) -> None:
         super().__init__(association)
         self._bounds = bounds
-        self._size = self._asked_at = self._reports = 0
+        self._command = self._data = self._asked_at = self._reports = 0
+        self._is_commanded = False
         self._files: set[Path] = set()
         self.msg_queue = _Noting(self._files)
         self.dropped: set[Path] = set()
@@ -140,13 +141,26 @@ class Messages(DIMSEServiceProvider):
 
     def _check(self, primitive: P_DATA) -> None:
         if self.message is None:
-            self._size = self._asked_at = 0
+            self._command = self._data = self._asked_at = 0
+            self._is_commanded = False
             if self.msg_queue.qsize() >= MOST_WAITING:
                 raise _BoundError("too many messages before an answer")
-        self._size += sum(len(data) for _, data in primitive.presentation_data_value_list)
+        packed = False
+        for _, data in primitive.presentation_data_value_list:
+            # PS3.8 E.2: bit 0, a command; bit 1, its end
+            if data[0] & 1:
+                if self._is_commanded:
+                    raise _BoundError("a second command in a message")
+                packed, self._is_commanded = True, bool(data[0] & 2)
+                self._command += len(data)
+            else:
+                self._data += len(data)
+        if self._command > MOST_SMALL:
+            raise _BoundError(f"a message of more than {MOST_SMALL} bytes")
         is_file = self.message is not None and self.message._data_set_file is not None
-        most = self._bounds.most_bytes if is_file else MOST_SMALL
-        if self._size > most:
+        # what comes together with its command may be the beginning of a file
+        most = self._bounds.most_bytes if is_file else MAXIMUM_PDU if packed else MOST_SMALL
+        if self._data > most:
             raise _BoundError(f"a message of more than {most} bytes")
 
     def _note(self, message: DIMSEMessage) -> None:
@@ -160,9 +174,9 @@ class Messages(DIMSEServiceProvider):
         path = Path(str(message._data_set_path))
         is_new = path not in self._files
         self._note(message)
-        if path in self.dropped or (not is_new and self._size - self._asked_at < ROOM_EVERY):
+        if path in self.dropped or (not is_new and self._data - self._asked_at < ROOM_EVERY):
             return
-        self._asked_at = self._size
+        self._asked_at = self._data
         if not self._bounds.has_room(0):
             self.dropped.add(path)
             message._data_set_file.close()

@@ -48,10 +48,10 @@ def _pattern(text: str) -> str:
 
 def _network(text: str) -> str:
     try:
-        ipaddress.ip_network(text, strict=False)
+        # as the strict ones want it who are given this
+        return str(ipaddress.ip_network(text, strict=False))
     except ValueError as error:
         raise ValueError(f"{text!r} found, expected an address or a network such as 10.1.0.0/16") from error
-    return text
 
 
 AeTitle = Annotated[str, AfterValidator(_ae_title)]
@@ -283,12 +283,16 @@ class WebSettings(Section):
 class NodeSettings(Section):
     """All of it. `folder` holds everything that must outlive a restart.
 
+    `node_id`: what stands in `node.id` there; a part does not start where it stands not, as on a disk that is not
+    mounted. Without it a new node is made in a folder that has none (with PostgreSQL the database knows better).
+
     `database`: None, SQLite in that folder; or `postgresql://user@host/name`, for several machines, which then share
     `folder` as well; `database_password_file`: holds the password of that user. `name`: of this machine, in the log
     and on the pages; None: its host name.
     """
 
     folder: Path
+    node_id: str | None = None
     database: str | None = None
     database_password_file: Path | None = None
     name: Name | None = None

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import sqlalchemy as sa
+
 import medseg
 from medseg_pipelines.hospital.intake import Intake, NoRoomError, RefusedError
 from medseg_pipelines.hospital.jobs import digest
 from medseg_pipelines.hospital.settings import WatchSettings
 from medseg_pipelines.hospital.store import BLOCK, Store
+from medseg_pipelines.hospital.threads import told
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,13 @@ class Watcher:
                 log.error("watch: a file may not be read (%s); give this process the right to", error.strerror)
                 self._left[path] = now[path]
                 continue
+            except (OSError, sa.exc.SQLAlchemyError, medseg.ConfigError):
+                # no fault of a file
+                raise
+            except Exception as error:  # noqa: BLE001
+                # one file that nothing here is prepared for must not keep out all others, again at each start
+                self._refused(None, f"a file that cannot be looked at: {told(error)}")
+                place = REFUSED
             self._move(path, place, now[path])
             done += 1
         return done

@@ -21,7 +21,7 @@ from medseg_pipelines.hospital.jobs import Job, Released
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.publish import Publisher
 from medseg_pipelines.hospital.request import Request
-from medseg_pipelines.hospital.results import read_result
+from medseg_pipelines.hospital.results import inputs_of, read_result
 from medseg_pipelines.hospital.settings import NodeSettings, RuleSettings, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class _WorkerPart:
             return
         # what was made before this worker, or another one, was killed
         made = read_result(self._node.store.results / job.id)
-        if made is not None:
+        if made is not None and made.get("inputs") == inputs_of(job.files):
             self._finish(job, held, rules, made)
             return
         outcome = self._ask(job, held)
@@ -267,8 +267,8 @@ class _WorkerPart:
                 # of one that is stuck the lease ends: another worker may get further
                 if held is not None and not held.is_stuck and not self._node.jobs.renew(held.job_id, self._node.me):
                     held.lost.set()
-                self._node.beat(next(iter(tuple(self._said.values())), None))
                 self._tell_released(self._node.jobs.release_expired())
+                self._node.beat(next(iter(tuple(self._said.values())), None))
             except OUT_OF_REACH as error:
                 log.info("no sign of life could be written (%s)", type(error).__name__)
             if self._ending.wait(pause_s):
