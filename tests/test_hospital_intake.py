@@ -83,6 +83,27 @@ def made_quiet(node: Node, *, seconds: float = 60.0) -> None:
         connection.execute(series.update().values(last_at=series.c.last_at - seconds, asked_at=None))
 
 
+def clear(node: Node) -> None:
+    """All that is there goes, as housekeeping does it."""
+    with node.database.writing() as connection:
+        connection.execute(instances.update().values(gone_at=1.0))
+    for row in rows_of(node, instances):
+        (node.store.folder / row.file).unlink()
+
+
+def changed_slices(folder: Path, count: int, **elements: str) -> list[Path]:
+    """The slices of series 1 with other elements."""
+    folder.mkdir()
+    paths = []
+    for k in range(count):
+        made = header(1, k)
+        for name, value in elements.items():
+            setattr(made, name, value)
+        paths.append(folder / f"{k}.dcm")
+        made.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
 # ---- intake
 
 
@@ -103,13 +124,7 @@ def test_a_file_is_new_then_known_and_another_content_is_a_copy(make_node: MakeN
 def test_a_uid_that_two_series_have_leaves_neither_incomplete(make_node: MakeNode, tmp_path: Path) -> None:
     """As where a PACS has moved images to a new series, and kept their UIDs."""
     node = make_node(completeness={"quiet_s": 0.001})
-    first = slices(tmp_path / "ct", 3)
-    moved = []
-    for k in range(3):
-        other = header(1, k)
-        other.SeriesInstanceUID = series_uid(2)
-        moved.append(tmp_path / f"moved{k}")
-        other.save_as(moved[-1], enforce_file_format=True)
+    first, moved = slices(tmp_path / "ct", 3), changed_slices(tmp_path / "pacs", 3, SeriesInstanceUID=series_uid(2))
     assert take(node, first) == take(node, moved) == ["new"] * 3
     made_quiet(node)
     assert closing(node).look() == 2
@@ -122,20 +137,12 @@ def test_what_comes_again_of_two_contents_holds(make_node: MakeNode, tmp_path: P
     """The scanner sent one, the PACS another; both were removed as published long ago, and the PACS sends its own."""
     node = make_node(completeness={"quiet_s": 0.001})
     look = closing(node)
-    scanner, pacs = slices(tmp_path / "ct", 3), []
-    for k in range(3):
-        other = header(1, k)
-        other.InstitutionName = "of the PACS"
-        pacs.append(tmp_path / f"pacs{k}")
-        other.save_as(pacs[-1], enforce_file_format=True)
+    scanner, pacs = slices(tmp_path / "ct", 3), changed_slices(tmp_path / "pacs", 3, InstitutionName="of the PACS")
     assert take(node, scanner) == ["new"] * 3
     assert take(node, pacs) == ["copy"] * 3
     made_quiet(node)
     assert look.look() == 1
-    with node.database.writing() as connection:
-        connection.execute(instances.update().values(gone_at=1.0))
-    for row in rows_of(node, instances):
-        (node.store.folder / row.file).unlink()
+    clear(node)
     late = slices(tmp_path / "late", 1, first=3)
     assert take(node, late) == ["new"]
     assert take(node, pacs) == ["known"] * 3
@@ -358,11 +365,7 @@ def test_a_slice_that_comes_when_the_rest_was_removed_makes_no_job_until_all_is_
     take(node, files[:5])
     made_quiet(node)
     assert look.look() == 1
-    with node.database.writing() as connection:
-        # as housekeeping leaves it
-        connection.execute(instances.update().values(gone_at=1.0))
-    for row in rows_of(node, instances):
-        (node.store.folder / row.file).unlink()
+    clear(node)
     take(node, files[5:])
     made_quiet(node)
     assert look.look() == 1
@@ -386,15 +389,8 @@ def test_what_was_removed_may_come_again_with_another_content(make_node: MakeNod
     take(node, files)
     made_quiet(node)
     assert look.look() == 1
-    with node.database.writing() as connection:
-        # as housekeeping leaves it
-        connection.execute(instances.update().values(gone_at=1.0))
-    for row in rows_of(node, instances):
-        (node.store.folder / row.file).unlink()
-    for k, path in enumerate(files):
-        changed = header(1, k)
-        changed.InstitutionName = "of the PACS"
-        changed.save_as(path, enforce_file_format=True)
+    clear(node)
+    files = changed_slices(tmp_path / "pacs", 3, InstitutionName="of the PACS")
     assert take(node, files[:2]) == ["new", "new"]
     made_quiet(node)
     assert look.look() == 1
