@@ -7,7 +7,7 @@ import socket
 import struct
 import subprocess
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -398,6 +398,15 @@ def test_one_association_too_many_is_rejected_until_another_ends(tmp_path: Path)
             assert second.is_established
             assert rejection_of(port) == "Local limit exceeded"
         wait_for(lambda: echo(port))
+
+
+def test_all_associations_that_the_settings_allow_are_accepted(tmp_path: Path) -> None:
+    with gateway(node_settings(tmp_path)) as node, ExitStack() as stack:
+        most, port = node.settings.gateway.most_associations, node.settings.gateway.port
+        made = [stack.enter_context(association(port)) for _ in range(most)]
+        assert [one.is_established for one in made] == [True] * most
+        assert rejection_of(port) == "Local limit exceeded"
+        wait_for(lambda: counter(node, "associations_refused") == 1)
 
 
 def test_an_idle_association_is_ended(tmp_path: Path) -> None:

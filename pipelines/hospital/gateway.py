@@ -126,6 +126,8 @@ class Door:
         self._refused = self._written = 0
         ae = new_ae(settings.ae_title, timeout_s=settings.idle_s)
         ae.acse_timeout = settings.handshake_s
+        # the entrance decides, counts and tells; pynetdicom would reject the eleventh without a word to anybody
+        ae.maximum_associations = settings.most_associations + 1
         bounds = Bounds(_most_bytes(settings), settings.idle_s, node.store.has_room)
         # on storage commitment of what was sent: peers report to where they know our AE title
         reports = Reports(open_deliveries(node), node.audit)
