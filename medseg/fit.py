@@ -111,7 +111,8 @@ class Fit:
             self._from, self._loaded = state["pretrained"], frozenset(state["loaded"])
         spread = ranks.spread(network, config.train.batch_size)
         network = to_memory_format(spread, config.data.spatial_dims, self.device)
-        self.averaged = average_weights(network)
+        # each step adds to it: beside the weights, not across a bus
+        self.averaged = average_weights(network).to(self.device)
         optimizer = make_optimizer(config.train, network, loaded=self._loaded)
         self.fabric = ranks.fabric(self.precision)
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
@@ -387,6 +388,8 @@ class Fit:
         advice = "look at these cases with `medseg check`, lower train.learning_rate, or use --precision 32"
         if course.bad >= BAD_BATCHES:
             self.save()
+            # whoever ends first ends the others
+            self.ranks.highest(0)
             raise TrainingError(
                 f"{what} at step {course.step} and in the {BAD_BATCHES - 1} batches before; the last batch held "
                 f"{cases}: {advice}, then go on with --resume"
@@ -394,12 +397,13 @@ class Fit:
         log.warning("%s at step %d; this batch of %s is skipped: %s", what, course.step, cases, advice)
 
     def _end_without_memory(self, advice: str) -> NoReturn:
-        """Raises `TrainingError`; the state is whole."""
+        """Raises `TrainingError`; the state is whole. Other processes wait for this one and cannot be asked to save."""
         self.save()
+        saved = "the state is saved" if self.ranks.first else "the last state that was saved is whole"
         settings, patch = self.config.train, list(self.config.windows.patch_size)
         raise TrainingError(
             f"out of memory on {describe(self.device)} at step {self.course.step}, with train.batch_size "
-            f"{settings.batch_size} and windows.patch_size {patch}; the state is saved: {advice}"
+            f"{settings.batch_size} and windows.patch_size {patch}; {saved}: {advice}"
         )
 
     def _what_would_fit(self) -> str:

@@ -59,7 +59,12 @@ LABELLESS = 0.05
 # voxels: what is smaller is gone with a shift of one
 SMALLEST = 2.0
 # a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
-SIDED = re.compile(r"left|right|links|rechts|gauche|droit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)", re.IGNORECASE)
+SIDED = re.compile(
+    r"left|right|links|rechts|gauche|droit|sinist|destr|izq|derech|esquer|direit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)",
+    re.IGNORECASE,
+)
+# a letter before a word or a lobe of the lung, as in LKidney and RUL
+INITIAL = re.compile(r"(^|[^A-Za-z])[LR]([A-Z][a-z]|[UML]L($|[^A-Za-z]))")
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # what changes pictures more than the images of a scanner
 UNCALIBRATED: dict[str, Any] = {
@@ -124,8 +129,18 @@ def make_plan(
 
 
 def sided_label(data: DataConfig) -> str | None:
-    """The first label whose name tells left from right, if any does."""
-    return next((n for n in data.foreground if SIDED.search(CAMEL.sub(" ", n))), None)
+    """The first label whose name tells left from right, if any does: by a word, or by one `l` in place of an `r`."""
+    names = data.foreground
+    others = {name.lower() for name in names}
+    return next(
+        (n for n in names if SIDED.search(CAMEL.sub(" ", n)) or INITIAL.search(n) or others & _swapped(n.lower())),
+        None,
+    )
+
+
+def _swapped(name: str) -> set[str]:
+    swap = {"l": "r", "r": "l"}
+    return {name[:at] + swap[letter] + name[at + 1 :] for at, letter in enumerate(name) if letter in swap}
 
 
 def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -> DataConfig:

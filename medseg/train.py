@@ -161,7 +161,7 @@ def _train(
             config, prepared, held_back, folder, ranks, learnt=record["data_sha256"], weights=weights, resume=resumed
         )
         # after the state was read, which refuses a configuration that it does not belong to
-        ranks.led(lambda: write_text(folder / CONFIG, dump_yaml(config, made.reasons)))
+        ranks.led(lambda: _write_config(folder / CONFIG, made))
         with _stage(seconds, "train"):
             network = fit.run(progress)
         ranks.part()
@@ -281,6 +281,12 @@ def _begun(folder: Path, options: TrainOptions, asked: str) -> TrainOptions:
         source = folder / CONFIG if options.config is None else options.config
         options = replace(options, config=make_config(values, source=str(source)))
     return options
+
+
+def _write_config(path: Path, made: Plan) -> None:
+    """What is resumed stays as it is: the reasons stand in it, and are not known any more."""
+    if made.reasons or not path.is_file() or make_config(read_yaml(path), source=str(path)) != made.config:
+        write_text(path, dump_yaml(made.config, made.reasons))
 
 
 def _values(given: Path | Config | None) -> dict[str, Any]:
@@ -522,20 +528,37 @@ def _validate(
 def _data_record(
     data: Dataset, folds: Folds, options: TrainOptions, weights: Path | None, progress: Progress
 ) -> dict[str, Any]:
-    """What model.json says of the data. Raises `ConfigError` where `weights` have learnt what is held back."""
+    """What model.json says of the data.
+
+    Raises `ConfigError` where what is held back is learnt all the same: from `weights`, or under another name.
+    """
     training, validation = folds
     read_once = cache(file_sha256)
+    learnt, held_back = (image_digests(cases, file_digest=read_once) for cases in folds)
+    _refuse_twins(learnt, held_back)
     if weights is not None:
-        _refuse_learnt(weights, image_digests(validation, file_digest=read_once))
+        _refuse_learnt(weights, held_back)
     return {
         "data_set": data.path.resolve().name,
         "data_sha256": data_sha256(training, file_digest=read_once, progress=progress),
-        "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
+        "images_sha256": sorted(set(learnt.values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "fold": options.fold,
         "command": options.command,
     }
+
+
+def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where an image is trained on under one name and held back under another."""
+    names = {digest: case for case, digest in learnt.items()}
+    twins = [(case, names[digest]) for case, digest in held_back.items() if digest in names]
+    if twins:
+        case, twin = twins[0]
+        raise ConfigError(
+            f"{len(twins)} of the {len(held_back)} cases held back are trained on under another name, first {case} as "
+            f"{twin}: their Dice would flatter. Delete one of each, or give both the same group or fold"
+        )
 
 
 def _refuse_learnt(weights: Path, held_back: Mapping[str, str]) -> None:

@@ -200,6 +200,9 @@ DEFINITIONS = {
     "Differences": "Of the mean Dice of the same cases, paired.",
     "Cleaned": "Post-processing that more than half of the folds chose on their own held-back cases. The masks judged "
     "here were cleaned as more than half of the *other* folds would have it; for new cases all folds have a vote.",
+    "Windows and copies": "Each fold chose those of its own models on the cases that are judged here, as its training "
+    "does, which flatters a little; for new cases what more than half of all models chose is used. The plan (spacing, "
+    "patch, intensities of CT) was measured on all cases with labels.",
     "Ensemble of networks": "A case is segmented by the models of its fold, one of each network, averaged. The average "
     "over folds, which new cases get, cannot be judged here: every case is known to all folds but one.",
     "Choice": "The chosen was chosen on the cases whose Dice is told: where several are nearly equal, that of the "

@@ -391,6 +391,32 @@ def test_sided_labels_in_a_plane_are_never_mirrored(fingerprint: Fingerprint) ->
     assert "left lung" in found.reasons["augment.flip_axes"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["kidney", "LKidney"],
+        ["RParotid"],
+        ["lkidney", "rkidney"],
+        ["RUL", "LLL"],
+        ["RML"],
+        ["rene_sinistro"],
+        ["pulmao direito"],
+        ["femur.izq"],
+        ["a", "hip l", "hip r"],
+        ["Llung", "Rlung"],
+    ],
+)
+def test_sides_are_told_in_many_ways(names: list[str]) -> None:
+    found = plan(PICTURES, labels={"background": 0} | {name: n for n, name in enumerate(names, 1)})
+    assert found.config.augment.flip_axes == ()
+
+
+@pytest.mark.parametrize("names", [["liver", "tumour"], ["anterior", "posterior"], ["wall", "ruler"], ["Liver", "Rib"]])
+def test_what_tells_no_side_is_mirrored(names: list[str]) -> None:
+    found = plan(PICTURES, labels={"background": 0} | {name: n for n, name in enumerate(names, 1)})
+    assert found.config.augment.flip_axes == (1,)
+
+
 # ---- pictures, and the whole
 
 

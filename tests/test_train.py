@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -701,6 +702,27 @@ def test_weights_that_have_learnt_a_held_back_case_are_refused(train: Train, tin
     learnt = _description(other.folder)["training"]
     assert len(learnt["images_sha256"]) == 4
     assert set(learnt["pretrained"]["images_sha256"]) < set(learnt["images_sha256"])
+
+
+def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2, form="nnunet")
+    for part in ("imagesTr", "labelsTr"):
+        first, second = sorted((dataset / part).iterdir())
+        shutil.copyfile(first, second)
+    told = r"1 of the 1 cases held back are trained on under another name, first case\d as case\d"
+    with pytest.raises(medseg.ConfigError, match=told):
+        train(dataset, fold=0)
+    # where nothing is held back nothing flatters
+    train(dataset, fold="all", name="all")
+
+
+def test_what_is_resumed_keeps_its_reasons(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2)
+    first = train(dataset, fold="all")
+    before = (first.folder / "config.yaml").read_text()
+    assert "# 2 cases with labels" in before
+    train(dataset, fold="all", resume=True)
+    assert (first.folder / "config.yaml").read_text() == before
 
 
 def test_resume_with_a_part_of_a_configuration_does_not_plan_again(
