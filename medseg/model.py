@@ -81,9 +81,8 @@ def save_model(
     network: torch.nn.Module, config: Config, folder: Path, *, training: Mapping[str, Any], licence: str
 ) -> None:
     """Write model.safetensors and model.json into `folder`, each whole or not at all."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     with atomic_path(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(save_safetensors(weights))
+        temporary.write_bytes(_packed(network))
     description = {
         "schema_version": SCHEMA_VERSION,
         "labels": label_table(config.data),
@@ -94,6 +93,25 @@ def save_model(
         "config": config.model_dump(mode="json"),
     }
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_complete(network: torch.nn.Module, config: Config, folder: Path) -> bool:
+    """Whether the model in `folder` is this very network, with what was chosen for its inference."""
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    description = read_description(folder)
+    return (
+        "inference" in description
+        and description["config"] == config.model_dump(mode="json")
+        and description["weights_sha256"] == hashlib.sha256(_packed(network)).hexdigest()
+        and (folder / WEIGHTS).is_file()
+        and file_sha256(folder / WEIGHTS) == description["weights_sha256"]
+    )
+
+
+def _packed(network: torch.nn.Module) -> bytes:
+    packed: bytes = save_safetensors({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()})
+    return packed
 
 
 def record_choices(folder: Path, choices: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from medseg.fingerprint import data_sha256, image_digests, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
-from medseg.model import DECISIVE, record_choices, save_model
+from medseg.model import DECISIVE, is_complete, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
 from medseg.plan import Plan, make_plan
 from medseg.preprocess import Prepared, prepare_cached
@@ -169,27 +169,19 @@ def _train(
         if not ranks.first:
             return Run(folder, config, None, (), seconds, steps, waiting_share=waiting, rank=ranks.rank)
         with _training_is_done():
-            save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
+            # what was chosen and segmented before it was ended need not be again: a slot of a cluster may be short
+            anew = not (resumed and is_complete(network, config, folder))
+            if anew:
+                save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
             with _stage(seconds, "calibrate"):
-                share = config.train.calibration_share
-                # without a share only the least is done, whatever the clock says
-                budget_s = None if config.train.deterministic and share else share * fit.course.elapsed
-                choices = calibrate(
-                    config,
-                    network,
-                    held_back,
-                    training=prepared,
-                    device=fit.device,
-                    precision=fit.precision,
-                    budget_s=budget_s,
-                    progress=progress,
-                )
-                record_choices(folder, choices)
+                if anew:
+                    record_choices(folder, _calibrated(config, network, fit, prepared, held_back, progress))
             report: Report | None = None
             results: tuple[CaseResult, ...] = ()
             with _stage(seconds, "validate"):
                 if validation:
-                    report, results = _validate(folder, validation, str(fit.device), fit.precision, progress)
+                    how = InferOptions(device=str(fit.device), precision=fit.precision, overwrite=anew)
+                    report, results = _validate(folder, validation, how, progress)
         log.info("seconds: %s", json.dumps(seconds))
         (folder / PREEMPTED).unlink(missing_ok=True)
     return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting)
@@ -504,11 +496,34 @@ def _prepare(
     return training, validation
 
 
+def _calibrated(
+    config: Config,
+    network: torch.nn.Module,
+    fit: Fit,
+    training: Sequence[Prepared],
+    held_back: Sequence[Prepared],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What the held-back cases choose for inference, in a share of the time that training took."""
+    share = config.train.calibration_share
+    # without a share only the least is done, whatever the clock says
+    budget_s = None if config.train.deterministic and share else share * fit.course.elapsed
+    return calibrate(
+        config,
+        network,
+        held_back,
+        training=training,
+        device=fit.device,
+        precision=fit.precision,
+        budget_s=budget_s,
+        progress=progress,
+    )
+
+
 def _validate(
-    folder: Path, cases: Sequence[Case], device: str, precision: str, progress: Progress
+    folder: Path, cases: Sequence[Case], options: InferOptions, progress: Progress
 ) -> tuple[Report | None, tuple[CaseResult, ...]]:
     """Infer the held-back cases with the model as it was written, at full resolution, and judge the files."""
-    options = InferOptions(device=device, precision=precision, overwrite=True)
     segmenter = load_model(folder, options=options)
     out = folder / "validation"
     results = segment_cases(segmenter, cases, out, progress=progress)

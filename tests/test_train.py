@@ -716,6 +716,36 @@ def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, 
     train(dataset, fold="all", name="all")
 
 
+def test_what_was_done_after_training_is_not_done_again(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot of a cluster may end while held-back cases are segmented, and the next one must get further."""
+    dataset, calibrate, validate, calls = tiny_dataset(cases=8), TRAIN.calibrate, TRAIN._validate, []
+
+    def counted(*given: Any, **more: Any) -> dict[str, Any]:
+        calls.append("calibrate")
+        return calibrate(*given, **more)
+
+    def ended(*given: Any) -> Any:
+        validate(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TRAIN, "calibrate", counted)
+    monkeypatch.setattr(TRAIN, "_validate", ended)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, fold=0)
+    monkeypatch.setattr(TRAIN, "_validate", validate)
+    again = train(dataset, fold=0, resume=True)
+    assert calls == ["calibrate"]
+    assert {result.status for result in again.results} == {"skipped"}
+    assert again.report is not None
+    assert "inference" in _description(again.folder)
+    # with more steps it is another network
+    longer = train(dataset, fold=0, epochs=2, resume=True)
+    assert calls == ["calibrate"] * 2
+    assert {result.status for result in longer.results} == {"done"}
+
+
 def test_what_is_resumed_keeps_its_reasons(train: Train, tiny_dataset) -> None:
     dataset = tiny_dataset(cases=2)
     first = train(dataset, fold="all")
