@@ -15,7 +15,7 @@ from hospital_peers import wait_for
 from hospital_publishing import finish_job, new_node, state_of, step_of
 
 from medseg_pipelines.hospital.database import deliveries, destinations, jobs, series
-from medseg_pipelines.hospital.deliveries import Batch, Deliveries, Patience, open_deliveries
+from medseg_pipelines.hospital.deliveries import Batch, Deliveries, Delivery, Patience, open_deliveries
 from medseg_pipelines.hospital.node import Node
 from medseg_pipelines.hospital.replaying import replay_job
 
@@ -45,6 +45,15 @@ def add(node: Node, file: Path, count: int = 1, *, to: str = "out", first: int =
         finish_job(node, {"dicom-seg": file}, [(to, "dicom-seg")], number=number)
         for number in range(first, first + count)
     ]
+
+
+def sent_unconfirmed(rows: Deliveries) -> Delivery:
+    """The one delivery that waits, sent; commitment is waited for."""
+    batch = rows.claim("out", "w", most=8)
+    assert batch is not None
+    (delivery,) = batch.deliveries
+    assert rows.sent(batch, delivery, confirmed=False)
+    return delivery
 
 
 def test_two_that_claim_at_once_get_different_deliveries(node_of: NewNode, file: Path) -> None:
@@ -319,10 +328,7 @@ def test_an_early_request_may_confirm_and_not_fail(node_of: NewNode, file: Path)
     node = node_of()
     (job,) = add(node, file)
     rows = open_deliveries(node)
-    batch = rows.claim("out", "w", most=8)
-    assert batch is not None
-    (delivery,) = batch.deliveries
-    assert rows.sent(batch, delivery, confirmed=False)
+    delivery = sent_unconfirmed(rows)
     for transaction in ("1.1", "1.2"):
         with node.database.writing() as connection:
             connection.execute(deliveries.update().values(not_before=0.0))
@@ -343,10 +349,7 @@ def test_what_a_peer_takes_and_never_keeps_is_given_up(node_of: NewNode, file: P
     node = node_of(publish={"give_up_h": 7 * 24.0})
     (job,) = add(node, file)
     rows = open_deliveries(node)
-    batch = rows.claim("out", "w", most=8)
-    assert batch is not None
-    (delivery,) = batch.deliveries
-    assert rows.sent(batch, delivery, confirmed=False)
+    delivery = sent_unconfirmed(rows)
     batch = rows.claim_unconfirmed("out", "w", most=8)
     assert batch is not None
     rows.asked(batch, {delivery: "2.25.7"}, "1.1")

@@ -103,14 +103,12 @@ class Deliveries:
             return 0
         with self._database.writing() as connection:
             until = self._database.now(connection) + self._lease_s
-            d, held = deliveries.c, deliveries.c.token.in_(sorted(tokens))
+            d = deliveries.c
+            key = (d.job_id, d.destination, d.format)
             # those who settle deliveries lock them in another order; what they have now is not waited for
-            free = sa.select(d.job_id, d.destination, d.format).where(held).with_for_update(skip_locked=True)
-            renewed = 0
-            for row in connection.execute(free).all():
-                one = (d.job_id == row.job_id, d.destination == row.destination, d.format == row.format)
-                renewed += int(connection.execute(deliveries.update().where(*one).values(lease_until=until)).rowcount)
-            return renewed
+            free = sa.select(*key).where(d.token.in_(sorted(tokens))).with_for_update(skip_locked=True)
+            mine = deliveries.update().where(sa.tuple_(*key).in_(free)).values(lease_until=until)
+            return int(connection.execute(mine).rowcount)
 
     def sent(self, batch: Batch, delivery: Delivery, *, confirmed: bool) -> bool:
         """It is there; `confirmed`: nothing more is waited for. False where it is another's by now."""
@@ -248,25 +246,18 @@ class Deliveries:
                 elif row.sop_instance_uid in failed and row.asked_at == connection.scalar(
                     sa.select(sa.func.max(c.asked_at)).where(*_of(delivery))
                 ):
-                    known = connection.execute(
-                        sa.select(d.attempts, d.first_tried_at).where(*_key(delivery))
-                    ).one_or_none()
-                    tried, first = (known.attempts, known.first_tried_at) if known else (1, None)
-                    wait_s = self._patience.wait_s(tried or 1)
-                    # a peer that takes it each time, and each time does not keep it, would never be given up
-                    is_over = first is not None and first <= now - self._patience.give_up_s
-                    values = {
-                        "state": "dead" if is_over else "waiting",
-                        "not_before": now + wait_s,
-                        "reason": failed[row.sop_instance_uid],
-                    }
+                    tried = connection.scalar(sa.select(d.attempts).where(*_key(delivery))) or 1
+                    wait_s = self._patience.wait_s(tried)
+                    values = {"state": "waiting", "not_before": now + wait_s, "reason": failed[row.sop_instance_uid]}
                 else:
                     continue
                 values |= {"token": None, "worker": None, "lease_until": None}
                 if connection.execute(deliveries.update().where(*key).values(values)).rowcount:
                     connection.execute(commitments.delete().where(*_of(delivery)))
+                    # what a peer takes each time, and each time does not keep, would be sent without end
+                    is_over = self._given_up(connection, now, *_key(delivery), d.state == "waiting")
                     _follow(connection, row.job_id)
-                    told.append((row.job_id, row.destination, row.format, str(values["state"])))
+                    told.append((row.job_id, row.destination, row.format, "dead" if is_over else str(values["state"])))
                 else:
                     # an earlier report has settled it
                     connection.execute(

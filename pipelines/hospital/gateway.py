@@ -118,10 +118,6 @@ class Door:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._settings = settings = node.settings.gateway
-        self._allowed = [
-            (one, None if one.network is None else ipaddress.ip_network(one.network, strict=False))
-            for one in settings.allow
-        ]
         # by the thread of the entrance, and by that which writes it down
         self._refused = self._written = 0
         ae = new_ae(settings.ae_title, timeout_s=settings.idle_s)
@@ -178,15 +174,16 @@ class Door:
         self._acceptor.server_close()
 
     def _knows(self, address: str) -> bool:
-        return not self._allowed or any(_inside(network, address) for _, network in self._allowed)
+        allow = self._settings.allow
+        return not allow or any(_inside(one.network, address) for one in allow)
 
     def _judge(self, request: Request) -> Verdict:
         # by the second one peers call that report on storage commitment
         if request.called not in (self._settings.ae_title, self._node.settings.publish.ae_title):
             return Verdict.CALLED_UNKNOWN
-        welcome = not self._allowed or any(
-            one.ae_title == request.calling and _inside(network, str(request.address[0]))
-            for one, network in self._allowed
+        welcome = not self._settings.allow or any(
+            one.ae_title == request.calling and _inside(one.network, str(request.address[0]))
+            for one in self._settings.allow
         )
         if not welcome or not AE_TITLE.fullmatch(request.calling):
             return Verdict.CALLING_UNKNOWN

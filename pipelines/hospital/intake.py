@@ -81,9 +81,7 @@ class Intake:
             same = (instances.c.sop_id == sop_id, instances.c.series_id == series_id)
             held = connection.execute(sa.select(instances.c.id, instances.c.gone_at).where(*same)).all()
             # one that was removed has nothing that another content could be a copy of
-            others_gone = all(row.gone_at is not None for row in held if row.id != instance_id)
-            replaced = bool(held) and others_gone
-            is_copy = not others_gone
+            is_copy = any(row.gone_at is None for row in held if row.id != instance_id)
             if instance_id in {row.id for row in held}:
                 count(connection, "received_again")
                 if not (self._store.folder / place).is_file():
@@ -92,14 +90,14 @@ class Intake:
                 back = {"gone_at": None, "received_at": now}
                 gone = (instances.c.id == instance_id, instances.c.gone_at.is_not(None))
                 if connection.execute(instances.update().where(*gone).values(back)).rowcount:
-                    if others_gone:
+                    if not is_copy:
                         # whichever content held before: it is the one that is there now
                         connection.execute(
                             instances.update().where(*same).values(is_copy=instances.c.id != instance_id)
                         )
                     _reopen(connection, series_id, now)
                 return Taken("known", series_id, instance_id)
-            if replaced:
+            if held and not is_copy:
                 connection.execute(instances.update().where(*same).values(is_copy=True))
             connection.execute(
                 instances.insert().values(
@@ -121,7 +119,7 @@ class Intake:
             else:
                 count(connection, "received")
                 # with one more, a peer's count is worth asking for again
-                more = 0 if replaced else 1
+                more = 0 if held else 1
                 added = {"images": series.c.images + more, "last_at": now, "asked_at": None, "state": "receiving"}
                 connection.execute(series.update().where(series.c.id == series_id).values(added))
         if is_copy:

@@ -96,8 +96,12 @@ def _check_folder(database: Database, folder: Path) -> None:
                 # before the database knows it: a process may be killed in between
                 write_mark(folder, found)
                 if database.is_sqlite:
-                    told = "a new node is made in %s; put `node_id: %s` into the settings, so that none is made again"
-                    log.warning(told + " where the disk of that folder is not mounted", folder, found)
+                    log.warning(
+                        "a new node is made in %s; put `node_id: %s` into the settings, so that none is made again "
+                        "where the disk of that folder is not mounted",
+                        folder,
+                        found,
+                    )
             connection.execute(identity.insert().values(node_id=found))
         elif found != known:
             raise medseg.ConfigError(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -46,17 +47,16 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _network(text: str) -> str:
+def _network(value: object) -> object:
     try:
-        # as the strict ones want it who are given this
-        return str(ipaddress.ip_network(text, strict=False))
+        return ipaddress.ip_network(str(value), strict=False)
     except ValueError as error:
-        raise ValueError(f"{text!r} found, expected an address or a network such as 10.1.0.0/16") from error
+        raise ValueError(f"{value!r} found, expected an address or a network such as 10.1.0.0/16") from error
 
 
 AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Name = Annotated[str, AfterValidator(_name)]
-Network = Annotated[str, AfterValidator(_network)]
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Format = Literal["nifti", "dicom-seg", "rtstruct", "dicom-sr", "dicom-sc"]

@@ -86,7 +86,7 @@ def run_web(node: Node, stop: threading.Event) -> None:
         # addresses are nobody's business
         access_log=False,
         proxy_headers=bool(web.trusted_proxies),
-        forwarded_allow_ips=list(web.trusted_proxies),
+        forwarded_allow_ips=[str(network) for network in web.trusted_proxies],
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
