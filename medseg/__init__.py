@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from medseg.folder import CaseResult, infer, segment_cases
     from medseg.infer import InferOptions, Segmenter, load_model
     from medseg.inspect import Inspection, inspect_network
+    from medseg.leaks import refuse_leaks
     from medseg.networks import at_output_stride, build_network, check_settings, default_config, list_networks
     from medseg.networks.receptive import analyse, fit_width
     from medseg.plan import Plan
@@ -121,6 +122,7 @@ _HOME = {
     "read_config": "config",
     "read_labels": "config",
     "read_yaml": "config",
+    "refuse_leaks": "leaks",
     "report_pairs": "report",
     "segment_cases": "folder",
     "settings_from": "config",
@@ -201,6 +203,7 @@ __all__ = [
     "read_config",
     "read_labels",
     "read_yaml",
+    "refuse_leaks",
     "report_pairs",
     "segment_cases",
     "settings_from",

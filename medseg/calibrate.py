@@ -9,7 +9,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from medseg.metrics import counts, dice
 from medseg.model import new_network
 from medseg.networks import stride_by_axis
 from medseg.networks.aspp import pools_locally
+from medseg.notebook import Notebook
 from medseg.plan import sided_label
 from medseg.postprocess import LEAST_CASES, choose, clean
 from medseg.preprocess import IGNORE_INDEX, Prepared
@@ -107,6 +109,7 @@ def calibrate(
     device: torch.device,
     precision: str,
     budget_s: float | None,
+    notes: Notebook | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """The choices for a trained `network`, for model.json: `windows`, `tta`, `postprocess`, each with its table.
@@ -116,12 +119,15 @@ def calibrate(
     Takes about `budget_s` seconds, at least one look at `LEAST_CASES` cases; with fewer cases nothing is chosen, and
     what there was no time to try is not chosen. None: the clock decides nothing, so that the same network and cases
     have the same choices; everything is tried on all cases, and of equals the plainest is taken, not the fastest.
+
+    `notes` keep what was found for each case, so that a calibration that was ended goes on; they must be about this
+    very network, these cases and this device.
     """
     if len(cases) < LEAST_CASES:
         log.info("%d cases held back: too few to choose windows, copies or post-processing by", len(cases))
         return {}
     trying_s, quality_s = (None if budget_s is None else s * budget_s for s in (1 - QUALITY_SHARE, QUALITY_SHARE))
-    bench = _Bench(config, network, cases, device, precision, trying_s, progress)
+    bench = _Bench(config, network, cases, device, precision, trying_s, notes or Notebook(None, ""), progress)
     usual = bench.first()
     windows = _choose_windows(bench, usual)
     tta = _choose_copies(bench, windows[-1])
@@ -197,6 +203,7 @@ class _Bench:
         device: torch.device,
         precision: str,
         budget_s: float | None,
+        notes: Notebook,
         progress: Progress,
     ) -> None:
         self.config = config
@@ -204,20 +211,23 @@ class _Bench:
         self.device = device
         self._network = network
         self._precision = precision
-        self._began = time.perf_counter()
+        self._notes = notes
+        self._began = notes.clock()
         self._budget_s = budget_s
         self._progress = progress
 
     def first(self) -> Trial:
         """The way of training, on as many cases, spread evenly, as leave time for the others."""
         if self._budget_s is not None:
-            self._choose_cases(self._budget_s)
+            chosen = set(self._notes.once(["cases"], partial(self._affordable, self._budget_s)))
+            self.cases = [case for case in self.cases if case.id in chosen]
         trial = self.run("as in training", {})
         if trial is None:
             raise RuntimeError("the first trial is never left out")
         return trial
 
-    def _choose_cases(self, budget_s: float) -> None:
+    def _affordable(self, budget_s: float) -> list[str]:
+        """Ids of the cases to choose by."""
         start = time.perf_counter()
         scorer = self._scorer({})
         # the first case pays for caches too; the second tells the time
@@ -228,8 +238,8 @@ class _Bench:
         affordable = int(FIRST_SHARE * budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))
         picked = np.unique(np.linspace(0, len(self.cases) - 1, wanted).round().astype(int))
-        self.cases = [self.cases[i] for i in picked]
         log.debug("%.1f s to see what a case takes: %d cases to choose by", time.perf_counter() - start, len(picked))
+        return [self.cases[i].id for i in picked]
 
     @property
     def is_timed(self) -> bool:
@@ -238,7 +248,7 @@ class _Bench:
 
     def run(self, name: str, settings: Settings, *, expected: float = 0.0) -> Trial | None:
         """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
-        left = math.inf if self._budget_s is None else self._budget_s - (time.perf_counter() - self._began)
+        left = math.inf if self._budget_s is None else self._budget_s - (self._notes.clock() - self._began)
         if expected * len(self.cases) > left and expected:
             log.info("no time left to try %s", name)
             return None
@@ -246,20 +256,25 @@ class _Bench:
         found, seconds = [], 0.0
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), name)
-            begun = time.perf_counter()
             try:
-                labels = label_case(config, case, scorer, self.device)
+                dices, took = self._notes.once(["trial", settings, case.id], partial(self._try, config, scorer, case))
             except (DataError, RuntimeError) as error:
                 # too small for the network, or too large for the memory: not this way. The way of training must work
                 if not settings or not (isinstance(error, DataError) or is_out_of_memory(error)):
                     raise
                 log.info("%s cannot be done: %s", name, error)
                 return None
-            seconds += time.perf_counter() - begun
-            found.append(case_dice(config.data, labels, case))
+            found.append(dices)
+            seconds += took
         trial = Trial(name, settings, np.array(found), seconds / len(self.cases))
         log.info("%s: Dice %.4f, %.3f s a case", name, trial.mean, trial.seconds)
         return trial
+
+    def _try(self, config: Config, scorer: Scorer, case: Prepared) -> tuple[list[float], float]:
+        """Dice by label, and the seconds from image to labels."""
+        begun = time.perf_counter()
+        labels = label_case(config, case, scorer, self.device)
+        return case_dice(config.data, labels, case), time.perf_counter() - begun
 
     def labels(self, settings: Settings) -> Iterator[tuple[Labels, Prepared]]:
         """The labels of every case, in a way that has been tried."""
@@ -271,27 +286,42 @@ class _Bench:
     def samples(self, settings: Settings, profile: Profile, budget_s: float | None) -> list[Sample]:
         """What the cases teach about the estimate of Dice: as they are, then ever worse till time is up, or once."""
         config, scorer = self._changed(settings), self._scorer(settings)
-        began = time.perf_counter()
+        began = self._notes.clock()
         found: list[Sample] = []
         turns = 2 if budget_s is None else 1 + len(WORSE)
         total = turns * len(self.cases)
         for turn in range(turns):
             for number, case in enumerate(self.cases):
                 # every case once as it is and once worse, however long it takes
-                if turn > 1 and budget_s is not None and time.perf_counter() - began > budget_s:
+                if turn > 1 and budget_s is not None and self._notes.clock() - began > budget_s:
                     return found
                 self._progress("calibrate", turn * len(self.cases) + number, total, "quality")
-                seen, version = case, "as it is"
-                if turn:
-                    # in one turn all kinds come, each on other cases
-                    kind, strength = WORSE[(turn + number) % len(WORSE)]
-                    version = f"{kind} {strength}"
-                    seen = degrade(case, kind, strength, np.random.default_rng([turn, number]))
-                evidence = Evidence(config.data)
-                labels = label_case(config, seen, scorer, self.device, evidence)
-                dices = dict(zip(config.data.foreground, case_dice(config.data, labels, seen)))
-                found += samples_of(profile, seen, evidence, dices, case=case.id, version=version)
+                # in one turn all kinds come, each on other cases
+                worse = WORSE[(turn + number) % len(WORSE)] if turn else None
+                make = partial(self._samples, config, scorer, profile, case, worse, (turn, number))
+                rows = self._notes.once(["quality", settings, turn, case.id], make)
+                found += [Sample(**row) for row in rows]
         return found
+
+    def _samples(
+        self,
+        config: Config,
+        scorer: Scorer,
+        profile: Profile,
+        case: Prepared,
+        worse: tuple[Degradation, float] | None,
+        seed: tuple[int, int],
+    ) -> list[dict[str, Any]]:
+        """What one case teaches, made `worse` by a kind and strength, as the fields of `Sample`."""
+        seen, version = case, "as it is"
+        if worse is not None:
+            kind, strength = worse
+            version = f"{kind} {strength}"
+            seen = degrade(case, kind, strength, np.random.default_rng(seed))
+        evidence = Evidence(config.data)
+        labels = label_case(config, seen, scorer, self.device, evidence)
+        dices = dict(zip(config.data.foreground, case_dice(config.data, labels, seen)))
+        return [asdict(s) for s in samples_of(profile, seen, evidence, dices, case=case.id, version=version)]
 
     def pools_locally(self, settings: Settings) -> bool:
         """Whether these settings make the network pool over a window."""

@@ -26,15 +26,17 @@ from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe, free_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
-from medseg.fingerprint import data_sha256, image_digests, measure
+from medseg.fingerprint import data_sha256, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
-from medseg.model import DECISIVE, is_complete, record_choices, save_model
+from medseg.leaks import refuse_leaks
+from medseg.model import DECISIVE, is_complete, read_description, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
+from medseg.notebook import Notebook
 from medseg.plan import Plan, make_plan
 from medseg.preprocess import Prepared, prepare_cached
-from medseg.pretrained import Pretrained, inherited_network, learnt_images, load_pretrained, read_weights
+from medseg.pretrained import Pretrained, inherited_network, load_pretrained, read_weights
 from medseg.process import Preempted
 from medseg.progress import Progress, silent
 from medseg.ranks import Ranks
@@ -50,6 +52,8 @@ if sys.platform != "win32":
 log = logging.getLogger(__name__)
 
 CONFIG, CACHE = "config.yaml", "cache"
+# while inference is chosen: what was found so far
+NOTES = "calibration.jsonl"
 # there is such a file where SIGTERM ended a training, with the number of what was asked
 PREEMPTED = "preempted"
 # a configuration without one of these is laid over the plan of the data set
@@ -176,6 +180,7 @@ def _train(
             with _stage(seconds, "calibrate"):
                 if anew:
                     record_choices(folder, _calibrated(config, network, fit, prepared, held_back, progress))
+                (folder / NOTES).unlink(missing_ok=True)
             report: Report | None = None
             results: tuple[CaseResult, ...] = ()
             with _stage(seconds, "validate"):
@@ -508,6 +513,7 @@ def _calibrated(
     share = config.train.calibration_share
     # without a share only the least is done, whatever the clock says
     budget_s = None if config.train.deterministic and share else share * fit.course.elapsed
+    about = f"weights {read_description(fit.folder)['weights_sha256']}, {describe(fit.device)}, {fit.precision}"
     return calibrate(
         config,
         network,
@@ -516,6 +522,7 @@ def _calibrated(
         device=fit.device,
         precision=fit.precision,
         budget_s=budget_s,
+        notes=Notebook(fit.folder / NOTES, about),
         progress=progress,
     )
 
@@ -549,40 +556,13 @@ def _data_record(
     """
     training, validation = folds
     read_once = cache(file_sha256)
-    learnt, held_back = (image_digests(cases, file_digest=read_once) for cases in folds)
-    _refuse_twins(learnt, held_back)
-    if weights is not None:
-        _refuse_learnt(weights, held_back)
+    learnt = refuse_leaks(training, validation, weights=weights, file_digest=read_once)
     return {
         "data_set": data.path.resolve().name,
         "data_sha256": data_sha256(training, file_digest=read_once, progress=progress),
-        "images_sha256": sorted(set(learnt.values())),
+        "images_sha256": learnt,
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "fold": options.fold,
         "command": options.command,
     }
-
-
-def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str]) -> None:
-    """Raises `ConfigError` where an image is trained on under one name and held back under another."""
-    names = {digest: case for case, digest in learnt.items()}
-    twins = [(case, names[digest]) for case, digest in held_back.items() if digest in names]
-    if twins:
-        case, twin = twins[0]
-        raise ConfigError(
-            f"{len(twins)} of the {len(held_back)} cases held back are trained on under another name, first {case} as "
-            f"{twin}: their Dice would flatter. Delete one of each, or give both the same group or fold"
-        )
-
-
-def _refuse_learnt(weights: Path, held_back: Mapping[str, str]) -> None:
-    """Raises `ConfigError` where weights have seen held-back cases, given with their digests: Dice would flatter."""
-    learnt = learnt_images(weights)
-    known = [case for case, digest in held_back.items() if digest in learnt]
-    if known:
-        raise ConfigError(
-            f"{weights}: has learnt {len(known)} of the {len(held_back)} cases held back, first {known[0]}: their "
-            "Dice would say nothing about new cases; hold others back with --fold, use --fold all, or begin "
-            "with other weights"
-        )

@@ -129,6 +129,8 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
+    for training, held_back in splits:
+        medseg.refuse_leaks(training, held_back, weights=weights and weights.file, file_digest=read_once)
     digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
     folds = []
     for name, config in configs.items():

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid catalogue device optional process progress versions",
+        "errors config grid catalogue device notebook optional process progress versions",
         "cases datasets readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",
         "check convert fingerprint plan model namesakes pretrained shipped statistics",
-        "engines windows postprocess evaluate",
+        "engines leaks windows postprocess evaluate",
         "infer inspect quality report export",
         "folder record calibrate compare journal ranks",
         "fit train",

@@ -30,6 +30,7 @@ from medseg.errors import ModelError
 from medseg.grid import Grid
 from medseg.infer import InferOptions, load_model
 from medseg.model import chosen_settings, new_network, read_model, record_choices
+from medseg.notebook import Notebook
 from medseg.preprocess import Prepared
 
 CPU = torch.device("cpu")
@@ -183,7 +184,9 @@ def test_labels_that_tell_sides_apart_are_never_mirrored() -> None:
 
 def test_what_there_is_no_time_for_is_left_out() -> None:
     config = tiny_config()
-    there = _Bench(config, Threshold(), [a_case(n) for n in range(6)], CPU, "32", 1e-6, lambda *_: None)
+    there = _Bench(
+        config, Threshold(), [a_case(n) for n in range(6)], CPU, "32", 1e-6, Notebook(None, ""), lambda *_: None
+    )
     usual = there.first()
     assert len(usual.dice) == 5
     assert there.run("slow", {"windows": {"overlap": 0.75}}, expected=10.0) is None
@@ -226,6 +229,43 @@ def test_without_a_budget_the_clock_decides_nothing(monkeypatch: pytest.MonkeyPa
             [made[part]["settings"] for part in ("windows", "tta", "postprocess")] + [made["quality"]["model"]]
         )
     assert found[0] == found[1]
+
+
+def test_a_calibration_that_was_killed_goes_on_with_the_case_it_had_come_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, cases, looks, ends = tiny_config(), [a_case(n) for n in range(6)], [], [0]
+    network = new_network(config)
+
+    def look(*given: Any) -> Any:
+        looks.append(given[1].id)
+        if len(looks) == ends[0]:
+            raise KeyboardInterrupt
+        return label_case(*given)
+
+    def made(*, killed_at: int = 0) -> dict[str, Any]:
+        looks.clear()
+        ends[0] = killed_at
+        notes = Notebook(tmp_path / "notes.jsonl", "this network")
+        return calibrate(config, network, cases, training=cases, device=CPU, precision="32", budget_s=None, notes=notes)
+
+    def without_seconds(found: dict[str, Any]) -> Any:
+        return json.loads(
+            json.dumps(found), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds_a_case"}
+        )
+
+    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    whole, all_looks = without_seconds(made()), len(looks)
+    (tmp_path / "notes.jsonl").unlink()
+    for killed_at in (15, 30, 40):
+        with pytest.raises(KeyboardInterrupt):
+            made(killed_at=killed_at)
+    assert without_seconds(made()) == whole
+    # each kill cost the look it came in, the last one also the masks for post-processing, which are not kept
+    assert len(looks) == all_looks - 14 - 29 - 39 + len(cases)
+    # nothing but these masks is looked at once more
+    made()
+    assert looks == [case.id for case in cases]
 
 
 # ---- what inference makes of it

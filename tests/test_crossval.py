@@ -760,6 +760,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(
     assert sorted(out.rglob("fold_*/**/*")) == before
 
 
+def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_trained(
+    dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = left(unet=1), tmp_path / "learnt"
+    cases = medseg.fold_split(medseg.check_dataset(dataset).dataset, 1, folds=2)[1]
+    case, digest = cases[0].id, hashlib.sha256(medseg.file_sha256(cases[0].images[0]).encode()).hexdigest()[:16]
+    before.mkdir()
+    (before / "model.safetensors").write_bytes(b"")
+    (before / "model.json").write_text(json.dumps({"schema_version": 1, "training": {"images_sha256": [digest]}}))
+    assert run(command(dataset, out, "--pretrained", str(before))) == USAGE
+    assert f"has learnt 1 of the {len(cases)} cases held back, first {case}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["report", "cache", "unet-cleaned", "a+b"])
 def test_settings_of_a_name_that_is_taken_are_refused(
     name: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,53 @@
+"""What a case that is held back must not be: learnt under another name, or by the weights that training begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from medseg.cases import Case
+from medseg.errors import ConfigError
+from medseg.fingerprint import image_digests
+from medseg.pretrained import learnt_images
+from medseg.readers import file_sha256
+
+
+def refuse_leaks(
+    training: Sequence[Case],
+    held_back: Sequence[Case],
+    *,
+    weights: Path | None = None,
+    file_digest: Callable[[Path], str] = file_sha256,
+) -> list[str]:
+    """The digests of the images of `training`, as a run records what it has learnt.
+
+    Raises `ConfigError` where one of `held_back` is among them under another name, or was learnt by the run that
+    `weights` belong to: its Dice would say nothing about new cases.
+    """
+    learnt, kept = (image_digests(cases, file_digest=file_digest) for cases in (training, held_back))
+    _refuse_twins(learnt, kept)
+    if weights is not None:
+        _refuse_learnt(weights, kept)
+    return sorted(set(learnt.values()))
+
+
+def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str]) -> None:
+    names = {digest: case for case, digest in learnt.items()}
+    twins = [(case, names[digest]) for case, digest in held_back.items() if digest in names]
+    if twins:
+        case, twin = twins[0]
+        raise ConfigError(
+            f"{len(twins)} of the {len(held_back)} cases held back are trained on under another name, first {case} as "
+            f"{twin}: their Dice would flatter. Delete one of each, or give both the same group or fold"
+        )
+
+
+def _refuse_learnt(weights: Path, held_back: Mapping[str, str]) -> None:
+    learnt = learnt_images(weights)
+    known = [case for case, digest in held_back.items() if digest in learnt]
+    if known:
+        raise ConfigError(
+            f"{weights}: has learnt {len(known)} of the {len(held_back)} cases held back, first {known[0]}: their "
+            "Dice would say nothing about new cases; hold others back (`medseg train --fold`, or all to hold none "
+            "back), or begin with other weights"
+        )

@@ -1,0 +1,82 @@
+"""What was found is not found again, whatever a kill has left of the file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from medseg.errors import DataError
+from medseg.notebook import Notebook
+
+
+def never() -> object:
+    raise AssertionError("found again")
+
+
+def test_what_was_found_is_not_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    first = Notebook(path, "one network")
+    assert first.once(["trial", {"b": 1, "a": 2}, "case"], lambda: [0.1 + 0.2, 3]) == [0.1 + 0.2, 3]
+    assert math.isnan(first.once(["nothing"], lambda: math.nan))
+    again = Notebook(path, "one network")
+    assert again.once(["trial", {"a": 2, "b": 1}, "case"], never) == [0.1 + 0.2, 3]
+    assert math.isnan(again.once(["nothing"], never))
+    assert again.once(["trial", {"a": 2}, "case"], lambda: 5) == 5
+
+
+def test_findings_of_something_else_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    Notebook(path, "one network").once(["x"], lambda: 1)
+    assert Notebook(path, "another").once(["x"], lambda: 2) == 2
+    # and what the first found is gone, since nobody knows when it comes back
+    assert Notebook(path, "one network").once(["x"], lambda: 3) == 3
+
+
+@pytest.mark.parametrize("left", [0.3, 0.6, 0.99])
+def test_a_torn_line_costs_what_it_told(tmp_path: Path, left: float) -> None:
+    path = tmp_path / "notes.jsonl"
+    notes = Notebook(path, "network")
+    for number in range(3):
+        notes.once([number], lambda: "a finding")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left * len(whole))])
+    there = path.read_bytes().count(b"\n") - 1
+    again, found = Notebook(path, "network"), []
+    for number in range(3):
+        again.once([number], lambda: found.append(0) or "a finding")
+    assert len(found) == 3 - max(0, there)
+    assert Notebook(path, "network").once([2], never) == "a finding"
+
+
+def test_the_clock_counts_what_earlier_findings_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("medseg.notebook.time.perf_counter", lambda: now[0])
+
+    def slow() -> int:
+        now[0] += 7
+        return 1
+
+    first = Notebook(tmp_path / "notes.jsonl", "network")
+    began = first.clock()
+    first.once(["x"], slow)
+    assert first.clock() - began == 7
+    now[0] = 3.0
+    again = Notebook(tmp_path / "notes.jsonl", "network")
+    began = again.clock()
+    again.once(["x"], never)
+    assert again.clock() - began == 7
+
+
+def test_without_a_file_nothing_is_kept() -> None:
+    notes = Notebook(None, "")
+    assert [notes.once(["x"], lambda n=n: n) for n in range(2)] == [0, 1]
+
+
+def test_a_full_disk_is_told() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(DataError, match=r"cannot be written.*No space left"):
+        Notebook(full, "network")
