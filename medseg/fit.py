@@ -361,13 +361,14 @@ class Fit:
         logits = self.network(batch.image.contiguous(memory_format=memory))
         reduce = None if self.ranks.size == 1 else self.ranks.total
         loss = loss_of(config.loss, config.data, logits, batch.label, reduce=reduce)
-        value = float(loss.detach())
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
-        norm = self.fabric.clip_gradients(
+        length = self.fabric.clip_gradients(
             self.network, self.optimizer, max_norm=config.train.clip_gradient, error_if_nonfinite=False
         )
-        if not np.isfinite(value) or not torch.isfinite(norm):
+        # both at once: each look at a number waits for all that the device has been given to do
+        value, norm = map(float, torch.stack([loss.detach(), cast(torch.Tensor, length)]).tolist())
+        if not np.isfinite([value, norm]).all():
             for average, before in zip(self._averages, averages):
                 average.copy_(before)
             self._skip(batch, f"the loss is {value}" if not np.isfinite(value) else "the gradient is not finite")

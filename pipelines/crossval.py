@@ -129,8 +129,9 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
+    begins_with = None if weights is None else weights.file
     for training, held_back in splits:
-        medseg.refuse_leaks(training, held_back, weights=weights and weights.file, file_digest=read_once)
+        medseg.refuse_leaks(training, held_back, weights=begins_with, file_digest=read_once)
     digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
     folds = []
     for name, config in configs.items():
