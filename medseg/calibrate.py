@@ -220,6 +220,9 @@ class _Bench:
         """The way of training, on as many cases, spread evenly, as leave time for the others."""
         if self._budget_s is not None:
             chosen = set(self._notes.once(["cases"], partial(self._affordable, self._budget_s)))
+            if self._notes.goes_on:
+                # somebody has to pay for caches again, and no case that is timed
+                label_case(self.config, self.cases[0], self._scorer({}), self.device)
             self.cases = [case for case in self.cases if case.id in chosen]
         trial = self.run("as in training", {})
         if trial is None:
@@ -299,7 +302,7 @@ class _Bench:
                 # in one turn all kinds come, each on other cases
                 worse = WORSE[(turn + number) % len(WORSE)] if turn else None
                 make = partial(self._samples, config, scorer, profile, case, worse, (turn, number))
-                rows = self._notes.once(["quality", settings, turn, case.id], make)
+                rows = self._notes.once(["quality", settings, case.id, worse, turn, number], make)
                 found += [Sample(**row) for row in rows]
         return found
 

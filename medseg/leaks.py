@@ -18,27 +18,28 @@ def refuse_leaks(
     *,
     weights: Path | None = None,
     file_digest: Callable[[Path], str] = file_sha256,
-) -> list[str]:
-    """The digests of the images of `training`, as a run records what it has learnt.
+) -> None:
+    """Raises `ConfigError` where an image of `held_back` is learnt: its Dice would say nothing about new cases.
 
-    Raises `ConfigError` where one of `held_back` is among them under another name, or was learnt by the run that
-    `weights` belong to: its Dice would say nothing about new cases.
+    Either under another name in `training`, or by the run that `weights` belong to; of weights from elsewhere nobody
+    knows what they have learnt.
     """
     learnt, kept = (image_digests(cases, file_digest=file_digest) for cases in (training, held_back))
-    _refuse_twins(learnt, kept)
+    files = {case.id: case.images[0] for case in (*training, *held_back)}
+    _refuse_twins(learnt, kept, files)
     if weights is not None:
         _refuse_learnt(weights, kept)
-    return sorted(set(learnt.values()))
 
 
-def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str]) -> None:
+def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str], files: Mapping[str, Path]) -> None:
     names = {digest: case for case, digest in learnt.items()}
     twins = [(case, names[digest]) for case, digest in held_back.items() if digest in names]
     if twins:
         case, twin = twins[0]
         raise ConfigError(
-            f"{len(twins)} of the {len(held_back)} cases held back are trained on under another name, first {case} as "
-            f"{twin}: their Dice would flatter. Delete one of each, or give both the same group or fold"
+            f"{files[case]}: {len(twins)} of the {len(held_back)} cases held back are trained on under another name, "
+            f"first {case} as {twin} ({files[twin]}): their Dice would flatter. Delete one of each, or give both the "
+            "same group or fold"
         )
 
 
@@ -48,6 +49,6 @@ def _refuse_learnt(weights: Path, held_back: Mapping[str, str]) -> None:
     if known:
         raise ConfigError(
             f"{weights}: has learnt {len(known)} of the {len(held_back)} cases held back, first {known[0]}: their "
-            "Dice would say nothing about new cases; hold others back (`medseg train --fold`, or all to hold none "
-            "back), or begin with other weights"
+            "Dice would say nothing about new cases; begin with other weights or with none, or hold back cases that "
+            "they do not know"
         )

@@ -95,14 +95,18 @@ def save_model(
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def is_complete(network: torch.nn.Module, config: Config, folder: Path) -> bool:
-    """Whether the model in `folder` is this very network, with what was chosen for its inference."""
+def is_complete(network: torch.nn.Module, config: Config, folder: Path, *, judged_by: str) -> bool:
+    """Whether the model in `folder` is this very network, with what was chosen for its inference.
+
+    `judged_by`: SHA-256 of the held-back cases, by whose labels it was chosen.
+    """
     if not (folder / DESCRIPTION).is_file():
         return False
     description = read_description(folder)
     return (
         "inference" in description
         and description["config"] == config.model_dump(mode="json")
+        and description["training"].get("validation_sha256") == judged_by
         and description["weights_sha256"] == hashlib.sha256(_packed(network)).hexdigest()
         and (folder / WEIGHTS).is_file()
         and file_sha256(folder / WEIGHTS) == description["weights_sha256"]

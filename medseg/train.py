@@ -26,7 +26,7 @@ from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe, free_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
-from medseg.fingerprint import data_sha256, measure
+from medseg.fingerprint import data_sha256, image_digests, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
@@ -174,7 +174,7 @@ def _train(
             return Run(folder, config, None, (), seconds, steps, waiting_share=waiting, rank=ranks.rank)
         with _training_is_done():
             # what was chosen and segmented before it was ended need not be again: a slot of a cluster may be short
-            anew = not (resumed and is_complete(network, config, folder))
+            anew = not (resumed and is_complete(network, config, folder, judged_by=record["validation_sha256"]))
             if anew:
                 save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
             with _stage(seconds, "calibrate"):
@@ -513,7 +513,9 @@ def _calibrated(
     share = config.train.calibration_share
     # without a share only the least is done, whatever the clock says
     budget_s = None if config.train.deterministic and share else share * fit.course.elapsed
-    about = f"weights {read_description(fit.folder)['weights_sha256']}, {describe(fit.device)}, {fit.precision}"
+    said = read_description(fit.folder)
+    about = [said[name] for name in ("weights_sha256", "config", "versions")]
+    about += [said["training"]["validation_sha256"], fit.device.type, fit.precision]
     return calibrate(
         config,
         network,
@@ -522,7 +524,7 @@ def _calibrated(
         device=fit.device,
         precision=fit.precision,
         budget_s=budget_s,
-        notes=Notebook(fit.folder / NOTES, about),
+        notes=Notebook(fit.folder / NOTES, json.dumps(about)),
         progress=progress,
     )
 
@@ -556,13 +558,14 @@ def _data_record(
     """
     training, validation = folds
     read_once = cache(file_sha256)
-    learnt = refuse_leaks(training, validation, weights=weights, file_digest=read_once)
+    refuse_leaks(training, validation, weights=weights, file_digest=read_once)
     return {
         "data_set": data.path.resolve().name,
         "data_sha256": data_sha256(training, file_digest=read_once, progress=progress),
-        "images_sha256": learnt,
+        "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
+        "validation_sha256": data_sha256(validation, file_digest=read_once),
         "fold": options.fold,
         "command": options.command,
     }

@@ -126,12 +126,11 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
     if options.only_fold is not None:
         medseg.fold_split(data, options.only_fold, folds=options.folds)
-    configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
-    begins_with = None if weights is None else weights.file
-    for training, held_back in splits:
-        medseg.refuse_leaks(training, held_back, weights=begins_with, file_digest=read_once)
+    for k, (training, held_back) in enumerate(splits):
+        _refuse_leaks(k, training, held_back, weights, read_once)
+    configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
     digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
     folds = []
     for name, config in configs.items():
@@ -251,8 +250,24 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
     return asked
 
 
+def _refuse_leaks(
+    number: int,
+    training: Sequence[medseg.Case],
+    held_back: Sequence[medseg.Case],
+    weights: Weights | None,
+    file_digest: Callable[[Path], str],
+) -> None:
+    """Raises `ConfigError` where a fold would judge what it has learnt; one such fold spoils what all tell together."""
+    try:
+        begins_with = None if weights is None else weights.file
+        medseg.refuse_leaks(training, held_back, weights=begins_with, file_digest=file_digest)
+    except medseg.ConfigError as error:
+        raise medseg.ConfigError(f"fold {number}: {error}") from error
+
+
 def _weights(path: Path) -> Weights:
-    file = medseg.weights_file(path).resolve()
+    # not through a link: what the weights have learnt is told beside it
+    file = medseg.weights_file(path).absolute()
     if not file.is_file():
         raise medseg.ConfigError(f"--pretrained {path}: no such file, nor a run folder or a name of `medseg models`")
     return Weights(file, medseg.file_sha256(file))

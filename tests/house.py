@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid catalogue device notebook optional process progress versions",
-        "cases datasets readers writers metrics overview views",
+        "errors config grid catalogue device optional process progress versions",
+        "cases datasets notebook readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",
         "check convert fingerprint plan model namesakes pretrained shipped statistics",

@@ -26,7 +26,7 @@ from medseg.calibrate import (
     shifts_within,
 )
 from medseg.config import Config, DataConfig
-from medseg.errors import ModelError
+from medseg.errors import ModelError, TrainingError
 from medseg.grid import Grid
 from medseg.infer import InferOptions, load_model
 from medseg.model import chosen_settings, new_network, read_model, record_choices
@@ -268,6 +268,20 @@ def test_a_calibration_that_was_killed_goes_on_with_the_case_it_had_come_to(
     assert looks == [case.id for case in cases]
 
 
+def test_a_disk_that_is_full_makes_no_way_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cases = tiny_config(), [a_case(n) for n in range(6)]
+    notes, add = Notebook(tmp_path / "notes.jsonl", "this network"), Notebook._add
+
+    def full(self: Notebook, text: str) -> None:
+        if '"overlap"' in text:
+            raise TrainingError("no space")
+        add(self, text)
+
+    monkeypatch.setattr(Notebook, "_add", full)
+    with pytest.raises(TrainingError, match="no space"):
+        calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=None, notes=notes)
+
+
 # ---- what inference makes of it
 
 
@@ -367,7 +381,7 @@ def test_a_way_that_memory_does_not_hold_is_left_out() -> None:
                 raise torch.OutOfMemoryError("too much")
             return super().forward(images)
 
-    there = _Bench(tiny_config(), Small(), [a_case(0)], CPU, "32", 60, lambda *_: None)
+    there = _Bench(tiny_config(), Small(), [a_case(0)], CPU, "32", 60, Notebook(None, ""), lambda *_: None)
     assert there.run("as in training", {}) is not None
     assert there.run("whole", {"windows": {"mode": "whole"}}) is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medseg.errors import DataError
+from medseg.errors import DataError, TrainingError
 from medseg.notebook import Notebook
 
 
@@ -74,9 +74,46 @@ def test_without_a_file_nothing_is_kept() -> None:
     assert [notes.once(["x"], lambda n=n: n) for n in range(2)] == [0, 1]
 
 
-def test_a_full_disk_is_told() -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"about": "network"}',
+        '{"key": ["x"], "seconds": null, "found": 1}',
+        '{"key": "x", "seconds": 1, "found": 1}',
+        '{"key": ["x"], "seconds": 1}',
+        "[" * 100_000,
+        "5",
+        "\x00",
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_no_finding(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "notes.jsonl"
+    Notebook(path, "network").once(["y"], lambda: 1)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    again = Notebook(path, "network")
+    assert again.once(["x"], lambda: 2) == 2
+    assert again.once(["y"], never) == 1
+
+
+def test_a_file_that_is_whole_is_only_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "notes.jsonl"
+    Notebook(path, "network").once(["x"], lambda: 1)
+    monkeypatch.setattr("medseg.notebook.write_text", lambda *_: pytest.fail("written anew"))
+    before = path.read_text()
+    Notebook(path, "network").once(["y"], lambda: 2)
+    assert path.read_text().startswith(before)
+
+
+def test_what_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    notes = Notebook(tmp_path / "notes.jsonl", "network")
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(DataError, match=r"cannot be written.*No space left"):
-        Notebook(full, "network")
+    (tmp_path / "notes.jsonl").unlink()
+    (tmp_path / "notes.jsonl").symlink_to(full)
+    with pytest.raises(TrainingError, match=r"notes.jsonl: cannot be written \(No space.*finish it with --resume"):
+        notes.once(["x"], lambda: 1)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="cannot write folder"):
+        Notebook(tmp_path / "folder", "network")

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import medseg
-from medseg import cli
+from medseg import calibrate, cli
 from medseg.cases import fold_split
 from medseg.config import settings_from
 from medseg.datasets import read_dataset
@@ -744,6 +744,51 @@ def test_what_was_done_after_training_is_not_done_again(
     longer = train(dataset, fold=0, epochs=2, resume=True)
     assert calls == ["calibrate"] * 2
     assert {result.status for result in longer.results} == {"done"}
+
+
+def test_a_calibration_goes_on_where_it_was_ended_with_the_same_cases_alone(
+    train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, look, looks, ends = tiny_dataset(cases=10, form="nnunet"), calibrate.label_case, [0], [0]
+
+    def counted(*given: Any) -> Any:
+        looks[0] += 1
+        if looks[0] == ends[0]:
+            raise KeyboardInterrupt
+        return look(*given)
+
+    def choices(run: medseg.Run) -> Any:
+        text = json.dumps(_description(run.folder)["inference"])
+        return json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds_a_case"})
+
+    def ended(name: str, at: int) -> None:
+        looks[0], ends[0] = 0, at
+        with pytest.raises(KeyboardInterrupt):
+            train(dataset, plain, fold=0, name=name)
+        assert (tmp_path / name / "calibration.jsonl").is_file()
+        looks[0], ends[0] = 0, 0
+
+    plain = "train.deterministic=true"
+    monkeypatch.setattr("medseg.calibrate.label_case", counted)
+    # half of the time, and as notes no different
+    monkeypatch.setattr("medseg.calibrate._learn_quality", lambda *_: {})
+    whole = train(dataset, plain, fold=0, name="whole")
+    all_looks = looks[0]
+    for name in ("a", "b"):
+        ended(name, 2 * all_looks // 3)
+    again = train(dataset, plain, fold=0, name="a", resume=True)
+    assert choices(again) == choices(whole)
+    assert looks[0] < all_looks // 2
+    assert not (again.folder / "calibration.jsonl").exists()
+    # other labels to choose by
+    held_back = _description(whole.folder)["training"]["validation_cases"]
+    for case in held_back:
+        path = next((dataset / "labelsTr").glob(f"{case}.*"))
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.roll(np.asarray(image.dataobj), 3, axis=0), image.affine), path)
+    corrected = train(dataset, plain, fold=0, name="b", resume=True)
+    assert choices(corrected) != choices(whole)
+    assert choices(corrected) == choices(train(dataset, plain, fold=0, name="fresh"))
 
 
 def test_what_is_resumed_keeps_its_reasons(train: Train, tiny_dataset) -> None:

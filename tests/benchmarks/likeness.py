@@ -3,8 +3,8 @@
     python tests/benchmarks/likeness.py DATASET REPORT/metrics.csv -o tests/benchmarks/results/NAME.json
 
 For pictures whose data set names no patients: frames of one person may then lie on both sides of a fold. Likeness is
-the correlation of two pictures shrunk to `SIDE` × `SIDE` pixels; the nearest is sought among the cases of all other folds,
-which are those that the case's model was trained on. Of each case the Dice is the mean over its labels.
+the correlation of two pictures shrunk to `SIDE` × `SIDE` pixels; the nearest is sought among the cases of all other
+folds, which are those that the case's model was trained on. Of each case the Dice is the mean over its labels.
 """
 
 from __future__ import annotations
