@@ -260,11 +260,11 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-2, ge=0)
     warm_up: Fraction = 0.02
     """Share of the schedule in which the learning rate rises; then it falls as (1 − progress)^0.9."""
-    pretrained_factor: PositiveFloat = 0.3
-    """What the learning rate of weights from elsewhere is multiplied by."""
-    freeze_share: Fraction = 0.1
-    """Share of the schedule in which weights from elsewhere stand still, if the network has others: until those have
-    learnt something, what they ask for only spoils what was learnt before (Kumar et al. 2022, arXiv:2202.10054).
+    pretrained_factor: PositiveFloat = 1.0
+    """What the learning rate of weights from elsewhere is multiplied by; a third, often advised, was worse."""
+    freeze_share: Fraction = 0.0
+    """Share of the schedule in which weights from elsewhere stand still, if the network has others: so that what those
+    ask for at first does not spoil what was learnt before (Kumar et al. 2022, arXiv:2202.10054); here it did not help.
     Running statistics of batch norms follow the new data all the while."""
     clip_gradient: PositiveFloat = 5.0
     foreground_fraction: Fraction = 0.33

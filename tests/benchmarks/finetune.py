@@ -28,7 +28,6 @@ from machine import machine
 import medseg
 
 CASES, JUDGED, SEEDS = 10, 15, (0, 1)
-STEPS = 30
 SMALL = {
     "network": {"channels": [16, 32, 64], "aspp_channels": 32, "skip_channels": 16, "decoder_channels": 16},
     "windows": {"patch_size": [32, 40, 32]},
@@ -61,6 +60,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--base", type=Path, help="a finished run on fold 0 of the data set; left out: trained")
     parser.add_argument("--base-seconds", type=float, default=90.0)
+    parser.add_argument("--steps", type=int, default=30, help="of each fine-tuning")
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -75,15 +75,15 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for seed in SEEDS:
             for attempt in attempts:
-                rows.append(measure(attempt, seed, base, tasks[attempt.label], folder))
-                write(arguments.output, described, rows)
+                rows.append(measure(attempt, seed, arguments.steps, base, tasks[attempt.label], folder))
+                write(arguments.output, described, arguments.steps, rows)
 
 
-def write(path: Path, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(path: Path, described: dict[str, Any], steps: int, rows: list[dict[str, Any]]) -> None:
     """What was measured so far; `described`: model.json of the base."""
     result = {
         "what": "mean Dice of one label on held-back cases at the end of a schedule of so many steps",
-        "steps": STEPS,
+        "steps": steps,
         "base": {k: described["training"][k] for k in ("steps", "seconds", "fold", "cases")},
         "cases": {"training": CASES, "judged": JUDGED},
         "rows": rows,
@@ -124,11 +124,11 @@ def make_task(dataset: Path, folder: Path, label: str, unseen: list[str]) -> Pat
     return folder
 
 
-def measure(attempt: Attempt, seed: int, base: Path, task: Path, folder: Path) -> dict[str, Any]:
+def measure(attempt: Attempt, seed: int, steps: int, base: Path, task: Path, folder: Path) -> dict[str, Any]:
     """Mean Dice at the end of a schedule."""
     settings = BATCH | {
         "seed": seed,
-        "steps_per_epoch": STEPS,
+        "steps_per_epoch": steps,
         "epochs": 1,
         "time_budget_s": None,
         "calibration_share": 0.0,
