@@ -254,7 +254,7 @@ def test_infer_with_a_name(models: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_every_model_that_ships_is_whole() -> None:
     models = list_models(Path(medseg.__file__).parent / "models")
-    assert [model.name for model in models] == ["hippocampus"]
+    assert [model.name for model in models] == ["hippocampus", "nerve"]
     # reads each as a user would: digest, configuration, card
     for model in models:
         found = read_model(model.folder)
@@ -275,3 +275,13 @@ def test_the_hippocampus_model_finds_the_hippocampus_of_the_sample_data(tmp_path
     assert len(judged) == 6
     assert judged["dice"].min() > 0.8
     assert all(q["expected"] is not None for r in results for q in r.quality.values())
+
+
+def test_the_nerve_model_finds_what_it_has_learnt(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "us_nerve_2d"
+    images = sorted((folder / "imagesTr").iterdir())[:6]
+    results = medseg.infer(images, ["nerve"], tmp_path / "masks", medseg.InferOptions(device="cpu"))
+    assert {r.status for r in results} == {"done"}
+    report = medseg.evaluate(tmp_path / "masks", folder / "labelsTr", medseg.EvaluateOptions(allow_missing=True))
+    judged = report.table[report.table["status"] == "ok"]
+    assert judged["dice"].mean() > 0.8
