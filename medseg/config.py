@@ -261,11 +261,11 @@ class TrainConfig(Section):
     warm_up: Fraction = 0.02
     """Share of the schedule in which the learning rate rises; then it falls as (1 − progress)^0.9."""
     pretrained_factor: PositiveFloat = 1.0
-    """What the learning rate of weights from elsewhere is multiplied by; a third, often advised, was worse."""
+    """What the learning rate of weights from elsewhere is multiplied by; see docs/recipe.md for what it is worth."""
     freeze_share: Fraction = 0.0
-    """Share of the schedule in which weights from elsewhere stand still, if the network has others: so that what those
-    ask for at first does not spoil what was learnt before (Kumar et al. 2022, arXiv:2202.10054); here it did not help.
-    Running statistics of batch norms follow the new data all the while."""
+    """Share of the schedule in which weights from elsewhere stand still, if the network has others, so that what those
+    ask for at first does not spoil what was learnt before (Kumar et al. 2022, arXiv:2202.10054). Running statistics of
+    batch norms follow the new data all the while."""
     clip_gradient: PositiveFloat = 5.0
     foreground_fraction: Fraction = 0.33
     """Share of patches centred on a labelled voxel, the label drawn evenly from those in the case."""

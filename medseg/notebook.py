@@ -1,9 +1,10 @@
-"""Findings of something long, kept in a file as they are made, so that a kill costs one of them; of any matter."""
+"""Findings of something long, kept in a file as they are made, so that a kill costs one of them."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ class Notebook:
 
     What the file holds counts if it was begun with the same `about`; else it is begun anew. Keys and findings are what
     JSON can hold, NaN included. A line that a kill tore, or that is none of ours, is as if it were not there. Raises
-    `DataError` where the file cannot be begun.
+    `DataError` where the file cannot be begun, `TrainingError` where it cannot be added to.
     """
 
     def __init__(self, path: Path | None, about: str) -> None:
@@ -94,7 +95,7 @@ def _lines(text: str) -> Iterator[dict[str, Any]]:
     for words in text.splitlines():
         try:
             line = json.loads(words)
-            if isinstance(line["key"], list) and line["seconds"] >= 0 and "found" in line:
+            if isinstance(line["key"], list) and math.isfinite(line["seconds"]) and "found" in line:
                 yield line
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             log.debug("no finding: %.80s (%s)", words, type(error).__name__)

@@ -238,12 +238,14 @@ def learnt_images(path: Path) -> frozenset[str]:
 
     Empty for weights from elsewhere: nobody knows. Raises `ModelError` where the run's description is damaged.
     """
-    folder = weights_file(path).parent
-    if not (folder / DESCRIPTION).is_file():
-        return frozenset()
-    training = read_description(folder).get("training", {})
-    before = training.get("pretrained") or {}
-    return frozenset(training.get("images_sha256", ())) | frozenset(before.get("images_sha256", ()))
+    file, learnt = weights_file(path), frozenset[str]()
+    # a link to weights may lie in a run folder, or outside of it
+    for folder in {file.parent, file.resolve().parent}:
+        if (folder / DESCRIPTION).is_file():
+            training = read_description(folder).get("training", {})
+            before = training.get("pretrained") or {}
+            learnt |= frozenset(training.get("images_sha256", ())) | frozenset(before.get("images_sha256", ()))
+    return learnt
 
 
 def _unreadable(file: Path, error: Exception) -> str:

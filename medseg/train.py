@@ -565,7 +565,7 @@ def _data_record(
         "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
-        "validation_sha256": data_sha256(validation, file_digest=read_once),
+        "validation_sha256": data_sha256(validation, file_digest=read_once, progress=progress),
         "fold": options.fold,
         "command": options.command,
     }

@@ -126,6 +126,10 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
     if options.only_fold is not None:
         medseg.fold_split(data, options.only_fold, folds=options.folds)
+    for name, ask in asked.items():
+        there = _written(folder / name)
+        if there is not None:
+            _refuse_other_settings(there, ask)
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
     for k, (training, held_back) in enumerate(splits):
@@ -279,7 +283,7 @@ def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Pat
     Raises `ConfigError` where something else is there.
     """
     file = folder / name / CONFIG
-    there = next((p for p in (file, *sorted(file.parent.glob(f"fold_*/{CONFIG}"))) if p.is_file()), None)
+    there = _written(file.parent)
     if there is None:
         with shown_progress() as progress:
             made = medseg.plan(
@@ -302,6 +306,11 @@ def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Pat
         # of several machines that plan at once, the first decides
         publish(file, text)
     return _refuse_other_settings(file, ask)
+
+
+def _written(folder: Path) -> Path | None:
+    """The configuration of a network's folds, where there is one."""
+    return next((p for p in (folder / CONFIG, *sorted(folder.glob(f"fold_*/{CONFIG}"))) if p.is_file()), None)
 
 
 def _refuse_other_settings(file: Path, ask: Mapping[str, Any]) -> medseg.Config:

@@ -763,12 +763,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(
 def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_trained(
     dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, store, out = tmp_path / "learnt", tmp_path / "store", tmp_path / "new"
+    before, out = tmp_path / "learnt", tmp_path / "new"
     cases = medseg.fold_split(medseg.check_dataset(dataset).dataset, 1, folds=2)[1]
     case, digest = cases[0].id, hashlib.sha256(medseg.file_sha256(cases[0].images[0]).encode()).hexdigest()[:16]
     before.mkdir()
-    store.write_bytes(b"")
-    (before / "model.safetensors").symlink_to(store)
+    (before / "model.safetensors").write_bytes(b"")
     (before / "model.json").write_text(json.dumps({"schema_version": 1, "training": {"images_sha256": [digest]}}))
     assert run(command(dataset, out, "--pretrained", str(before))) == USAGE
     told = capsys.readouterr().err
@@ -776,8 +775,13 @@ def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_train
     assert f"has learnt 1 of the {len(cases)} cases held back, first {case}" in told
     # a plan made of these weights must not be found by the next command
     assert not out.exists()
-    # nor are trained folds of any use with them
-    assert run(command(dataset, left(unet=1), "--pretrained", str(before))) == USAGE
+    # folds that are there change nothing, nor does a link to the weights
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(before / "model.safetensors")
+    there = left(unet=1)
+    for given in (before, link):
+        assert run(command(dataset, there, "--pretrained", str(given))) == USAGE
+        assert "has learnt 1 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["report", "cache", "unet-cleaned", "a+b"])

@@ -79,7 +79,8 @@ def test_without_a_file_nothing_is_kept() -> None:
     [
         '{"about": "network"}',
         '{"key": ["x"], "seconds": null, "found": 1}',
-        '{"key": "x", "seconds": 1, "found": 1}',
+        '{"key": ["x"], "seconds": Infinity, "found": 1}',
+        '{"key": ["x"], "seconds": 1' + "0" * 400 + ', "found": 1}',
         '{"key": ["x"], "seconds": 1}',
         "[" * 100_000,
         "5",

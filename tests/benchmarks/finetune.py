@@ -50,7 +50,7 @@ ATTEMPTS = (Attempt("scratch", NEW_NAME), Attempt("base", NEW_NAME), Attempt("ba
 
 def ablations() -> Iterator[Attempt]:
     """Other shares of freezing and other factors, for a label that the base does not know."""
-    for freeze, factor in ((0.0, 1.0), (0.0, 0.3), (0.1, 1.0), (0.3, 0.3)):
+    for freeze, factor in ((0.0, 0.3), (0.1, 1.0), (0.1, 0.3), (0.3, 0.3)):
         yield Attempt("base", NEW_NAME, (("freeze_share", freeze), ("pretrained_factor", factor)))
 
 
@@ -148,7 +148,8 @@ def measure(attempt: Attempt, seed: int, steps: int, base: Path, task: Path, fol
     row = {
         "start": attempt.start,
         "label": attempt.label,
-        **dict(attempt.settings),
+        "freeze_share": done.config.train.freeze_share,
+        "pretrained_factor": done.config.train.pretrained_factor,
         "seed": seed,
         "dice": round(float(done.report.table["dice"].mean()), 4),
         "train_seconds": done.seconds["train"],
