@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hospital_peers import postgres, postgres_server  # noqa: F401
+from hospital_peers import postgres, postgres_server, wait_for  # noqa: F401
 from hospital_series import insert_instance, insert_series
 
 from medseg_pipelines.hospital.database import Database, deliveries, jobs, open_database
@@ -299,4 +299,28 @@ def test_leases_are_judged_by_the_database_s_clock_where_machines_share_it(
         monkeypatch.setattr(time, "time", lambda ahead_s=ahead_s: real_time() + ahead_s)
         assert bench.jobs.release_expired() == ()
         assert bench.jobs.renew(job.id, ME)
+    bench.database.close()
+
+
+def test_rows_of_who_stands_still_in_a_transaction_are_free_after_a_while(
+    postgres: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(open_database(postgres, tmp_path))
+    job_id = bench.put(1)
+    monkeypatch.setattr("medseg_pipelines.hospital.database.SILENT_S", 1.0)
+
+    def stand() -> None:
+        with bench.database.writing() as standing:
+            standing.execute(jobs.update().values(reason="half done"))
+            assert bench.jobs.claim(ME) is None
+            wait_for(lambda: (found := bench.jobs.claim(ME)) is not None and found.id == job_id)
+            standing.execute(jobs.update().values(reason="done"))
+
+    # the server has closed what the transaction was in
+    with pytest.raises(sa.exc.DBAPIError):
+        stand()
+    (job,) = bench.jobs.listed()
+    assert (job.state, job.reason) == ("running", "")
     bench.database.close()

@@ -20,6 +20,8 @@ SCHEMA_VERSION = 2
 UPGRADES = {1: ("ALTER TABLE parts ADD COLUMN trouble TEXT",)}
 # so long a statement waits for another process to finish writing
 BUSY_S = 60.0
+# who holds rows and says nothing for so long has been stopped, or its machine has: PostgreSQL lets go of them
+SILENT_S = 45.0
 # beside those that are kept: each association has one while its file is written down
 MOST_CONNECTIONS = 60
 ID = sa.String(32)
@@ -237,9 +239,13 @@ class Database:
     def writing(self) -> Iterator[sa.Connection]:
         """A transaction that is there after a power cut once the block has ended, or not at all.
 
-        In SQLite writers wait for each other; in PostgreSQL rows are locked by who needs them.
+        In SQLite writers wait for each other; in PostgreSQL rows are locked by who needs them, and by a process that
+        stands still in the middle for `SILENT_S` seconds at most: then it has lost its transaction.
         """
         with self._engine.begin() as connection:
+            if not self.is_sqlite:
+                silent = sa.text(f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * SILENT_S)}")
+                connection.execute(silent)
             yield connection
 
     @contextmanager
