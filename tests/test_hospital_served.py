@@ -33,6 +33,7 @@ from hospital_pages import (
     pages_node,
     with_picture,
 )
+from hospital_peers import wait_for
 from hospital_rows import (
     NAMES,
     add_part,
@@ -82,9 +83,13 @@ def test_the_pages_are_served_until_they_are_told_to_stop(tmp_path: Path) -> Non
     address = f"http://127.0.0.1:{port}"
     with eventually(lambda: urllib.request.urlopen(f"{address}/livez", timeout=5)) as answer:
         assert answer.headers.get("server") is None
+
     # the pages give signs of life as all parts do
-    with node.database.reading() as connection:
-        assert connection.execute(sa.select(tables.parts.c.kind)).scalars().all() == ["web"]
+    def kinds() -> list[str]:
+        with node.database.reading() as connection:
+            return list(connection.execute(sa.select(tables.parts.c.kind)).scalars())
+
+    wait_for(lambda: kinds() == ["web"])
     other = new_node(tmp_path, web={"port": port})
     with pytest.raises(medseg.ConfigError, match=r"cannot listen at 127\.0\.0\.1"):
         run_web(other, threading.Event())
