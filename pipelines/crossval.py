@@ -299,7 +299,6 @@ def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Pat
         )
         text = medseg.dump_yaml(made.config, made.reasons)
     else:
-        _refuse_other_settings(there, ask)
         text = there.read_text(encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():

@@ -104,6 +104,7 @@ def test_a_series_of_the_pacs_is_fetched_once(
         orthanc.add(slices(tmp_path / "late", 1, first=5)[0])
         complete(node, revision=2, images=6)
         assert puller.look() == 0
+        assert caplog.text.count("is fetched (6 instances)") == 1
     assert leaks(tmp_path / "node", caplog.text) == []
     assert series_uid(1) not in caplog.text
 
