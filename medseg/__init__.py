@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from medseg.compare import Comparison, compare
     from medseg.config import (
         Config,
+        check_part,
         dump_yaml,
         make_config,
         overlay,
@@ -93,6 +94,7 @@ _HOME = {
     "build_network": "networks",
     "check_dataset": "check",
     "check_series": "check",
+    "check_part": "config",
     "check_settings": "networks",
     "compare": "compare",
     "convert": "convert",
@@ -173,6 +175,7 @@ __all__ = [
     "at_output_stride",
     "build_network",
     "check_dataset",
+    "check_part",
     "check_series",
     "check_settings",
     "compare",

@@ -252,7 +252,9 @@ class _Bench:
     def run(self, name: str, settings: Settings, *, expected: float = 0.0) -> Trial | None:
         """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
         left = math.inf if self._budget_s is None else self._budget_s - (self._notes.clock() - self._began)
-        if expected * len(self.cases) > left and expected:
+        # what is known already takes none
+        unknown = sum(not self._notes.knows(["trial", settings, case.id]) for case in self.cases)
+        if expected * unknown > max(0.0, left):
             log.info("no time left to try %s", name)
             return None
         config, scorer = self._changed(settings), self._scorer(settings)

@@ -462,6 +462,19 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
         raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors(include_url=False))) from error
 
 
+def check_part(values: Mapping[str, Any], *, source: str) -> None:
+    """Raises `ConfigError` for unknown keys and wrong values of settings that are to be laid over a plan.
+
+    What only the whole can tell, lengths and names of labels, is left to `make_config`.
+    """
+    try:
+        Config.model_validate(overlay(Config().model_dump(mode="json"), values))
+    except ValidationError as error:
+        wrong = [_explain(e) for e in error.errors(include_url=False) if e["loc"]]
+        if wrong:
+            raise ConfigError(f"{source}: " + "; ".join(wrong)) from error
+
+
 def make_data_config(
     *,
     spatial_dims: int,

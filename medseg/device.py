@@ -17,8 +17,12 @@ MAX_GPU_BATCH = 32
 # there as logits in bf16 and float32 and as probabilities
 BYTES_A_VOXEL, BYTES_A_SCORE = 1600, 12
 CPU_MEMORY_SHARE = 0.5
+# of the CPU; of CUDA, outside of what torch keeps; of cuBLAS and cuDNN
+OUT_OF_MEMORY = ("not enough memory", "can't allocate", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 # share of the free memory of a GPU that a batch may take
 MEMORY_SHARE = 0.7
+
+_peaks: dict[torch.device, int] = {}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -43,7 +47,9 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+        # asked of the device that is current
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
     # oneDNN runs bf16 on any processor with AVX-512, but slower than float32 without these instructions
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "32"
@@ -71,9 +77,11 @@ def hold_memory() -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the CPU (which has no exception of its own)."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate" in text
+    """Whether memory ran out: torch's own on a GPU, that of a GPU's libraries, or the CPU's.
+
+    Only the first has an exception of its own.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def release_memory(device: torch.device) -> None:
@@ -118,9 +126,17 @@ def most_voxels(device: torch.device, channels: int) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin the peak that `batch_that_fits` reads anew."""
+    """Begin the peak that `batch_that_fits` reads anew; `peak_bytes` remembers."""
     if device.type == "cuda":
+        _peaks[device] = peak_bytes(device)
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that tensors of this process have held on a GPU; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return max(_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
 
 
 def memory_format(spatial_dims: int, device: torch.device) -> torch.memory_format:

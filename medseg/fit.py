@@ -22,6 +22,7 @@ from medseg.device import (
     hold_memory,
     is_out_of_memory,
     memory_format,
+    peak_bytes,
     release_memory,
     to_memory_format,
 )
@@ -37,6 +38,7 @@ from medseg.process import end_asked_by, hearing_signals
 from medseg.progress import Progress
 from medseg.ranks import Ranks
 from medseg.state import STATE, read_state, write_state
+from medseg.writers import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +166,7 @@ class Fit:
                 if number:
                     self._stop(int(number))
                 if time.perf_counter() - saved + validation_s > settings.save_every_s:
-                    self.save()
+                    self._save_on_the_way()
                     saved, validation_s = time.perf_counter(), 0.0
                 if self._ends_an_epoch():
                     validation_s = self._end_epoch(journal, told)
@@ -197,6 +199,7 @@ class Fit:
             "device": describe(self.device),
             "devices": self.ranks.size,
             "precision": self.precision,
+            "gpu_memory_mb": round(peak_bytes(self.device) / 2**20, 1),
             "dice_while_training": None if course.dice is None else round(course.dice, 4),
             "pretrained": self._from,
         }
@@ -223,6 +226,15 @@ class Fit:
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         )
+
+    def _save_on_the_way(self) -> None:
+        """`save`; a disk that is away for a moment ends no training of days, one that is full does."""
+        try:
+            self.save()
+        except TrainingError as error:
+            if is_disk_full(error):
+                raise
+            log.warning("%s; it is tried again in %.0f s", error, self.config.train.save_every_s)
 
     def _load(self, network: torch.nn.Module, path: Path) -> Pretrained:
         """The weights of a file as far as they fit; the log says what became of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -22,6 +23,8 @@ from medseg.networks import at_output_stride, build_network, check_settings
 from medseg.readers import file_sha256
 from medseg.versions import versions
 from medseg.writers import atomic_path, write_text
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 # what `medseg-crossval` chose, and its record: in a folder that holds run folders
@@ -100,15 +103,18 @@ def is_complete(network: torch.nn.Module, config: Config, folder: Path, *, judge
 
     `judged_by`: SHA-256 of the held-back cases, by whose labels it was chosen.
     """
-    if not (folder / DESCRIPTION).is_file():
+    if not all((folder / name).is_file() for name in (DESCRIPTION, WEIGHTS)):
         return False
-    description = read_description(folder)
+    try:
+        description = read_description(folder)
+    except ModelError as error:
+        log.warning("%s; it is written anew", error)
+        return False
     return (
         "inference" in description
-        and description["config"] == config.model_dump(mode="json")
-        and description["training"].get("validation_sha256") == judged_by
-        and description["weights_sha256"] == hashlib.sha256(_packed(network)).hexdigest()
-        and (folder / WEIGHTS).is_file()
+        and description.get("config") == config.model_dump(mode="json")
+        and description.get("training", {}).get("validation_sha256") == judged_by
+        and description.get("weights_sha256") == hashlib.sha256(_packed(network)).hexdigest()
         and file_sha256(folder / WEIGHTS) == description["weights_sha256"]
     )
 

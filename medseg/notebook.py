@@ -46,6 +46,10 @@ class Notebook:
         """Whether there are findings from before."""
         return bool(self._found)
 
+    def knows(self, key: Sequence[Any]) -> bool:
+        """Whether there is a finding from before by this key."""
+        return _key(key) in self._found
+
     def once(self, key: Sequence[Any], make: Callable[[], Any]) -> Any:
         """What is known by this key; else what `make` finds, kept.
 

@@ -265,14 +265,17 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
     A changed setting or source has another key, so nothing stale is ever read. A damaged cache file is made anew.
     """
     path = folder / f"{case.id}-{cache_key(case, config, data)}.safetensors"
-    if path.is_file():
+    there = path.is_file()
+    if there:
         try:
             return _read_cache(path, case.id)
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             log.warning("cache file %s is damaged (%s); it is made anew", path.name, error)
     prepared = prepare(case, config, data, with_label=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_cache(path, prepared)
+    if there or not path.is_file():
+        # what another process has made meanwhile it has mapped: a shared disk may take that away from it
+        _write_cache(path, prepared)
     # read back, the tensors are mapped from the file: a data set larger than memory can be trained on
     return _read_cache(path, case.id)
 

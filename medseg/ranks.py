@@ -59,7 +59,8 @@ class Ranks:
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"process {self.rank} of {self.size} did not find the others ({error}); start all of them together, "
-                "with --devices, torchrun or srun"
+                "with --devices, torchrun or srun; where the name of a machine does not lead to it, name its network "
+                "interface in the variable GLOO_SOCKET_IFNAME"
             ) from error
 
     def fabric(self, precision: str) -> lightning_fabric.Fabric:
@@ -161,7 +162,10 @@ class Ranks:
             yield
         except RuntimeError as error:
             if self.size > 1 and _says_that_a_peer_is_lost(error):
-                raise PeerError("another process of this training ended; its message says why") from error
+                said = (str(error).splitlines() or [""])[0]
+                raise PeerError(
+                    f"another process of this training ended, and its message says why, or the network failed ({said})"
+                ) from error
             raise
 
     def part(self) -> None:

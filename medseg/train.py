@@ -21,7 +21,7 @@ from medseg.calibrate import calibrate
 from medseg.cases import Case, Dataset, fold_split
 from medseg.catalogue import WEIGHTS
 from medseg.check import check_dataset
-from medseg.config import Config, NetworkConfig, TrainConfig, dump_yaml, make_config, overlay, read_yaml
+from medseg.config import Config, NetworkConfig, TrainConfig, check_part, dump_yaml, make_config, overlay, read_yaml
 from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe, free_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
@@ -219,9 +219,8 @@ def plan_run(
         _check_clock(config.train.model_dump())
         _preflight(data, progress)
         return Plan(config, {})
-    # a wrong key is told before the files are read
-    for part, name in ((values, source), (changes, "--set")):
-        make_config(overlay(Config().model_dump(mode="json"), _without_shapes(part)), source=name)
+    check_part(values, source=source)
+    check_part(changes, source="--set")
     _check_clock(overlay(TrainConfig().model_dump(), values.get("train", {}), changes.get("train", {})))
     network = overlay(values.get("network", {}), changes.get("network", {}))
     check_settings(NetworkConfig.model_validate(network))
@@ -352,25 +351,6 @@ def _end(time_budget: str | float | None, epochs: int | None) -> dict[str, Any]:
     if epochs is not None:
         return {"epochs": epochs, "time_budget_s": None}
     return {} if time_budget is None else {"epochs": None, "time_budget_s": parse_duration(time_budget)}
-
-
-def _without_shapes(changes: Mapping[str, Any]) -> dict[str, Any]:
-    # lengths that depend on the data are checked once the plan is there; other keys and types are checked now
-    later = {
-        "rotation_deg",
-        "spatial_dims",
-        "channels",
-        "spacing_mm",
-        "shape",
-        "intensity",
-        "strides",
-        "flip_axes",
-        "patch_size",
-    }
-    return {
-        section: {k: v for k, v in values.items() if k not in later} if isinstance(values, Mapping) else values
-        for section, values in changes.items()
-    }
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:

@@ -260,11 +260,12 @@ class _Blend(_Plan):
 
     def finish(self, window: _Window, scores: torch.Tensor) -> Piece:
         block = scores.movedim(0, -1)
-        weight = torch.ones(())
-        for axis, index in enumerate(window.index):
-            weight = weight[..., None] * self._weights[axis][index]
         if len(self.windows) > 1:
-            block = block * weight[..., None].to(block.device, block.dtype)
+            # only what lies along the axes goes to a GPU, and is multiplied there
+            weight = torch.ones((), device=block.device)
+            for axis, index in enumerate(window.index):
+                weight = weight[..., None] * self._weights[axis][index].to(block.device)
+            block = block * weight[..., None].to(block.dtype)
         settled_by, kept_by = [], {}
         for place in reversed(range(len(self.order))):
             axis = self.order[place]

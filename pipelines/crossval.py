@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,9 +24,9 @@ from medseg.terminal import err, out, shown_progress
 from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
 from medseg_pipelines.crossrecord import PAGE, methods_table
 from medseg_pipelines.digest import checked
-from medseg_pipelines.folds import CONFIG, Fold, Weights, look, train_fold
+from medseg_pipelines.folds import CONFIG, Fold, Found, Weights, failure_of, look, train_fold
 from medseg_pipelines.judging import CLEANED, JUDGED
-from medseg_pipelines.locks import held, holder_of, publish
+from medseg_pipelines.locks import UNTIL_STALE_S, held, holder_of, publish
 from medseg_pipelines.trials import first_difference
 
 log = logging.getLogger("medseg.crossval")
@@ -58,12 +58,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it: `record` of crossval.json where all was collected; else what is `waiting` and why."""
+    """What became of it: `record` of crossval.json where all was collected; else what is `waiting` and why.
+
+    `again`: the one fold that was asked for, or the collecting, is in the hands of another process, which may have been
+    killed; somebody has to come back for it.
+    """
 
     record: Mapping[str, Any] | None
     report: medseg.Report | None
     failed: tuple[str, ...]
     waiting: tuple[str, ...]
+    again: bool = False
 
 
 @app.command(epilog="Example: medseg-crossval my_data/ -o cv --time-budget 20m")
@@ -112,6 +117,8 @@ def crossval(
     _tell(output, found)
     if found.failed:
         raise typer.Exit(SOME_FAILED)
+    if found.again:
+        raise typer.Exit(TERMINATED)
 
 
 def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
@@ -145,7 +152,10 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     # what cannot be gone on with is told before anything is trained
     for _, fold in folds:
         look(fold)
-    failed = _train([f for f in folds if options.only_fold in (None, f[1].number)], folder)
+    asked_for = [f for f in folds if options.only_fold in (None, f[1].number)]
+    # a task that is queued again may come before the lock of its killed predecessor is stale
+    patience_s = 0.0 if options.only_fold is None else UNTIL_STALE_S
+    failed = _train(asked_for, folder, patience_s)
     judged = {case.id for _, held_back in splits for case in held_back}
     setup = {
         "dataset": dataset.resolve().name,
@@ -158,7 +168,11 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
         "pretrained": None if options.pretrained is None else options.pretrained.name,
     }
     groups = {case.id: case.group for case in data.cases}
-    return _collect(folder, folds, failed, setup, groups, options.device)
+    found = _collect(folder, folds, failed, setup, groups, options.device, patience_s)
+    left = options.only_fold is not None and any(
+        look(fold).state != "done" and fold.folder not in failed for _, fold in asked_for
+    )
+    return replace(found, again=found.again or left)
 
 
 def main() -> None:
@@ -239,7 +253,8 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
         for network in options.networks or (None,):
             ask = medseg.overlay(base, given, {"train": train} if train else {})
             ask = ask if network is None else medseg.overlay(ask, {"network": {"name": network}})
-            section = medseg.make_config({"network": ask.get("network", {})}, source=str(file or "--set")).network
+            medseg.check_part(ask, source=str(file or "--set"))
+            section = medseg.make_config({"network": ask.get("network", {})}).network
             medseg.check_settings(section)
             name = section.name
             if file is not None and len(options.configs) > 1:
@@ -321,14 +336,14 @@ def _refuse_other_settings(file: Path, ask: Mapping[str, Any]) -> medseg.Config:
     return found
 
 
-def _train(folds: Sequence[tuple[str, Fold]], folder: Path) -> dict[Path, str]:
+def _train(folds: Sequence[tuple[str, Fold]], folder: Path, patience_s: float) -> dict[Path, str]:
     """Train what is missing and free, one after the other; why folds failed, by their folders."""
     failed: dict[Path, str] = {}
     for number, (name, fold) in enumerate(folds, start=1):
         place = f"{number}/{len(folds)} {name}, fold {fold.number}"
         if _done(fold, place, failed):
             continue
-        with held(fold.lock) as lock:
+        with held(fold.lock, patience_s=patience_s) as lock:
             # another may have finished it while the lock was waited for
             if lock is None:
                 out.print(escape(f"{place}: {holder_of(fold.lock) or 'another machine'} trains it"))
@@ -364,10 +379,17 @@ def _collect(
     setup: Mapping[str, Any],
     groups: Mapping[str, str],
     device: str,
+    patience_s: float,
 ) -> Outcome:
     """The result, if no fold is being trained or still to be trained by somebody else."""
     found = [(name, fold, look(fold)) for name, fold in folds]
     broken = {f.folder: s.reason for _, f, s in found if s.state == "damaged"} | dict(failed)
+    for _, fold, there in found:
+        if there.state == "missing" and fold.folder not in broken and holder_of(fold.lock) is None:
+            # another task has tried it
+            reason = failure_of(fold)
+            broken |= {} if reason is None else {fold.folder: reason}
+    _warn_of_devices(found)
     listed = tuple(f"{name}, fold {f.number}: {broken[f.folder]}" for name, f, _ in found if f.folder in broken)
     waiting = tuple(
         f"{name}, fold {f.number}: {s.reason or _whose(f)}"
@@ -385,13 +407,26 @@ def _collect(
         for name in dict.fromkeys(n for n, _, _ in found)
     ]
     place = folder / "collect.lock"
-    with held(place) as lock:
+    with held(place, patience_s=patience_s) as lock:
         if lock is None:
-            return Outcome(None, None, listed, (f"collecting: {holder_of(place) or 'another machine'} does it",))
+            whose = holder_of(place) or "another machine"
+            return Outcome(None, None, listed, (f"collecting: {whose} does it",), again=patience_s > 0)
         with shown_progress() as progress:
             record, judged = collect(folder, networks, setup, groups, device=device, progress=progress)
     failures = tuple(f"{f['name']}: {f['reason']}" for f in record["failures"])
     return Outcome(record, None if judged is None else judged.report, failures, ())
+
+
+def _warn_of_devices(found: Sequence[tuple[str, Fold, Found]]) -> None:
+    """Where a machine did not see its GPU, its fold has had a small share of the steps in the same time."""
+    kinds: dict[str, list[str]] = {}
+    for name, fold, there in found:
+        if there.state == "done":
+            kind = str(there.description["training"].get("device", "unknown")).partition(" ")[0].partition(":")[0]
+            kinds.setdefault(kind, []).append(f"{name}, fold {fold.number}")
+    if len(kinds) > 1:
+        where = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+        log.warning("trained on devices of several kinds (%s): compare their steps in %s", where, PAGE)
 
 
 def _whose(fold: Fold) -> str:

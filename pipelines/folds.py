@@ -146,6 +146,12 @@ def train_fold(fold: Fold, lock: Lock, *, cache: Path) -> str | None:
     return reason
 
 
+def failure_of(fold: Fold) -> str | None:
+    """Why the last attempt at the fold failed, whoever made it; None where none has failed."""
+    written = read_json(fold.folder / FAILURE)
+    return None if written is None else str(written.get("reason", "failed"))
+
+
 def numbers_of(fold: Fold, found: Found) -> dict[str, Any]:
     """What the run says of its training: steps, seconds, device; memory and machine where a process of ours made it."""
     training, result = found.description.get("training", {}), read_json(fold.folder / RESULT) or {}

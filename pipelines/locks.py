@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ log = logging.getLogger("medseg.locks")
 
 PULSE_S = 15.0
 STALE_S = 180.0
+UNTIL_STALE_S = STALE_S + PULSE_S
+"""After so long a lock of a process that was killed on another machine can be had."""
+LOOK_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,27 @@ class Lock:
             medseg.write_text(self.path, _text(self.token, process))
 
     def beat(self) -> None:
-        """Show that the holder lives; find out whether the lock is still ours."""
-        holder = read_json(self.path)
-        if holder is not None and holder.get("token") == self.token:
-            with contextlib.suppress(FileNotFoundError):
+        """Show that the holder lives; find out whether the lock is still ours.
+
+        Raises `OSError` where the disk does not tell: nobody has taken the lock over then.
+        """
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(holder, dict) and holder.get("token") == self.token:
                 os.utime(self.path)
                 return
         self.lost.set()
 
 
 @contextmanager
-def held(path: Path, *, pulse_s: float = PULSE_S) -> Iterator[Lock | None]:
-    """The lock `path` for as long as the block lasts; None where another holds it. A stale one is taken over."""
-    lock = take(path)
+def held(path: Path, *, pulse_s: float = PULSE_S, patience_s: float = 0.0) -> Iterator[Lock | None]:
+    """The lock `path` for as long as the block lasts; None where another holds it. A stale one is taken over.
+
+    `patience_s`: how long to wait for one that another holds.
+    """
+    end = time.monotonic() + patience_s
+    while (lock := take(path)) is None and time.monotonic() < end:
+        time.sleep(min(LOOK_S, max(0.0, end - time.monotonic())))
     if lock is None:
         yield None
         return
@@ -70,7 +82,7 @@ def held(path: Path, *, pulse_s: float = PULSE_S) -> Iterator[Lock | None]:
                 lock.beat()
             except OSError:
                 # a share that is away for a moment; for longer, and others take the lock over
-                log.warning("%s: no sign of life could be written", path, exc_info=True)
+                log.warning("%s: no sign of life could be given", path, exc_info=True)
 
     thread = threading.Thread(target=pulse, daemon=True)
     thread.start()
@@ -110,7 +122,8 @@ def publish(path: Path, text: str) -> bool:
         medseg.write_text(whole, text)
         os.link(whole, path)
     except FileExistsError:
-        return False
+        # a server that was asked twice finds what the first request has made
+        return whole.stat().st_nlink > 1
     except OSError:
         # a disk without hard links: the name is taken at once, the text follows
         try:
@@ -161,9 +174,11 @@ def _clear(path: Path) -> bool:
             guard.unlink(missing_ok=True)
         return False
     try:
-        # another may have cleared and taken it meanwhile
+        # another may have cleared it meanwhile, and one more taken it
         if _held_by_the_living(path, read_json(path)):
             return False
+        if not path.exists():
+            return True
         log.warning("%s: taken over from %s, which is gone", path, (holder or {}).get("host"))
         path.unlink(missing_ok=True)
         return True

@@ -100,16 +100,12 @@ def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "failed_cases": {r.case: r.reason for r in done.results if r.status == "failed"}
         | {f.case: f.reason for f in done.report.failures},
         "machine": platform.node(),
-        "peak_memory_mb": _peak_memory_mb(training["device"]),
+        "peak_memory_mb": training["gpu_memory_mb"] or _peak_memory_mb(),
     }
 
 
-def _peak_memory_mb(device: str) -> float:
-    """The most memory this process has held: on the GPU where one was used."""
-    if device.startswith("cuda"):
-        import torch
-
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+def _peak_memory_mb() -> float:
+    """The most memory this process has held."""
     # kilobytes on Linux, bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -192,6 +192,31 @@ def test_what_there_is_no_time_for_is_left_out() -> None:
     assert there.run("slow", {"windows": {"overlap": 0.75}}, expected=10.0) is None
 
 
+def test_what_was_tried_before_a_kill_needs_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cases, way, looks = tiny_config(), [a_case(n) for n in range(6)], {"windows": {"overlap": 0.75}}, []
+
+    def look(*given: Any) -> Any:
+        looks.append(given[1].id)
+        return label_case(*given)
+
+    def begun() -> _Bench:
+        looks.clear()
+        notes = Notebook(tmp_path / "notes.jsonl", "this network")
+        return _Bench(config, Threshold(), cases, CPU, "32", 600.0, notes, lambda *_: None)
+
+    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    first = begun()
+    usual, tried = first.first(), first.run("tried", way)
+    again = begun()
+    # somebody pays for the caches of a new process, and no case that counts
+    assert again.first().seconds == usual.seconds
+    assert looks == ["case0"]
+    # of a way that would take ten times what there is
+    assert again.run("tried", way, expected=1000.0).dice.tolist() == tried.dice.tolist()
+    assert again.run("not tried", {"windows": {"overlap": 0.25}}, expected=1000.0) is None
+    assert looks == ["case0"]
+
+
 def test_a_few_cases_tell_nothing() -> None:
     cases = [a_case(n) for n in range(4)]
     assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}

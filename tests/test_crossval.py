@@ -23,7 +23,7 @@ from test_ship import ABOUT
 
 import medseg
 from medseg import calibrate
-from medseg_pipelines import choice, collecting, folds, processes
+from medseg_pipelines import choice, collecting, crossval, folds, locks, processes
 from medseg_pipelines.choice import Method, choose_cleaning, choose_ensemble, choose_single, vote, vote_of_others
 from medseg_pipelines.compare import Outcome
 from medseg_pipelines.crossval import INTERRUPTED, OK, SOME_FAILED, TERMINATED, USAGE, run
@@ -272,6 +272,55 @@ def test_a_pulse_keeps_a_lock_young_and_tells_when_it_is_lost(tmp_path: Path) ->
     assert lock.lost.is_set()
 
 
+def test_a_disk_that_is_away_for_a_moment_loses_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = take(tmp_path / "fold_0.lock")
+    assert lock is not None
+
+    def away(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        with pytest.raises(OSError, match="Stale file handle"):
+            lock.beat()
+    assert not lock.lost.is_set()
+    lock.beat()
+    assert not lock.lost.is_set()
+    lock.path.unlink()
+    lock.beat()
+    assert lock.lost.is_set()
+
+
+def test_a_lock_is_waited_for_until_its_holder_is_known_to_be_gone(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOOK_S", 0.05)
+    path = tmp_path / "fold_0.lock"
+    path.write_text(lock_text(machine="another", process=dead))
+    with held(path, patience_s=0.2) as lock:
+        assert lock is None
+    make_old(path, STALE_S - 1)
+    with held(path, patience_s=20) as lock:
+        assert lock is not None
+
+
+def test_a_lock_that_went_while_it_was_cleared_is_not_removed_from_the_next(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, removed = tmp_path / "fold_0.lock", []
+    path.write_text(lock_text(process=dead))
+
+    def overtaken(guard: Path, text: str) -> bool:
+        # another has cleared it before the guard was ours
+        path.unlink()
+        monkeypatch.setattr(Path, "unlink", lambda gone, **_: removed.append(gone.name))
+        return publish(guard, text)
+
+    monkeypatch.setattr(locks, "publish", overtaken)
+    assert locks._clear(path)
+    assert path.name not in removed
+
+
 def test_the_lock_of_another_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "fold_0.lock"
     with held(path, pulse_s=0.01) as lock:
@@ -293,6 +342,18 @@ def test_a_file_is_published_once(tmp_path: Path, links: bool, monkeypatch: pyte
     assert not publish(path, "second")
     assert path.read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_server_that_was_asked_twice_has_published_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def asked_twice(*names: Path) -> None:
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    assert publish(tmp_path / "fold_0.lock", "ours")
+    assert not publish(tmp_path / "fold_0.lock", "theirs")
 
 
 # ---- folds that somebody has left
@@ -760,6 +821,20 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(
     assert sorted(out.rglob("fold_*/**/*")) == before
 
 
+def test_a_wrong_key_is_told_before_a_file_of_the_data_is_read(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("medseg_pipelines.crossval.checked", read.append)
+    file = tmp_path / "mine.yaml"
+    file.write_text("train:\n  rate: 1\n")
+    for words in (["--set", "train.rate=1"], ["-c", str(file)]):
+        assert run([str(dataset), "-o", str(tmp_path / "out"), *words]) == USAGE
+        assert "unknown key `train.rate`" in capsys.readouterr().err
+    assert not read
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_trained(
     dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -841,6 +916,53 @@ def test_one_fold_alone_leaves_the_others_to_others(
     out = left(unet=1, skip=[("unet", 1)])
     assert run(command(dataset, out, "--only-fold", "0")) == OK
     assert "waiting: unet, fold 1: not trained yet" in capsys.readouterr().out
+
+
+def test_one_fold_that_another_machine_may_have_died_over_is_come_back_for(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossval, "UNTIL_STALE_S", 0.1)
+    out = left(unet=1, skip=[("unet", 1)])
+    (out / "unet" / "fold_1.lock").write_text(lock_text(machine="another", host="node7", process=42))
+    assert run(command(dataset, out, "--only-fold", "1")) == TERMINATED
+    assert "waiting: unet, fold 1: node7, process 42 trains it" in capsys.readouterr().out
+
+
+def test_collecting_that_another_machine_may_have_died_over_is_come_back_for(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossval, "UNTIL_STALE_S", 0.1)
+    out = left(unet=1)
+    (out / "collect.lock").write_text(lock_text(machine="another", host="node7", process=42))
+    assert run(command(dataset, out, "--only-fold", "1")) == TERMINATED
+    make_old(out / "collect.lock", 2 * STALE_S)
+    assert run(command(dataset, out, "--only-fold", "1")) == OK
+    assert record_of(out)["complete"]
+
+
+def test_the_last_task_reports_what_failed_in_another(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1, skip=[("unet", 1)])
+    failed = out / "unet" / "fold_1"
+    failed.mkdir(parents=True)
+    (failed / "failure.json").write_text(json.dumps({"reason": "broke with 1"}))
+    assert run(command(dataset, out, "--only-fold", "0")) == SOME_FAILED
+    assert "broke with 1" in capsys.readouterr().err
+    assert [fold["state"] for fold in record_of(out)["networks"][0]["folds"]] == ["done", "failed"]
+
+
+def test_folds_of_a_gpu_and_of_a_cpu_are_told_apart(
+    dataset: Path, left: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = left(unet=1)
+    description = out / "unet" / "fold_1" / "model.json"
+    content = json.loads(description.read_text())
+    content["training"]["device"] = "cuda:0 (a GPU)"
+    description.write_text(json.dumps(content))
+    assert run(command(dataset, out)) == OK
+    assert "devices of several kinds (" in caplog.text
+    assert "cuda: unet, fold 1" in caplog.text
 
 
 # ---- the process that trains

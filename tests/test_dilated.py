@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain, repeat
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +116,16 @@ def test_large_maps_are_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_route("weight", maps, weight, (2, 2, 2), never) == "taps"
 
 
+@pytest.mark.parametrize(("size", "route"), [(8, "interleaved"), (3, "native")])
+def test_inference_on_a_gpu_asks_no_clock(size: int, route: Route) -> None:
+    maps: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, size, size, size))
+    assert choose_route("forward", maps, torch.zeros(2, 2, 3, 3, 3), (2, 2, 2), never, timed=False) == route
+
+
+def test_a_way_that_memory_does_not_hold_is_not_the_fastest() -> None:
+    assert fastest(("native", "stacked"), {"native": 7.0, "stacked": math.inf}.__getitem__) == "native"
+
+
 def test_the_fastest_of_several_rounds_wins() -> None:
     # the first of each warms up; then the second is once the fastest of all
     told = {"native": chain([0.0], repeat(2.0)), "interleaved": chain([9.0, 5.0, 1.0], repeat(5.0))}
@@ -126,7 +139,7 @@ def test_the_layer_gives_torchs_gradients_whatever_route_is_chosen(
     conv = DilatedConv3d(3, 4, 3, padding=dilation, dilation=dilation, bias=False).double()
     maps, _, gradient = tensors((5, 7, 6), (3, 3, 3))
     out, of_maps, of_weight = expected(maps, conv.weight.detach(), gradient, dilation)
-    monkeypatch.setattr(_dilated, "choose_route", lambda *_: "interleaved")
+    monkeypatch.setattr(_dilated, "choose_route", lambda *_, **__: "interleaved")
     maps.requires_grad_()
     found = conv(maps)
     found.backward(gradient)

@@ -321,6 +321,24 @@ def test_a_full_disk_ends_the_fit_and_keeps_the_state_before(tmp_path: Path, mon
     assert rest.weights == whole.weights
 
 
+def test_a_disk_that_is_away_for_a_moment_ends_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 1e-9}))
+    write = Path.write_bytes
+
+    def away(path: Path, *given: Any) -> int:
+        if fit.course.step in (2, 3):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return write(path, *given)
+
+    monkeypatch.setattr(Path, "write_bytes", away)
+    run_noted(fit)
+    assert fit.course.step == 6
+    assert caplog.text.count("cannot write last.pt (Stale file handle)") >= 2
+    assert noise_fit(tmp_path, noise_config(), resume=True).course.step == 6
+
+
 def test_memory_that_runs_out_leaves_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = noise_fit(tmp_path, noise_config())
     loss = module.loss_of

@@ -218,6 +218,8 @@ def _from(error: Exception, cause: Exception) -> Exception:
             "device ran out of memory",
             "MemoryError",
         ),
+        (RuntimeError("CUDA error: out of memory"), "device ran out of memory", "MemoryError"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "device ran out of memory", "MemoryError"),
         (MemoryError("Unable to allocate 9 GiB"), "does not hold it (Unable to allocate 9", "MemoryError"),
         (ZeroDivisionError("by zero"), "case0.nii.gz: ZeroDivisionError: by zero", "ZeroDivisionError"),
     ],

@@ -76,6 +76,23 @@ def test_a_browser_has_the_address_that_a_trusted_proxy_tells(
     node.close()
 
 
+def test_a_proxy_of_ipv4_is_trusted_by_pages_that_listen_on_ipv6(tmp_path: Path) -> None:
+    port = free_port()
+    try:
+        socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    except (OSError, ValueError) as error:
+        pytest.skip(f"no socket here for IPv6 and IPv4: {error}")
+    node = pages_node(tmp_path, host="::", port=port, trusted_proxies=["127.0.0.0/8"], secure=False)
+    served, address = Served(node), f"http://127.0.0.1:{port}"
+    eventually(lambda: urllib.request.urlopen(f"{address}/livez", timeout=5)).close()
+    for told in ("10.9.9.9", "::ffff:10.9.9.9"):
+        with httpx.Client(base_url=address, headers={"X-Forwarded-For": told}) as browser:
+            assert log_in(browser, password="wrong").status_code == 401
+    served.end()
+    assert [e["address"] for e in events(node) if e["event"] == "login_failed"] == ["10.9.9.9"] * 2
+    node.close()
+
+
 def test_the_pages_are_served_until_they_are_told_to_stop(tmp_path: Path) -> None:
     port = free_port()
     node = new_node(tmp_path, web={"port": port})

@@ -21,6 +21,7 @@ from medseg.infer import load_model
 from medseg.model import (
     COLOURS,
     changed,
+    is_complete,
     label_names,
     label_table,
     new_network,
@@ -35,6 +36,30 @@ def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / "model.json").read_text())
     change(content)
     (folder / "model.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.json").unlink(),
+        lambda folder: (folder / "model.json").write_text((folder / "model.json").read_text()[:200]),
+        lambda folder: describe(folder, lambda content: content.pop("config")),
+        lambda folder: describe(folder, lambda content: content.pop("inference")),
+        # of a medseg that did not note whose labels it was chosen by
+        lambda folder: describe(folder, lambda content: content["training"].pop("validation_sha256")),
+    ],
+)
+def test_a_model_that_is_not_whole_is_made_once_more(tmp_path: Path, harm: Callable[[Path], object]) -> None:
+    config = tiny_config()
+    network = new_network(config)
+    save_model(network, config, tmp_path, training={"validation_sha256": "these"}, licence="CC0-1.0")
+    record_choices(tmp_path, {})
+    assert is_complete(network, config, tmp_path, judged_by="these")
+    assert not is_complete(network, config, tmp_path, judged_by="others")
+    assert not is_complete(new_network(config), config, tmp_path, judged_by="these")
+    harm(tmp_path)
+    assert not is_complete(network, config, tmp_path, judged_by="these")
 
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:

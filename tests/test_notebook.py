@@ -21,6 +21,8 @@ def test_what_was_found_is_not_found_again(tmp_path: Path) -> None:
     assert first.once(["trial", {"b": 1, "a": 2}, "case"], lambda: [0.1 + 0.2, 3]) == [0.1 + 0.2, 3]
     assert math.isnan(first.once(["nothing"], lambda: math.nan))
     again = Notebook(path, "one network")
+    assert again.knows(["trial", {"a": 2, "b": 1}, "case"])
+    assert not again.knows(["trial", {"a": 2}, "case"])
     assert again.once(["trial", {"a": 2, "b": 1}, "case"], never) == [0.1 + 0.2, 3]
     assert math.isnan(again.once(["nothing"], never))
     assert again.once(["trial", {"a": 2}, "case"], lambda: 5) == 5

@@ -19,7 +19,8 @@ import torch
 from ranks_fit import noise_config, noise_fit, run_noted
 
 import medseg
-from medseg.cli import processes
+from medseg.cli import processes, run
+from medseg.cli.shared import USAGE
 from medseg.ranks import Ranks
 
 HERE = Path(__file__).parent
@@ -116,7 +117,7 @@ def test_a_process_that_breaks_down_ends_the_others(tmp_path: Path) -> None:
     assert second[0] == 1
     assert "OSError: the cable is out" in second[2]
     assert first[0] == 1
-    assert "PeerError: another process of this training ended; its message says why" in first[2]
+    assert "PeerError: another process of this training ended, and its message says why" in first[2]
 
 
 def _command(dataset: Path, folder: Path, settings: tuple[str, ...]) -> list[str]:
@@ -206,6 +207,32 @@ def test_fewer_samples_than_processes_are_refused() -> None:
 def test_several_devices_need_several_processes() -> None:
     with pytest.raises(medseg.ConfigError, match="use `medseg train --devices 2`"):
         Ranks(torch.device("cpu"), devices=2)
+
+
+@pytest.mark.parametrize(("seat", "told"), [("0", True), ("1", False)])
+def test_a_mistake_of_one_machine_is_told_once_there(
+    seat: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "RANK": "4", "LOCAL_RANK": seat}.items():
+        monkeypatch.setenv(name, value)
+    assert run(["train", str(tmp_path), "-o", str(tmp_path / "run"), "--device", "cuda:99"]) == USAGE
+    assert ("error: process 4: --device cuda:99" in capsys.readouterr().err) is told
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"TORCHELASTIC_RUN_ID": "test", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"},
+    ],
+)
+def test_devices_that_nobody_started_a_process_for_are_refused(
+    told: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert run(["train", str(tmp_path), "-o", str(tmp_path / "run"), "--devices", "4"]) == USAGE
+    assert "started 1 processes on this machine, expected 4" in " ".join(capsys.readouterr().err.split())
 
 
 def test_slurm_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,11 @@ def run(arguments: list[str]) -> int:
     except medseg.MedsegError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         rank = _rank(arguments)
-        if not (rank and isinstance(error, medseg.ConfigError | medseg.PeerError)):
-            # those of the other processes are told by the first one, or by the one that failed
+        told_by_others = isinstance(error, medseg.PeerError) or (
+            # once on each machine, since it may be that of one
+            isinstance(error, medseg.ConfigError) and processes.seat() > 0
+        )
+        if not (rank and told_by_others):
             which = f"process {rank}: " if rank else ""
             err.print(f"[red]error:[/red] {which}{escape(str(error))}")
         return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE

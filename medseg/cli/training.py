@@ -147,6 +147,12 @@ def train(
     arguments = list(context.obj or ())
     if devices > 1 and not processes.is_one_of_several():
         raise typer.Exit(processes.start(arguments, devices))
+    started = processes.on_this_machine() if processes.is_one_of_several() else None
+    if devices > 1 and started not in (None, devices):
+        raise medseg.ConfigError(
+            f"--devices {devices}: torchrun or SLURM started {started} processes on this machine, expected {devices}; "
+            "leave --devices out, or start as many"
+        )
     processes.end_with_the_one_that_started_us()
     log(verbose)
     if processes.rank():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from math import prod
@@ -49,22 +50,22 @@ class DilatedConv3d(nn.Conv3d):
         if torch.is_autocast_enabled(device):
             number = torch.get_autocast_dtype(device)
             input, weight = input.to(number), weight.to(number)
-        return _DilatedConv.apply(input, weight, self.dilation)  # type: ignore[no-any-return,no-untyped-call]
+        return _DilatedConv.apply(input, weight, self.dilation, trained)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _DilatedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, dilation: tuple[int, ...], trained: bool) -> Tensor:
         ctx.save_for_backward(maps, weight)
         ctx.dilation = dilation
 
         def run(route: Route) -> Tensor:
             return convolve(maps, weight, dilation, route)
 
-        return run(choose_route("forward", maps, weight, dilation, run))
+        return run(choose_route("forward", maps, weight, dilation, run, timed=trained))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         maps, weight = ctx.saved_tensors
         of_maps = of_weight = None
 
@@ -78,26 +79,33 @@ class _DilatedConv(torch.autograd.Function):
             of_maps = run_maps(choose_route("maps", maps, weight, ctx.dilation, run_maps))
         if ctx.needs_input_grad[1]:
             of_weight = run_weight(choose_route("weight", maps, weight, ctx.dilation, run_weight))
-        return of_maps, of_weight, None
+        return of_maps, of_weight, None, None
 
 
 def choose_route(
-    operation: Operation, maps: Tensor, weight: Tensor, dilation: Sequence[int], run: Callable[[Route], Tensor]
+    operation: Operation,
+    maps: Tensor,
+    weight: Tensor,
+    dilation: Sequence[int],
+    run: Callable[[Route], Tensor],
+    *,
+    timed: bool = True,
 ) -> Route:
-    """The way to compute `operation`: by a fixed rule, on a GPU the fastest of those that `run` was timed with.
+    """The way to compute `operation`: by a fixed rule, in training on a GPU the fastest that `run` was `timed` with.
 
     Timed once for each shape, number format and dilation of a process. Routes differ in rounding, so there is no timing
-    on a CPU nor where torch has to be deterministic, nor while a CUDA graph is recorded.
+    on a CPU, nor of inference (whose masks must not depend on a clock, and whose shapes are many), nor where torch has
+    to be deterministic, nor while a CUDA graph is recorded.
     """
     if maps.device.type != "cuda":
         return _cpu_route(operation, maps, weight, dilation)
-    if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
+    if not timed or torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
         return "interleaved" if _filling(maps.shape[2:], dilation) <= MOST_FILLING else "native"
     key = (operation, maps.device, maps.dtype, maps.shape, weight.shape, tuple(dilation))
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return "native"
-        _chosen[key] = fastest(ROUTES[operation], lambda route: _cuda_milliseconds(lambda: run(route)))
+        _chosen[key] = fastest(ROUTES[operation], lambda route: _cuda_milliseconds(lambda: run(route), maps.device))
     return _chosen[key]
 
 
@@ -255,13 +263,19 @@ def _backward(
     return found
 
 
-def _cuda_milliseconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+def _cuda_milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """On `device`; infinite for a way that its memory does not hold."""
+    # an event is of the device that is current
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            return math.inf
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
 
 
 def _padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:

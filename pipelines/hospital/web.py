@@ -86,7 +86,7 @@ def run_web(node: Node, stop: threading.Event) -> None:
         # addresses are nobody's business
         access_log=False,
         proxy_headers=bool(web.trusted_proxies),
-        forwarded_allow_ips=[str(network) for network in web.trusted_proxies],
+        forwarded_allow_ips=[text for network in web.trusted_proxies for text in _spellings(network)],
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
@@ -490,14 +490,22 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _spellings(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> tuple[str, ...]:
+    """`network` as a socket may tell it: one that listens on IPv6 has a caller of IPv4 as `::ffff:10.1.0.7`."""
+    if network.version == 6:
+        return (str(network),)
+    return str(network), f"::ffff:{network.network_address}/{96 + network.prefixlen}"
+
+
 def _address(request: Request) -> str:
     """Of the browser, as far as that is known."""
     host = request.client.host if request.client else ""
     try:
         # what a proxy passes on may be anything
-        return str(ipaddress.ip_address(host))
+        found = ipaddress.ip_address(host)
     except ValueError:
         return "unknown"
+    return str(getattr(found, "ipv4_mapped", None) or found)
 
 
 def _session(request: Request) -> Session:
