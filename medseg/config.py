@@ -462,10 +462,11 @@ def make_config(values: Mapping[str, Any], *, source: str = "configuration") -> 
         raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors(include_url=False))) from error
 
 
-def check_part(values: Mapping[str, Any], *, source: str) -> None:
-    """Raises `ConfigError` for unknown keys and wrong values of settings that are to be laid over a plan.
+def check_part(values: Mapping[str, Any], *, source: str) -> NetworkConfig:
+    """Settings that are to be laid over a plan: their network section, with the defaults of what they leave out.
 
-    What only the whole can tell, lengths and names of labels, is left to `make_config`.
+    Raises `ConfigError` for unknown keys and wrong values. What only the whole can tell, lengths and names of labels,
+    is left to `make_config`.
     """
     try:
         Config.model_validate(overlay(Config().model_dump(mode="json"), values))
@@ -473,6 +474,7 @@ def check_part(values: Mapping[str, Any], *, source: str) -> None:
         wrong = [_explain(e) for e in error.errors(include_url=False) if e["loc"]]
         if wrong:
             raise ConfigError(f"{source}: " + "; ".join(wrong)) from error
+    return NetworkConfig.model_validate(values.get("network", {}))
 
 
 def make_data_config(

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 MOMENTS = 8
 # one bad batch in a night is an accident, several in a row are not: then the weights or the settings are the reason
 BAD_BATCHES = 3
+# a disk that takes no state for so long does not come back by itself, and each minute more is one to lose
+AWAY_S = 900.0
 
 
 @dataclass
@@ -120,6 +122,7 @@ class Fit:
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
         # statistics of batches, which a bad batch must not reach
         self._averages = list(self.network.buffers())
+        self._saved = time.monotonic()
         self.sampler = PatchSampler(
             training,
             patch_size=config.windows.patch_size,
@@ -231,8 +234,9 @@ class Fit:
         """`save`; a disk that is away for a moment ends no training of days, one that is full does."""
         try:
             self.save()
+            self._saved = time.monotonic()
         except TrainingError as error:
-            if is_disk_full(error):
+            if is_disk_full(error) or time.monotonic() - self._saved > AWAY_S:
                 raise
             log.warning("%s; it is tried again in %.0f s", error, self.config.train.save_every_s)
 

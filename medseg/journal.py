@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from medseg.errors import TrainingError
-from medseg.writers import write_text
+from medseg.writers import is_disk_full, write_text
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Journal:
     def __init__(self, folder: Path, labels: Sequence[str], *, kept: int) -> None:
         self._path = folder / METRICS
         self._labels = labels
+        self._due: list[list[object]] = []
         rows = self._rows()[:kept]
         header = ["epoch", "step", "seconds", "learning_rate", "loss", "dice", *(f"dice_{n}" for n in labels)]
         text = io.StringIO()
@@ -67,21 +68,24 @@ class Journal:
             log.warning("TensorBoard events are not whole (%s)", error.strerror)
 
     def write(self, row: Row) -> None:
-        """Add a row. Raises `TrainingError` where the disk is full."""
+        """Add a row; where the disk is away, with the next one. Raises `TrainingError` where it is full."""
         numbers = [row.seconds, row.learning_rate, row.loss, row.dice, *(row.scores.get(n) for n in self._labels)]
         shown = {"loss": row.loss, "learning_rate": row.learning_rate}
         shown |= {f"dice/{name}": value for name, value in row.scores.items()}
+        self._due.append([row.epoch, row.step, *("" if v is None else f"{v:.6g}" for v in numbers)])
         try:
             with self._path.open("a", newline="", encoding="utf-8") as file:
-                words = ("" if v is None else f"{v:.6g}" for v in numbers)
-                csv.writer(file).writerow([row.epoch, row.step, *words])
+                csv.writer(file).writerows(self._due)
+            self._due.clear()
             for name, value in shown.items():
                 self._happened(row.step, summary=scalar(name, value))
             self._events.flush()
         except OSError as error:
-            raise TrainingError(
-                f"{self._path.parent}: cannot be written ({error.strerror}); free space, then go on with --resume"
-            ) from error
+            if is_disk_full(error):
+                raise TrainingError(
+                    f"{self._path.parent}: cannot be written ({error.strerror}); free space, then go on with --resume"
+                ) from error
+            log.warning("%s: cannot be written (%s); tried again with the next row", self._path, error.strerror)
         said = "" if row.dice is None else f", Dice {row.dice:.4f}"
         log.info("epoch %d, step %d, %.0f s: loss %.4f%s", row.epoch, row.step, row.seconds, row.loss, said)
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -22,7 +22,7 @@ from medseg.cli.shared import log as log_to_terminal
 from medseg.cli.shared import new_app
 from medseg.terminal import err, out, shown_progress
 from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
-from medseg_pipelines.crossrecord import PAGE, methods_table
+from medseg_pipelines.crossrecord import PAGE, RECORD, methods_table
 from medseg_pipelines.digest import checked
 from medseg_pipelines.folds import CONFIG, Fold, Found, Weights, failure_of, look, train_fold
 from medseg_pipelines.judging import CLEANED, JUDGED
@@ -58,17 +58,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it: `record` of crossval.json where all was collected; else what is `waiting` and why.
-
-    `again`: the one fold that was asked for, or the collecting, is in the hands of another process, which may have been
-    killed; somebody has to come back for it.
-    """
+    """What became of it: `record` of crossval.json where all was collected; else what is `waiting` and why."""
 
     record: Mapping[str, Any] | None
     report: medseg.Report | None
     failed: tuple[str, ...]
     waiting: tuple[str, ...]
-    again: bool = False
 
 
 @app.command(epilog="Example: medseg-crossval my_data/ -o cv --time-budget 20m")
@@ -117,8 +112,6 @@ def crossval(
     _tell(output, found)
     if found.failed:
         raise typer.Exit(SOME_FAILED)
-    if found.again:
-        raise typer.Exit(TERMINATED)
 
 
 def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
@@ -168,11 +161,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
         "pretrained": None if options.pretrained is None else options.pretrained.name,
     }
     groups = {case.id: case.group for case in data.cases}
-    found = _collect(folder, folds, failed, setup, groups, options.device, patience_s)
-    left = options.only_fold is not None and any(
-        look(fold).state != "done" and fold.folder not in failed for _, fold in asked_for
-    )
-    return replace(found, again=found.again or left)
+    return _collect(folder, folds, failed, setup, groups, options.device, patience_s)
 
 
 def main() -> None:
@@ -247,14 +236,15 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
         train |= {"epochs": None, "time_budget_s": medseg.parse_duration(options.time_budget)}
     elif options.epochs is not None:
         train |= {"epochs": options.epochs, "time_budget_s": None}
+    medseg.check_part(medseg.overlay(given, {"train": train}), source="--set")
     asked: dict[str, dict[str, Any]] = {}
     for file in options.configs or (None,):
         base = {} if file is None else medseg.read_yaml(file)
+        medseg.check_part(base, source=str(file))
         for network in options.networks or (None,):
             ask = medseg.overlay(base, given, {"train": train} if train else {})
             ask = ask if network is None else medseg.overlay(ask, {"network": {"name": network}})
-            medseg.check_part(ask, source=str(file or "--set"))
-            section = medseg.make_config({"network": ask.get("network", {})}).network
+            section = medseg.check_part(ask, source="settings")
             medseg.check_settings(section)
             name = section.name
             if file is not None and len(options.configs) > 1:
@@ -384,20 +374,27 @@ def _collect(
     """The result, if no fold is being trained or still to be trained by somebody else."""
     found = [(name, fold, look(fold)) for name, fold in folds]
     broken = {f.folder: s.reason for _, f, s in found if s.state == "damaged"} | dict(failed)
-    for _, fold, there in found:
-        if there.state == "missing" and fold.folder not in broken and holder_of(fold.lock) is None:
-            # another task has tried it
-            reason = failure_of(fold)
-            broken |= {} if reason is None else {fold.folder: reason}
-    _warn_of_devices(found)
+    # what another task tried and nobody tries again now
+    elsewhere = {
+        f.folder: reason
+        for _, f, s in found
+        if s.state == "missing" and f.folder not in broken and holder_of(f.lock) is None and (reason := failure_of(f))
+    }
     listed = tuple(f"{name}, fold {f.number}: {broken[f.folder]}" for name, f, _ in found if f.folder in broken)
-    waiting = tuple(
-        f"{name}, fold {f.number}: {s.reason or _whose(f)}"
+    waiting = {
+        f.folder: f"{name}, fold {f.number}: {s.reason or _whose(f)}"
         for name, f, s in found
         if s.state in ("missing", "elsewhere") and f.folder not in broken
-    )
-    if waiting:
-        return Outcome(None, None, listed, waiting)
+    }
+    if not waiting.keys() <= elsewhere.keys():
+        told = {
+            folder: f"{text}; it failed before: {elsewhere[folder]}"
+            for folder, text in waiting.items()
+            if folder in elsewhere
+        }
+        return Outcome(None, None, listed, tuple((waiting | told).values()))
+    _warn_of_devices(found)
+    broken |= elsewhere
     networks = [
         Network(
             name,
@@ -407,14 +404,19 @@ def _collect(
         for name in dict.fromkeys(n for n, _, _ in found)
     ]
     place = folder / "collect.lock"
+    before = _written_at(folder / RECORD)
     with held(place, patience_s=patience_s) as lock:
-        if lock is None:
-            whose = holder_of(place) or "another machine"
-            return Outcome(None, None, listed, (f"collecting: {whose} does it",), again=patience_s > 0)
+        if lock is None or _written_at(folder / RECORD) != before:
+            whose = holder_of(place) if lock is None else None
+            return Outcome(None, None, listed, (f"collecting: {whose or 'another machine'} does it",))
         with shown_progress() as progress:
             record, judged = collect(folder, networks, setup, groups, device=device, progress=progress)
     failures = tuple(f"{f['name']}: {f['reason']}" for f in record["failures"])
     return Outcome(record, None if judged is None else judged.report, failures, ())
+
+
+def _written_at(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def _warn_of_devices(found: Sequence[tuple[str, Fold, Found]]) -> None:

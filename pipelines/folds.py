@@ -143,6 +143,9 @@ def train_fold(fold: Fold, lock: Lock, *, cache: Path) -> str | None:
         reason = reason_of(folder, code)
         if code == WRONG:
             break
+    if not (folder / FAILURE).is_file():
+        # killed from outside: whoever collects is to know
+        medseg.write_text(folder / FAILURE, json.dumps({"reason": reason}) + "\n")
     return reason
 
 

@@ -52,7 +52,7 @@ class Lock:
     def beat(self) -> None:
         """Show that the holder lives; find out whether the lock is still ours.
 
-        Raises `OSError` where the disk does not tell: nobody has taken the lock over then.
+        Raises `OSError` where the disk does not tell.
         """
         with contextlib.suppress(FileNotFoundError, ValueError):
             holder = json.loads(self.path.read_text(encoding="utf-8"))

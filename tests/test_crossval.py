@@ -665,6 +665,11 @@ def left(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return make
 
 
+def crossval_folds(dataset: Path, out: Path) -> list[tuple[str, Fold]]:
+    """Both folds of a network, as the command has them."""
+    return [("unet", make_fold(dataset, out, number, name="unet")) for number in range(2)]
+
+
 def record_of(out: Path) -> dict[str, Any]:
     text = (out / "crossval.json").read_text()
     found: dict[str, Any] = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
@@ -828,9 +833,12 @@ def test_a_wrong_key_is_told_before_a_file_of_the_data_is_read(
     monkeypatch.setattr("medseg_pipelines.crossval.checked", read.append)
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  rate: 1\n")
-    for words in (["--set", "train.rate=1"], ["-c", str(file)]):
+    right = tmp_path / "right.yaml"
+    # of pictures, whose number of axes only the plan knows
+    right.write_text("network:\n  strides: [[1, 2], [2, 2], [2, 2], [2, 2]]\n")
+    for source, words in (("--set", ["-c", str(right), "--set", "train.rate=1"]), (str(file), ["-c", str(file)])):
         assert run([str(dataset), "-o", str(tmp_path / "out"), *words]) == USAGE
-        assert "unknown key `train.rate`" in capsys.readouterr().err
+        assert f"{source}: unknown key `train.rate`" in " ".join(capsys.readouterr().err.split())
     assert not read
     assert not (tmp_path / "out").exists()
 
@@ -918,38 +926,82 @@ def test_one_fold_alone_leaves_the_others_to_others(
     assert "waiting: unet, fold 1: not trained yet" in capsys.readouterr().out
 
 
-def test_one_fold_that_another_machine_may_have_died_over_is_come_back_for(
+def test_one_fold_that_a_living_process_trains_is_left_to_it(
     dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crossval, "UNTIL_STALE_S", 0.1)
     out = left(unet=1, skip=[("unet", 1)])
     (out / "unet" / "fold_1.lock").write_text(lock_text(machine="another", host="node7", process=42))
-    assert run(command(dataset, out, "--only-fold", "1")) == TERMINATED
+    assert run(command(dataset, out, "--only-fold", "1")) == OK
     assert "waiting: unet, fold 1: node7, process 42 trains it" in capsys.readouterr().out
 
 
-def test_collecting_that_another_machine_may_have_died_over_is_come_back_for(
-    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_one_fold_of_a_process_that_was_killed_elsewhere_is_trained_once_that_is_known(
+    attempts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crossval, "UNTIL_STALE_S", 0.1)
+    monkeypatch.setattr(locks, "LOOK_S", 0.05)
+    used, words = attempts(0)
+    lock = Path(words[2]) / "unet" / "fold_1.lock"
+    lock.write_text(lock_text(machine="another", host="node7", process=42))
+    make_old(lock, STALE_S - 1)
+    assert run([*words, "--only-fold", "1"]) == OK
+    assert [job["fold"] for job in used.jobs] == [1]
+
+
+def test_what_another_task_has_collected_meanwhile_is_not_collected_again(
+    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOOK_S", 0.05)
     out = left(unet=1)
-    (out / "collect.lock").write_text(lock_text(machine="another", host="node7", process=42))
-    assert run(command(dataset, out, "--only-fold", "1")) == TERMINATED
-    make_old(out / "collect.lock", 2 * STALE_S)
+    lock, taken = out / "collect.lock", locks.take
+
+    def slow(path: Path) -> Lock | None:
+        if path == lock and lock.is_file():
+            # the other one ends while this one waits
+            lock.unlink()
+            (out / "crossval.json").write_text("{}")
+            return None
+        return taken(path)
+
+    lock.write_text(lock_text(machine="another", host="node7", process=42))
+    monkeypatch.setattr(locks, "take", slow)
     assert run(command(dataset, out, "--only-fold", "1")) == OK
+    assert "waiting: collecting: another machine does it" in capsys.readouterr().out
+    assert (out / "crossval.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_last_task_reports_what_failed_in_another(
+    killed: bool, attempts: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = [-signal.SIGKILL] * 2 if killed else [1, 1]
+    _, words = attempts(*codes, 0)
+    out = Path(words[2])
+    assert run([*words, "--only-fold", "1"]) == SOME_FAILED
+    reason = "killed from outside" if killed else "broke with 1"
+    assert reason in capsys.readouterr().err
+    (out / "crossval.json").unlink()
+    assert run([*words, "--only-fold", "0"]) == SOME_FAILED
+    assert reason in capsys.readouterr().err
+    assert [fold["state"] for fold in record_of(out)["networks"][0]["folds"]] == ["done", "failed"]
+    # and is forgotten once it has been done after all
+    assert run([*words, "--only-fold", "1"]) == OK
     assert record_of(out)["complete"]
 
 
-def test_the_last_task_reports_what_failed_in_another(
-    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = left(unet=1, skip=[("unet", 1)])
-    failed = out / "unet" / "fold_1"
-    failed.mkdir(parents=True)
-    (failed / "failure.json").write_text(json.dumps({"reason": "broke with 1"}))
-    assert run(command(dataset, out, "--only-fold", "0")) == SOME_FAILED
-    assert "broke with 1" in capsys.readouterr().err
-    assert [fold["state"] for fold in record_of(out)["networks"][0]["folds"]] == ["done", "failed"]
+def test_while_others_are_at_work_their_failures_are_theirs(attempts: Any) -> None:
+    _, words = attempts()
+    out = Path(words[2])
+    shutil.rmtree(out / "unet" / "fold_0")
+    for number in range(2):
+        (out / "unet" / f"fold_{number}").mkdir()
+    (out / "unet" / "fold_0" / "failure.json").write_text(json.dumps({"reason": "broke with 1"}))
+    found = crossval._collect(out, crossval_folds(Path(words[0]), out), {}, {}, {}, "cpu", 0.0)
+    assert found.failed == ()
+    assert found.waiting == (
+        "unet, fold 0: not trained yet; it failed before: broke with 1",
+        "unet, fold 1: not trained yet",
+    )
 
 
 def test_folds_of_a_gpu_and_of_a_cpu_are_told_apart(

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -321,22 +321,54 @@ def test_a_full_disk_ends_the_fit_and_keeps_the_state_before(tmp_path: Path, mon
     assert rest.weights == whole.weights
 
 
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fit, Collection[int]], None]:
+    """Takes the disk away from a fit at some steps: for its state, its rows and its events."""
+
+    def make(fit: Fit, steps: Collection[int]) -> None:
+        write, open_ = Path.write_bytes, Path.open
+
+        def check() -> None:
+            if fit.course.step in steps:
+                raise OSError(errno.ESTALE, "Stale file handle")
+
+        def write_bytes(path: Path, *given: Any) -> int:
+            check()
+            return write(path, *given)
+
+        def opened(path: Path, mode: str = "r", **more: Any) -> Any:
+            if "a" in mode:
+                check()
+            return open_(path, mode, **more)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        monkeypatch.setattr(Path, "open", opened)
+
+    return make
+
+
 def test_a_disk_that_is_away_for_a_moment_ends_no_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, away: Callable[[Fit, Collection[int]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 1e-9}))
-    write = Path.write_bytes
-
-    def away(path: Path, *given: Any) -> int:
-        if fit.course.step in (2, 3):
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return write(path, *given)
-
-    monkeypatch.setattr(Path, "write_bytes", away)
+    away(fit, (2, 3))
     run_noted(fit)
-    assert fit.course.step == 6
-    assert caplog.text.count("cannot write last.pt (Stale file handle)") >= 2
+    assert "cannot write last.pt (Stale file handle)" in caplog.text
+    assert "metrics.csv: cannot be written (Stale file handle); tried again with the next row" in caplog.text
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == ["2", "4", "6"]
     assert noise_fit(tmp_path, noise_config(), resume=True).course.step == 6
+
+
+def test_a_disk_that_stays_away_ends_the_fit(
+    tmp_path: Path, away: Callable[[Fit, Collection[int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AWAY_S", 0.0)
+    fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 1e-9}))
+    away(fit, range(2, 7))
+    with pytest.raises(medseg.TrainingError, match=r"cannot write last\.pt \(Stale file handle\)"):
+        fit.run(silent)
+    assert fit.course.step == 2
 
 
 def test_memory_that_runs_out_leaves_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

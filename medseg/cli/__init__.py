@@ -96,10 +96,9 @@ def run(arguments: list[str]) -> int:
     except medseg.MedsegError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         rank = _rank(arguments)
-        told_by_others = isinstance(error, medseg.PeerError) or (
-            # once on each machine, since it may be that of one
-            isinstance(error, medseg.ConfigError) and processes.seat() > 0
-        )
+        # of other starters' processes each may be on a machine of its own, with mistakes of its own
+        shared = isinstance(error, medseg.ConfigError) and processes.has_a_starter()
+        told_by_others = shared or isinstance(error, medseg.PeerError)
         if not (rank and told_by_others):
             which = f"process {rank}: " if rank else ""
             err.print(f"[red]error:[/red] {which}{escape(str(error))}")

@@ -30,11 +30,6 @@ def rank() -> int:
     return int(os.environ.get("SLURM_PROCID", 0)) if _is_one_of_srun() else 0
 
 
-def seat() -> int:
-    """The number of this process among those on this machine."""
-    return int(os.environ.get("LOCAL_RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_LOCALID", 0))
-
-
 def on_this_machine() -> int | None:
     """How many processes were started together on this machine, where their starter tells it."""
     name = "LOCAL_WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_NTASKS_PER_NODE"

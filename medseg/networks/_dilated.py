@@ -114,7 +114,7 @@ def fastest(routes: Sequence[Route], measure: Callable[[Route], float]) -> Route
     for route in routes:
         measure(route)
     rounds = [[measure(route) for route in routes] for _ in range(ROUNDS)]
-    times = {route: min(column) for route, column in zip(routes, zip(*rounds))}
+    times = {route: min(column) if max(column) < math.inf else math.inf for route, column in zip(routes, zip(*rounds))}
     return min(times, key=lambda route: times[route])
 
 
@@ -264,14 +264,15 @@ def _backward(
 
 
 def _cuda_milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """On `device`; infinite for a way that its memory does not hold."""
+    """On `device`; infinite for a way that cannot be gone, such as one that its memory does not hold."""
     # an event is of the device that is current
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         try:
             run()
-        except torch.OutOfMemoryError:
+        except RuntimeError:
+            # whatever it is, if the way that is taken has it too, it is told there
             return math.inf
         end.record()
         end.synchronize()
