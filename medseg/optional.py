@@ -13,4 +13,6 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{module} cannot be used ({error}); run `pip install 'medseg[{extra}]'`") from error
+        raise ConfigError(
+            f"{module} cannot be used ({error}); run `pip install '.[{extra}]'` in the folder of the repository"
+        ) from error

@@ -87,7 +87,7 @@ def crossval(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.", min=0)] = None,
     pretrained: Annotated[
-        Path | None, typer.Option(metavar="FILE|RUN", help="Weights that every fold begins with.")
+        Path | None, typer.Option(metavar="FILE|RUN|NAME", help="Weights that every fold begins with.")
     ] = None,
     only_fold: Annotated[
         int | None, typer.Option("--only-fold", metavar="K", help="Train this fold alone, as a task of many.", min=0)

@@ -189,7 +189,7 @@ def test_openvino_is_refused_on_a_gpu() -> None:
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra() -> None:
-    with pytest.raises(ConfigError, match=r"no_such_package.*run `pip install 'medseg\[some\]'`"):
+    with pytest.raises(ConfigError, match=r"no_such_package.*run `pip install '\.\[some\]'`"):
         require("no_such_package", "some")
 
 

@@ -1,4 +1,4 @@
-"""The verbs convert and deidentify: files into files of another format, or without whose they are."""
+"""The verbs convert and deidentify: files into files of another format, or without what tells whose they are."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def deidentify(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Copy DICOM files without whose they are: PS3.15 Basic Profile; pixels and geometry stay.
+    """Copy DICOM files without what tells whose they are: PS3.15 Basic Profile; pixels and geometry stay.
 
     What cannot be cleaned (reports, documents, captured screens, broken files) is refused by name, the rest is done.
     """

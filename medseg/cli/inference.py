@@ -134,7 +134,7 @@ def infer(
         Engine,
         typer.Option(
             help="What runs the network: torch, compile (torch.compile), or openvino on a CPU (pip install "
-            "'medseg[openvino]'); given up with a warning where it differs from torch."
+            "'.[openvino]'); given up with a warning where it differs from torch."
         ),
     ] = Engine.torch,
     device: Device = "auto",

@@ -108,7 +108,7 @@ class Deidentified:
 def deidentify(
     source: str | Path, output: str | Path, options: DeidentifyOptions | None = None, *, progress: Progress = silent
 ) -> Deidentified:
-    """Copies the DICOM files of a folder, zip archive or file into the new folder `output` without whose they are.
+    """Copies the DICOM files of a folder, zip archive or file into the new `output`, without what tells whose they are.
 
     PS3.15 annex E, Basic Application Level Confidentiality Profile, at all depths; private elements, curves and
     overlays go. Pixels and geometry stay bit for bit. Files are `SERIES/INSTANCE.dcm`, by their new UIDs. A file that
