@@ -47,9 +47,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        # asked of the device that is current
-        with torch.cuda.device(device):
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
     # oneDNN runs bf16 on any processor with AVX-512, but slower than float32 without these instructions
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "32"

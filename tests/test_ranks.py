@@ -214,6 +214,8 @@ def test_a_mistake_may_be_that_of_one_machine_of_several(
     starter: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(processes, "end_with_the_one_that_started_us", lambda: None)
+    # for good, which other tests would notice
+    monkeypatch.setattr("medseg.cli.training.silence", lambda: None)
     for name, value in {"TORCHELASTIC_RUN_ID": starter, "RANK": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert run(["train", str(tmp_path), "-o", str(tmp_path / "run"), "--device", "cuda:99"]) == USAGE
