@@ -176,7 +176,8 @@ def store_scp(
     finally:
         # also what is still open
         server.shutdown()
-        wait_for(lambda: not any(thread.is_alive() for thread in server.active_associations), seconds=10)
+        # one that is ended in the middle of a message may lose the thread of its protocol, and waits for it for ever
+        wait_for(lambda: not any(a.is_alive() and a.dul.is_alive() for a in server.active_associations), seconds=10)
 
 
 class Received:
