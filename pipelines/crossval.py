@@ -236,7 +236,6 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
         train |= {"epochs": None, "time_budget_s": medseg.parse_duration(options.time_budget)}
     elif options.epochs is not None:
         train |= {"epochs": options.epochs, "time_budget_s": None}
-    medseg.check_part(medseg.overlay(given, {"train": train}), source="--set")
     asked: dict[str, dict[str, Any]] = {}
     for file in options.configs or (None,):
         base = {} if file is None else medseg.read_yaml(file)
@@ -244,7 +243,8 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
         for network in options.networks or (None,):
             ask = medseg.overlay(base, given, {"train": train} if train else {})
             ask = ask if network is None else medseg.overlay(ask, {"network": {"name": network}})
-            section = medseg.check_part(ask, source="settings")
+            # the file alone was right, so what is wrong came with the command
+            section = medseg.check_part(ask, source="--set")
             medseg.check_settings(section)
             name = section.name
             if file is not None and len(options.configs) > 1:

@@ -843,6 +843,13 @@ def test_a_wrong_key_is_told_before_a_file_of_the_data_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_command_sets_is_right_or_wrong_together_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {time_budget_s: null, epochs: 3}\n")
+    asked = crossval._asked(crossval.Options(configs=(file,), settings={"train": {"epochs": 4}}))
+    assert asked["deeplabv3plus"]["train"] == {"time_budget_s": None, "epochs": 4}
+
+
 def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_trained(
     dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
