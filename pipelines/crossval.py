@@ -383,16 +383,12 @@ def _collect(
     listed = tuple(f"{name}, fold {f.number}: {broken[f.folder]}" for name, f, _ in found if f.folder in broken)
     waiting = {
         f.folder: f"{name}, fold {f.number}: {s.reason or _whose(f)}"
+        + (f"; it failed before: {elsewhere[f.folder]}" if f.folder in elsewhere else "")
         for name, f, s in found
         if s.state in ("missing", "elsewhere") and f.folder not in broken
     }
     if not waiting.keys() <= elsewhere.keys():
-        told = {
-            folder: f"{text}; it failed before: {elsewhere[folder]}"
-            for folder, text in waiting.items()
-            if folder in elsewhere
-        }
-        return Outcome(None, None, listed, tuple((waiting | told).values()))
+        return Outcome(None, None, listed, tuple(waiting.values()))
     _warn_of_devices(found)
     broken |= elsewhere
     networks = [

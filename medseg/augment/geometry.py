@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,10 @@ def _positions(matrix: torch.Tensor, patch_size: Sequence[int], device: torch.de
     n = len(patch_size)
     steps = [torch.arange(p) - (p - 1) / 2 for p in patch_size]
     # of each axis, its part of the sum: (p, n)
-    parts = [(step[:, None] * matrix[None, :, axis]).to(device) for axis, step in enumerate(steps)]
-    parts[-1] = parts[-1] + matrix[:, n].to(device)
+    parts = [step[:, None] * matrix[None, :, axis] for axis, step in enumerate(steps)]
+    parts[-1] = parts[-1] + matrix[:, n]
+    # a GPU need not have done all before it for these to be sent
+    parts = [part.to(device, non_blocking=True) for part in parts]
     if n == 1:
         return parts[0]
     # the last axis and the n numbers are one long line, which a processor adds at once
@@ -141,9 +144,9 @@ def _weightiest(position: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     at = mixed.nonzero()[:, 0]
     values = torch.stack([v[at] for v in around])
     upper = position[at] - first[at]
-    sides = torch.stack([1 - upper, upper])
-    axes = torch.arange(n, device=label.device)
-    weights = torch.stack([sides[torch.tensor(c, device=label.device), :, axes].prod(dim=0) for c in corners])
+    sides = (1 - upper, upper)
+    shares = [[sides[side][:, axis] for axis, side in enumerate(corner)] for corner in corners]
+    weights = torch.stack([reduce(torch.mul, share) for share in shares])
     sums = torch.stack([((values == value) * weights).sum(dim=0) for value in values])
     found[at] = values.gather(0, sums.argmax(dim=0, keepdim=True))[0]
     return found

@@ -1,11 +1,12 @@
 """Dice after given training times, with defaults, on real data: the figures that README.md quotes.
 
     python tests/benchmarks/time_to_dice.py DATASET --minutes 5 10 20 --runs FOLDER -o RESULT.json
+    python tests/benchmarks/time_to_dice.py DATASET --epochs 12 --folds 0 4 --runs FOLDER -o RESULT.json
 
-Each time is a training of its own through the command line, as a user would type it, judged on the held-back cases of
-the fold at full resolution. Kept are Dice with its interval and its course, steps, seconds by stage, what was chosen
-for inference, machine and versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run
-it on an idle machine.
+Each time (or number of epochs, which neither other work on the machine nor its speed changes) is a training of its own
+through the command line, as a user would type it, judged on the held-back cases of the fold at full resolution. Kept
+are Dice with its interval, by case, and its course, steps, seconds by stage, what was chosen for inference, machine and
+versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def main() -> None:
     """Train what is missing, read the reports, write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
+    ends.add_argument("--epochs", type=int, nargs="+")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER")
@@ -34,19 +38,22 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for fold in arguments.folds:
-        for minutes in arguments.minutes:
-            run = arguments.runs / f"fold_{fold}_{minutes:g}min"
-            command = train(arguments.dataset, run, fold, minutes, arguments.device)
-            rows.append(read(run) | {"fold": fold, "minutes": minutes, "command": command})
+        for end in arguments.epochs or arguments.minutes:
+            run = arguments.runs / f"fold_{fold}_{end:g}{'epochs' if arguments.epochs else 'min'}"
+            command = train(arguments, run, fold, end)
+            told = {"epochs": end} if arguments.epochs else {"minutes": end}
+            rows.append(read(run) | {"fold": fold, **told, "command": command})
             write(arguments, rows)
 
 
-def train(dataset: Path, run: Path, fold: int, minutes: float, device: str) -> str:
+def train(arguments: argparse.Namespace, run: Path, fold: int, end: float) -> str:
     """Train with defaults unless the run is finished; the command line, with names in place of paths."""
-    options = ["--fold", str(fold), "--time-budget", f"{minutes:g}m", "--device", device]
+    until = ["--epochs", f"{end:g}"] if arguments.epochs else ["--time-budget", f"{end:g}m"]
+    options = ["--fold", str(fold), *until, "--device", arguments.device]
+    options += [word for setting in arguments.set for word in ("--set", setting)]
     if not (run / "validation" / "report" / "summary.json").is_file():
-        command = [sys.executable, "-m", "medseg", "train", str(dataset), "-o", str(run), *options, "--resume"]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "medseg", "train", str(arguments.dataset), "-o", str(run)]
+        subprocess.run([*command, *options, "--resume"], check=True)
     return " ".join(["medseg train DATASET -o RUN", *options])
 
 
@@ -57,12 +64,23 @@ def read(run: Path) -> dict[str, Any]:
     return {
         "mean_dice": summary["foreground"]["dice"]["mean"],
         "dice": {name: label["dice"] for name, label in summary["labels"].items()},
+        "cases": read_cases(run / "validation" / "report" / "metrics.csv"),
         "training": {k: v for k, v in model["training"].items() if k not in ("validation_cases", "command")},
         "course": read_course(run / "metrics.csv"),
         "copies": model["inference"].get("tta"),
         "windows": model["inference"].get("windows"),
         "versions": model["versions"],
     }
+
+
+def read_cases(file: Path) -> dict[str, dict[str, float]]:
+    """Dice of each held-back case by the name of the label, where it has one."""
+    found: dict[str, dict[str, float]] = {}
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["dice"]:
+                found.setdefault(row["case"], {})[row["name"]] = round(float(row["dice"]), 5)
+    return found
 
 
 def read_course(file: Path) -> list[dict[str, float]]:
