@@ -143,15 +143,15 @@ class _Poses:
         """Axes along which each case is more like the others than like their mirror images."""
         if len(self._found) < FEWEST_POSES:
             return ()
-        values = sorted(set().union(*self._found))
         nothing = np.zeros_like(next(iter(self._found[0].values())))
-        poses = np.stack([[shares.get(value, nothing) for value in values] for shares in self._found])
-        others = poses.sum(axis=0) - poses
-        alike = (poses * others).reshape(len(poses), -1).sum(axis=1)
-        mirrored = (
-            (poses * np.flip(others, axis + 2)).reshape(len(poses), -1).sum(axis=1) for axis in range(nothing.ndim)
-        )
-        return tuple(axis for axis, found in enumerate(mirrored) if (alike > found).all())
+        # by axis and case
+        nearer = np.zeros((nothing.ndim, len(self._found)))
+        for value in set().union(*self._found):
+            poses = np.stack([shares.get(value, nothing) for shares in self._found])
+            others = poses.sum(axis=0) - poses
+            for axis in range(nothing.ndim):
+                nearer[axis] += (poses * (others - np.flip(others, axis + 1))).reshape(len(poses), -1).sum(axis=1)
+        return tuple(axis for axis in range(nothing.ndim) if (nearer[axis] > 0).all())
 
 
 def data_sha256(
