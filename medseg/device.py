@@ -123,6 +123,19 @@ def most_voxels(device: torch.device, channels: int) -> float:
     return CPU_MEMORY_SHARE * memory / (BYTES_A_VOXEL + BYTES_A_SCORE * channels)
 
 
+def check_held(scores: int, voxels: int) -> None:
+    """Raises `OutOfMemoryError` where that many float32 `scores` of each voxel are more than this machine can hold.
+
+    As `most_voxels`, by all of its memory: a process that asks for too much is killed without a word.
+    """
+    memory, wanted = machine_memory_bytes(), 4 * scores * voxels
+    if memory is not None and wanted > CPU_MEMORY_SHARE * memory:
+        raise torch.OutOfMemoryError(
+            f"{scores} scores of {voxels:,} voxels take {wanted / 1e9:.1f} GB, more than {CPU_MEMORY_SHARE:g} of this "
+            "machine's memory; use smaller windows"
+        )
+
+
 def forget_peak(device: torch.device) -> None:
     """Begin the peak that `batch_that_fits` reads anew; `peak_bytes` remembers."""
     if device.type == "cuda":

@@ -24,6 +24,8 @@ SAMPLED = 5000
 SEEN, CELLS = 128, 9
 # of labels that may lie either way, so many lie the same way by chance once in a million times
 FEWEST_POSES = 20
+# a case that is this much as like the mirrored others as the others is nearly symmetric, and tells no side
+MOST_ALIKE = 0.9
 # of a SHA-256, enough to tell the images of one data set from those of another
 DIGITS = 16
 
@@ -140,18 +142,18 @@ class _Poses:
         self._found.append(shares)
 
     def one_way(self) -> tuple[int, ...]:
-        """Axes along which each case is more like the others than like their mirror images."""
+        """Axes along which each case is clearly more like the others than like their mirror images."""
         if len(self._found) < FEWEST_POSES:
             return ()
         nothing = np.zeros_like(next(iter(self._found[0].values())))
-        # by axis and case
-        nearer = np.zeros((nothing.ndim, len(self._found)))
+        alike, mirrored = np.zeros(len(self._found)), np.zeros((nothing.ndim, len(self._found)))
         for value in set().union(*self._found):
             poses = np.stack([shares.get(value, nothing) for shares in self._found])
             others = poses.sum(axis=0) - poses
+            alike += (poses * others).reshape(len(poses), -1).sum(axis=1)
             for axis in range(nothing.ndim):
-                nearer[axis] += (poses * (others - np.flip(others, axis + 1))).reshape(len(poses), -1).sum(axis=1)
-        return tuple(axis for axis in range(nothing.ndim) if (nearer[axis] > 0).all())
+                mirrored[axis] += (poses * np.flip(others, axis + 1)).reshape(len(poses), -1).sum(axis=1)
+        return tuple(axis for axis in range(nothing.ndim) if (mirrored[axis] < MOST_ALIKE * alike).all())
 
 
 def data_sha256(

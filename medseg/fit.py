@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +123,9 @@ class Fit:
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
         # statistics of batches, which a bad batch must not reach
         self._averages = list(self.network.buffers())
-        self._saved = time.monotonic()
+        self._away_since: float | None = None
+        # unknown till the first is over
+        self._look_s = math.inf
         self.sampler = PatchSampler(
             training,
             patch_size=config.windows.patch_size,
@@ -234,9 +237,11 @@ class Fit:
         """`save`; a disk that is away for a moment ends no training of days, one that is full does."""
         try:
             self.save()
-            self._saved = time.monotonic()
+            self._away_since = None
         except TrainingError as error:
-            if is_disk_full(error) or time.monotonic() - self._saved > AWAY_S:
+            now = time.monotonic()
+            self._away_since = self._away_since or now
+            if is_disk_full(error) or now - self._away_since > AWAY_S:
                 raise
             log.warning("%s; it is tried again in %.0f s", error, self.config.train.save_every_s)
 
@@ -356,8 +361,9 @@ class Fit:
         return batch
 
     def _learn(self) -> None:
+        averages = [average.clone() for average in self._averages]
         try:
-            value = self._try_step(self._draw())
+            value = self._try_step(self._draw(), averages)
             if value is not None:
                 self.course.losses.append(value)
             return
@@ -365,14 +371,20 @@ class Fit:
             if not is_out_of_memory(error):
                 raise
         # outside the handler: its traceback would keep the tensors that did not fit
-        self._end_without_memory(self._what_would_fit())
+        advice = self._what_would_fit()
+        self._put_back(averages)
+        self._end_without_memory(advice)
 
-    def _try_step(self, batch: Batch) -> float | None:
-        """One step; its loss, or None for a batch that must not move the weights."""
+    def _put_back(self, averages: Sequence[torch.Tensor]) -> None:
+        """The running statistics of the network as they were before a batch that does not count."""
+        for average, before in zip(self._averages, averages):
+            average.copy_(before)
+
+    def _try_step(self, batch: Batch, averages: Sequence[torch.Tensor]) -> float | None:
+        """One step; its loss, or None for a batch that must not move the weights nor `averages`."""
         config, course = self.config, self.course
         set_rates(self.optimizer, config.train, self.progress)
         self.network.train()
-        averages = [average.clone() for average in self._averages]
         memory = memory_format(config.data.spatial_dims, self.device)
         logits = self.network(batch.image.contiguous(memory_format=memory))
         reduce = None if self.ranks.size == 1 else self.ranks.total
@@ -385,8 +397,7 @@ class Fit:
         # both at once: each look at a number waits for all that the device has been given to do
         value, norm = map(float, torch.stack([loss.detach(), cast(torch.Tensor, length)]).tolist())
         if not np.isfinite([value, norm]).all():
-            for average, before in zip(self._averages, averages):
-                average.copy_(before)
+            self._put_back(averages)
             self._skip(batch, f"the loss is {value}" if not np.isfinite(value) else "the gradient is not finite")
             return None
         self.optimizer.step()
@@ -461,10 +472,14 @@ class Fit:
             due = MOMENTS * course.step // self.total > MOMENTS * max(0, course.validated_at) // self.total
         if not due and self.progress < 1:
             return {}
+        if self.validation and self._look_s > settings.save_every_s:
+            # a kill within a long look is not to cost the steps before it as well
+            self._save_on_the_way()
         start = time.perf_counter()
         scores = self.ranks.led(lambda: self._validate(by_clock, told)) if self.validation else {}
         if scores is None:
             return None
+        self._look_s = time.perf_counter() - start
         course.validated_at = course.step
         course.validating, course.elapsed = self.ranks.shared(
             (course.validating + time.perf_counter() - start, course.elapsed + time.perf_counter() - start)
@@ -480,6 +495,10 @@ class Fit:
             scores = self._dice([self.validation[i] for i in picked], told)
         except _ToldToEndError:
             return None
+        except DataError as error:
+            # nothing is chosen by it, so that it is no reason to end
+            log.warning("held-back cases are not judged at step %d: %s", course.step, error)
+            return {}
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -29,7 +29,16 @@ from medseg.device import (
 )
 from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
-from medseg.model import BEST, Model, check_choices, chosen_settings, label_table, read_best, read_model
+from medseg.model import (
+    BEST,
+    Model,
+    check_choices,
+    chosen_settings,
+    known_mirrored,
+    label_table,
+    read_best,
+    read_model,
+)
 from medseg.networks import check_patch
 from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
@@ -120,7 +129,8 @@ class Segmenter:
             raise ConfigError(f"tta {self.options.tta!r}: expected none, flip, scale or auto")
         self.models = tuple(models)
         config = _common_config(self.models)
-        self.config = config.model_copy(update={"windows": _windows(config, self.options)})
+        mirrored = known_mirrored([model.config for model in self.models])
+        self.config = config.model_copy(update={"windows": _windows(config, self.options, mirrored)})
         self.device = choose_device(self.options.device)
         self.precision = choose_precision(self.options.precision, self.device)
         # of an ensemble, what the first of its models knows
@@ -377,7 +387,7 @@ def make_scorer(
     return score
 
 
-def _windows(config: Config, options: InferOptions) -> WindowsConfig:
+def _windows(config: Config, options: InferOptions, mirrored: tuple[int, ...]) -> WindowsConfig:
     """How this model cuts volumes, with what the options ask for laid over."""
     changes: dict[str, Any] = {}
     if options.overlap is not None:
@@ -395,7 +405,12 @@ def _windows(config: Config, options: InferOptions) -> WindowsConfig:
         changes |= {"mode": "blend", "tile_size": tuple(options.window)}
     if options.tta in ("flip", "scale"):
         # mirrored, a left kidney is a right one: whatever the configuration says
-        changes |= {"flip_axes": () if sided_label(config.data) else config.augment.flip_axes}
+        sided = sided_label(config.data)
+        axes = () if sided else mirrored
+        if not axes:
+            why = f"label `{sided}` tells sides apart" if sided else "it has learnt from none"
+            log.warning("--tta %s: the model sees no mirrored copies, %s", options.tta, why)
+        changes |= {"flip_axes": axes}
     if options.tta == "scale":
         changes |= {"scales": SCALES}
     try:

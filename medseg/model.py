@@ -133,8 +133,8 @@ def record_choices(folder: Path, choices: Mapping[str, Any]) -> None:
 def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
     """The settings that calibration chose for the models in `folders`, of its choices those in `names`.
 
-    Of an ensemble the copies that most of its models chose, and of all else what is the same for all. Raises
-    `ModelError`.
+    Of an ensemble the copies that most of its models chose, mirrored along no axis that one of them does not know
+    mirrored, and of all else what is the same for all. Raises `ModelError`.
     """
     made: list[Any] = []
     inference = [_read_choices(folder) for folder in folders]
@@ -142,7 +142,18 @@ def chosen_settings(folders: Sequence[Path], names: Sequence[str]) -> dict[str, 
         found = [choices[name].settings for choices in inference if name in choices]
         if found and len(found) == len(folders):
             made.append(_usual(found) if name == "tta" else _common(found))
-    return overlay({}, *made)
+    settings = overlay({}, *made)
+    if len(folders) > 1 and settings.get("windows", {}).get("flip_axes"):
+        known = known_mirrored([_config_of(folder, read_description(folder)) for folder in folders])
+        axes = [axis for axis in settings["windows"]["flip_axes"] if axis in known]
+        settings = overlay(settings, {"windows": {"flip_axes": axes}})
+    return settings
+
+
+def known_mirrored(configs: Sequence[Config]) -> tuple[int, ...]:
+    """The axes along which all models of these configurations have seen mirrored images while they were trained."""
+    first, *others = (config.augment.flip_axes if config.augment.p_flip > 0 else () for config in configs)
+    return tuple(axis for axis in first if all(axis in axes for axes in others))
 
 
 def check_choices(folder: Path, settings: Mapping[str, Any], source: str | None = None) -> None:
@@ -222,7 +233,7 @@ def _read_choices(folder: Path) -> dict[str, _Choice]:
 
 
 def _usual(found: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The settings that more than half have: a copy that helped most models is no risk for the others."""
+    """The settings that more than half have: a moved copy that helped most models is no risk for the others."""
     settings: dict[str, Any] = {}
     for section in sorted({section for each in found for section in each}):
         values = [each.get(section, {}) for each in found]

@@ -60,7 +60,7 @@ LABELLESS = 0.05
 SMALLEST = 2.0
 # a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
 SIDED = re.compile(
-    r"left|right|links|rechts|gauche|droit|sinist|destr|izq|derech|esquer|direit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)",
+    r"left|right|link|recht|gauche|droit|sinist|dext|destr|izq|derech|esquer|direit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)",
     re.IGNORECASE,
 )
 # a letter before a word or a lobe of the lung, as in LKidney and RUL

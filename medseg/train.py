@@ -21,7 +21,17 @@ from medseg.calibrate import calibrate
 from medseg.cases import Case, Dataset, fold_split
 from medseg.catalogue import WEIGHTS
 from medseg.check import check_dataset
-from medseg.config import Config, NetworkConfig, TrainConfig, check_part, dump_yaml, make_config, overlay, read_yaml
+from medseg.config import (
+    Config,
+    NetworkConfig,
+    TrainConfig,
+    check_part,
+    check_regions,
+    dump_yaml,
+    make_config,
+    overlay,
+    read_yaml,
+)
 from medseg.datasets import read_dataset
 from medseg.device import choose_device, describe, free_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
@@ -57,7 +67,7 @@ NOTES = "calibration.jsonl"
 # there is such a file where SIGTERM ended a training, with the number of what was asked
 PREEMPTED = "preempted"
 # a configuration without one of these is laid over the plan of the data set
-PLANNED = ("data", "preprocess", "network", "windows")
+PLANNED = ("data", "preprocess", "network", "augment", "windows")
 # cases to train on, cases held back
 Folds = tuple[Sequence[Case], Sequence[Case]]
 
@@ -217,6 +227,7 @@ def plan_run(
     if all(section in values for section in PLANNED):
         config = _changed(make_config(values, source=source), changes)
         _check_clock(config.train.model_dump())
+        check_regions(config.data)
         _preflight(data, progress)
         return Plan(config, {})
     check_part(values, source=source)
@@ -226,6 +237,8 @@ def plan_run(
     check_settings(NetworkConfig.model_validate(network))
     _preflight(data, progress)
     published = options.pretrained is not None and bool(network)
+    # what the labels are called, and which are ignored, decides what is planned
+    data = _told(data, overlay(values.get("data", {}), changes.get("data", {})))
     measured = measure(data, progress=progress)
     if options.pretrained is not None:
         network = inherited_network(options.pretrained, network, spatial_dims=measured.spatial_dims)
@@ -237,8 +250,17 @@ def plan_run(
         network=network,
         published=published,
     )
-    config = make_config(overlay(made.config.model_dump(mode="json"), values), source=source)
-    return replace(made, config=_changed(config, changes))
+    config = _changed(make_config(overlay(made.config.model_dump(mode="json"), values), source=source), changes)
+    check_regions(config.data)
+    return replace(made, config=config)
+
+
+def _told(data: Dataset, given: Mapping[str, Any]) -> Dataset:
+    """`data` with the labels, regions and channels of a checked `data` section that is laid over its plan."""
+    changes: dict[str, Any] = {key: tuple(given[key]) for key in ("region_values", "channels") if key in given}
+    if "labels" in given:
+        changes["labels"] = {n: tuple(v) if isinstance(v, list) else v for n, v in given["labels"].items()}
+    return replace(data, **changes)
 
 
 def parse_duration(text: str | float) -> float:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from medseg.body import Air
 from medseg.config import WindowsConfig
-from medseg.device import batch_that_fits, forget_peak, is_out_of_memory, most_voxels, release_memory
+from medseg.device import batch_that_fits, check_held, forget_peak, is_out_of_memory, most_voxels, release_memory
 from medseg.errors import DataError
 from medseg.patches import cut
 from medseg.restore import Piece
@@ -434,6 +434,7 @@ class _Runner:
         for part in parts:
             scores = next(self._scores([part.window], image))[(slice(None), *part.core)]
             if found is None:
+                check_held(len(scores), math.prod(window.size))
                 found = torch.zeros((len(scores), *window.size))
             found[(slice(None), *part.place)] = scores.cpu()
         if found is None:

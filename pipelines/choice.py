@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medseg_pipelines.compare import Difference, Outcome, difference, mean_of
+from medseg_pipelines.compare import Difference, Outcome, comparable, difference, mean_of
 
 Groups = Mapping[str, str]
 Postprocess = Mapping[str, Any]
@@ -82,7 +82,10 @@ def choose_single(methods: Sequence[Method], groups: Groups | None = None) -> tu
     """
     fewest = min(len(m.outcome.without_mask) for m in methods)
     able = [m for m in methods if len(m.outcome.without_mask) == fewest]
-    means = {m.name: _mean(m, able) for m in able}
+    means = {
+        m.name: statistics.fmean(scores.values()) if scores else -1.0
+        for m, scores in zip(able, comparable([m.outcome for m in able]))
+    }
     best = max(able, key=lambda m: means[m.name])
     if len(methods) == 1:
         return best, f"{best.name}: the only one"
@@ -157,9 +160,3 @@ def _words(found: Difference | None) -> str:
         return "no case in common"
     ends = "" if found.ci95 is None else f" (95 % {found.ci95[0]:+.4f} to {found.ci95[1]:+.4f})"
     return f"Dice {found.mean:+.4f}{ends} on {found.n} cases"
-
-
-def _mean(method: Method, among: Sequence[Method]) -> float:
-    common = set.intersection(*(set(m.dice) for m in among))
-    values = [method.dice[case] for case in sorted(common)]
-    return statistics.fmean(values) if values else -1.0

@@ -32,6 +32,11 @@ class Outcome:
     cases: tuple[str, ...] = ()
     without_mask: tuple[str, ...] = ()
 
+    @property
+    def empty(self) -> frozenset[str]:
+        """Cases in which neither the mask nor the reference has any label: no Dice, and nothing wrong."""
+        return frozenset(self.cases) - set(self.without_mask) - set(self.scores.get("dice", {}))
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -87,19 +92,31 @@ def difference(
     """`first` − `second` over the cases that both have; None where one is missing or no case is common."""
     if first is None or second is None:
         return None
-    one, other = first.scores.get(measure, {}), second.scores.get(measure, {})
-    common = [case for case in one if case in other]
-    if not common:
+    one, other = comparable((first, second), measure)
+    if not one:
         return None
-    pairs = {case: one[case] - other[case] for case in common}
+    pairs = {case: one[case] - other[case] for case in one}
     summary = medseg.summarise(list(pairs.values()), groups=_units(pairs, groups))
     return Difference(
         mean=statistics.fmean(pairs.values()),
         ci95=summary.ci95,
-        n=len(common),
-        first=statistics.fmean(one[case] for case in common),
-        second=statistics.fmean(other[case] for case in common),
+        n=len(pairs),
+        first=statistics.fmean(one.values()),
+        second=statistics.fmean(other.values()),
     )
+
+
+def comparable(outcomes: Sequence[Outcome], measure: str = "dice") -> list[Scores]:
+    """The scores of each over the cases that all have.
+
+    Where one is rightly empty and another has painted something, that one's Dice is 1: else nobody would be worse for
+    what is found in healthy cases.
+    """
+    scores = [outcome.scores.get(measure, {}) for outcome in outcomes]
+    empty = [outcome.empty if measure == "dice" else frozenset() for outcome in outcomes]
+    named = dict.fromkeys(case for found in scores for case in found)
+    common = [case for case in named if all(case in found or case in none for found, none in zip(scores, empty))]
+    return [{case: found.get(case, 1.0) for case in common} for found in scores]
 
 
 def _or_none(value: float) -> float | None:

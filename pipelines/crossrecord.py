@@ -123,6 +123,8 @@ def page(record: Mapping[str, Any]) -> str:
     # a data set that names no patients counts every case as one
     patients = f", {setup['patients']} patients" if setup["patients"] != setup["cases"] else ""
     parts.append(f"{setup['folds']} folds, {setup['cases']} cases{patients}.")
+    if never := setup["cases_never_held_back"]:
+        parts.append(f"**{len(never)} labelled cases are held back in no fold, and so not judged.**")
     if record["methods"]:
         parts += ["## Methods", methods_table(record["methods"])]
     if record["best"] is not None:
@@ -197,12 +199,14 @@ DEFINITIONS = {
     "chosen.",
     "95 % interval": "Bootstrap over patients (cases, where the data set names none), BCa. It holds the luck of the "
     "cases; folds share most of their training cases, so that it says little about the luck of training.",
-    "Differences": "Of the mean Dice of the same cases, paired.",
+    "Differences": "Of the mean Dice of the same cases, paired. A case that one method rightly leaves empty, and "
+    "another does not, counts 1 for the first.",
     "Cleaned": "Post-processing that more than half of the folds chose on their own held-back cases. The masks judged "
     "here were cleaned as more than half of the *other* folds would have it; for new cases all folds have a vote.",
     "Windows and copies": "Each fold chose those of its own models on the cases that are judged here, as its training "
-    "does, which flatters a little; for new cases what more than half of all models chose is used. The plan (spacing, "
-    "patch, intensities of CT) was measured on all cases with labels.",
+    "does, which flatters a little; for new cases the copies that more than half of all models chose are used, and "
+    "the windows of training unless all chose the same others. The plan (spacing, patch, intensities of CT) was "
+    "measured on all cases with labels.",
     "Ensemble of networks": "A case is segmented by the models of its fold, one of each network, averaged. The average "
     "over folds, which new cases get, cannot be judged here: every case is known to all folds but one.",
     "Choice": "The chosen was chosen on the cases whose Dice is told: where several are nearly equal, that of the "

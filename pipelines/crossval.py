@@ -27,6 +27,7 @@ from medseg_pipelines.digest import checked
 from medseg_pipelines.folds import CONFIG, Fold, Found, Weights, failure_of, look, train_fold
 from medseg_pipelines.judging import CLEANED, JUDGED
 from medseg_pipelines.locks import UNTIL_STALE_S, held, holder_of, publish
+from medseg_pipelines.processes import read_json
 from medseg_pipelines.trials import first_difference
 
 log = logging.getLogger("medseg.crossval")
@@ -372,6 +373,60 @@ def _collect(
     patience_s: float,
 ) -> Outcome:
     """The result, if no fold is being trained or still to be trained by somebody else."""
+    stand = _stand(folds, failed)
+    if stand.waiting:
+        return Outcome(None, None, stand.failed, stand.waiting)
+    _warn_of_devices(stand.found)
+    place = folder / "collect.lock"
+    before = _written_at(folder / RECORD)
+    with held(place, patience_s=patience_s) as lock:
+        if lock is None:
+            whose = holder_of(place) or "another machine"
+            return Outcome(None, None, stand.failed, (f"collecting: {whose} does it",))
+        if _written_at(folder / RECORD) != before:
+            # by another task, meanwhile; it may have looked before the last fold was done
+            stand = _stand(folds, failed)
+            if stand.waiting:
+                return Outcome(None, None, stand.failed, stand.waiting)
+            written = read_json(folder / RECORD)
+            if written is not None and _is_of(written, stand.found):
+                return Outcome(written, None, _failures(written), ())
+        with shown_progress() as progress:
+            record, judged = collect(folder, stand.networks, setup, groups, device=device, progress=progress)
+    return Outcome(record, None if judged is None else judged.report, _failures(record), ())
+
+
+def _failures(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{f['name']}: {f['reason']}" for f in record["failures"])
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """What became of the folds: in words those that failed here, and those that somebody else has still to train."""
+
+    found: Sequence[tuple[str, Fold, Found]]
+    broken: Mapping[Path, str]
+    failed: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+    @property
+    def networks(self) -> list[Network]:
+        """Each with its folds, and why some of them are none."""
+        return [
+            Network(
+                name,
+                tuple((f, s) for n, f, s in self.found if n == name),
+                {
+                    f.folder.name: self.broken[f.folder]
+                    for n, f, _ in self.found
+                    if n == name and f.folder in self.broken
+                },
+            )
+            for name in dict.fromkeys(n for n, _, _ in self.found)
+        ]
+
+
+def _stand(folds: Sequence[tuple[str, Fold]], failed: Mapping[Path, str]) -> _Stand:
     found = [(name, fold, look(fold)) for name, fold in folds]
     broken = {f.folder: s.reason for _, f, s in found if s.state == "damaged"} | dict(failed)
     # what another task tried and nobody tries again now
@@ -387,28 +442,19 @@ def _collect(
         for name, f, s in found
         if s.state in ("missing", "elsewhere") and f.folder not in broken
     }
-    if not waiting.keys() <= elsewhere.keys():
-        return Outcome(None, None, listed, tuple(waiting.values()))
-    _warn_of_devices(found)
-    broken |= elsewhere
-    networks = [
-        Network(
-            name,
-            tuple((f, s) for n, f, s in found if n == name),
-            {f.folder.name: broken[f.folder] for n, f, _ in found if n == name and f.folder in broken},
-        )
-        for name in dict.fromkeys(n for n, _, _ in found)
-    ]
-    place = folder / "collect.lock"
-    before = _written_at(folder / RECORD)
-    with held(place, patience_s=patience_s) as lock:
-        if lock is None or _written_at(folder / RECORD) != before:
-            whose = holder_of(place) if lock is None else None
-            return Outcome(None, None, listed, (f"collecting: {whose or 'another machine'} does it",))
-        with shown_progress() as progress:
-            record, judged = collect(folder, networks, setup, groups, device=device, progress=progress)
-    failures = tuple(f"{f['name']}: {f['reason']}" for f in record["failures"])
-    return Outcome(record, None if judged is None else judged.report, failures, ())
+    if waiting.keys() <= elsewhere.keys():
+        return _Stand(found, broken | elsewhere, listed, ())
+    return _Stand(found, broken, listed, tuple(waiting.values()))
+
+
+def _is_of(record: Mapping[str, Any], found: Sequence[tuple[str, Fold, Found]]) -> bool:
+    """Whether crossval.json was made of these very models."""
+    there = {
+        (network.get("name"), fold.get("fold")): fold.get("weights_sha256")
+        for network in record.get("networks", ())
+        for fold in network.get("folds", ())
+    }
+    return there == {(name, fold.number): one.description.get("weights_sha256") for name, fold, one in found}
 
 
 def _written_at(file: Path) -> int | None:

@@ -255,7 +255,8 @@ DEFINITIONS = {
     "never the best.",
     "95 % interval": "Bootstrap over cases (patients, where the data set names them), BCa. It holds the luck of the "
     "cases; the luck of training shows in the seeds.",
-    "Differences": "Of the mean Dice of the same cases, paired; an interval that leaves out 0 decides.",
+    "Differences": "Of the mean Dice of the same cases, paired; an interval that leaves out 0 decides. A case that one "
+    "rightly leaves empty, and another does not, counts 1 for the first.",
     "Missed, spurious": "Labels that only the reference or only the mask has, summed over cases, mean over seeds.",
     "Multiply-adds": "Of one patch through the network.",
     "Field": "Receptive field in voxels by axis. Coverage: share of the voxels within it that reach the output. Not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def run_noted(fit: Fit) -> Outcome:
     losses: list[float] = []
     step = fit._try_step
 
-    def noted(batch: Batch) -> float | None:
-        losses.append(step(batch) or 0.0)
+    def noted(batch: Batch, averages: Sequence[torch.Tensor]) -> float | None:
+        losses.append(step(batch, averages) or 0.0)
         return losses[-1]
 
     fit._try_step = noted  # type: ignore[method-assign]

@@ -124,6 +124,23 @@ def test_a_way_that_is_better_raises_the_bar() -> None:
     assert _choose_windows(bench(ways), trial("as in training", 0.9, 0.1))[-1].name == "overlap 0.25"
 
 
+def test_a_faster_way_that_a_few_cases_speak_against_is_not_used() -> None:
+    usual, quick = trial("as in training", 0.9, 1.0), trial("o", 0.9, 0.1)
+    # the same mean, and a hundredth lost in each of half of the cases
+    quick.dice[:4] -= 0.01
+    quick.dice[4:] += 0.01
+    assert _choose_windows(bench({"overlap 0.25": quick}), usual)[-1].name == "as in training"
+
+
+def test_a_way_that_paints_in_healthy_cases_is_worse_than_one_that_does_not() -> None:
+    right, wrong = trial("right", 0.9, 1.0), trial("wrong", 0.9, 1.0)
+    right.dice[:4], wrong.dice[:4] = np.nan, 0.0
+    assert wrong.gain(right)[0] == pytest.approx(-0.5)
+    assert right.gain(wrong)[0] == pytest.approx(0.5)
+    # what both leave empty says nothing
+    assert right.gain(right)[0] == 0
+
+
 def test_where_every_case_is_one_window_there_is_nothing_to_choose() -> None:
     there = bench({})
     there.cases = [a_case(0, (8, 7, 8))]
@@ -364,6 +381,18 @@ def test_an_ensemble_looks_at_the_copies_that_most_of_its_models_chose(tmp_path:
     # two of four are not most
     assert chosen_settings(runs, ["tta"]) == {"windows": flips}
     assert config_of(*runs[:3]).windows.shifts == ((1, 1, 1),)
+
+
+def test_an_ensemble_is_mirrored_only_as_all_of_its_models_have_learnt(tmp_path: Path) -> None:
+    flips = {"tta": {"windows": {"flip_axes": [0, 1], "shifts": [[1, 1, 1]]}}}
+    runs = [chosen(tmp_path / str(n), windows={}, **flips) for n in range(3)]
+    described = json.loads((runs[2] / "model.json").read_text())
+    described["config"]["augment"]["flip_axes"] = [1]
+    (runs[2] / "model.json").write_text(json.dumps(described))
+    assert chosen_settings(runs[:2], ["tta"])["windows"]["flip_axes"] == [0, 1]
+    assert chosen_settings(runs, ["tta"]) == {"windows": {"flip_axes": [1], "shifts": [[1, 1, 1]]}}
+    for order in (runs, runs[::-1]):
+        assert config_of(*order, tta="flip").windows.flip_axes == (1,)
 
 
 def test_of_limits_that_differ_an_ensemble_takes_the_smallest(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from medseg.config import (
     Config,
     DataConfig,
     Section,
+    check_regions,
     dump_yaml,
     make_config,
     nest,
@@ -253,6 +254,33 @@ def test_background_is_always_there_and_ignore_is_never_predicted() -> None:
 def test_regions_have_no_background_channel() -> None:
     data = DataConfig(labels={"background": 0, "whole": (1, 2), "core": 2}, region_values=(1, 2))
     assert (data.is_regions, data.out_channels, data.out_values) == (True, 2, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "written"),
+    [
+        ({"whole": (1, 2), "core": 2}, (1, 2)),
+        ({"whole": (1, 2, 4), "core": (1, 4), "enhancing": 4}, (2, 1, 4)),
+        # none holds the other
+        ({"left": (1, 2), "right": (2, 3)}, (1, 3)),
+    ],
+)
+def test_regions_that_are_read_back_as_written(labels: dict[str, Any], written: tuple[int, ...]) -> None:
+    check_regions(DataConfig(labels=labels | {"ignore": 9}, region_values=written))
+
+
+@pytest.mark.parametrize(
+    ("labels", "written", "words"),
+    [
+        ({"whole": (1, 2, 4), "core": (1, 4), "enhancing": 4}, (1, 2, 4), "read as `core` too.*`core` is written as 2"),
+        ({"whole": (1, 2, 4), "core": (1, 4), "enhancing": 4}, (1, 2, 4), r"\[2, 1, 4\] fits"),
+        ({"whole": (1, 2), "core": 2}, (4, 5), r"none of its values \[1, 2\]"),
+        ({"core": 2, "whole": (1, 2)}, (2, 1), "`whole` holds all of `core` and would be painted over it"),
+    ],
+)
+def test_regions_that_are_read_back_as_others(labels: dict[str, Any], written: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_regions(DataConfig(labels=labels, region_values=written))
 
 
 # ---- YAML

@@ -124,6 +124,27 @@ def test_networks_are_compared_on_the_cases_that_both_have() -> None:
     assert choose_single([easy, scored("whole", BASE)])[0].name == "whole"
 
 
+def healthy(name: str, *, painted: bool) -> Method:
+    """Six patients with a lesion and four without, in whom some is `painted` all the same."""
+    sick, well = {f"case{n}": v for n, v in enumerate(BASE)}, [f"well{n}" for n in range(4)]
+    dice = sick | (dict.fromkeys(well, 0.0) if painted else {})
+    return Method(name, (name,), Outcome({"dice": dice}, {"lesion": dice}, (), 0, 0, cases=(*sick, *well)))
+
+
+def test_a_network_that_paints_in_healthy_cases_is_not_chosen() -> None:
+    bold, careful = healthy("bold", painted=True), healthy("careful", painted=False)
+    bold = replace(bold, outcome=replace(bold.outcome, scores={"dice": dict(bold.dice) | {"case0": 0.45}}))
+    chosen, reason = choose_single([bold, careful])
+    assert chosen.name == "careful"
+    assert "bold Dice +0.3950" in reason
+    # and cleaning that takes it away is worth what it is
+    plain, cleaned = healthy("plain", painted=True), healthy("plain", painted=False)
+    assert choose_cleaning(plain, cleaned)[0] is cleaned
+    # what has no mask is no empty one
+    lacking = replace(careful.outcome, without_mask=("well0",))
+    assert lacking.empty == {"well1", "well2", "well3"}
+
+
 def test_a_network_that_lacks_a_mask_is_not_chosen() -> None:
     lacking = scored("lacking", shifted(0.1))
     lacking = replace(lacking, outcome=replace(lacking.outcome, without_mask=("case9",)))
@@ -955,26 +976,39 @@ def test_one_fold_of_a_process_that_was_killed_elsewhere_is_trained_once_that_is
     assert [job["fold"] for job in used.jobs] == [1]
 
 
+@pytest.mark.parametrize("early", [False, True])
 def test_what_another_task_has_collected_meanwhile_is_not_collected_again(
-    dataset: Path, left: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    early: bool,
+    dataset: Path,
+    left: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(locks, "LOOK_S", 0.05)
     out = left(unet=1)
+    assert run(command(dataset, out)) == OK
+    before = (out / "crossval.json").read_text()
     lock, taken = out / "collect.lock", locks.take
+    record = json.loads(before) | {"medseg": "of another task"}
+    if early:
+        # it had looked before the last fold was done
+        record["networks"][0]["folds"][1]["weights_sha256"] = None
 
     def slow(path: Path) -> Lock | None:
         if path == lock and lock.is_file():
             # the other one ends while this one waits
             lock.unlink()
-            (out / "crossval.json").write_text("{}")
+            (out / "crossval.json").write_text(json.dumps(record))
             return None
         return taken(path)
 
     lock.write_text(lock_text(machine="another", host="node7", process=42))
     monkeypatch.setattr(locks, "take", slow)
     assert run(command(dataset, out, "--only-fold", "1")) == OK
-    assert "waiting: collecting: another machine does it" in capsys.readouterr().out
-    assert (out / "crossval.json").read_text() == "{}"
+    assert "waiting" not in capsys.readouterr().out
+    found = json.loads((out / "crossval.json").read_text())
+    assert (found["medseg"] == "of another task") == (not early)
+    assert found["networks"] == json.loads(before)["networks"]
 
 
 @pytest.mark.parametrize("killed", [False, True])

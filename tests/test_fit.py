@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -129,9 +130,12 @@ def test_a_second_signal_while_the_state_is_written_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(folder: Path, state: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        asked = state["course"]["step"] == 3
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
         write_state(folder, state)
-        os.kill(os.getpid(), signal.SIGINT)
+        if asked:
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(module, "write_state", interrupted)
     fit = noise_fit(tmp_path, noise_config())
@@ -276,6 +280,46 @@ def test_what_a_bad_batch_leaves_behind_is_nothing(tmp_path: Path) -> None:
     assert weights_of(fit.network.module) == before
 
 
+def test_a_batch_that_does_not_fit_leaves_behind_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    fit = noise_fit(tmp_path, noise_config())
+    before = weights_of(fit.network.module)
+    # the network has seen the batch by then, and looks for a smaller one
+    monkeypatch.setattr(module, "loss_of", short)
+    with pytest.raises(medseg.TrainingError, match="out of memory"):
+        fit._learn()
+    assert weights_of(noise_fit(tmp_path, noise_config(), resume=True).network.module) == before
+
+
+def test_held_back_cases_that_cannot_be_judged_end_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> dict[str, float]:
+        raise medseg.DataError("case0: the network gave scores that are no numbers")
+
+    fit = noise_fit(tmp_path, noise_config())
+    monkeypatch.setattr(module, "quick_dice", refuse)
+    fit.run(silent)
+    assert fit.course.step == 6
+    assert "held-back cases are not judged at step 6: case0: the network gave scores that are no numbers" in caplog.text
+
+
+def test_a_long_look_at_held_back_cases_begins_with_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 3600.0}))
+    looks: list[int] = []
+
+    def killed(*_: Any) -> dict[str, float]:
+        looks.append(fit.course.step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "quick_dice", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit.run(silent)
+    assert noise_fit(tmp_path, noise_config(), resume=True).course.step == looks[0] > 0
+
+
 def test_bad_batches_in_a_row_end_the_fit_and_leave_a_state(tmp_path: Path) -> None:
     config = noise_config()
     fit = noise_fit(tmp_path, config)
@@ -360,10 +404,22 @@ def test_a_disk_that_is_away_for_a_moment_ends_no_fit(
     assert noise_fit(tmp_path, noise_config(), resume=True).course.step == 6
 
 
+def test_a_disk_is_away_from_the_first_state_that_it_did_not_take(
+    tmp_path: Path, away: Callable[[Fit, Collection[int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 1e-9}))
+    now = itertools.count(0.0, 0.6 * module.AWAY_S)
+    # each state is a long while after the one before
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    away(fit, (2, 3))
+    run_noted(fit)
+    assert fit.course.step == 6
+
+
 def test_a_disk_that_stays_away_ends_the_fit(
     tmp_path: Path, away: Callable[[Fit, Collection[int]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "AWAY_S", 0.0)
+    monkeypatch.setattr(module, "AWAY_S", -1.0)
     fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 1e-9}))
     away(fit, range(2, 7))
     with pytest.raises(medseg.TrainingError, match=r"cannot write last\.pt \(Stale file handle\)"):
@@ -419,8 +475,8 @@ def test_the_weights_are_the_average_of_those_of_all_steps_the_later_the_heavier
     seen = []
     step = fit._try_step
 
-    def noted(batch: Any) -> float | None:
-        value = step(batch)
+    def noted(*arguments: Any) -> float | None:
+        value = step(*arguments)
         seen.append({k: v.double().clone() for k, v in fit.network.module.named_parameters()})
         return value
 

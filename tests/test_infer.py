@@ -132,6 +132,12 @@ def test_only_axes_that_were_flipped_in_training_are_flipped(tmp_path: Path) -> 
     assert not torch.allclose(segmenter.scores(image.flip(1)), segmenter.scores(image).flip(1), atol=1e-2)
 
 
+def test_mirrored_copies_that_a_model_has_not_learnt_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_model(tmp_path, tiny_config(augment={"flip_axes": []}))
+    assert load_model(folder, options=replace(EXACT, tta="flip")).config.windows.flip_axes == ()
+    assert "--tta flip: the model sees no mirrored copies, it has learnt from none" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("window", "words"), [((8, 8), "2 numbers found, expected 3"), ((8, 0, 8), "0 found"), ((8, 2, 8), "patch")]
 )

@@ -231,6 +231,24 @@ def test_regions_train_and_infer(train: Train, tiny_dataset) -> None:
     assert values & {1, 2}
 
 
+def test_regions_that_would_be_read_as_others_are_refused(train: Train, tiny_dataset, tmp_path: Path) -> None:
+    dataset = tiny_dataset(cases=2, form="nnunet")
+    _relabel(dataset, lambda a: a, {"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[2, 1])
+    with pytest.raises(
+        medseg.ConfigError, match=r"`whole` is written as 2, which would be read as `core` too.*\[1, 2\]"
+    ):
+        train(dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_the_settings_are_what_is_planned_for(tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2)
+    assert medseg.plan(dataset, settings={"data": {"labels": {"liver": 1, "core": 2}}}).config.augment.flip_axes == (0,)
+    sided = medseg.plan(dataset, settings={"data": {"labels": {"left": 1, "core": 2}}})
+    assert sided.config.augment.flip_axes == ()
+    assert "`left` tells sides apart" in sided.reasons["augment.flip_axes"]
+
+
 def test_ignored_voxels_are_neither_learnt_nor_written(train: Train, tiny_dataset) -> None:
     dataset = tiny_dataset(cases=2, form="nnunet")
     labels = {"background": 0, "shell": 1, "ignore": 2}
