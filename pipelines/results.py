@@ -258,6 +258,8 @@ DEFINITIONS = {
     "Differences": "Of the mean Dice of the same cases, paired; an interval that leaves out 0 decides. A case that one "
     "rightly leaves empty, and another does not, counts 1 for the first.",
     "Missed, spurious": "Labels that only the reference or only the mask has, summed over cases, mean over seeds.",
+    "Inference": "Windows, copies and cleaning are those that each training chose on its own held-back cases, in the "
+    "time that its calibration had, as `medseg train` does; a slow network has less time to choose in.",
     "Multiply-adds": "Of one patch through the network.",
     "Field": "Receptive field in voxels by axis. Coverage: share of the voxels within it that reach the output. Not "
     "known: the network mixes voxels in a way that cannot be followed, or the field is larger than could be followed.",

@@ -3,10 +3,11 @@
     python tests/benchmarks/time_to_dice.py DATASET --minutes 5 10 20 --runs FOLDER -o RESULT.json
     python tests/benchmarks/time_to_dice.py DATASET --epochs 12 --folds 0 4 --runs FOLDER -o RESULT.json
 
-Each time (or number of epochs, which neither other work on the machine nor its speed changes) is a training of its own
-through the command line, as a user would type it, judged on the held-back cases of the fold at full resolution. Kept
-are Dice with its interval, by case, and its course, steps, seconds by stage, what was chosen for inference, machine and
-versions. Runs stay in FOLDER: one that is finished is read, one that broke off goes on. Run it on an idle machine.
+Each time (or number of epochs: the weights then do not depend on the speed of the machine, though what calibration has
+time to try does) is a training of its own through the command line, as a user would type it, judged on the held-back
+cases of the fold at full resolution. Kept are Dice with its interval, by case, and its course, steps, seconds by stage,
+what was chosen for inference, machine and versions. Runs stay in FOLDER: one that is finished is read, one that broke
+off goes on. Run it on an idle machine.
 """
 
 from __future__ import annotations
