@@ -26,7 +26,6 @@ from medseg.config import (
     NetworkConfig,
     TrainConfig,
     check_part,
-    check_regions,
     dump_yaml,
     make_config,
     overlay,
@@ -51,6 +50,7 @@ from medseg.process import Preempted
 from medseg.progress import Progress, silent
 from medseg.ranks import Ranks
 from medseg.readers import file_sha256
+from medseg.regions import check_regions
 from medseg.report import Report, report_pairs
 from medseg.state import STATE
 from medseg.versions import versions

@@ -13,7 +13,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "cases datasets notebook readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",
-        "check convert fingerprint plan model namesakes pretrained shipped statistics",
+        "check convert fingerprint plan model namesakes pretrained regions shipped statistics",
         "engines leaks windows postprocess evaluate",
         "infer inspect quality report export",
         "folder record calibrate compare journal ranks",

@@ -12,7 +12,6 @@ from medseg.config import (
     Config,
     DataConfig,
     Section,
-    check_regions,
     dump_yaml,
     make_config,
     nest,
@@ -24,6 +23,7 @@ from medseg.config import (
     settings_from,
 )
 from medseg.errors import ConfigError
+from medseg.regions import check_regions
 
 # that of the hospital node is another kind: test_hospital_settings.py
 RECIPES = sorted(p for p in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if p.name != "hospital.yaml")
