@@ -19,13 +19,6 @@ from medseg.readers import file_sha256, is_picture, read_geometry, read_images, 
 MAX_MEASURED = 100
 # voxels of each case that intensities are measured on
 SAMPLED = 5000
-# voxels and, of the box around the labels, cells along each axis that tell how a case lies; an odd number of cells, so
-# that a mirrored label falls into the mirrored ones
-SEEN, CELLS = 128, 9
-# of labels that may lie either way, so many lie the same way by chance once in a million times
-FEWEST_POSES = 20
-# a case that is this much as like the mirrored others as the others is nearly symmetric, and tells no side
-MOST_ALIKE = 0.9
 # of a SHA-256, enough to tell the images of one data set from those of another
 DIGITS = 16
 
@@ -48,8 +41,6 @@ class Fingerprint:
     """For each channel: median over cases of the smallest intensity."""
     label_voxels: tuple[dict[int, int], ...] = ()
     """For each case: voxels by value in the label file, without background and ignored ones."""
-    one_way: tuple[int, ...] = ()
-    """Axes along which the labels of all cases lie the same way, so that mirrored ones never come."""
 
 
 def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
@@ -63,7 +54,6 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
     shapes, spacings, nonzero, lowest, counts = [], [], [], [], []
     inside = _Samples(channels)
     anywhere = _Samples(channels)
-    poses = _Poses()
     for n, case in enumerate(chosen):
         progress("measure", n, len(chosen), case.id)
         image = read_images(case.images, spatial_dims=dims, channels=channels)
@@ -78,8 +68,6 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
         lowest.append([float(channel.min()) for channel in array])
         counts.append({int(v): int(c) for v, c in zip(*np.unique(label, return_counts=True))})
         inside.add(array, (label > 0) & (label != _ignore_value(dataset)))
-        backwards = tuple(world for world, a in enumerate(order) if dims == 3 and image.grid.affine[world, a] < 0)
-        poses.add(np.flip(label.transpose(order), backwards), ignore=_ignore_value(dataset))
         anywhere.add(array, np.ones_like(label, dtype=bool))
     return Fingerprint(
         spatial_dims=dims,
@@ -95,7 +83,6 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
         label_voxels=tuple(
             {v: c for v, c in found.items() if v not in (0, _ignore_value(dataset))} for found in counts
         ),
-        one_way=poses.one_way(),
     )
 
 
@@ -116,44 +103,6 @@ class _Samples:
     def statistics(self) -> tuple[dict[str, float], ...]:
         """For each channel mean, sd and percentiles; empty where nothing was added."""
         return tuple(_statistics(np.concatenate(found)) for found in self._found if found)
-
-
-class _Poses:
-    """How the labels of each case lie in the box around them."""
-
-    def __init__(self) -> None:
-        self._found: list[dict[int, np.ndarray]] = []
-
-    def add(self, label: np.ndarray, *, ignore: int | None) -> None:
-        """How many voxels of each value of `label` (*S) lie in each cell; nothing of an empty one."""
-        label = label[tuple(slice(None, None, -(-n // SEEN)) for n in label.shape)]
-        places = np.nonzero((label > 0) & (label != ignore))
-        if not len(places[0]):
-            return
-        values = label[places]
-        cells = np.zeros(len(values), np.intp)
-        for place in places:
-            first, size = place.min(), np.ptp(place) + 1
-            cells = cells * CELLS + (2 * (place - first) + 1) * CELLS // (2 * size)
-        shares = {}
-        for value in np.unique(values):
-            counts = np.bincount(cells[values == value], minlength=CELLS**label.ndim)
-            shares[int(value)] = (counts / np.linalg.norm(counts)).reshape((CELLS,) * label.ndim)
-        self._found.append(shares)
-
-    def one_way(self) -> tuple[int, ...]:
-        """Axes along which each case is clearly more like the others than like their mirror images."""
-        if len(self._found) < FEWEST_POSES:
-            return ()
-        nothing = np.zeros_like(next(iter(self._found[0].values())))
-        alike, mirrored = np.zeros(len(self._found)), np.zeros((nothing.ndim, len(self._found)))
-        for value in set().union(*self._found):
-            poses = np.stack([shares.get(value, nothing) for shares in self._found])
-            others = poses.sum(axis=0) - poses
-            alike += (poses * others).reshape(len(poses), -1).sum(axis=1)
-            for axis in range(nothing.ndim):
-                mirrored[axis] += (poses * np.flip(others, axis + 1)).reshape(len(poses), -1).sum(axis=1)
-        return tuple(axis for axis in range(nothing.ndim) if (mirrored[axis] < MOST_ALIKE * alike).all())
 
 
 def data_sha256(

@@ -455,10 +455,6 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
     elif fingerprint.spatial_dims == 2:
         axes = (0, 1)
         reasons["augment.flip_axes"] = "slices in no known direction: mirrored both ways"
-    if one_way := [axis for axis in axes if axis in fingerprint.one_way]:
-        axes = tuple(axis for axis in axes if axis not in one_way)
-        named = " and ".join(map(str, one_way))
-        reasons["augment.flip_axes"] = f"all cases lie the same way along axis {named}: mirrored ones never come"
     if dataset.labels is None and len(data.foreground) > 1:
         axes = ()
         reasons["augment.flip_axes"] = "the labels have no names: two of them may be the two sides of one organ"

@@ -103,54 +103,6 @@ def test_without_any_label_the_whole_images_are_measured(tmp_path: Path) -> None
     assert found.lowest == (0.0,)
 
 
-def posed(folder: Path, hooks: list[np.ndarray]) -> tuple[int, ...]:
-    """Axes along which `hooks` lie alike, each the label of one case with its axes to the right, anterior, superior.
-
-    Every other one is stored with axes to the left, inferior and posterior; they differ in size and place.
-    """
-    for name in ("images", "labels"):
-        (folder / name).mkdir()
-    turned = np.array([[-1.0, 0, 0, 0], [0, 0, -1.0, 0], [0, -1.0, 0, 0], [0, 0, 0, 1]])
-    for n, hook in enumerate(hooks):
-        label = np.pad(hook.repeat(1 + n % 3, axis=n % 2), [(n % 4, 5), (3, n % 5), (n % 3, 4)]).astype(np.uint8)
-        affine = np.eye(4)
-        if n % 2:
-            label, affine = label.transpose(0, 2, 1)[::-1, ::-1, ::-1], turned
-        save(folder / "images" / f"c{n:02}.nii.gz", label.astype(np.float32), affine)
-        save(folder / "labels" / f"c{n:02}.nii.gz", np.ascontiguousarray(label), affine)
-    return measure(read_dataset(folder)).one_way
-
-
-def hook() -> np.ndarray:
-    """Lies in one way along the first axis and the second; along the third it is its own mirror image."""
-    label = np.zeros((7, 8, 5))
-    label[:, :3], label[:2] = 1, 1
-    label[:2, 5:, 1:4] = 2
-    return label
-
-
-def test_all_cases_lie_the_same_way(tmp_path: Path) -> None:
-    assert posed(tmp_path, [hook()] * 20) == (0, 1)
-
-
-def test_one_case_that_lies_the_other_way_is_enough(tmp_path: Path) -> None:
-    assert posed(tmp_path, [hook()] * 24 + [hook()[::-1]]) == (1,)
-
-
-def test_nearly_symmetric_labels_lie_no_way(tmp_path: Path) -> None:
-    label = np.ones((15, 14, 9))
-    label[0, 0, 0] = 0
-    assert posed(tmp_path, [label] * 20) == ()
-
-
-def test_few_cases_may_lie_the_same_way_by_chance(tmp_path: Path) -> None:
-    assert posed(tmp_path, [hook()] * 19) == ()
-
-
-def test_cases_without_a_label_lie_no_way(tmp_path: Path) -> None:
-    assert posed(tmp_path, [hook()] * 20 + [0 * hook()]) == (0, 1)
-
-
 def test_a_plain_folder_gets_names_for_its_values(tmp_path: Path) -> None:
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
@@ -432,26 +384,6 @@ def test_pictures_are_changed_more_than_slices() -> None:
 
 def test_pictures_are_mirrored_from_left_to_right_only() -> None:
     assert plan(PICTURES).config.augment.flip_axes == (1,)
-
-
-@pytest.mark.parametrize(
-    ("fingerprint", "one_way", "axes"),
-    [
-        (PRINT, (0, 1, 2), ()),
-        (PRINT, (1, 2), (0,)),
-        (PICTURES, (0,), (1,)),
-        (PICTURES, (0, 1), ()),
-        (replace(PICTURES, pictures=False), (1,), (0,)),
-    ],
-)
-def test_nothing_is_mirrored_where_all_cases_lie_the_same_way(
-    fingerprint: Fingerprint, one_way: tuple[int, ...], axes: tuple[int, ...]
-) -> None:
-    found = plan(replace(fingerprint, one_way=one_way))
-    assert found.config.augment.flip_axes == axes
-    assert ("all cases lie the same way" in found.reasons["augment.flip_axes"]) == (
-        axes != plan(fingerprint).config.augment.flip_axes
-    )
 
 
 @pytest.mark.parametrize("fingerprint", [PICTURES, replace(PICTURES, pictures=False)], ids=["pictures", "slices"])

@@ -32,6 +32,7 @@ def main() -> None:
     ends.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20])
     ends.add_argument("--epochs", type=int, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--as-they-are", action="store_true", help="train nothing; of unfinished runs the course alone")
     parser.add_argument("--folds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER")
@@ -41,25 +42,36 @@ def main() -> None:
     for fold in arguments.folds:
         for end in arguments.epochs or arguments.minutes:
             run = arguments.runs / f"fold_{fold}_{end:g}{'epochs' if arguments.epochs else 'min'}"
-            command = train(arguments, run, fold, end)
+            if not arguments.as_they_are:
+                train(arguments, run, fold, end)
             told = {"epochs": end} if arguments.epochs else {"minutes": end}
-            rows.append(read(run) | {"fold": fold, **told, "command": command})
+            rows.append(read(run) | {"fold": fold, **told, "command": told_command(arguments, fold, end)})
             write(arguments, rows)
 
 
-def train(arguments: argparse.Namespace, run: Path, fold: int, end: float) -> str:
-    """Train with defaults unless the run is finished; the command line, with names in place of paths."""
+def options_of(arguments: argparse.Namespace, fold: int, end: float) -> list[str]:
+    """What the command line of one training has beside data set and run."""
     until = ["--epochs", f"{end:g}"] if arguments.epochs else ["--time-budget", f"{end:g}m"]
-    options = ["--fold", str(fold), *until, "--device", arguments.device]
-    options += [word for setting in arguments.set for word in ("--set", setting)]
+    settings = [word for setting in arguments.set for word in ("--set", setting)]
+    return ["--fold", str(fold), *until, "--device", arguments.device, *settings]
+
+
+def told_command(arguments: argparse.Namespace, fold: int, end: float) -> str:
+    """The command line, with names in place of paths."""
+    return " ".join(["medseg train DATASET -o RUN", *options_of(arguments, fold, end)])
+
+
+def train(arguments: argparse.Namespace, run: Path, fold: int, end: float) -> None:
+    """Train with defaults unless the run is finished."""
     if not (run / "validation" / "report" / "summary.json").is_file():
         command = [sys.executable, "-m", "medseg", "train", str(arguments.dataset), "-o", str(run)]
-        subprocess.run([*command, *options, "--resume"], check=True)
-    return " ".join(["medseg train DATASET -o RUN", *options])
+        subprocess.run([*command, *options_of(arguments, fold, end), "--resume"], check=True)
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
+    """What a run says of itself; one that was ended has no more than its course."""
+    if not (run / "validation" / "report" / "summary.json").is_file():
+        return {"course": read_course(run / "metrics.csv")}
     summary = json.loads((run / "validation" / "report" / "summary.json").read_text())
     model = json.loads((run / "model.json").read_text())
     return {
