@@ -35,7 +35,10 @@ from pynetdicom import AE, build_role, evt
 
 from medseg_pipelines.hospital.database import commitments, deliveries
 from medseg_pipelines.hospital.deliveries import Delivery
+from medseg_pipelines.hospital.dimse import associated
+from medseg_pipelines.hospital.settings import PeerSettings
 
+VERIFICATION = "1.2.840.10008.1.1"
 PUSH_MODEL, PUSH_INSTANCE = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
 KEPT, FAILURES = 1, 2
 
@@ -50,6 +53,31 @@ def seg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medseg_pipelines.hospital.commitment.SAME_S", 0.5)
+
+
+def test_a_report_that_is_answered_during_the_release_keeps_nobody_waiting() -> None:
+    port = free_port()
+    server = AE("PACS")
+    server.add_supported_context(VERIFICATION, EXPLICIT)
+    running = server.start_server((HOST, port), block=False)
+    peer = PeerSettings(ae_title="PACS", host=HOST, port=port)
+    released = threading.Event()
+
+    def ask() -> None:
+        contexts, handlers = [(VERIFICATION, [EXPLICIT])], [(evt.EVT_N_EVENT_REPORT, lambda event: (0, None))]
+        with associated(peer, ae_title="MEDSEG", contexts=contexts, timeout_s=5, handlers=handlers) as made:
+            # asked to stand still, the reactor does; then the thread of the report ends, and says that it runs
+            made._reactor_checkpoint.clear()
+            wait_for(lambda: made._is_paused)
+            made._is_paused = False
+        if made.is_released:
+            released.set()
+
+    try:
+        threading.Thread(target=ask, daemon=True).start()
+        assert released.wait(10)
+    finally:
+        running.shutdown()
 
 
 def report_on(request: Dataset, failed: dict[str, int]) -> tuple[Dataset, int]:

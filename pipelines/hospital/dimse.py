@@ -38,6 +38,8 @@ for _name in ("pynetdicom", "pydicom"):
 MAXIMUM_PDU = 131_072
 # of one message to us where we asked: an answer has some hundred bytes
 MOST_ANSWER = 2**20
+# between two looks at whether an association stands still
+LOOK_S = 0.2
 
 
 class _Wire(AssociationSocket):
@@ -160,13 +162,32 @@ def associated(
         raise PeerUnreachable(f"{_told(peer)}: no such host ({error.strerror}); check `host`") from error
     if not association.is_established:
         raise PeerUnreachable(f"{_told(peer)}: {_why(heard, peer, opened.is_set())}")
+    over = threading.Event()
+    if handlers:
+        threading.Thread(target=_keep_going, args=(association, over), daemon=True).start()
     try:
         yield association
+        if association.is_established:
+            association.release()
     except BaseException:
         association.abort()
         raise
-    if association.is_established:
-        association.release()
+    finally:
+        over.set()
+
+
+def _keep_going(association: Association, over: threading.Event) -> None:
+    """Take care that neither a request nor the release is waited for without end where the peer reports meanwhile.
+
+    Both ask pynetdicom's reactor to stand still and wait until it says so. A report of the peer is answered in a thread
+    of its own (pynetdicom 3.0), which says at its end that the reactor runs, though it may stand still by then.
+    """
+    asked_before = False
+    while not over.wait(LOOK_S):
+        asked = not association._reactor_checkpoint.is_set()
+        if asked and asked_before:
+            association._is_paused = True
+        asked_before = asked
 
 
 def _limit_waiting(event: evt.Event, timeout_s: float, opened: threading.Event) -> None:
