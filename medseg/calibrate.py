@@ -91,9 +91,9 @@ class Trial:
 
         Of a label that one rightly leaves empty, and the other does not, the one has a Dice of 1.
         """
-        empty, others_empty = np.isnan(self.dice), np.isnan(other.dice)
-        one = np.where(empty & ~others_empty, 1.0, self.dice)
-        found = summarise(_by_case(one) - _by_case(np.where(others_empty & ~empty, 1.0, other.dice)))
+        both_empty = np.isnan(self.dice) & np.isnan(other.dice)
+        one, another = (np.where(both_empty, np.nan, np.nan_to_num(way.dice, nan=1.0)) for way in (self, other))
+        found = summarise(_by_case(one) - _by_case(another))
         return found.mean or 0.0, found.ci95
 
     def record(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medseg.config import DataConfig
 from medseg.errors import ConfigError
+from medseg.metrics.codes import members
 
 
 def check_regions(data: DataConfig) -> None:
@@ -14,10 +15,7 @@ def check_regions(data: DataConfig) -> None:
     """
     if not data.is_regions:
         return
-    made = {}
-    for name in data.foreground:
-        found = data.labels[name]
-        made[name] = set(found) if isinstance(found, tuple) else {found}
+    made = {name: set(members(data.labels[name])) for name in data.foreground}
     wrong = []
     for n, (name, written) in enumerate(zip(made, data.region_values)):
         inside = [other for other, values in made.items() if written in values and not made[name] <= values]
