@@ -18,6 +18,7 @@ from medseg.cases import Case, Dataset, dicom_cases
 from medseg.datasets import read_dataset
 from medseg.errors import DataError
 from medseg.grid import ROUNDING_TOLERANCE, Grid
+from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
 from medseg.readers import Image, LabelMap, finite_or_raise, is_picture, read_image, read_images, read_label
 
@@ -407,11 +408,7 @@ def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
     if dataset.labels is None:
         return []
     present = {value for f in facts for value in f.label_voxels}
-    unused = [
-        name
-        for name, value in dataset.labels.items()
-        if name != "ignore" and not present & set(value if isinstance(value, tuple) else (value,))
-    ]
+    unused = [name for name, value in dataset.labels.items() if name != "ignore" and not present & set(members(value))]
     unused = [name for name in unused if dataset.labels[name] != 0]
     if not unused:
         return []
@@ -433,7 +430,7 @@ def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
 
 
 def _values(labels: Mapping[str, int | tuple[int, ...]]) -> set[int]:
-    return {v for value in labels.values() for v in (value if isinstance(value, tuple) else (value,))}
+    return {v for value in labels.values() for v in members(value)}
 
 
 def _count_values(array: npt.NDArray[Any]) -> dict[int, int]:

@@ -29,6 +29,7 @@ from medseg.device import (
 )
 from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
+from medseg.metrics.codes import members
 from medseg.model import (
     BEST,
     Model,
@@ -212,7 +213,7 @@ class Segmenter:
         data = self.config.data
         if data.is_regions:
             values = [data.labels[name] for name in data.foreground]
-            return Channels(data.foreground, tuple(v if isinstance(v, tuple) else (v,) for v in values), regions=True)
+            return Channels(data.foreground, tuple(map(members, values)), regions=True)
         return Channels((BACKGROUND, *data.foreground), data.out_values)
 
     def segment_prepared(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from medseg.config import DataConfig, LossConfig
+from medseg.metrics.codes import members
 from medseg.preprocess import IGNORE_INDEX
 
 # scores done at a time: they stay in a core's cache on a CPU, and fill a GPU without weighing on its memory
@@ -198,7 +199,7 @@ def _focal_slope(config: LossConfig, log_p: torch.Tensor) -> torch.Tensor | floa
 
 
 def _region_sums(config: LossConfig, data: DataConfig, logits: torch.Tensor, label: torch.Tensor) -> _Sums:
-    regions = tuple(v if isinstance(v, tuple) else (v,) for v in (data.labels[name] for name in data.foreground))
+    regions = tuple(members(data.labels[name]) for name in data.foreground)
     member, kind = _membership(regions, data.ignore_value, label.device)
     edge = _edge(kind[label.long()], -1).flatten(1) if config.boundary_weight else None
     target = label.flatten(1)

@@ -27,6 +27,7 @@ from medseg.config import (
 from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
 from medseg.fingerprint import Fingerprint
+from medseg.metrics.codes import members
 from medseg.networks import (
     build_bare,
     can_be_thinned,
@@ -247,7 +248,7 @@ def _sizes(fingerprint: Fingerprint, data: DataConfig, preprocess: PreprocessCon
             factor = np.prod(preprocess.shape or shape) / np.prod(shape)
         for name, across in found.items():
             values = data.labels[name]
-            voxels = sum(counts.get(v, 0) for v in (values if isinstance(values, tuple) else (values,)))
+            voxels = sum(counts.get(v, 0) for v in members(values))
             if voxels:
                 across.append(_across(voxels * float(factor), dims))
     return {name: float(np.median(across)) for name, across in found.items() if across}

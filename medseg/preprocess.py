@@ -24,6 +24,7 @@ from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
+from medseg.metrics.codes import members
 from medseg.readers import read_images, read_label
 from medseg.writers import atomic_path
 
@@ -212,7 +213,7 @@ def known_values(data: DataConfig) -> set[int]:
     """All values that a label file may hold."""
     values = {0}
     for value in data.labels.values():
-        values.update(value if isinstance(value, tuple) else (value,))
+        values.update(members(value))
     return values
 
 

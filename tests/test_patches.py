@@ -11,6 +11,7 @@ import torch
 from medseg.config import AugmentConfig
 from medseg.grid import Grid
 from medseg.patches import PatchSampler, Shelf, cut, foreground_locations, locations
+from medseg.patches.locations import voxel_at
 from medseg.preprocess import IGNORE_INDEX, Prepared
 
 SHAPE = (9, 12, 15)
@@ -215,7 +216,8 @@ def test_locations_leave_background_and_ignored_voxels_out() -> None:
     label = torch.zeros(SHAPE, dtype=torch.uint8)
     label[1, 2, 3], label[4, 5, 6], label[0, 0, 0] = 2, 1, IGNORE_INDEX
     found = foreground_locations(a_case("c", label), IGNORE_INDEX)
-    assert [f.tolist() for f in found] == [[[4, 5, 6]], [[1, 2, 3]]]
+    assert [[voxel_at(int(place), SHAPE) for place in places] for places in found] == [[[4, 5, 6]], [[1, 2, 3]]]
+    assert {places.dtype for places in found} == {torch.int32}
 
 
 def test_locations_are_drawn_evenly_over_a_label_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +227,11 @@ def test_locations_are_drawn_evenly_over_a_label_larger_than_a_piece(monkeypatch
     label[5, 5, 5] = 0
     large, small = foreground_locations(a_case("c", label, shape=(20, 30, 40)))
     assert (len(large), len(small)) == (4096, 1200)
-    assert len(torch.unique(large, dim=0)) == 4096
-    assert (label[tuple(large.long().T)] == 1).all()
-    assert (label[tuple(small.long().T)] == 70_000).all()
+    assert len(torch.unique(large)) == 4096
+    assert (label.flatten()[large.long()] == 1).all()
+    assert (label.flatten()[small.long()] == 70_000).all()
     # five standard deviations of the share of a twentieth of the voxels, drawn without return
-    counts = torch.bincount(large[:, 0].long(), minlength=19)[:19]
+    counts = torch.bincount(large.long() // (30 * 40), minlength=19)[:19]
     assert (counts - 4096 / 19).abs().max() < 5 * (4096 / 19) ** 0.5
 
 

@@ -22,6 +22,7 @@ from medseg.evaluate.pairs import Failure, Found, Pair, find_pairs, named
 from medseg.evaluate.summary import METRICS, Judged, summarise_table
 from medseg.metrics import Value
 from medseg.metrics.calibration import Reliability
+from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
 
 __all__ = ["COLUMNS", "EvaluateOptions", "Evaluation", "Failure", "Pair", "evaluate_folders", "evaluate_pairs"]
@@ -173,7 +174,7 @@ def _odd(results: Iterable[CaseResult]) -> list[str]:
 
 def _unknown(results: Iterable[CaseResult], judged: Judged) -> list[str]:
     """Values that are no label, and tolerances of labels that there are none of."""
-    known = {v for value in judged.labels.values() for v in (value if isinstance(value, tuple) else (value,))}
+    known = {v for value in judged.labels.values() for v in members(value)}
     cases: dict[int, list[str]] = {}
     for result in results:
         for value in (result.reference_values | result.prediction_values) - known:

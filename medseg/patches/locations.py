@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ PIECE = 2**20
 
 
 def foreground_locations(case: Prepared, ignore_value: int | None = None) -> tuple[torch.Tensor, ...]:
-    """For each label present, in rising order, up to 4096 of its voxels (N, n), drawn evenly; none of `ignore_value`.
+    """For each label present, in rising order, up to 4096 of its voxels, drawn evenly; none of `ignore_value`.
 
-    The draw depends on the case's id alone: found at the start or in the middle of a run, they are the same.
+    A voxel is its number (N,) in the flattened label map, in as few bytes as will do, since they are kept for every
+    case of a training; `voxel_at` says where it lies. The draw depends on the case's id alone: found at the start or in
+    the middle of a run, they are the same.
     """
     if case.label is None:
         return ()
@@ -39,7 +42,13 @@ def foreground_locations(case: Prepared, ignore_value: int | None = None) -> tup
                     before = kept[value]
                     found = _smallest(np.concatenate([before[0], found[0]]), np.concatenate([before[1], found[1]]))
                 kept[value] = found
-    return tuple(_voxels(kept[value][0], case.label.shape) for value in sorted(kept))
+    numbers = torch.int32 if flat.size <= torch.iinfo(torch.int32).max else torch.int64
+    return tuple(torch.from_numpy(kept[value][0]).to(numbers) for value in sorted(kept))
+
+
+def voxel_at(place: int, shape: Sequence[int]) -> list[int]:
+    """Where the voxel of number `place` of a flattened map of `shape` lies."""
+    return [int(i) for i in np.unravel_index(place, tuple(shape))]
 
 
 def _smallest(places: Places, keys: Keys) -> tuple[Places, Keys]:
@@ -48,7 +57,3 @@ def _smallest(places: Places, keys: Keys) -> tuple[Places, Keys]:
         return places, keys
     chosen = np.argpartition(keys, MAX_LOCATIONS)[:MAX_LOCATIONS]
     return places[chosen], keys[chosen]
-
-
-def _voxels(places: Places, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(np.unravel_index(places, shape), axis=1).astype(np.int32))

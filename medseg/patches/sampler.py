@@ -9,7 +9,7 @@ import torch
 
 from medseg.augment import Draws, change_intensity, draw, resample, source_box
 from medseg.config import AugmentConfig
-from medseg.patches.locations import foreground_locations
+from medseg.patches.locations import foreground_locations, voxel_at
 from medseg.patches.shelf import Shelf
 from medseg.preprocess import Prepared
 
@@ -106,7 +106,7 @@ class PatchSampler:
                 self._locations[index] = foreground_locations(case, self._ignore_value)
             if locations := self._locations[index]:
                 voxels = locations[int(random[1] * len(locations))]
-                centre = voxels[int(random[2] * len(voxels))].tolist()
+                centre = voxel_at(int(voxels[int(random[2] * len(voxels))]), shape)
                 return [c - p // 2 for c, p in zip(centre, self._patch)]
         room = [size - p for size, p in zip(shape, self._patch)]
         return [int(r * (free + 1)) if free > 0 else free // 2 for r, free in zip(random[3:].tolist(), room)]

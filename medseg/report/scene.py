@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from medseg.errors import DataError
 from medseg.metrics import Labels, Value, present_values
+from medseg.metrics.codes import members
 from medseg.report.layers import Layers
 from medseg.views import window
 from medseg.writers.in_memory import nifti_bytes
@@ -225,15 +226,15 @@ def _box(layers: Layers) -> tuple[slice, ...]:
 def _meanings(
     layers: Layers, found: Sequence[int], labels: Mapping[str, Value], colours: Mapping[str, str]
 ) -> tuple[SceneLabel, ...]:
-    members = {name: value if isinstance(value, tuple) else (value,) for name, value in labels.items()}
+    parts = {name: members(value) for name, value in labels.items()}
     voxels = {
         value: int(np.count_nonzero(layers.reference == value) + np.count_nonzero(layers.prediction == value))
-        for value in (found if any(len(m) > 1 for m in members.values()) else ())
+        for value in (found if any(len(m) > 1 for m in parts.values()) else ())
     }
     meanings = []
     for number, value in enumerate(found, start=1):
-        names = [name for name, values in members.items() if value in values]
-        smallest = min(names, key=lambda name: sum(voxels.get(v, 0) for v in members[name]))
+        names = [name for name, values in parts.items() if value in values]
+        smallest = min(names, key=lambda name: sum(voxels.get(v, 0) for v in parts[name]))
         meanings.append(SceneLabel(number, tuple(names), colours[smallest]))
     return tuple(meanings)
 
