@@ -16,7 +16,9 @@ import pytest
 from dicom_series import CORONAL, LPS_TO_RAS, OBLIQUE, SHAPE, classic, enhanced, images_of, ras
 from geometry import orientations, reorient
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
 from pydicom.sr._concepts_dict import concepts
+from pydicom.tag import Tag
 from skimage.color import rgb2lab
 
 from medseg.errors import DataError, GeometryError
@@ -253,6 +255,23 @@ def test_headers_of_the_caller_stay_as_they_are(tmp_path: Path) -> None:
     before = deepcopy(images.headers)
     write_dicom_seg(tmp_path / "seg.dcm", labelled_series(images, labelled(), algorithm=ALGORITHM))
     assert images.headers == before
+
+
+def test_a_sequence_that_is_cut_off_costs_nothing_but_itself(tmp_path: Path) -> None:
+    images = images_of(classic())
+    for header in images.headers:
+        # as a file gives it, understood when it is asked for: an item's tag without its length
+        for keyword in ("ReferencedStudySequence", "ReferencedPatientSequence"):
+            tag = Tag(keyword)
+            header[tag] = RawDataElement(tag, "SQ", 4, b"\xfe\xff\x00\xe0", 0, False, True)
+    with pytest.raises(OSError, match="No tag to read"):
+        deepcopy(images.headers[0])[Tag("ReferencedStudySequence")]
+    path = tmp_path / "seg.dcm"
+    write_dicom_seg(path, labelled_series(images, labelled(), algorithm=ALGORITHM))
+    seg = pydicom.dcmread(path)
+    assert "ReferencedStudySequence" not in seg
+    assert seg.PatientID == images.headers[0].PatientID
+    assert centres(seg).keys() == {1, 2, 3}
 
 
 @pytest.mark.parametrize("keyword", ["SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID"])

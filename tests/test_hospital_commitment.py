@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pydicom
@@ -31,8 +32,11 @@ from hospital_publishing import (
     write_seg,
 )
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pynetdicom import AE, build_role, evt
 
+from medseg_pipelines.hospital.commitment import Reports
 from medseg_pipelines.hospital.database import commitments, deliveries
 from medseg_pipelines.hospital.deliveries import Delivery
 from medseg_pipelines.hospital.dimse import associated
@@ -313,6 +317,18 @@ def test_reports_that_mean_nothing_change_nothing(tmp_path: Path, seg: Path, cap
         assert report_to(own, report) == 0x0000
         wait_until(node, job, "done")
     assert "Doe" not in caplog.text
+
+
+def test_a_report_whose_list_is_cut_off_is_answered_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    information = Dataset()
+    information.TransactionUID = "2.25.1"
+    listed = Tag("ReferencedSOPSequence")
+    # pydicom looks into it only when it is asked for
+    information[listed] = RawDataElement(listed, "SQ", 4, b"\xfe\xff\x00\xe0", 0, False, True)
+    event = SimpleNamespace(event_type=KEPT, event_information=information)
+    untouched = SimpleNamespace()
+    assert Reports(untouched, untouched).hear(event) == (0x0115, None)  # type: ignore[arg-type]
+    assert "cannot be understood (OSError)" in caplog.text
 
 
 def test_deliveries_are_told_apart_by_their_key_alone() -> None:

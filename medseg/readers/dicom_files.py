@@ -31,6 +31,11 @@ ENDINGS = (".dcm", ".ima", ".dicom")
 DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.4.205")
 # the transfer syntax stands within a few hundred bytes of the beginning; a file that hides it farther back is refused
 _HEAD_BYTES = 4096
+# of an element that cannot be understood: whatever pydicom stumbles over
+UNREADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OverflowError, OSError, EOFError),
+    *(struct.error, RecursionError),
+)
 # of this thread: what others do with pydicom is not ours
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 _WORD = re.compile(r"[A-Z0-9_ ]{1,16}")
@@ -142,7 +147,7 @@ def header_value(dataset: Dataset, name: str) -> Any:
     try:
         with quiet():
             value = dataset.get(name)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OverflowError, struct.error):
+    except UNREADABLE:
         # a damaged value is as good as none: whoever needs it refuses
         return None
     return None if value is None or value == "" else value

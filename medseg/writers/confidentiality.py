@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hmac
 import re
-import struct
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pydicom.uid import UID
 
 from medseg.errors import DataError
 from medseg.readers.dicom_facts import VALID_UID
+from medseg.readers.dicom_files import UNREADABLE
 from medseg.writers.confidentiality_table import (
     ACTIONS,
     BULK,
@@ -36,11 +36,6 @@ from medseg.writers.confidentiality_table import (
     UNLISTED_REMOVED,
 )
 
-# of an element that cannot be understood: whatever pydicom stumbles over
-UNREADABLE = (
-    *(ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OverflowError, OSError, EOFError),
-    *(struct.error, RecursionError),
-)
 MOST_SHIFTED_DAYS = 3650
 # people of 90 and more are few (HIPAA, 45 CFR 164.514)
 _OLDEST = 89

@@ -23,7 +23,7 @@ from pydicom.uid import UID
 from medseg.errors import DataError, GeometryError, MedsegError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, turned
 from medseg.readers._axes import LPS_TO_RAS
-from medseg.readers.dicom_files import quiet
+from medseg.readers.dicom_files import UNREADABLE, quiet
 from medseg.readers.segments import Segmentation, SegmentInfo, count_voxels, volumes_ml
 from medseg.readers.series import SourceImages
 from medseg.writers.anatomy import CODES
@@ -276,7 +276,7 @@ def _legible(header: Dataset) -> Dataset:
             else:
                 value = element.value
             made.add(DataElement(tag, element.VR, value))
-        except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OverflowError) as error:
+        except UNREADABLE as error:
             # neither the value nor what pydicom says of it, which quotes it: it may be a patient's
             log.info("%s cannot be read (%s) and is left out", tag, type(error).__name__)
     return made

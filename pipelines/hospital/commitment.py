@@ -70,7 +70,8 @@ class Reports:
                 str(item.ReferencedSOPInstanceUID): _reason(item.get("FailureReason"))
                 for item in information.get("FailedSOPSequence") or []
             }
-        except (AttributeError, ValueError, TypeError, KeyError, NotImplementedError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001
+            # its values are read only here, and pydicom raises whatever it stumbles over
             log.warning("a report on storage commitment cannot be understood (%s)", type(error).__name__)
             return INVALID_ARGUMENT, None
         try:
