@@ -470,7 +470,11 @@ def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], bud
     if axes:
         flipped = overlay(base.settings, {"windows": {"flip_axes": axes}})
         mirrored = bench.samples(flipped, profile, None if plain_s is None else 2 * plain_s)
-        model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
+        if mirrored:
+            model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
+        else:
+            # a label that only the plain image shows, spurious, is in no mean of both
+            axes = []
     measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
     return {"settings": {}, "measured": measured, "flip_axes": axes, "model": model.model_dump(mode="json")}
 

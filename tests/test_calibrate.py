@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,27 @@ def test_what_was_tried_before_a_kill_needs_no_time(tmp_path: Path, monkeypatch:
 def test_a_few_cases_tell_nothing() -> None:
     cases = [a_case(n) for n in range(4)]
     assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}
+
+
+class Lopsided(torch.nn.Module):
+    """Thinks, not surely, that the lower half of every window is `shell`: of two mirrored copies one denies it."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 1, *S) → logits (B, 3, *S)."""
+        shell = torch.full_like(images, -9.0)
+        shell[:, :, : images.shape[2] // 2] = 1.0
+        return torch.cat([torch.zeros_like(images), shell, torch.full_like(images, -9.0)], dim=1)
+
+
+def test_held_back_cases_without_any_label_do_not_end_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.calibrate.WORSE", (("noise", 0.5),))
+    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
+    config, cases = tiny_config(augment={"flip_axes": [0]}, windows={"mode": "whole"}), [a_case(n) for n in range(5)]
+    healthy = [replace(case, label=torch.zeros_like(case.label)) for case in cases if case.label is not None]
+    found = calibrate(config, Lopsided(), healthy, training=cases, device=CPU, precision="32", budget_s=600)
+    # what the plain image shows where nothing is teaches; in the mean of both nothing is left to judge
+    assert found["quality"]["model"]["with_members"] is None
+    assert found["quality"]["flip_axes"] == []
 
 
 def test_everything_that_was_measured_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import medseg
 from medseg import ConfigError, DataError
+from medseg.compare.results import sentence
 
 COLUMNS = (
     *("case", "label", "name", "status", "tp", "fp", "fn", "dice", "iou", "precision", "recall"),
@@ -543,6 +544,14 @@ def test_where_nothing_is_shown_the_cases_needed_are_told(report):
     (finding,) = medseg.compare([a, b]).findings
     assert finding.startswith("No difference in Dice was shown between a and b over 5 cases: a − b = 0.020 [")
     assert finding.endswith(f"about {needed} cases would be needed to show such a difference.")
+
+
+def test_a_mean_of_finite_differences_says_of_how_many(report):
+    a = report("a", [*(row(f"c{n}", 0.9, hd=1.0 + n / 10) for n in range(5)), row("c5", 0, status="missed")])
+    b = report("b", [row(f"c{n}", 0.9, hd=1.2 + n / 9) for n in range(6)])
+    found = line(medseg.compare([a, b]).table, name="liver", metric="hd95_mm")
+    assert (found["n_cases"], found["n_finite"]) == (6, 5)
+    assert "], finite only (5)" in sentence(found)
 
 
 def test_the_best_method_is_held_against_each_other_one(report):

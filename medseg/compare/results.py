@@ -192,7 +192,7 @@ def sentence(row: Mapping[Any, Any], *, several: str = "", grouped: bool = False
         )
     won, lost = (row["n_better"], row["n_worse"]) if first else (row["n_worse"], row["n_better"])
     events = f"better in {won}, worse in {lost}, equal in {row['n_equal']}"
-    return f"{better} is better than {worse} in {several}{measure} over {over}: {events}, {p}; where finite: {gap}."
+    return f"{better} is better than {worse} in {several}{measure} over {over}: {events}, {p}; {gap}."
 
 
 def p_words(p: float | None) -> str:
@@ -214,7 +214,8 @@ def _gap(row: Mapping[Any, Any], unit: str, several: str, measure: str, absolute
     name = f" {unit}" if unit else ""
     if absolute:
         return f"{difference}{name} {several}{measure}{interval}"
-    return f"{row['a']} − {row['b']} = {difference}{name}{interval}"
+    over = f", finite only ({row['n_finite']})" if row["n_finite"] < row["n_cases"] else ""
+    return f"{row['a']} − {row['b']} = {difference}{name}{interval}{over}"
 
 
 def _needed(row: Mapping[Any, Any]) -> str:
