@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from medseg.convert import Converted, ConvertOptions, convert
     from medseg.demo import demo
     from medseg.errors import (
+        CasesError,
         ConfigError,
         DataError,
         GeometryError,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Case": "cases",
     "CaseResult": "folder",
+    "CasesError": "errors",
     "Comparison": "compare",
     "Config": "config",
     "ConfigError": "errors",
@@ -139,6 +141,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Case",
     "CaseResult",
+    "CasesError",
     "Comparison",
     "Config",
     "ConfigError",

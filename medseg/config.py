@@ -412,13 +412,16 @@ class Config(Section):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises `ConfigError` if it cannot be read or holds something else."""
+    """The mapping a YAML or JSON file holds. Raises `ConfigError` if it cannot be read or holds something else."""
+    # YAML reads JSON too, but not with tabs between its words
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        form = "JSON" if path.suffix == ".json" else "YAML"
+        raise ConfigError(f"{path}: is not valid {form}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, expected sections such as `train:` with keys below")
     return values
@@ -548,8 +551,11 @@ def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
     """Names and values of labels, from a run folder, a dataset.json or YAML (`name: value`). Raises `ConfigError`."""
     file = path
     if path.is_dir():
-        file = next((path / n for n in ("config.yaml", "dataset.json") if (path / n).is_file()), path / "config.yaml")
+        known = (path / name for name in ("config.yaml", "model.json", "dataset.json"))
+        file = next((file for file in known if file.is_file()), path / "config.yaml")
     content = read_yaml(file)
+    if file.name == "model.json" and isinstance(content.get("config"), dict):
+        content = content["config"]
     found = content.get("data", content)
     found = found.get("labels", found) if isinstance(found, dict) else {}
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MedsegError(Exception):
     """Everything medseg refuses on purpose: the message says what was found, what was expected, what to do."""
@@ -13,6 +15,14 @@ class ConfigError(MedsegError):
 
 class DataError(MedsegError):
     """A file or a data set cannot be used as it is."""
+
+
+class CasesError(DataError):
+    """No case of several could be done; `failed` has a line for each."""
+
+    def __init__(self, message: str, failed: Sequence[str]) -> None:
+        super().__init__(message)
+        self.failed = tuple(failed)
 
 
 class GeometryError(DataError):

@@ -76,11 +76,13 @@ def upward(module: str, tree: ast.AST, known: frozenset[str]) -> list[str]:
 
 
 def beside_the_face(module: str, tree: ast.AST) -> list[str]:
-    """Imports of `cli` and the pipelines from inside medseg, but for what a terminal is shown."""
+    """Imports of `cli` and the pipelines from inside medseg, but for what a terminal is shown and extras."""
     if floor(module) != TOP or module == "medseg.__main__":
         return []
     inside = [
-        (n, name) for n, name in imports(tree) if name.startswith("medseg.") and room(name) not in ("cli", "terminal")
+        (n, name)
+        for n, name in imports(tree)
+        if name.startswith("medseg.") and room(name) not in ("cli", "optional", "terminal")
     ]
     return [f"{module}:{n} imports {name}: use the face" for n, name in inside]
 

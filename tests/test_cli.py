@@ -367,6 +367,25 @@ def test_train_refuses(
     assert _files(tmp_path / "run") == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("check", "data"),
+        ("evaluate", "masks", "references", "-o", "report"),
+        ("compare", "a", "b", "-o", "out"),
+        ("convert", "scan", "-o", "scan.nii.gz"),
+        ("deidentify", "scans", "-o", "out"),
+        ("models",),
+    ],
+    ids=lambda line: line[0],
+)
+def test_verbs_without_need_of_a_gpu_know_devices_too(cli: Medseg, line: tuple[str, ...]) -> None:
+    shown = cli(*line, "--device", "banana")
+    assert shown.code == 2
+    assert "'banana' found, expected auto, cpu, cuda or cuda:N" in shown.err
+    assert "expected auto" not in cli(*line, "--device", "cuda:1").err
+
+
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_train_needs_a_folder_it_can_write(cli: Medseg, tiny_run, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("kept")
@@ -909,6 +928,13 @@ def test_evaluate_writes_a_report(cli: Medseg, tiny_run, folders, tmp_path: Path
     assert shown.out.splitlines()[-1] == f"Report: {tmp_path / 'report' / 'report.html'}"
 
 
+def test_evaluate_takes_the_labels_of_a_model_that_comes_with_medseg(cli: Medseg, folders, tmp_path: Path) -> None:
+    assert cli("evaluate", *folders, "-o", tmp_path / "report", "--labels", "hippocampus").code == 0
+    named = (tmp_path / "report" / "metrics.csv").read_text()
+    assert ",anterior," in named
+    assert ",posterior," in named
+
+
 def test_evaluate_refuses_missing_predictions(cli: Medseg, folders, tmp_path: Path) -> None:
     (folders[0] / "case2.nii.gz").unlink()
     shown = cli("evaluate", *folders, "-o", tmp_path / "report")
@@ -942,6 +968,18 @@ def test_evaluate_names_a_file_it_cannot_read(cli: Medseg, folders, tmp_path: Pa
     assert shown.code == 1
     assert f"failed: case2: {bad}: the gzip stream is damaged" in shown.err
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_evaluate_names_every_case_where_none_can_be_read(cli: Medseg, folders, tmp_path: Path) -> None:
+    broken = sorted(folders[0].iterdir())
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:60])
+    shown = cli("evaluate", *folders, "-o", tmp_path / "report")
+    assert shown.code == 1
+    assert [line[:14] for line in shown.err.splitlines() if line.startswith("failed:")] == [
+        f"failed: {file.name[:5]}:"[:14] for file in broken
+    ]
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(

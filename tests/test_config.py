@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,20 @@ def test_labels_are_read_from_every_form(tmp_path: Path, name: str, content: str
 def test_labels_of_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_yaml(make_config({"data": {"labels": {"a": 4}}})))
     assert read_labels(tmp_path) == {"a": 4}
+
+
+def test_labels_of_a_model_without_its_run(tmp_path: Path) -> None:
+    described = {"config": {"data": {"labels": {"liver": 1, "whole": [1, 2]}}}, "labels": []}
+    (tmp_path / "model.json").write_text(json.dumps(described, indent="\t"))
+    assert read_labels(tmp_path) == {"liver": 1, "whole": (1, 2)}
+
+
+def test_a_json_file_may_be_indented_with_tabs(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{\n\t"labels": {\n\t\t"liver": 1\n\t}\n}\n')
+    assert read_labels(tmp_path / "dataset.json") == {"liver": 1}
+    (tmp_path / "dataset.json").write_text('{"labels": }')
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_labels(tmp_path / "dataset.json")
 
 
 @pytest.mark.parametrize("content", ["liver: big\n", "{}\n", "data: 3\n", "data: {labels: [1]}\n"])

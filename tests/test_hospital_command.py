@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import traceback
 import warnings
@@ -153,3 +155,15 @@ def test_health_is_that_of_the_parts_of_this_machine(node: Node, tmp_path: Path)
     told = run(tmp_path, "health")
     assert told.exit_code == 1
     assert "has given no sign of life" in told.output
+
+
+def test_without_the_extra_the_command_names_it() -> None:
+    blocked = (
+        "import sys; sys.modules['sqlalchemy'] = None; from medseg_pipelines.hospital.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked, "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    words = " ".join(done.stderr.split())
+    assert "pip install '.[hospital]'" in words
+    assert "sqlalchemy" in words
+    assert "Traceback" not in words

@@ -93,6 +93,11 @@ def run(arguments: list[str]) -> int:
         return _interrupted(arguments, done) if code == INTERRUPTED else code
     except KeyboardInterrupt as told:
         return _interrupted(arguments, told)
+    except medseg.CasesError as error:
+        logging.getLogger("medseg").debug("traceback", exc_info=True)
+        for line in error.failed:
+            err.print(f"[red]failed:[/red] {escape(line)}")
+        return SOME_FAILED
     except medseg.MedsegError as error:
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         rank = _rank(arguments)

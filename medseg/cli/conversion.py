@@ -96,6 +96,7 @@ def deidentify(
     allow_burned_in: Annotated[
         bool, typer.Option("--allow-burned-in", help="Also images that may have names in their pixels. Look at them.")
     ] = False,
+    device: AnyDevice = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Copy DICOM files without what tells whose they are: PS3.15 Basic Profile; pixels and geometry stay.

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 import medseg
 from medseg.cli.shared import (
+    AnyDevice,
     Device,
     Settings,
     Verbose,
@@ -69,6 +70,7 @@ def inspect(
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all that the model cards say.")] = False,
+    device: AnyDevice = "auto",
     verbose: Verbose = False,
 ) -> None:
     """List the trained models that come with medseg; their names work as `-m NAME`."""
@@ -93,6 +95,8 @@ def models(
         }
         for what, text in lines.items():
             out.print(f"  {what:<9}{text}", markup=False)
+    if found:
+        finish(f"{len(found)} models; use one as `medseg infer IMAGE -m {found[0].name} -o OUT`")
 
 
 def _patch(text: str | None) -> tuple[int, ...] | None:

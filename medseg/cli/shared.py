@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -18,7 +19,19 @@ from medseg.terminal import err, out
 OK, SOME_FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-AnyDevice = Annotated[str, typer.Option(help="As for the other verbs; this one needs no GPU and works on the CPU.")]
+
+
+def _named_device(name: str) -> str:
+    """Refuses what names no device, where none is looked for."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise typer.BadParameter(f"{name!r} found, expected auto, cpu, cuda or cuda:N")
+    return name
+
+
+AnyDevice = Annotated[
+    str,
+    typer.Option(callback=_named_device, help="As for the other verbs; this one needs no GPU and works on the CPU."),
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
 DatasetArg = Annotated[
     Path, typer.Argument(metavar="DATASET", help="nnU-Net or Decathlon folder, images/ + labels/, or a CSV/JSON list.")

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from medseg.config import COLOURS
-from medseg.errors import DataError
+from medseg.errors import CasesError, DataError
 from medseg.evaluate.cautions import cautions
 from medseg.evaluate.lesions import lesion_row, lesion_table, no_lesions
 from medseg.evaluate.measuring import CaseResult, measure_each
@@ -119,7 +119,10 @@ def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, pr
         reasons = [failure.reason for failure in failures] or ["missing predictions for all of them"]
         n = len(found.pairs) + len(found.failures)
         more = f"; and {len(reasons) - _REASONS_AT_MOST} more" if len(reasons) > _REASONS_AT_MOST else ""
-        raise DataError(f"none of {n} cases could be evaluated: {'; '.join(reasons[:_REASONS_AT_MOST])}{more}")
+        message = f"none of {n} cases could be evaluated: {'; '.join(reasons[:_REASONS_AT_MOST])}{more}"
+        if failures:
+            raise CasesError(message, [f"{failure.case}: {failure.reason}" for failure in failures])
+        raise DataError(message)
     labels = options.labels or _names_found(results)
     calibration, uncalibrated = _calibration(results, options)
     judged = Judged(
