@@ -27,7 +27,17 @@ from medseg.readers import file_sha256
 from medseg.readers.series import SourceImages
 from medseg.record import CaseResult, Record, open_record
 from medseg.writers import held_room, is_disk_full, remove_stale_temporaries
-from medseg.writers.formats import NIFTI, Outcome, WrittenFile, file_name, file_names, source_for, write_files
+from medseg.writers.formats import (
+    FORMATS,
+    NIFTI,
+    REGIONS,
+    Outcome,
+    WrittenFile,
+    file_name,
+    file_names,
+    source_for,
+    write_files,
+)
 from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
 
 __all__ = ["CaseResult", "infer", "segment_cases"]
@@ -98,14 +108,15 @@ def segment_cases(
     if len(formats) > 1:
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
     _refuse_overlaps(segmenter)
+    _refuse_regions(segmenter)
     _refuse_clashes(cases, folder, segmenter.options.formats)
-    probabilities = probabilities_path(folder, "").parent
-    written = (folder, probabilities) if segmenter.options.save_probabilities else (folder,)
+    parts = [probabilities_path(folder, "").parent] if segmenter.options.save_probabilities else []
+    parts += [folder / FORMATS[name].folder for name in segmenter.options.formats if FORMATS[name].folder]
     parents = {path.parent.resolve() for case in cases for path in _files(case) if os.path.isfile(path)}
-    for made in written:
+    for made in (folder, *parts):
         if made.resolve() in parents:
             raise ConfigError(
-                f"{made}: images to segment are there, among which {'masks' if made == folder else 'probabilities'} "
+                f"{made}: images to segment are there, among which {'masks' if made == folder else made.name} "
                 "would be lost; choose another -o"
             )
         try:
@@ -113,8 +124,8 @@ def segment_cases(
         except OSError as error:
             raise ConfigError(f"{made}: cannot be made ({error.strerror}); choose another -o") from error
     try:
-        removed = remove_stale_temporaries(folder)
-        removed += remove_stale_temporaries(probabilities) if probabilities.is_dir() else []
+        known = {probabilities_path(folder, "").parent, *(folder / f.folder for f in FORMATS.values())}
+        removed = [name for made in sorted(known) if made.is_dir() for name in remove_stale_temporaries(made)]
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
@@ -152,7 +163,6 @@ class _Labelled:
     look: bool
     kept: Mapping[str, WrittenFile]
     peak_memory_mb: float | None
-    probabilities: ProbabilityStore | None
 
 
 class _Dropped(BaseException):
@@ -371,9 +381,8 @@ class _Run:
         self._memory.begin()
         with ExitStack() as kept:
             store = None
-            if self._saves_probabilities:
-                folder = probabilities_path(self._folder, read.case.id).parent
-                store = ProbabilityStore(folder, read.prepared.source.shape, segmenter.channels)
+            if self._saves_probabilities or any(FORMATS[n].needs_scores for n in segmenter.options.formats):
+                store = ProbabilityStore(self._folder, read.prepared.source.shape, segmenter.channels)
                 kept.enter_context(store)
             found = segmenter.segment_prepared(read.prepared, read.seconds, tick=tick, keep=store)
             # from here on the writer closes it
@@ -390,12 +399,13 @@ class _Run:
             warnings=(*read.prepared.notes, *found.warnings),
             revision=segmenter.options.revision,
             formats=segmenter.options.formats,
+            scores=store,
         )
-        return _Labelled(read.inputs, read.seconds, outcome, found.look, read.kept, self._memory.end(), store)
+        return _Labelled(read.inputs, read.seconds, outcome, found.look, read.kept, self._memory.end())
 
     def _write(self) -> None:
         for labelled in iter(self._labelled.get, None):
-            with self._kept_apart(labelled.outcome.case, labelled.seconds), labelled.probabilities or nullcontext():
+            with self._kept_apart(labelled.outcome.case, labelled.seconds), labelled.outcome.scores or nullcontext():
                 self._write_one(labelled)
             self._behind.release()
             del labelled
@@ -406,8 +416,8 @@ class _Run:
         outcome, case = labelled.outcome, labelled.outcome.case
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
-            if labelled.probabilities is not None:
-                probabilities = file_sha256(write_probabilities(beside, labelled.probabilities, outcome.like))
+            if self._saves_probabilities and outcome.scores is not None:
+                probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
             # what earlier runs have made of the same input is of the same mask
             files = {**labelled.kept, **write_files(self._folder, outcome)}
         others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]
@@ -472,11 +482,20 @@ def _refuse_overlaps(segmenter: Segmenter) -> None:
     labels = [value for value in segmenter.config.data.labels.values() if isinstance(value, tuple)]
     single = [(value,) for value in segmenter.config.data.labels.values() if not isinstance(value, tuple)]
     values = [value for members in (*labels, *single) for value in members]
-    wrong = [name for name in segmenter.options.formats if name != NIFTI]
+    wrong = [name for name in segmenter.options.formats if name not in (NIFTI, REGIONS)]
     if segmenter.config.data.is_regions and wrong and len(set(values)) < len(values):
         raise ConfigError(
             f"--format {','.join(wrong)}: the labels of this model are regions that overlap, of which these files "
             "would show and measure only what no other one covers; ask for --format nifti"
+        )
+
+
+def _refuse_regions(segmenter: Segmenter) -> None:
+    """Raises `ConfigError` where regions are asked for of a model that has labels."""
+    if REGIONS in segmenter.options.formats and not segmenter.config.data.is_regions:
+        raise ConfigError(
+            "--regions: the labels of this model do not lie over each other, and the mask holds each of them whole; "
+            "leave the option out"
         )
 
 

@@ -36,7 +36,8 @@ from medseg.writers.formats import FORMATS, file_name
 
 VOXELS = np.random.default_rng(1).integers(0, 300, (12, 10, 14)).astype(np.int16)
 GAP = [0.0, 2.5, 7.5, *(10 + 2.5 * k for k in range(9))]
-ALL = tuple(FORMATS)
+# of labels; what only regions have is asked for apart
+ALL = tuple(name for name in FORMATS if name != "regions")
 NAMES = {
     "nifti": "scan.nii.gz",
     "dicom-seg": "scan.seg.dcm",
@@ -336,7 +337,7 @@ def test_regions_that_do_not_overlap_are_labels(scan: Path, tmp_path: Path) -> N
 def test_wrong_formats_are_refused_with_the_right_ones(names: tuple[str, ...], found: str) -> None:
     with pytest.raises(ConfigError) as raised:
         InferOptions(formats=names)
-    assert str(raised.value) == f"--format {found}: expected one or several of {', '.join(ALL)}, each once"
+    assert str(raised.value) == f"--format {found}: expected one or several of {', '.join(FORMATS)}, each once"
 
 
 def test_a_revision_counts_from_one() -> None:
@@ -363,7 +364,8 @@ def test_the_help_names_all_formats() -> None:
 
 def test_names_of_files_follow_from_case_and_format(tmp_path: Path) -> None:
     volume, plane = Case("scan", (tmp_path / "scan.nii.gz",), None, "scan"), Case("a", (tmp_path / "a.png",), None, "a")
-    assert {f: file_name(volume, f) for f in FORMATS} == NAMES
+    assert {f: file_name(volume, f) for f in ALL} == NAMES
+    assert file_name(volume, "regions") == "regions/scan.nii.gz"
     assert file_name(plane, "nifti") == "a.png"
 
 

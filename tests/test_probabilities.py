@@ -139,6 +139,46 @@ def test_regions_are_above_one_half_where_the_mask_has_them(tmp_path: Path) -> N
     assert found.channels == Channels(("whole", "core"), ((3, 7), (7,)), regions=True)
 
 
+def test_regions_are_written_whole_where_they_lie_over_each_other(tmp_path: Path) -> None:
+    (image,) = some_images(tmp_path / "in", 1)
+    data = {"labels": {"left": [3, 7], "right": [7, 9]}, "region_values": [3, 9]}
+    config = tiny_config(data=data, preprocess={"spacing_mm": [1.25, 1.5, 2.0]})
+    model = tiny_model(tmp_path / "model", config)
+    both = replace(SAVING, formats=("nifti", "regions"))
+    (result,) = saved(tmp_path, model, options=both)
+    assert result.files["regions"]["name"] == "regions/case0.nii.gz"
+    written = tmp_path / "out" / "regions" / "case0.nii.gz"
+    found = nib.load(written)
+    left, right = np.moveaxis(np.asarray(found.dataobj), -1, 0)
+    assert found.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(found.affine, nib.load(image).affine)
+    # of the left one the mask has only what the right one leaves
+    assert (left & right).any()
+    np.testing.assert_array_equal(np.where(right, 9, np.where(left, 3, 0)), mask_of(tmp_path))
+    np.testing.assert_array_equal(np.stack([left, right], axis=-1), of(tmp_path) > 0.5)
+    # it is there, it is done again where it is not
+    assert saved(tmp_path, model, options=both)[0].status == "skipped"
+    before = written.read_bytes()
+    written.unlink()
+    assert saved(tmp_path, model, options=both)[0].status == "done"
+    assert written.read_bytes() == before
+
+
+def test_regions_without_probabilities_on_the_command_line(tmp_path: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    data = {"labels": {"whole": [3, 7], "core": [7]}, "region_values": [3, 7]}
+    regions, labels = tiny_model(tmp_path / "model", tiny_config(data=data)), tiny_model(tmp_path / "labels")
+    line = ["infer", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--regions", "-m"]
+    assert run([*line, str(labels)]) == 2
+    assert not (tmp_path / "out").exists()
+    assert run([*line, str(regions)]) == 0
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.nii.gz")) == [
+        *("case0.nii.gz", "regions/case0.nii.gz"),
+    ]
+    whole, core = np.moveaxis(np.asarray(nib.load(tmp_path / "out" / "regions" / "case0.nii.gz").dataobj), -1, 0)
+    np.testing.assert_array_equal(np.where(core, 7, np.where(whole, 3, 0)), mask_of(tmp_path))
+
+
 def test_outside_a_crop_all_is_background(tmp_path: Path) -> None:
     image = np.zeros(SHAPE, np.float32)
     image[2:6, 3:9, 4:11] = 1 + np.abs(blobs((4, 6, 7)))

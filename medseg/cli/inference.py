@@ -110,6 +110,14 @@ def infer(
             "where they are there too. `medseg evaluate --probabilities` reads them.",
         ),
     ] = False,
+    regions: Annotated[
+        bool,
+        typer.Option(
+            "--regions",
+            help="Of a model of regions, such as a tumour and its core: also write OUT/regions/CASE.nii.gz, a channel "
+            "of 0 and 1 for each region. In the mask the later region covers the earlier one; here each is whole.",
+        ),
+    ] = False,
     series: SeriesUid = None,
     resample_tilt: ResampleTilt = False,
     resample_gaps: ResampleGaps = False,
@@ -159,7 +167,7 @@ def infer(
         save_probabilities=save_probabilities,
         settings=settings_of(settings),
         series=medseg.SeriesOptions(series, resample_tilt, resample_gaps),
-        formats=tuple(name.strip() for name in format_.split(",")),
+        formats=tuple(name.strip() for name in format_.split(",")) + (("regions",) if regions else ()),
     )
     with shown_progress() as progress:
         results = medseg.infer(inputs, model, output, options, progress=progress)

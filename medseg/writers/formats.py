@@ -20,12 +20,13 @@ from medseg.readers import Geometry, file_sha256, is_image_file, is_picture, rea
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.readers.series import SourceImages, source_images
 from medseg.writers import atomic_path, label_ending, write_label
+from medseg.writers.probabilities import ProbabilityStore, write_regions
 from medseg.writers.provenance import Algorithm
 
 if TYPE_CHECKING:
     from medseg.writers.dicom_source import LabelledSeries
 
-NIFTI, DICOM_SEG = "nifti", "dicom-seg"
+NIFTI, DICOM_SEG, REGIONS = "nifti", "dicom-seg", "regions"
 
 
 class WrittenFile(TypedDict):
@@ -41,7 +42,8 @@ class Outcome:
 
     `labels` (*grid.shape) integers. `source`: the headers of its DICOM series, where a format needs them. `channels`:
     how many the model takes. `quality`: by label `expected`, `low` and `high`. `revision`: which attempt at this series
-    a DICOM object is of. `formats`: all that were asked for: one may refer to another.
+    a DICOM object is of. `formats`: all that were asked for: one may refer to another. `scores`: what was kept of the
+    network's probabilities.
     """
 
     case: Case
@@ -55,6 +57,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     revision: int = 1
     formats: tuple[str, ...] = (NIFTI,)
+    scores: ProbabilityStore | None = None
 
     @property
     def like(self) -> Path | Geometry:
@@ -113,8 +116,9 @@ def check_formats(names: Sequence[str]) -> None:
 
 
 def file_name(case: Case, name: str) -> str:
-    """What the file of a case in the format `name` is called."""
-    return f"{case.id}{FORMATS[name].ending or label_ending(case.images[0])}"
+    """What the file of a case in the format `name` is called, seen from the folder of its mask."""
+    found = FORMATS[name]
+    return f"{found.folder}{case.id}{found.ending or label_ending(case.images[0])}"
 
 
 def file_names(case: Case) -> dict[str, str]:
@@ -151,9 +155,9 @@ def write_files(folder: Path, outcome: Outcome) -> dict[str, WrittenFile]:
     written: dict[str, WrittenFile] = {}
     try:
         for name in outcome.formats:
-            path = folder / file_name(outcome.case, name)
-            FORMATS[name].write(path, outcome)
-            written[name] = WrittenFile(name=path.name, sha256=file_sha256(path))
+            called = file_name(outcome.case, name)
+            FORMATS[name].write(folder / called, outcome)
+            written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
     except BaseException:
         for file in written.values():
             (folder / file["name"]).unlink(missing_ok=True)
@@ -197,13 +201,24 @@ def _picture(path: Path, outcome: Outcome) -> None:
         write_rgb(temporary, outcome.picture)
 
 
+def _regions(path: Path, outcome: Outcome) -> None:
+    if outcome.scores is None:
+        raise ValueError("no scores were kept")
+    write_regions(path, outcome.scores, outcome.like)
+
+
 @dataclass(frozen=True)
 class _Format:
-    """`ending`: what follows the name of the case; empty: that of a mask. `needs_series`: it refers to DICOM images."""
+    """`ending`: what follows the name of the case; empty: that of a mask. `needs_series`: it refers to DICOM images.
+
+    `needs_scores`: it says more than the mask does. `folder`: where it lies beside the mask, with a slash.
+    """
 
     ending: str
     write: Callable[[Path, Outcome], None]
     needs_series: bool = False
+    needs_scores: bool = False
+    folder: str = ""
 
 
 FORMATS: dict[str, _Format] = {
@@ -213,6 +228,8 @@ FORMATS: dict[str, _Format] = {
     "dicom-sr": _Format(".sr.dcm", _dicom_sr, needs_series=True),
     "dicom-sc": _Format(".summary.dcm", _dicom_sc, needs_series=True),
     "picture": _Format(".picture.png", _picture),
+    # a mask of its own name and grid, with a channel for each: not to be taken for one more case
+    REGIONS: _Format(".nii.gz", _regions, needs_scores=True, folder="regions/"),
 }
 
 

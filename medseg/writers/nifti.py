@@ -35,12 +35,19 @@ def write(
 
 
 def write_channels(
-    path: Path, planes: Iterable[npt.NDArray[Any]], geometry: Geometry, comment: str, channels: int, slope: float
+    path: Path,
+    planes: Iterable[npt.NDArray[Any]],
+    geometry: Geometry,
+    comment: str,
+    channels: int,
+    *,
+    slope: float | None = None,
 ) -> None:
-    """Writes uint16 `planes` (*S), all of a channel and then of the next, as a file (I, J, K, channels) scaled by
-    `slope`, with `comment` in its header. Zipped where the ending says so; same input, same bytes."""
-    header = _header(np.dtype(np.uint16), geometry, comment, channels=channels)
-    header["scl_slope"], header["scl_inter"] = slope, 0
+    """Writes `planes` (*S), all of a channel and then of the next, as a file (I, J, K, channels), with `comment` in its
+    header: uint16 scaled by `slope`, without one uint8. Zipped where the ending says so; same input, same bytes."""
+    header = _header(np.dtype(np.uint8 if slope is None else np.uint16), geometry, comment, channels=channels)
+    if slope is not None:
+        header["scl_slope"], header["scl_inter"] = slope, 0
     _write(path, header, (p.reshape(p.shape + (1,) * (3 - p.ndim), order="F") for p in planes))
 
 

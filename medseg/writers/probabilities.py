@@ -21,7 +21,7 @@ from medseg.readers import Geometry, read_geometry
 from medseg.readers.probabilities import STEPS, Channels
 from medseg.writers import atomic_path, nifti
 
-__all__ = ["ProbabilityStore", "probabilities_path", "write_probabilities"]
+__all__ = ["ProbabilityStore", "probabilities_path", "write_probabilities", "write_regions"]
 
 # along the last axis, voxels that are put together at a time, of one channel
 PLANES = 48
@@ -99,14 +99,32 @@ def write_probabilities(path: Path, store: ProbabilityStore, like: Geometry | Pa
     those of pictures (rows, columns, 1, C). Names and values of the channels are in the header as JSON: an extension of
     code 6 (comment). Raises `DataError` for a folder that cannot be written, `GeometryError` for another shape.
     """
+    return _write(path, store, like, 1 / STEPS)
+
+
+def write_regions(path: Path, store: ProbabilityStore, like: Geometry | Path) -> Path:
+    """Writes the regions of `store` as NIfTI (I, J, K, C), 1 where a region is and 0 elsewhere; gives back `path`.
+
+    Each is whole here, where a label map shows of one only what no later one covers. Shapes, header and errors as those
+    of `write_probabilities`.
+    """
+    return _write(path, store, like, None)
+
+
+def _write(path: Path, store: ProbabilityStore, like: Geometry | Path, slope: float | None) -> Path:
+    """Steps with their `slope`, or without one whether they are above one half."""
     geometry = read_geometry(like, spatial_dims=len(store.shape)) if isinstance(like, Path) else like
     if store.shape != geometry.grid.shape:
         raise GeometryError(
             f"{path}: probabilities of shape {store.shape} found, expected {geometry.grid.shape} as its image"
         )
+    planes = _all_planes(store)
+    if slope is None:
+        # one half is rounded down when it becomes steps: what is above it stays above
+        planes = ((some > STEPS // 2).astype(np.uint8) for some in planes)
     with atomic_path(path) as temporary:
         nifti.write_channels(
-            temporary, _all_planes(store), geometry, store.channels.as_json(), len(store.channels.names), 1 / STEPS
+            temporary, planes, geometry, store.channels.as_json(), len(store.channels.names), slope=slope
         )
     return path
 
