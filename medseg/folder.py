@@ -333,19 +333,20 @@ class _Run:
             if case is None:
                 break
             seconds: dict[str, float] = {}
-            with self._kept_apart(case, seconds):
-                if (read := self._read_one(case, seconds)) is not None:
+            inputs: dict[str, str] = {}
+            with self._kept_apart(case, seconds, inputs):
+                if (read := self._read_one(case, seconds, inputs)) is not None:
                     self._ready.put(read)
                     # the permit goes along with the case
                     continue
             self._ahead.release()
         self._ahead.release()
 
-    def _read_one(self, case: Case, seconds: dict[str, float]) -> _Read | None:
-        """None for a case that is done already."""
+    def _read_one(self, case: Case, seconds: dict[str, float], inputs: dict[str, str]) -> _Read | None:
+        """None for a case that is done already; `inputs` takes the SHA-256 of its files."""
         options, kept = self._segmenters[0].options, {}
         with timed(seconds, "hash"):
-            inputs = _digests(case)
+            inputs.update(_digests(case))
             if not options.overwrite:
                 probabilities = probabilities_path(self._folder, case.id) if self._saves_probabilities else None
                 wanted = {name: file_name(case, name) for name in options.formats}
@@ -363,7 +364,7 @@ class _Run:
             torch.cuda.set_device(segmenter.device)
         for read in iter(self._ready.get, None):
             self._ahead.release()
-            with self._kept_apart(read.case, read.seconds):
+            with self._kept_apart(read.case, read.seconds, read.inputs):
                 labelled = self._compute_one(segmenter, read)
                 self._behind.acquire()
                 self._labelled.put(labelled)
@@ -405,7 +406,9 @@ class _Run:
 
     def _write(self) -> None:
         for labelled in iter(self._labelled.get, None):
-            with self._kept_apart(labelled.outcome.case, labelled.seconds), labelled.outcome.scores or nullcontext():
+            case = labelled.outcome.case
+            kept_apart = self._kept_apart(case, labelled.seconds, labelled.inputs)
+            with kept_apart, labelled.outcome.scores or nullcontext():
                 self._write_one(labelled)
             self._behind.release()
             del labelled
@@ -446,7 +449,7 @@ class _Run:
         return tuple(f"{name} is of an earlier {of}: do not use it" for name in there)
 
     @contextmanager
-    def _kept_apart(self, case: Case, seconds: dict[str, float]) -> Iterator[None]:
+    def _kept_apart(self, case: Case, seconds: dict[str, float], inputs: Mapping[str, str]) -> Iterator[None]:
         """Whatever happens to a case stays with it, but for what must end the run."""
         try:
             yield
@@ -461,8 +464,8 @@ class _Run:
             files = [self._folder / name for name in file_names(case).values()]
             stale = self._stale([*files, probabilities_path(self._folder, case.id)], "run")
             reason, cause = _why(case, error)
-            result = CaseResult(case.id, "failed", reason=reason, cause=cause, seconds=seconds, warnings=stale)
-            self._events.put(result)
+            failed = CaseResult(case.id, "failed", reason=reason, cause=cause, seconds=seconds, inputs=dict(inputs))
+            self._events.put(replace(failed, warnings=stale))
         except BaseException as error:
             log.debug("case %s ends the run", case.id, exc_info=True)
             self._end_with(error)

@@ -602,6 +602,17 @@ def test_a_mask_on_another_grid_is_made_again_though_its_labels_are_right(tmp_pa
     assert mask.read_bytes() == before
 
 
+def test_a_case_that_failed_says_which_bytes_it_was_made_of(tmp_path: Path, model: Path) -> None:
+    (whole,) = some_images(tmp_path / "in", 1)
+    broken = tmp_path / "in" / "broken.nii.gz"
+    broken.write_bytes(whole.read_bytes()[:-40])
+    results = {r.case: r for r in infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)}
+    assert results["broken"].status == "failed"
+    assert results["broken"].inputs == {str(broken): hashlib.sha256(broken.read_bytes()).hexdigest()}
+    told = json.loads((tmp_path / "out" / "run.json").read_text())["cases"]
+    assert {c["case"]: c["inputs"] for c in told}["broken"] == results["broken"].inputs
+
+
 def test_inputs_that_were_moved_are_still_the_same(tmp_path: Path, model: Path) -> None:
     some_images(tmp_path / "in", 1)
     run(tmp_path, model)
