@@ -546,8 +546,9 @@ def _validate(
         [(c.id, masks.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None],
         EvaluateOptions(data.labels),
         groups={c.id: c.group for c in cases},
+        progress=progress,
     )
-    report.save(out / "report")
+    report.save(out / "report", progress=progress)
     return report, results
 
 

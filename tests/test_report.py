@@ -80,6 +80,17 @@ def page(report, tmp_path):
     return (report.save(tmp_path / "out") / "report.html").read_text(encoding="utf-8")
 
 
+def test_progress_is_told_while_a_report_is_made(report, tmp_path):
+    cases = dict.fromkeys("abc", (SOLID, SOLID))
+    told = []
+    report(cases).save(tmp_path / "out", progress=lambda *step: told.append(step))
+    assert told == [("draw", number, 3) for number in range(4)]
+    pairs = [(c, *(tmp_path / f / f"{c}.nii.gz" for f in ("pred", "ref")), None) for c in cases]
+    told.clear()
+    report_pairs(pairs, progress=lambda *step: told.append(step))
+    assert told == [("evaluate", number, 3) for number in (1, 2, 3)]
+
+
 def test_csv_has_literal_inf_and_empty_nan(report, tmp_path):
     folder = report({"empty": (NOTHING, NOTHING), "missed": (NOTHING, SOLID)}).save(tmp_path / "out")
     with (folder / "metrics.csv").open(newline="") as file:

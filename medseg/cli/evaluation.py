@@ -125,7 +125,7 @@ def evaluate(
     )
     with shown_progress() as progress:
         report = medseg.evaluate(predictions, references, options, images=images, metadata=metadata, progress=progress)
-        report.save(output, nnunet_summary=nnunet_summary, pdf=pdf)
+        report.save(output, nnunet_summary=nnunet_summary, pdf=pdf, progress=progress)
     print_report(report)
     finish(f"Report: {output / 'report.html'}", failed_cases((), report))
 

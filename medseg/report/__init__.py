@@ -56,7 +56,9 @@ class Report:
         """What was left out or looks odd, in sentences."""
         return self.evaluation.warnings
 
-    def save(self, folder: Path | str, *, nnunet_summary: bool = False, pdf: bool = False) -> Path:
+    def save(
+        self, folder: Path | str, *, nnunet_summary: bool = False, pdf: bool = False, progress: Progress = silent
+    ) -> Path:
         """Write the report into `folder` and give it back: all files are made before the first gets its name.
 
         metrics.csv, summary.json, report.html, labels.ctbl (3D Slicer), labels.label (ITK-SNAP); lesions.csv where
@@ -66,7 +68,7 @@ class Report:
         target = Path(folder)
         replaced = _holds_report(target)
         # the page and the PDF show the same cases
-        worst = read_worst(self.evaluation)
+        worst = read_worst(self.evaluation, progress=progress)
         texts = self._texts(worst)
         if nnunet_summary:
             found = self.evaluation
@@ -150,12 +152,14 @@ def report_pairs(
     options: EvaluateOptions | None = None,
     *,
     groups: Mapping[str, str] | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """The report of listed files: (case, prediction or None where it is missing, reference, image or None).
 
     `groups` maps a case to its patient: intervals then resample patients. Raises `DataError` if no case is left.
     """
-    return Report(evaluate_pairs([Pair(*pair) for pair in pairs], options or EvaluateOptions(), groups=groups))
+    listed = [Pair(*pair) for pair in pairs]
+    return Report(evaluate_pairs(listed, options or EvaluateOptions(), groups=groups, progress=progress))
 
 
 def _text_row(name: str, dice: Mapping[str, Any]) -> tuple[str, str, str, str, str, str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from medseg.errors import DataError
 from medseg.evaluate import Evaluation
+from medseg.progress import Progress, silent
 from medseg.report.figures import Picture, contour_pictures
 from medseg.report.layers import Layers, read_layers
 from medseg.report.scene import MAX_BYTES, MAX_CASE_BYTES, MAX_CASES, Scene, make_scene
@@ -32,6 +33,7 @@ def read_worst(
     max_bytes: int = MAX_BYTES,
     max_case_bytes: int = MAX_CASE_BYTES,
     max_scenes: int = MAX_CASES,
+    progress: Progress = silent,
 ) -> tuple[WorstCase, ...]:
     """The worst cases, the worst first. One that cannot be read any more has its reason, and is warned of.
 
@@ -39,7 +41,9 @@ def read_worst(
     """
     found: list[WorstCase] = []
     n_scenes, left = 0, max_bytes
-    for entry in evaluation.summary["worst_cases"]:
+    entries = evaluation.summary["worst_cases"]
+    for number, entry in enumerate(entries):
+        progress("draw", number, len(entries))
         name, dice = entry["case"], entry["dice"]
         pair = evaluation.pairs[name]
         try:
@@ -55,6 +59,7 @@ def read_worst(
             left -= scene.size
             scene, n_scenes = (scene, n_scenes + 1) if left >= 0 else (None, n_scenes)
         found.append(WorstCase(name, dice, contour_pictures(layers, pair, evaluation), "", scene))
+    progress("draw", len(entries), len(entries))
     return tuple(found)
 
 
