@@ -25,14 +25,14 @@ from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.metrics.codes import members
-from medseg.readers import read_images, read_label
+from medseg.readers import read_images, read_label, same_kind_or_raise
 from medseg.writers import atomic_path
 
 log = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 # raised whenever a transform below gives other numbers than before: old cache files are then left alone
-VERSION = 6
+VERSION = 7
 
 # of the intensities in a file, measured on up to a hundred thousand voxels spread evenly
 PERCENTILES = (0.0, 0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5, 100.0)
@@ -92,6 +92,7 @@ class Load(Transform):
             "notes": () if series is None else image.geometry.warnings,
         }
         if "label" in item:
+            same_kind_or_raise(item["label"], item["image"][0])
             label = read_label(item["label"], spatial_dims=dims)
             if not label.grid.matches(grid, tolerance=ROUNDING_TOLERANCE):
                 raise GeometryError(

@@ -469,12 +469,21 @@ def test_line_breaks_in_a_name_are_shown_by_their_codes(folders):
     assert found.table["case"].unique().tolist() == ["a\\rb\\nc"]
 
 
-def test_a_picture_is_not_held_against_a_volume(tmp_path):
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1)])
+def test_a_picture_is_not_held_against_another_format(tmp_path, shape):
     (tmp_path / "pred").mkdir()
     (tmp_path / "ref").mkdir()
-    Image.fromarray(np.ones((4, 5), np.uint8)).save(tmp_path / "pred" / "a.png")
-    nib.save(nib.Nifti1Image(np.ones((4, 5, 1), np.uint8), np.eye(4)), tmp_path / "ref" / "a.nii.gz")
-    with pytest.raises(DataError, match=r"2 axes found .* expected 3 .*; save both in one format") as refused:
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(tmp_path / "pred" / "a.png")
+    nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), np.eye(4)), tmp_path / "ref" / "a.nii.gz")
+    with pytest.raises(DataError, match=r"a\.png is a picture, a\.nii\.gz is not: rows and columns against x and y"):
+        evaluate_folders(tmp_path / "pred", tmp_path / "ref", EvaluateOptions(resample_prediction=True))
+
+
+def test_a_plane_is_not_held_against_a_volume_of_one_slice(tmp_path):
+    for name, shape in (("pred", (4, 5)), ("ref", (4, 5, 1))):
+        (tmp_path / name).mkdir()
+        nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), np.eye(4)), tmp_path / name / "a.nii.gz")
+    with pytest.raises(DataError, match=r"2 axes found .* expected 3 .*; save both with the same axes") as refused:
         evaluate_folders(tmp_path / "pred", tmp_path / "ref", EvaluateOptions(resample_prediction=True))
     assert "--resample-prediction" not in str(refused.value)
 

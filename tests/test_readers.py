@@ -384,6 +384,14 @@ def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
         read_images(paths)
 
 
+def test_a_picture_is_no_channel_beside_another_format(tmp_path: Path) -> None:
+    square = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    Picture.fromarray(square).save(tmp_path / "a.png")
+    paths = [tmp_path / "a.png", save(tmp_path / "b.nii", square.T, np.eye(4))]
+    with pytest.raises(GeometryError, match=r"a\.png is a picture, b\.nii is not: rows and columns against x and y"):
+        read_images(paths, spatial_dims=2, channels=2)
+
+
 def test_missing_channel_file_is_refused(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"a_{n}.nii", VOXELS) for n in range(2)]
     with pytest.raises(DataError, match="2 files found, expected 3"):

@@ -13,7 +13,7 @@ from scipy import ndimage
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid
 from medseg.metrics import Labels
-from medseg.readers import ENDINGS, is_image_file, read_label, split_ending
+from medseg.readers import ENDINGS, is_image_file, read_label, same_kind_or_raise, split_ending
 from medseg.readers.probabilities import ENDINGS as PROBABILITIES
 
 # share of a voxel that two grids may be apart at a corner: headers hold 32-bit numbers and rounded quaternions
@@ -119,6 +119,7 @@ def read_maps(prediction: Path, reference: Path, *, resample_prediction: bool = 
 
     Raises `GeometryError` if the grids differ, unless the prediction may be resampled (nearest neighbour, 0 outside).
     """
+    same_kind_or_raise(prediction, reference)
     found, expected = read_label(prediction), read_label(reference)
     oddities = (
         *(f"the header of the prediction looks odd ({oddity})" for oddity in found.geometry.warnings),
@@ -129,8 +130,8 @@ def read_maps(prediction: Path, reference: Path, *, resample_prediction: bool = 
     if found.grid.spatial_dims != expected.grid.spatial_dims:
         raise GeometryError(
             f"{prediction}: {found.grid.spatial_dims} axes found (shape {found.grid.shape}), expected "
-            f"{expected.grid.spatial_dims} as the reference has ({expected.grid.shape}); save both in one format: a "
-            "picture does not say where its pixels are in a volume"
+            f"{expected.grid.spatial_dims} as the reference has ({expected.grid.shape}); save both with the same "
+            "axes: a plane of its own does not say where it lies in a volume"
         )
     if resample_prediction:
         moved = _nearest(found.array, found.grid, expected.grid)

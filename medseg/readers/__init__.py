@@ -39,6 +39,7 @@ __all__ = [
     "read_image",
     "read_images",
     "read_label",
+    "same_kind_or_raise",
     "split_ending",
 ]
 
@@ -77,6 +78,20 @@ def is_image_file(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture (PNG, TIFF, JPEG, BMP), which has pixels but no millimetres."""
     return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
+
+
+def same_kind_or_raise(path: Path, like: Path) -> None:
+    """Raises `GeometryError` where one of two files that must share a grid is a picture and the other is not.
+
+    A picture is (rows, columns), all else (x, y): where both are square, nothing else tells that one is the transpose.
+    """
+    if is_picture(path) == is_picture(like):
+        return
+    picture, other = (path, like) if is_picture(path) else (like, path)
+    raise GeometryError(
+        f"{path}: {picture.name} is a picture, {other.name} is not: rows and columns against x and y, expected both in "
+        "one format; save both as PNG or both as NIfTI"
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -136,6 +151,8 @@ def read_images(
     if not paths or (channels is not None and len(paths) != channels):
         named = ", ".join(str(p) for p in paths) or "no file"
         raise DataError(f"{named}: {_count(len(paths), 'file')} found, expected {channels}, one per channel")
+    for path in paths[1:]:
+        same_kind_or_raise(path, paths[0])
     images = [read_image(path, spatial_dims=spatial_dims, channels=1, finite=finite) for path in paths]
     for path, image in zip(paths, images):
         if not image.grid.matches(images[0].grid, tolerance=ROUNDING_TOLERANCE):

@@ -14,7 +14,7 @@ from medseg.evaluate import Evaluation
 from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_maps
 from medseg.grid import Grid
 from medseg.metrics import Labels, judged
-from medseg.readers import is_picture, read_image
+from medseg.readers import is_picture, read_image, same_kind_or_raise
 from medseg.views import standing
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def _image(pair: Pair, grid: Grid) -> npt.NDArray[Any] | None:
     if pair.image is None:
         return None
     try:
+        same_kind_or_raise(pair.image, pair.reference)
         image = read_image(pair.image, channels=1 if is_picture(pair.image) else None, finite=False)
     except DataError as error:
         logger.warning("left out of the pictures: %s", error)
