@@ -94,10 +94,10 @@ class Load(Transform):
         if "label" in item:
             same_kind_or_raise(item["label"], item["image"][0])
             label = read_label(item["label"], spatial_dims=dims)
-            if not label.grid.matches(grid, tolerance=ROUNDING_TOLERANCE):
+            if not label.geometry.matches(image.geometry, tolerance=ROUNDING_TOLERANCE):
                 raise GeometryError(
-                    f"{item['label']}: label grid {label.grid} differs from image grid {grid}; "
-                    "resample one, or run `medseg check`"
+                    f"{item['label']}: label grid {label.grid} differs from image grid {grid} in shape, spacing, place "
+                    "or direction; resample one, or run `medseg check`"
                 )
             result["label"] = _meta_tensor(torch.as_tensor(label.array.astype(np.int32))[None], grid)
         return result

@@ -292,6 +292,31 @@ def test_a_prediction_on_a_flipped_and_cropped_grid_can_be_resampled(folders):
     assert any(w.startswith("1 prediction on another grid") and w.endswith(": a") for w in found.warnings)
 
 
+FLAT = np.array([[2.0, 0, 0, 10], [0, 0, 0, -20], [0, 3.0, 0, 5], [0, 0, 0, 1]]) + np.outer([0, 1, 0, 0], [0, 0, 1, 0])
+
+
+def test_a_mirrored_plane_is_refused_or_turned(folders):
+    plane = SOLID[:, :, 2]
+    predictions, references = folders({"a": plane}, {"a": plane}, FLAT)
+    mirror = np.diag([-1.0, 1, 1, 1])
+    mirror[0, 3] = 7
+    nib.save(nib.Nifti1Image(plane[::-1], FLAT @ mirror), predictions / "a.nii.gz")
+    with pytest.raises(DataError, match=r"a plane at another place in space, or mirrored, .* --resample-prediction"):
+        evaluate_folders(predictions, references)
+    found = evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True))
+    assert rows(found)["a", "1"]["dice"] == 1
+    assert found.summary["resampled_predictions"] == ["a"]
+
+
+def test_a_plane_of_another_height_is_not_resampled(folders):
+    predictions, references = folders({"a": SOLID[:, :, 2]}, {"a": SOLID[:, :, 2]}, FLAT)
+    away = FLAT.copy()
+    away[1, 3] += 60
+    nib.save(nib.Nifti1Image(SOLID[:, :, 2], away), predictions / "a.nii.gz")
+    with pytest.raises(DataError, match="a plane at another height or angle"):
+        evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True))
+
+
 def test_outside_a_resampled_prediction_is_background(folders):
     predictions, references = folders({}, {"a": np.ones_like(SOLID)})
     nib.save(nib.Nifti1Image(np.ones((4, 9, 10), np.uint8), OBLIQUE), predictions / "a.nii.gz")

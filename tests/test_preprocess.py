@@ -144,6 +144,14 @@ def test_pictures_come_to_the_shape_that_was_asked(tmp_path: Path) -> None:
     assert found.grid.spacing_mm == (2.0, 1.0)
 
 
+def test_a_mirrored_plane_is_no_label_of_a_plane(tmp_path: Path) -> None:
+    image = save(tmp_path / "i.nii", np.ones((4, 5, 1), np.float32), np.diag([1.0, 1, 5, 1]))
+    label = save(tmp_path / "l.nii", np.ones((4, 5, 1), np.uint8), np.diag([1.0, -1, 5, 1]))
+    data = DataConfig(spatial_dims=2, labels={"a": 1})
+    with pytest.raises(GeometryError, match=r"l\.nii: label grid .* differs .* in shape, spacing, place or direction"):
+        prepare(Case("c", (image,), label, "c"), PreprocessConfig(orient=False), data, with_label=True)
+
+
 @pytest.mark.parametrize("names", [("i.png", "l.nii.gz"), ("i.nii.gz", "l.png"), ("i.png", "l.mha")])
 def test_a_label_of_a_picture_has_to_be_a_picture(tmp_path: Path, names: tuple[str, str]) -> None:
     square = np.arange(16, dtype=np.uint8).reshape(4, 4) % 2

@@ -384,6 +384,40 @@ def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
         read_images(paths)
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".mha"])
+@pytest.mark.parametrize(
+    "moved", [np.diag([-1.0, 1, 1, 1]), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 60], [0, 0, 0, 1]])]
+)
+def test_planes_elsewhere_in_space_are_not_one_case(tmp_path: Path, suffix: str, moved: np.ndarray) -> None:
+    paths = [tmp_path / f"{name}{suffix}" for name in "ab"]
+    for path, affine in zip(paths, (OBLIQUE, moved @ OBLIQUE)):
+        nifti = save(tmp_path / "t.nii", VOXELS[..., :1], affine)
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(nifti)), str(path))
+    assert read_images(paths[:1] * 2, spatial_dims=2).array.shape == (2, 3, 4)
+    with pytest.raises(GeometryError, match=rf"b\{suffix}.*differs .* in shape, spacing, place or direction"):
+        read_images(paths, spatial_dims=2)
+
+
+def test_a_plane_without_a_place_is_anywhere(tmp_path: Path) -> None:
+    placed = save(tmp_path / "a.nii", VOXELS[..., :1], np.diag([-1.0, 1, 1, 1]))
+    nowhere = save_raw(tmp_path / "b.nii", VOXELS[..., :1], sform_code=0, qform_code=0)
+    assert read_images([placed, nowhere], spatial_dims=2).array.shape == (2, 3, 4)
+
+
+def test_a_plane_that_knows_x_and_y_alone_lies_where_its_nifti_does(tmp_path: Path) -> None:
+    plane = SimpleITK.GetImageFromArray(VOXELS[..., 0].T)
+    plane.SetOrigin((5, -7))
+    plane.SetDirection((0, 1, -1, 0))
+    paths = [tmp_path / "a.mha", tmp_path / "a.nii"]
+    for path in paths:
+        SimpleITK.WriteImage(plane, str(path))
+    assert read_images(paths).array.shape == (2, 3, 4)
+    plane.SetOrigin((5, -6))
+    SimpleITK.WriteImage(plane, str(paths[1]))
+    with pytest.raises(GeometryError, match="differs"):
+        read_images(paths)
+
+
 def test_a_picture_is_no_channel_beside_another_format(tmp_path: Path) -> None:
     square = np.arange(9, dtype=np.uint8).reshape(3, 3)
     Picture.fromarray(square).save(tmp_path / "a.png")

@@ -130,6 +130,19 @@ def test_form_codes_come_back(tmp_path: Path, forms: tuple[int, int]) -> None:
     np.testing.assert_array_equal(out.affine, nib.load(tmp_path / "codes.nii").affine)
 
 
+def test_mask_of_an_itk_plane_lies_where_its_image_does(tmp_path: Path) -> None:
+    image = SimpleITK.GetImageFromArray(np.zeros((4, 3), np.int16))
+    image.SetSpacing((0.5, 1.5))
+    image.SetOrigin((10, -20))
+    image.SetDirection((0, -1, 1, 0))
+    SimpleITK.WriteImage(image, str(tmp_path / "in.mha"))
+    out = nib.load(write_label(tmp_path / "out.nii.gz", MASK[..., 0], tmp_path / "in.mha", names=NAMES))
+    # in ITK i runs along y to the back, j along -x to the right
+    affine = [[0, 1.5, 0, -10], [-0.5, 0, 0, 20], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(out.affine, affine, atol=1e-6)
+    assert (int(out.header["qform_code"]), out.shape) == (1, (3, 4))
+
+
 @pytest.mark.parametrize("name", ["in.nrrd", "in.mha"])
 def test_mask_of_an_itk_image_is_nifti_on_its_grid(tmp_path: Path, name: str) -> None:
     image = SimpleITK.GetImageFromArray(np.zeros((5, 4, 3), np.int16))

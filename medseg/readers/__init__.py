@@ -155,10 +155,10 @@ def read_images(
         same_kind_or_raise(path, paths[0])
     images = [read_image(path, spatial_dims=spatial_dims, channels=1, finite=finite) for path in paths]
     for path, image in zip(paths, images):
-        if not image.grid.matches(images[0].grid, tolerance=ROUNDING_TOLERANCE):
+        if not image.geometry.matches(images[0].geometry, tolerance=ROUNDING_TOLERANCE):
             raise GeometryError(
-                f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name}; "
-                "bring all channels of a case to one grid"
+                f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name} in shape, spacing, place or "
+                "direction; bring all channels of a case to one grid"
             )
     return Image(np.concatenate([image.array for image in images]), images[0].geometry)
 

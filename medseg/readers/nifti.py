@@ -15,7 +15,7 @@ import numpy.typing as npt
 from isal import igzip, isal_zlib
 
 from medseg.errors import DataError, GeometryError
-from medseg.readers._axes import channels_first, place, spatial_shape
+from medseg.readers._axes import channels_first, place, plane, spatial_shape
 from medseg.readers._image import Geometry, NiftiHeader
 
 ENDINGS = (".nii.gz", ".nii")
@@ -193,7 +193,9 @@ def _geometry(path: Path, header: Any, spatial_dims: int | None) -> Geometry:
     affine, warnings = _affine(path, header)
     space = spatial_shape(path, shape, spatial_dims)
     kept = NiftiHeader(shape[:3], {name: header[name].copy() for name in PLACING_FIELDS})
-    return Geometry(place(path, space, affine), kept, warnings)
+    # without a form only the spacing is known
+    formed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    return Geometry(place(path, space, affine), kept, warnings, plane(space, affine) if formed else None)
 
 
 def _affine(path: Path, header: Any) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:

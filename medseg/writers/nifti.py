@@ -110,8 +110,7 @@ def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str | None, *, ch
 
 
 def _place(header: Any, geometry: Geometry) -> None:
-    grid = geometry.grid
-    affine = grid.affine_4x4
+    grid, affine = geometry.grid, geometry.affine_4x4
     header["pixdim"][1 : grid.spatial_dims + 1] = grid.spacing_mm
     header.set_xyzt_units("mm")
     header.set_sform(affine, code="scanner")
