@@ -69,6 +69,15 @@ def tiff(path: Path, pixels: np.ndarray, **changed: int) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_a_picture_that_is_too_large_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    Picture.fromarray(GREY).save(tmp_path / name)
+    # refused is what has more than twice as many pixels
+    monkeypatch.setattr(Picture, "MAX_IMAGE_PIXELS", 5)
+    with pytest.raises(DataError, match=rf"{name}: too large to be read .*12 pixels.*10 pixels.*cut it into tiles"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
 @pytest.mark.parametrize("turn", [3, 6])
 def test_a_picture_that_is_stored_turned_is_refused(tmp_path: Path, name: str, turn: int) -> None:
     exif = Picture.Exif()

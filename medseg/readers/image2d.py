@@ -113,7 +113,11 @@ def _pixels(path: Path, *, palette_index: bool, channels: int | None) -> npt.NDA
             return pixels if pixels.ndim == 2 else pixels[..., :3]
     except UnidentifiedImageError:
         return _by_itk(path) if tiff is None else _samples(path, tiff, channels)
-    except (OSError, ValueError, SyntaxError, EOFError, Picture.DecompressionBombError) as error:
+    except Picture.DecompressionBombError as error:
+        # "Image size (… pixels) exceeds limit of … pixels, could be …"
+        size = str(error).split(",")[0]
+        raise DataError(f"{path}: too large to be read ({size}); scale it down, or cut it into tiles") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}); copy the file again") from error
 
 
