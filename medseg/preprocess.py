@@ -50,7 +50,8 @@ class Prepared:
 
     `image` (C, *S) float32; `label` (*S) uint8: index of the output channel, 255 where ignored; for regions int32,
     the value in the file. `grid` is the network's grid, `source` the file's. `raw` (C, 9): the `PERCENTILES` of the
-    intensities as they are in the file. `notes`: what was done to a DICOM series to make it a volume, and is odd.
+    intensities as they are in the file. `notes`: what is odd about the files of the image, and what was done to a DICOM
+    series to make it a volume.
     """
 
     id: str
@@ -89,7 +90,7 @@ class Load(Transform):
             "image_file": item["image"][0],
             "source": grid,
             "raw": percentiles(image.array),
-            "notes": () if series is None else image.geometry.warnings,
+            "notes": image.geometry.warnings,
         }
         if "label" in item:
             same_kind_or_raise(item["label"], item["image"][0])

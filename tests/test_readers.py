@@ -148,7 +148,25 @@ def test_qform_is_used_where_there_is_no_sform(tmp_path: Path) -> None:
 
 def test_no_form_at_all_is_placed_as_nibabel_does(tmp_path: Path) -> None:
     path = save_raw(tmp_path / "a.nii", VOXELS, sform_code=0, qform_code=0, pixdim=[1, 2, 3, 4, 0, 0, 0, 0])
-    np.testing.assert_allclose(read_image(path).grid.affine, nib.load(path).affine)
+    image = read_image(path)
+    np.testing.assert_allclose(image.grid.affine, nib.load(path).affine)
+    assert image.geometry.warnings == (
+        "neither sform nor qform says how the voxels lie: left and right, top and bottom are a guess",
+    )
+    # what a channel has is not lost behind another, nor told twice
+    assert read_images([save(tmp_path / "b.nii", VOXELS, image.grid.affine), path, path]).geometry.warnings == (
+        image.geometry.warnings
+    )
+
+
+def test_one_slice_needs_no_form(tmp_path: Path) -> None:
+    path = save_raw(tmp_path / "a.nii", VOXELS[..., :1], sform_code=0, qform_code=0)
+    assert read_image(path).geometry.warnings == read_image(path, spatial_dims=2).geometry.warnings == ()
+
+
+@pytest.mark.parametrize("forms", [{"sform_code": 2, "qform_code": 0}, {"sform_code": 0, "qform_code": 1}])
+def test_one_form_is_enough(tmp_path: Path, forms: dict[str, int]) -> None:
+    assert read_image(save_raw(tmp_path / "a.nii", VOXELS, **forms)).geometry.warnings == ()
 
 
 def test_invalid_qform_beside_a_sform_is_a_warning(tmp_path: Path) -> None:

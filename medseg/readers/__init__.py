@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,7 +161,9 @@ def read_images(
                 f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name} in shape, spacing, place or "
                 "direction; bring all channels of a case to one grid"
             )
-    return Image(np.concatenate([image.array for image in images]), images[0].geometry)
+    warnings = dict.fromkeys(warning for image in images for warning in image.geometry.warnings)
+    geometry = replace(images[0].geometry, warnings=tuple(warnings))
+    return Image(np.concatenate([image.array for image in images]), geometry)
 
 
 def read_label(path: Path, *, spatial_dims: int | None = None) -> LabelMap:

@@ -195,6 +195,8 @@ def _geometry(path: Path, header: Any, spatial_dims: int | None) -> Geometry:
     kept = NiftiHeader(shape[:3], {name: header[name].copy() for name in PLACING_FIELDS})
     # without a form only the spacing is known
     formed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    if not formed and space[2:] > (1,):
+        warnings += ("neither sform nor qform says how the voxels lie: left and right, top and bottom are a guess",)
     return Geometry(place(path, space, affine), kept, warnings, plane(space, affine) if formed else None)
 
 
