@@ -113,6 +113,21 @@ def test_plane_of_a_one_slice_file_gets_its_third_axis_back(tmp_path: Path) -> N
         np.testing.assert_array_equal(out.affine, nib.load(source).affine)
 
 
+@pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
+def test_mask_of_a_nifti_2_image_is_one_and_lies_exactly_there(tmp_path: Path, name: str) -> None:
+    # no 32-bit number is a third
+    affine = OBLIQUE / np.array([[3], [3], [3], [1]])
+    image = nib.Nifti2Image(np.zeros((3, 4, 5), np.float32), affine)
+    image.set_sform(affine, code=1)
+    nib.save(image, tmp_path / "in.nii")
+    out = nib.load(write_label(tmp_path / name, MASK, tmp_path / "in.nii", names=NAMES))
+    assert isinstance(out, nib.Nifti2Image)
+    np.testing.assert_array_equal(out.affine, affine)
+    np.testing.assert_array_equal(np.asarray(out.dataobj), MASK)
+    np.testing.assert_array_equal(read_label(tmp_path / name).array, MASK)
+    assert nifti.label_names(tmp_path / name) == NAMES
+
+
 def test_mask_of_a_file_with_channels_is_3d(tmp_path: Path) -> None:
     source = nifti_input(tmp_path / "in.nii.gz", shape=(3, 4, 5, 2))
     out = nib.load(write_label(tmp_path / "out.nii.gz", MASK, source, names=NAMES))

@@ -13,10 +13,14 @@ from medseg.grid import Array, Grid
 
 @dataclass(frozen=True, eq=False)
 class NiftiHeader:
-    """The fields of a NIfTI header that place its voxels, as they stand in the file; `shape` is that of the file."""
+    """The fields of a NIfTI header that place its voxels, as they stand in the file; `shape` is that of the file.
+
+    `version`: 1, or 2 whose numbers are of 64 bits.
+    """
 
     shape: tuple[int, ...]
     fields: dict[str, Any]
+    version: int = 1
 
 
 @dataclass(frozen=True, eq=False)
