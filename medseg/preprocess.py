@@ -25,14 +25,14 @@ from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.metrics.codes import members
-from medseg.readers import read_images, read_label
+from medseg.readers import read_images, read_label, same_kind_or_raise
 from medseg.writers import atomic_path
 
 log = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255
 # raised whenever a transform below gives other numbers than before: old cache files are then left alone
-VERSION = 6
+VERSION = 7
 
 # of the intensities in a file, measured on up to a hundred thousand voxels spread evenly
 PERCENTILES = (0.0, 0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5, 100.0)
@@ -50,7 +50,8 @@ class Prepared:
 
     `image` (C, *S) float32; `label` (*S) uint8: index of the output channel, 255 where ignored; for regions int32,
     the value in the file. `grid` is the network's grid, `source` the file's. `raw` (C, 9): the `PERCENTILES` of the
-    intensities as they are in the file. `notes`: what was done to a DICOM series to make it a volume, and is odd.
+    intensities as they are in the file. `notes`: what is odd about the files of the image, and what was done to a DICOM
+    series to make it a volume.
     """
 
     id: str
@@ -89,14 +90,15 @@ class Load(Transform):
             "image_file": item["image"][0],
             "source": grid,
             "raw": percentiles(image.array),
-            "notes": () if series is None else image.geometry.warnings,
+            "notes": image.geometry.warnings,
         }
         if "label" in item:
+            same_kind_or_raise(item["label"], item["image"][0])
             label = read_label(item["label"], spatial_dims=dims)
-            if not label.grid.matches(grid, tolerance=ROUNDING_TOLERANCE):
+            if not label.geometry.matches(image.geometry, tolerance=ROUNDING_TOLERANCE):
                 raise GeometryError(
-                    f"{item['label']}: label grid {label.grid} differs from image grid {grid}; "
-                    "resample one, or run `medseg check`"
+                    f"{item['label']}: label grid {label.grid} differs from image grid {grid} in shape, spacing, place "
+                    "or direction; resample one, or run `medseg check`"
                 )
             result["label"] = _meta_tensor(torch.as_tensor(label.array.astype(np.int32))[None], grid)
         return result

@@ -292,6 +292,31 @@ def test_a_prediction_on_a_flipped_and_cropped_grid_can_be_resampled(folders):
     assert any(w.startswith("1 prediction on another grid") and w.endswith(": a") for w in found.warnings)
 
 
+FLAT = np.array([[2.0, 0, 0, 10], [0, 0, 0, -20], [0, 3.0, 0, 5], [0, 0, 0, 1]]) + np.outer([0, 1, 0, 0], [0, 0, 1, 0])
+
+
+def test_a_mirrored_plane_is_refused_or_turned(folders):
+    plane = SOLID[:, :, 2]
+    predictions, references = folders({"a": plane}, {"a": plane}, FLAT)
+    mirror = np.diag([-1.0, 1, 1, 1])
+    mirror[0, 3] = 7
+    nib.save(nib.Nifti1Image(plane[::-1], FLAT @ mirror), predictions / "a.nii.gz")
+    with pytest.raises(DataError, match=r"a plane at another place in space, or mirrored, .* --resample-prediction"):
+        evaluate_folders(predictions, references)
+    found = evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True))
+    assert rows(found)["a", "1"]["dice"] == 1
+    assert found.summary["resampled_predictions"] == ["a"]
+
+
+def test_a_plane_of_another_height_is_not_resampled(folders):
+    predictions, references = folders({"a": SOLID[:, :, 2]}, {"a": SOLID[:, :, 2]}, FLAT)
+    away = FLAT.copy()
+    away[1, 3] += 60
+    nib.save(nib.Nifti1Image(SOLID[:, :, 2], away), predictions / "a.nii.gz")
+    with pytest.raises(DataError, match="a plane at another height or angle"):
+        evaluate_folders(predictions, references, EvaluateOptions(resample_prediction=True))
+
+
 def test_outside_a_resampled_prediction_is_background(folders):
     predictions, references = folders({}, {"a": np.ones_like(SOLID)})
     nib.save(nib.Nifti1Image(np.ones((4, 9, 10), np.uint8), OBLIQUE), predictions / "a.nii.gz")
@@ -469,12 +494,21 @@ def test_line_breaks_in_a_name_are_shown_by_their_codes(folders):
     assert found.table["case"].unique().tolist() == ["a\\rb\\nc"]
 
 
-def test_a_picture_is_not_held_against_a_volume(tmp_path):
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1)])
+def test_a_picture_is_not_held_against_another_format(tmp_path, shape):
     (tmp_path / "pred").mkdir()
     (tmp_path / "ref").mkdir()
-    Image.fromarray(np.ones((4, 5), np.uint8)).save(tmp_path / "pred" / "a.png")
-    nib.save(nib.Nifti1Image(np.ones((4, 5, 1), np.uint8), np.eye(4)), tmp_path / "ref" / "a.nii.gz")
-    with pytest.raises(DataError, match=r"2 axes found .* expected 3 .*; save both in one format") as refused:
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(tmp_path / "pred" / "a.png")
+    nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), np.eye(4)), tmp_path / "ref" / "a.nii.gz")
+    with pytest.raises(DataError, match=r"a\.png is a picture, a\.nii\.gz is not: rows and columns against x and y"):
+        evaluate_folders(tmp_path / "pred", tmp_path / "ref", EvaluateOptions(resample_prediction=True))
+
+
+def test_a_plane_is_not_held_against_a_volume_of_one_slice(tmp_path):
+    for name, shape in (("pred", (4, 5)), ("ref", (4, 5, 1))):
+        (tmp_path / name).mkdir()
+        nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), np.eye(4)), tmp_path / name / "a.nii.gz")
+    with pytest.raises(DataError, match=r"2 axes found .* expected 3 .*; save both with the same axes") as refused:
         evaluate_folders(tmp_path / "pred", tmp_path / "ref", EvaluateOptions(resample_prediction=True))
     assert "--resample-prediction" not in str(refused.value)
 

@@ -64,6 +64,17 @@ def test_a_written_mask_is_what_segment_gives(tmp_path: Path, model: Path) -> No
     assert np.array_equal(written, load_model(model, options=EXACT).segment(path))
 
 
+def test_an_image_whose_sides_are_a_guess_is_on_record(tmp_path: Path, model: Path) -> None:
+    images = some_images(tmp_path / "in", 2)
+    image = nib.load(images[1])
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), images[1])
+    results = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert not any("guess" in warning for warning in results[0].warnings)
+    assert results[1].warnings[0].startswith("neither sform nor qform says how the voxels lie")
+    assert record(tmp_path / "out")["cases"][1]["warnings"] == list(results[1].warnings)
+
+
 def test_a_case_that_fails_costs_no_other(tmp_path: Path, model: Path) -> None:
     images = some_images(tmp_path / "in")
     images[1].write_bytes(images[1].read_bytes()[:200])

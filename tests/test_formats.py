@@ -31,7 +31,7 @@ from medseg.cases import Case
 from medseg.errors import ConfigError, DataError
 from medseg.folder import CaseResult, infer
 from medseg.infer import InferOptions, load_model
-from medseg.readers import SeriesOptions
+from medseg.readers import SeriesOptions, read_image
 from medseg.writers.formats import FORMATS, file_name
 
 VOXELS = np.random.default_rng(1).integers(0, 300, (12, 10, 14)).astype(np.int16)
@@ -442,6 +442,10 @@ def test_a_plane_of_dicom_is_written_as_dicom(tmp_path: Path) -> None:
     assert (result.status, result.reason) == ("done", None)
     seg = pydicom.dcmread(tmp_path / "out/scan.seg.dcm")
     mask = np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj).reshape(14, 10)
+    volume = read_image(folder).grid.affine
+    np.testing.assert_allclose(
+        nib.load(tmp_path / "out/scan.nii.gz").affine[:, [0, 1, 3]], volume[:, [0, 1, 3]], atol=1e-4
+    )
     found = np.zeros((10, 14), int)
     for frame, group in zip(np.atleast_3d(seg.pixel_array.reshape(-1, 10, 14)), seg.PerFrameFunctionalGroupsSequence):
         found[frame > 0] = {1: 3, 2: 7}[group.SegmentIdentificationSequence[0].ReferencedSegmentNumber]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from geometry import oblique, orientations, reorient, save
 from PIL import Image as Picture
@@ -141,6 +142,28 @@ def test_pictures_come_to_the_shape_that_was_asked(tmp_path: Path) -> None:
     assert tuple(found.image.shape) == (1, 6, 20)
     assert found.source.shape == (12, 20)
     assert found.grid.spacing_mm == (2.0, 1.0)
+
+
+def test_a_mirrored_plane_is_no_label_of_a_plane(tmp_path: Path) -> None:
+    image = save(tmp_path / "i.nii", np.ones((4, 5, 1), np.float32), np.diag([1.0, 1, 5, 1]))
+    label = save(tmp_path / "l.nii", np.ones((4, 5, 1), np.uint8), np.diag([1.0, -1, 5, 1]))
+    data = DataConfig(spatial_dims=2, labels={"a": 1})
+    with pytest.raises(GeometryError, match=r"l\.nii: label grid .* differs .* in shape, spacing, place or direction"):
+        prepare(Case("c", (image,), label, "c"), PreprocessConfig(orient=False), data, with_label=True)
+
+
+@pytest.mark.parametrize("names", [("i.png", "l.nii.gz"), ("i.nii.gz", "l.png"), ("i.png", "l.mha")])
+def test_a_label_of_a_picture_has_to_be_a_picture(tmp_path: Path, names: tuple[str, str]) -> None:
+    square = np.arange(16, dtype=np.uint8).reshape(4, 4) % 2
+    for name in names:
+        if name.endswith(".png"):
+            Picture.fromarray(square).save(tmp_path / name)
+        else:
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(square[None]), str(tmp_path / name))
+    case = Case("c", (tmp_path / names[0],), tmp_path / names[1], "c")
+    data = DataConfig(spatial_dims=2, labels={"a": 1})
+    with pytest.raises(GeometryError, match=r"is a picture, .* is not: rows and columns against x and y"):
+        prepare(case, PreprocessConfig(orient=False), data, with_label=True)
 
 
 # ---- intensities

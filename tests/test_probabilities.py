@@ -513,8 +513,8 @@ def test_what_was_written_is_read_back(tmp_path: Path, model: Path) -> None:
         (0, 3, 7),
         False,
     )
-    assert found.grid is not None
-    assert found.grid.matches(read_geometry(path).grid)
+    assert found.geometry is not None
+    assert found.geometry.grid.matches(read_geometry(path).grid)
     read = np.stack(list(found))
     assert read.dtype == np.float32
     # the scale in the header is float32 too
@@ -543,7 +543,7 @@ def test_nnunets_axes_are_turned(tmp_path: Path, dtype: type) -> None:
     ours = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5) / 120
     path = nnunet(tmp_path / "case.npz", ours.transpose(0, 3, 2, 1).astype(dtype))
     found = read_probabilities(path)
-    assert (found.shape, found.grid, found.names, found.values) == ((2, 3, 4, 5), None, None, None)
+    assert (found.shape, found.geometry, found.names, found.values) == ((2, 3, 4, 5), None, None, None)
     np.testing.assert_array_equal(np.stack(list(found)), ours.astype(dtype).astype(np.float32))
 
 

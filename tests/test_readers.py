@@ -148,7 +148,25 @@ def test_qform_is_used_where_there_is_no_sform(tmp_path: Path) -> None:
 
 def test_no_form_at_all_is_placed_as_nibabel_does(tmp_path: Path) -> None:
     path = save_raw(tmp_path / "a.nii", VOXELS, sform_code=0, qform_code=0, pixdim=[1, 2, 3, 4, 0, 0, 0, 0])
-    np.testing.assert_allclose(read_image(path).grid.affine, nib.load(path).affine)
+    image = read_image(path)
+    np.testing.assert_allclose(image.grid.affine, nib.load(path).affine)
+    assert image.geometry.warnings == (
+        "neither sform nor qform says how the voxels lie: left and right, top and bottom are a guess",
+    )
+    # what a channel has is not lost behind another, nor told twice
+    assert read_images([save(tmp_path / "b.nii", VOXELS, image.grid.affine), path, path]).geometry.warnings == (
+        image.geometry.warnings
+    )
+
+
+def test_one_slice_needs_no_form(tmp_path: Path) -> None:
+    path = save_raw(tmp_path / "a.nii", VOXELS[..., :1], sform_code=0, qform_code=0)
+    assert read_image(path).geometry.warnings == read_image(path, spatial_dims=2).geometry.warnings == ()
+
+
+@pytest.mark.parametrize("forms", [{"sform_code": 2, "qform_code": 0}, {"sform_code": 0, "qform_code": 1}])
+def test_one_form_is_enough(tmp_path: Path, forms: dict[str, int]) -> None:
+    assert read_image(save_raw(tmp_path / "a.nii", VOXELS, **forms)).geometry.warnings == ()
 
 
 def test_invalid_qform_beside_a_sform_is_a_warning(tmp_path: Path) -> None:
@@ -382,6 +400,48 @@ def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
     paths = [save(tmp_path / "a.nii", VOXELS), save(tmp_path / "b.nii", VOXELS, moved)]
     with pytest.raises(GeometryError, match=r"b\.nii.*differs"):
         read_images(paths)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".mha"])
+@pytest.mark.parametrize(
+    "moved", [np.diag([-1.0, 1, 1, 1]), np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 60], [0, 0, 0, 1]])]
+)
+def test_planes_elsewhere_in_space_are_not_one_case(tmp_path: Path, suffix: str, moved: np.ndarray) -> None:
+    paths = [tmp_path / f"{name}{suffix}" for name in "ab"]
+    for path, affine in zip(paths, (OBLIQUE, moved @ OBLIQUE)):
+        nifti = save(tmp_path / "t.nii", VOXELS[..., :1], affine)
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(nifti)), str(path))
+    assert read_images(paths[:1] * 2, spatial_dims=2).array.shape == (2, 3, 4)
+    with pytest.raises(GeometryError, match=rf"b\{suffix}.*differs .* in shape, spacing, place or direction"):
+        read_images(paths, spatial_dims=2)
+
+
+def test_a_plane_without_a_place_is_anywhere(tmp_path: Path) -> None:
+    placed = save(tmp_path / "a.nii", VOXELS[..., :1], np.diag([-1.0, 1, 1, 1]))
+    nowhere = save_raw(tmp_path / "b.nii", VOXELS[..., :1], sform_code=0, qform_code=0)
+    assert read_images([placed, nowhere], spatial_dims=2).array.shape == (2, 3, 4)
+
+
+def test_a_plane_that_knows_x_and_y_alone_lies_where_its_nifti_does(tmp_path: Path) -> None:
+    plane = SimpleITK.GetImageFromArray(VOXELS[..., 0].T)
+    plane.SetOrigin((5, -7))
+    plane.SetDirection((0, 1, -1, 0))
+    paths = [tmp_path / "a.mha", tmp_path / "a.nii"]
+    for path in paths:
+        SimpleITK.WriteImage(plane, str(path))
+    assert read_images(paths).array.shape == (2, 3, 4)
+    plane.SetOrigin((5, -6))
+    SimpleITK.WriteImage(plane, str(paths[1]))
+    with pytest.raises(GeometryError, match="differs"):
+        read_images(paths)
+
+
+def test_a_picture_is_no_channel_beside_another_format(tmp_path: Path) -> None:
+    square = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    Picture.fromarray(square).save(tmp_path / "a.png")
+    paths = [tmp_path / "a.png", save(tmp_path / "b.nii", square.T, np.eye(4))]
+    with pytest.raises(GeometryError, match=r"a\.png is a picture, b\.nii is not: rows and columns against x and y"):
+        read_images(paths, spatial_dims=2, channels=2)
 
 
 def test_missing_channel_file_is_refused(tmp_path: Path) -> None:

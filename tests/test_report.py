@@ -184,6 +184,26 @@ def test_an_image_on_another_grid_is_left_out_of_the_picture(report, caplog):
     assert "another grid" in caplog.text
 
 
+def test_a_picture_of_a_volume_is_left_out(tmp_path, caplog):
+    for name in ("pred", "ref", "images"):
+        (tmp_path / name).mkdir()
+    for name in ("pred", "ref"):
+        nib.save(nib.Nifti1Image(np.ones((4, 4), np.uint8), np.eye(4)), tmp_path / name / "a.nii.gz")
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "images" / "a.png")
+    made = evaluate(tmp_path / "pred", tmp_path / "ref", images=tmp_path / "images").evaluation
+    assert read_layers(made.pairs["a"], made).image is None
+    assert "a.png is a picture" in caplog.text
+
+
+def test_an_image_of_another_plane_is_left_out_of_the_picture(tmp_path, caplog):
+    for name, place in (("pred", 1.0), ("ref", 1.0), ("images", -1.0)):
+        (tmp_path / name).mkdir()
+        nib.save(nib.Nifti1Image(SOLID[:, :, 2], np.diag([place, 1, 1, 1])), tmp_path / name / "a.nii.gz")
+    made = evaluate(tmp_path / "pred", tmp_path / "ref", images=tmp_path / "images").evaluation
+    assert read_layers(made.pairs["a"], made).image is None
+    assert "another grid" in caplog.text
+
+
 def test_an_unreadable_image_does_not_cost_the_pictures(report, tmp_path, caplog):
     made = report({"a": (SOLID, SOLID)}, image=SOLID).evaluation
     (tmp_path / "images" / "a.nii.gz").write_bytes(b"not an image")

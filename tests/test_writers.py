@@ -113,6 +113,21 @@ def test_plane_of_a_one_slice_file_gets_its_third_axis_back(tmp_path: Path) -> N
         np.testing.assert_array_equal(out.affine, nib.load(source).affine)
 
 
+@pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
+def test_mask_of_a_nifti_2_image_is_one_and_lies_exactly_there(tmp_path: Path, name: str) -> None:
+    # no 32-bit number is a third
+    affine = OBLIQUE / np.array([[3], [3], [3], [1]])
+    image = nib.Nifti2Image(np.zeros((3, 4, 5), np.float32), affine)
+    image.set_sform(affine, code=1)
+    nib.save(image, tmp_path / "in.nii")
+    out = nib.load(write_label(tmp_path / name, MASK, tmp_path / "in.nii", names=NAMES))
+    assert isinstance(out, nib.Nifti2Image)
+    np.testing.assert_array_equal(out.affine, affine)
+    np.testing.assert_array_equal(np.asarray(out.dataobj), MASK)
+    np.testing.assert_array_equal(read_label(tmp_path / name).array, MASK)
+    assert nifti.label_names(tmp_path / name) == NAMES
+
+
 def test_mask_of_a_file_with_channels_is_3d(tmp_path: Path) -> None:
     source = nifti_input(tmp_path / "in.nii.gz", shape=(3, 4, 5, 2))
     out = nib.load(write_label(tmp_path / "out.nii.gz", MASK, source, names=NAMES))
@@ -128,6 +143,19 @@ def test_form_codes_come_back(tmp_path: Path, forms: tuple[int, int]) -> None:
     out = nib.load(write_label(tmp_path / "out.nii", MASK, tmp_path / "codes.nii", names=NAMES))
     assert (int(out.header["qform_code"]), int(out.header["sform_code"])) == forms
     np.testing.assert_array_equal(out.affine, nib.load(tmp_path / "codes.nii").affine)
+
+
+def test_mask_of_an_itk_plane_lies_where_its_image_does(tmp_path: Path) -> None:
+    image = SimpleITK.GetImageFromArray(np.zeros((4, 3), np.int16))
+    image.SetSpacing((0.5, 1.5))
+    image.SetOrigin((10, -20))
+    image.SetDirection((0, -1, 1, 0))
+    SimpleITK.WriteImage(image, str(tmp_path / "in.mha"))
+    out = nib.load(write_label(tmp_path / "out.nii.gz", MASK[..., 0], tmp_path / "in.mha", names=NAMES))
+    # in ITK i runs along y to the back, j along -x to the right
+    affine = [[0, 1.5, 0, -10], [-0.5, 0, 0, 20], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(out.affine, affine, atol=1e-6)
+    assert (int(out.header["qform_code"]), out.shape) == (1, (3, 4))
 
 
 @pytest.mark.parametrize("name", ["in.nrrd", "in.mha"])

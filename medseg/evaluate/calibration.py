@@ -9,25 +9,24 @@ from typing import Any
 
 from medseg.errors import GeometryError
 from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS
-from medseg.grid import Grid
 from medseg.metrics import Labels, Value
 from medseg.metrics.calibration import Bins, Reliability, reliability
 from medseg.metrics.codes import members
-from medseg.readers import is_picture
+from medseg.readers import Geometry, is_picture
 from medseg.readers.probabilities import read_probabilities
 
 
 def measure_calibration(
-    path: Path, reference: Labels, grid: Grid, *, like: Path, ignore_value: int | None
+    path: Path, reference: Labels, geometry: Geometry, *, like: Path, ignore_value: int | None
 ) -> Reliability:
-    """The probabilities in `path` against `reference` (*S), which was read from `like`, on `grid`.
+    """The probabilities in `path` against `reference` (*S), which was read from `like` and lies there.
 
     Raises `GeometryError` if the probabilities lie elsewhere, `DataError` if they cannot be read.
     """
     found = read_probabilities(path, spatial_dims=reference.ndim, picture=is_picture(like))
     shape = tuple(found.shape[1:])
     if shape != reference.shape or (
-        found.grid is not None and not found.grid.matches(grid, tolerance=GRID_TOLERANCE_VOXELS)
+        found.geometry is not None and not found.geometry.matches(geometry, tolerance=GRID_TOLERANCE_VOXELS)
     ):
         raise GeometryError(
             f"{path}: probabilities on a grid of {shape} found, expected that of the reference, {reference.shape}"

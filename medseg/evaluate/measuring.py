@@ -175,7 +175,7 @@ def _calibrated(pair: Pair, maps: Maps, options: EvaluateOptions) -> tuple[Relia
         return None, ""
     try:
         found = measure_calibration(
-            pair.probabilities, maps.reference, maps.grid, like=pair.reference, ignore_value=options.ignore_value
+            pair.probabilities, maps.reference, maps.geometry, like=pair.reference, ignore_value=options.ignore_value
         )
     except (DataError, ValueError) as error:
         # the masks of a case are judged whatever its probabilities are

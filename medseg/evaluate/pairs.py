@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 from medseg.errors import DataError, GeometryError
-from medseg.grid import ROUNDING_TOLERANCE, Grid
+from medseg.grid import ROUNDING_TOLERANCE, Array, Grid
 from medseg.metrics import Labels
-from medseg.readers import ENDINGS, is_image_file, read_label, split_ending
+from medseg.readers import ENDINGS, Geometry, is_image_file, read_label, same_kind_or_raise, split_ending
 from medseg.readers.probabilities import ENDINGS as PROBABILITIES
 
 # share of a voxel that two grids may be apart at a corner: headers hold 32-bit numbers and rounded quaternions
@@ -53,16 +53,22 @@ class Found:
 
 @dataclass(frozen=True)
 class Maps:
-    """Both label maps of a pair on the grid of the reference; `resampled` tells that the prediction was on another.
+    """Both label maps of a pair on the grid of the reference, whose `geometry` says where that is; `resampled` tells
+    that the prediction was on another.
 
     `oddities`: what looks odd in the headers, in sentences.
     """
 
     prediction: Labels
     reference: Labels
-    grid: Grid
+    geometry: Geometry
     resampled: bool
     oddities: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> Grid:
+        """Shape and affine of the reference."""
+        return self.geometry.grid
 
 
 def find_pairs(
@@ -119,22 +125,24 @@ def read_maps(prediction: Path, reference: Path, *, resample_prediction: bool = 
 
     Raises `GeometryError` if the grids differ, unless the prediction may be resampled (nearest neighbour, 0 outside).
     """
+    same_kind_or_raise(prediction, reference)
     found, expected = read_label(prediction), read_label(reference)
     oddities = (
         *(f"the header of the prediction looks odd ({oddity})" for oddity in found.geometry.warnings),
         *(f"the header of the reference looks odd ({oddity})" for oddity in expected.geometry.warnings),
     )
-    if found.grid.matches(expected.grid, tolerance=GRID_TOLERANCE_VOXELS):
-        return Maps(found.array, expected.array, expected.grid, resampled=False, oddities=oddities)
+    if found.geometry.matches(expected.geometry, tolerance=GRID_TOLERANCE_VOXELS):
+        return Maps(found.array, expected.array, expected.geometry, resampled=False, oddities=oddities)
     if found.grid.spatial_dims != expected.grid.spatial_dims:
         raise GeometryError(
             f"{prediction}: {found.grid.spatial_dims} axes found (shape {found.grid.shape}), expected "
-            f"{expected.grid.spatial_dims} as the reference has ({expected.grid.shape}); save both in one format: a "
-            "picture does not say where its pixels are in a volume"
+            f"{expected.grid.spatial_dims} as the reference has ({expected.grid.shape}); save both with the same "
+            "axes: a plane of its own does not say where it lies in a volume"
         )
     if resample_prediction:
-        moved = _nearest(found.array, found.grid, expected.grid)
-        return Maps(moved, expected.array, expected.grid, resampled=True, oddities=oddities)
+        back = _back(prediction, found.geometry, expected.geometry)
+        moved = _nearest(found.array, back, expected.grid.shape)
+        return Maps(moved, expected.array, expected.geometry, resampled=True, oddities=oddities)
     raise GeometryError(
         f"{prediction}: {_difference(found.grid, expected.grid)}; save the prediction on the reference's grid, or pass "
         "--resample-prediction"
@@ -218,11 +226,27 @@ def _beside(path: Path | None, endings: Sequence[str], only: str | None) -> dict
     return {only: [path]} if only is not None and path.is_file() else _files_by_case(path, endings)
 
 
-def _nearest(labels: Labels, from_grid: Grid, to_grid: Grid) -> Labels:
-    n = from_grid.spatial_dims
-    back = np.linalg.solve(from_grid.affine, to_grid.affine)
+def _back(prediction: Path, found: Geometry, expected: Geometry) -> Array:
+    """Voxel of the reference → voxel of the prediction. Raises `GeometryError` for planes that do not lie in one."""
+    if found.plane is None or expected.plane is None:
+        return np.asarray(np.linalg.solve(found.grid.affine, expected.grid.affine), np.float64)
+    known = min(len(found.plane), len(expected.plane))
+    start = np.array([[0, 0, 1]])
+    there = expected.plane[:known] - found.plane[:known, 2:] @ start
+    back = np.concatenate([np.linalg.lstsq(found.plane[:known, :2], there, rcond=None)[0], start])
+    reached = replace(expected, plane=found.plane[:known] @ back)
+    if not reached.matches(expected, tolerance=GRID_TOLERANCE_VOXELS):
+        raise GeometryError(
+            f"{prediction}: a plane at another height or angle than that of the reference found, expected the same; "
+            "check that both are of one slice"
+        )
+    return back
+
+
+def _nearest(labels: Labels, back: Array, shape: tuple[int, ...]) -> Labels:
+    n = len(shape)
     moved = ndimage.affine_transform(
-        labels, back[:n, :n], back[:n, n], output_shape=to_grid.shape, order=0, mode="grid-constant", cval=0
+        labels, back[:n, :n], back[:n, n], output_shape=shape, order=0, mode="grid-constant", cval=0
     )
     return np.asarray(moved)
 
@@ -238,6 +262,8 @@ def _difference(found: Grid, expected: Grid) -> str:
     origins = found.affine[:n, n], expected.affine[:n, n]
     if not np.allclose(*origins, atol=1e-2):
         return f"origin {_numbers(origins[0])} mm found, expected {_numbers(origins[1])} of the reference"
+    if n == 2:
+        return "a plane at another place in space, or mirrored, found, expected that of the reference"
     return "axes in other directions than those of the reference found, expected the same"
 
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ __all__ = [
     "read_image",
     "read_images",
     "read_label",
+    "same_kind_or_raise",
     "split_ending",
 ]
 
@@ -77,6 +79,20 @@ def is_image_file(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture (PNG, TIFF, JPEG, BMP), which has pixels but no millimetres."""
     return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
+
+
+def same_kind_or_raise(path: Path, like: Path) -> None:
+    """Raises `GeometryError` where one of two files that must share a grid is a picture and the other is not.
+
+    A picture is (rows, columns), all else (x, y): where both are square, nothing else tells that one is the transpose.
+    """
+    if is_picture(path) == is_picture(like):
+        return
+    picture, other = (path, like) if is_picture(path) else (like, path)
+    raise GeometryError(
+        f"{path}: {picture.name} is a picture, {other.name} is not: rows and columns against x and y, expected both in "
+        "one format; save both as PNG or both as NIfTI"
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -136,14 +152,18 @@ def read_images(
     if not paths or (channels is not None and len(paths) != channels):
         named = ", ".join(str(p) for p in paths) or "no file"
         raise DataError(f"{named}: {_count(len(paths), 'file')} found, expected {channels}, one per channel")
+    for path in paths[1:]:
+        same_kind_or_raise(path, paths[0])
     images = [read_image(path, spatial_dims=spatial_dims, channels=1, finite=finite) for path in paths]
     for path, image in zip(paths, images):
-        if not image.grid.matches(images[0].grid, tolerance=ROUNDING_TOLERANCE):
+        if not image.geometry.matches(images[0].geometry, tolerance=ROUNDING_TOLERANCE):
             raise GeometryError(
-                f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name}; "
-                "bring all channels of a case to one grid"
+                f"{path}: {image.grid} differs from {images[0].grid} of {paths[0].name} in shape, spacing, place or "
+                "direction; bring all channels of a case to one grid"
             )
-    return Image(np.concatenate([image.array for image in images]), images[0].geometry)
+    warnings = dict.fromkeys(warning for image in images for warning in image.geometry.warnings)
+    geometry = replace(images[0].geometry, warnings=tuple(warnings))
+    return Image(np.concatenate([image.array for image in images]), geometry)
 
 
 def read_label(path: Path, *, spatial_dims: int | None = None) -> LabelMap:

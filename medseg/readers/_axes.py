@@ -49,7 +49,7 @@ def channels_first(
 
 
 def place(path: Path, space: tuple[int, ...], affine: npt.NDArray[np.float64]) -> Grid:
-    """The grid of `space` under a 4×4 `affine`; in 2D only the spacing is kept (a plane has no place in a volume).
+    """The grid of `space` under a 4×4 `affine`; in 2D only the spacing is kept: what a network sees has no place.
 
     Raises `GeometryError` naming the file.
     """
@@ -61,3 +61,8 @@ def place(path: Path, space: tuple[int, ...], affine: npt.NDArray[np.float64]) -
         return Grid(space, np.diag([*spacing, 1.0]))
     except GeometryError as error:
         raise GeometryError(f"{path}: {error}") from error
+
+
+def plane(space: tuple[int, ...], affine: npt.NDArray[np.float64], *, known: int = 3) -> npt.NDArray[np.float64] | None:
+    """Where a plane lies, (i, j, 1) → RAS mm in the first `known` of x, y and z; None for all that is no plane."""
+    return affine[:known, [0, 1, 3]] if len(space) == 2 else None

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import DataError, GeometryError
-from medseg.readers._axes import LPS_TO_RAS, channels_first, place, spatial_shape
+from medseg.readers._axes import LPS_TO_RAS, channels_first, place, plane, spatial_shape
 from medseg.readers._image import Geometry
 
 ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -65,7 +65,8 @@ def _geometry(path: Path, reader: Any, spatial_dims: int | None) -> Geometry:
     affine = np.eye(4)
     affine[:used, :used] = directions * np.asarray(reader.GetSpacing())[:used]
     affine[:used, 3] = np.asarray(reader.GetOrigin())[:used]
-    return Geometry(place(path, spatial_shape(path, shape, spatial_dims), LPS_TO_RAS @ affine))
+    affine, space = LPS_TO_RAS @ affine, spatial_shape(path, shape, spatial_dims)
+    return Geometry(place(path, space, affine), plane=plane(space, affine, known=used))
 
 
 def _three_axes(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -15,10 +15,12 @@ import numpy.typing as npt
 from isal import igzip, isal_zlib
 
 from medseg.errors import DataError, GeometryError
-from medseg.readers._axes import channels_first, place, spatial_shape
+from medseg.readers._axes import channels_first, place, plane, spatial_shape
 from medseg.readers._image import Geometry, NiftiHeader
 
 ENDINGS = (".nii.gz", ".nii")
+# of the header
+NIFTI2_BYTES = 540
 # of header extensions: text for people
 COMMENT_CODE = 6
 # a header of labels with long names; more is damage
@@ -133,7 +135,7 @@ def _read_header(path: Path, file: BufferedIOBase) -> Any:
 
     start = file.read(4)
     sizes = {int.from_bytes(start, "little"), int.from_bytes(start, "big")}
-    for size, kind in ((348, nib.Nifti1Header), (540, nib.Nifti2Header)):
+    for size, kind in ((348, nib.Nifti1Header), (NIFTI2_BYTES, nib.Nifti2Header)):
         if size in sizes:
             block = start + file.read(size - 4)
             if len(block) < size:
@@ -192,8 +194,13 @@ def _geometry(path: Path, header: Any, spatial_dims: int | None) -> Geometry:
     shape = tuple(int(s) for s in header.get_data_shape())
     affine, warnings = _affine(path, header)
     space = spatial_shape(path, shape, spatial_dims)
-    kept = NiftiHeader(shape[:3], {name: header[name].copy() for name in PLACING_FIELDS})
-    return Geometry(place(path, space, affine), kept, warnings)
+    version = 2 if int(header["sizeof_hdr"]) == NIFTI2_BYTES else 1
+    kept = NiftiHeader(shape[:3], {name: header[name].copy() for name in PLACING_FIELDS}, version)
+    # without a form only the spacing is known
+    formed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    if not formed and space[2:] > (1,):
+        warnings += ("neither sform nor qform says how the voxels lie: left and right, top and bottom are a guess",)
+    return Geometry(place(path, space, affine), kept, warnings, plane(space, affine) if formed else None)
 
 
 def _affine(path: Path, header: Any) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:

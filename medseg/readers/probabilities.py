@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import DataError, MedsegError
-from medseg.grid import Grid
-from medseg.readers import nifti
+from medseg.readers import Geometry, nifti
 
 __all__ = ["ENDINGS", "STEPS", "Channels", "Probabilities", "read_probabilities"]
 
@@ -47,14 +46,14 @@ class Channels:
 class Probabilities:
     """A file of probabilities, (C, *S) by `shape`. To iterate opens it and gives channel after channel (*S) float32.
 
-    `grid`: where the voxels are; None where the file does not say (nnU-Net). `channels`: None where the file does not
-    say: then values are 0, 1, … in order. Iterating raises `DataError` for a damaged file and for numbers that are no
-    probabilities.
+    `geometry`: where the voxels are; None where the file does not say (nnU-Net). `channels`: None where the file does
+    not say: then values are 0, 1, … in order. Iterating raises `DataError` for a damaged file and for numbers that are
+    no probabilities.
     """
 
     path: Path
     shape: tuple[int, ...]
-    grid: Grid | None = None
+    geometry: Geometry | None = None
     channels: Channels | None = None
     picture: bool = False
 
@@ -102,7 +101,7 @@ def read_probabilities(path: Path, *, spatial_dims: int | None = None, picture: 
 
 
 def _read_nifti(path: Path, spatial_dims: int | None) -> Probabilities:
-    grid = nifti.read_geometry(path, spatial_dims=spatial_dims).grid
+    geometry = nifti.read_geometry(path, spatial_dims=spatial_dims)
     with nifti._open(path) as file:
         header = nifti._read_header(path, file)
         comment = next(nifti.comments(file, int(header.get_data_offset())), b"")
@@ -116,7 +115,7 @@ def _read_nifti(path: Path, spatial_dims: int | None) -> Probabilities:
     channels = _channels(comment)
     if channels is not None and len(channels.names) != shape[3]:
         raise DataError(f"{path}: {shape[3]} channels found, expected {len(channels.names)} as its header names them")
-    return Probabilities(path, (shape[3], *grid.shape), grid, channels)
+    return Probabilities(path, (shape[3], *geometry.grid.shape), geometry, channels)
 
 
 def _nifti_channels(found: Probabilities) -> Iterator[npt.NDArray[np.float32]]:

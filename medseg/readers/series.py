@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.errors import DataError, MedsegError
-from medseg.readers._axes import channels_first, place, spatial_shape
+from medseg.readers._axes import channels_first, place, plane, spatial_shape
 from medseg.readers._image import Geometry, Image
 from medseg.readers.dicom_files import (
     DicomFile,
@@ -368,7 +368,8 @@ def _lay_out(series: Series) -> _LaidOut:
 
 
 def _geometry(laid: _LaidOut, source: Path, spatial_dims: int | None) -> Geometry:
-    return Geometry(place(source, spatial_shape(source, laid.size_ijk, spatial_dims), laid.affine), warnings=laid.notes)
+    space = spatial_shape(source, laid.size_ijk, spatial_dims)
+    return Geometry(place(source, space, laid.affine), warnings=laid.notes, plane=plane(space, laid.affine))
 
 
 def _count(number: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from medseg.evaluate import Evaluation
 from medseg.evaluate.pairs import GRID_TOLERANCE_VOXELS, Pair, read_maps
 from medseg.grid import Grid
 from medseg.metrics import Labels, judged
-from medseg.readers import is_picture, read_image
+from medseg.readers import Geometry, is_picture, read_image, same_kind_or_raise
 from medseg.views import standing
 
 logger = logging.getLogger(__name__)
@@ -58,21 +58,22 @@ def read_layers(pair: Pair, evaluation: Evaluation) -> Layers:
     read = read_maps(pair.prediction, pair.reference, resample_prediction=options.resample_prediction)
     values = list(evaluation.labels.values())
     maps = judged(read.prediction, read.reference, values, ignore_value=options.ignore_value)
-    image = _image(pair, read.grid)
+    image = _image(pair, read.geometry)
     order, flips, upright = standing(read.grid)
     turned = [layer.transpose(order)[flips] for layer in (*maps, *([] if image is None else [image]))]
     return Layers(turned[0], turned[1], turned[2] if len(turned) > 2 else None, upright)
 
 
-def _image(pair: Pair, grid: Grid) -> npt.NDArray[Any] | None:
+def _image(pair: Pair, geometry: Geometry) -> npt.NDArray[Any] | None:
     if pair.image is None:
         return None
     try:
+        same_kind_or_raise(pair.image, pair.reference)
         image = read_image(pair.image, channels=1 if is_picture(pair.image) else None, finite=False)
     except DataError as error:
         logger.warning("left out of the pictures: %s", error)
         return None
-    if not image.grid.matches(grid, tolerance=GRID_TOLERANCE_VOXELS):
+    if not image.geometry.matches(geometry, tolerance=GRID_TOLERANCE_VOXELS):
         logger.warning("%s: lies on another grid than the reference and is left out of the pictures", pair.image)
         return None
     array: npt.NDArray[Any] = image.array[0]

@@ -18,7 +18,7 @@ from medseg.errors import ConfigError, DataError, MedsegError
 from medseg.grid import Grid
 from medseg.readers import Geometry, file_sha256, is_image_file, is_picture, read_images
 from medseg.readers.segments import Segmentation, SegmentInfo
-from medseg.readers.series import SourceImages, source_images
+from medseg.readers.series import SourceImages, series_geometry, source_images
 from medseg.writers import atomic_path, label_ending, write_label
 from medseg.writers.probabilities import ProbabilityStore, write_regions
 from medseg.writers.provenance import Algorithm
@@ -63,7 +63,10 @@ class Outcome:
     def like(self) -> Path | Geometry:
         """What a NIfTI file lies on: the file of the image, or of a series the grid that was read."""
         # what a file says of itself is read again
-        return self.case.images[0] if self.case.series is None else Geometry(self.grid)
+        if self.case.series is None:
+            return self.case.images[0]
+        # the grid of a plane does not tell where it lies
+        return Geometry(self.grid) if self.grid.spatial_dims == 3 else series_geometry(self.case.series, spatial_dims=2)
 
     @cached_property
     def segmentation(self) -> Segmentation:

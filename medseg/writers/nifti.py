@@ -96,7 +96,9 @@ def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str | None, *, ch
     kept = geometry.header
     space = kept.shape if kept is not None else geometry.grid.shape
     shape = space if channels is None else (*space, *(1,) * (3 - len(space)), channels)
-    kind = nib.Nifti2Header if max(shape) > MAX_NIFTI1_AXIS else nib.Nifti1Header
+    # in the 32-bit numbers of a NIfTI-1 the place of a NIfTI-2 image would be off by a rounding
+    second = max(shape) > MAX_NIFTI1_AXIS or (kept is not None and kept.version == 2)
+    kind = nib.Nifti2Header if second else nib.Nifti1Header
     header = kind(endianness="<")
     header.set_data_dtype(dtype.newbyteorder("<"))
     header.set_data_shape(shape)
@@ -117,8 +119,7 @@ def _header(dtype: np.dtype[Any], geometry: Geometry, comment: str | None, *, ch
 
 
 def _place(header: Any, geometry: Geometry) -> None:
-    grid = geometry.grid
-    affine = grid.affine_4x4
+    grid, affine = geometry.grid, geometry.affine_4x4
     header["pixdim"][1 : grid.spatial_dims + 1] = grid.spacing_mm
     header.set_xyzt_units("mm")
     header.set_sform(affine, code="scanner")
