@@ -178,8 +178,9 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     images = [c for c in columns if _IMAGE_COLUMN.fullmatch(c)]
     if "case" not in columns or not images:
+        hint = "; separate the columns by commas" if any(";" in c or "\t" in c for c in columns) else ""
         raise DataError(
-            f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image; {FORMS}"
+            f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image{hint}; {FORMS}"
         )
     unused = [c for c in columns if c not in ("case", "label", "fold", "group", *images)]
     if unused:
@@ -202,7 +203,7 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
 
 def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]) -> tuple[Case | None, list[Problem]]:
     """The case of one row; without it where an image file is missing."""
-    name = str(row.get("case") or "")
+    name = "" if row.get("case") is None else str(row["case"])
     if not name:
         raise DataError(f"{source}: a row without case name found ({dict(row)}); fill the column case")
     if name in (".", "..") or "/" in name or "\\" in name:
@@ -378,13 +379,25 @@ def _json(path: Path) -> Any:
 def _csv_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restkey=""))
+            lines = csv.reader(file)
+            filled = [(lines.line_num, [field.strip() for field in line]) for line in lines if any(map(str.strip, line))]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    for number, row in enumerate(rows, start=2):
-        if "" in row or None in row.values():
-            raise DataError(f"{path}: line {number} has another number of fields than the header; correct it")
-    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
+    columns = filled[0][1] if filled else []
+    twice = [column for column, count in Counter(columns).items() if column and count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: column {twice[0]!r} found twice, expected each once; rename one (channels: image, image2, …)"
+        )
+    for number, line in filled[1:]:
+        # a comma at the end of a line is no field
+        if len(line) < len(columns) or any(line[len(columns) :]):
+            raise DataError(
+                f"{path}: line {number} has {len(line)} fields, expected {len(columns)} as in the first; correct it"
+            )
+        if any(field for column, field in zip(columns, line) if not column):
+            raise DataError(f"{path}: line {number} has a field in a column without a name; name the column")
+    return [{column: field for column, field in zip(columns, line) if column} for _, line in filled[1:]]
 
 
 def _json_rows(path: Path, content: Any) -> list[dict[str, Any]]:
