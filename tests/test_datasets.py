@@ -28,3 +28,30 @@ def listed(root: Path, text: str) -> Path:
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"l\.csv: column 'image' found twice.*image2"):
         read_dataset(listed(tmp_path, "case,image,image,label\nx,a.nii,b.nii,c.nii\n"))
+
+
+@pytest.mark.parametrize("header", ["case,image,label", "case,image,label,"])
+def test_a_comma_at_the_end_of_each_line_is_no_field(tmp_path: Path, header: str) -> None:
+    (case,) = read_dataset(listed(tmp_path, f"{header}\nx,a.nii,b.nii,\n,,,\n")).cases
+    assert (case.id, case.label) == ("x", tmp_path / "b.nii")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case,image,label\nx,a.nii,b.nii,c.nii\n", "line 2 has 4 fields, expected 3"),
+        ("case,image,label\nx,a.nii\n", "line 2 has 2 fields, expected 3"),
+        ("case,image,\nx,a.nii,b.nii\n", "line 2 has a field in a column without a name"),
+        ("case;image;label\nx;a.nii;b.nii\n", "separate the columns by commas"),
+        ("case\timage\tlabel\nx\ta.nii\tb.nii\n", "separate the columns by commas"),
+    ],
+)
+def test_a_list_that_is_no_table_says_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_dataset(listed(tmp_path, text))
+
+
+def test_a_case_of_a_json_list_may_be_the_number_0(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii", "b.nii")
+    (tmp_path / "l.json").write_text('[{"case": 0, "image": "a.nii", "label": "b.nii"}]')
+    assert [case.id for case in read_dataset(tmp_path / "l.json").cases] == ["0"]
