@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import ENDINGS, Series, SeriesOptions, is_image_file, is_picture, split_ending
+from medseg.readers import ENDINGS, Series, SeriesOptions, holds_colour, is_image_file, is_picture, split_ending
 from medseg.readers.archive import is_archive
 from medseg.readers.dicom_files import ENDINGS as DICOM_ENDINGS
 from medseg.readers.dicom_files import holds_dicom
@@ -28,6 +28,7 @@ Labels = dict[str, int | tuple[int, ...]]
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 # so many names that several inputs share are told, and the number of the others
 MOST_CLASHES = 5
+COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ def fold_split(
 def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions | None = None) -> list[Case]:
     """Cases in files and folders: not in their subfolders, unless these hold DICOM files: then one for each series.
 
-    Files CASE_0000, CASE_0001, … of one folder are channels of CASE where every file of it ends so and no number is
-    beyond `channels`. What is given twice, in whatever spelling, is taken once, as it was spelled first. A series has
+    Files CASE_0000, CASE_0001, … of one folder are channels of CASE where no number of that name is beyond `channels`,
+    and not several of them are pictures in colour, which hold three themselves; for a single channel, where every file
+    of the folder ends in _0000. What is given twice, in whatever spelling, is taken once, as it was spelled first. A series has
     the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is found, a
     folder holds slices and volumes side by side, or two inputs would share a name.
     """
@@ -291,16 +293,26 @@ def _refuse_clashes(inputs: Mapping[str, Sequence[tuple[Path, ...]]]) -> None:
 def _by_case(files: Sequence[Path], channels: int) -> list[tuple[str, tuple[Path, ...]]]:
     """Case names and files of one folder; a name is there twice where two files share it."""
     stems = {file: _stem(file) for file in files}
-    matches = {file: CHANNEL_SUFFIX.fullmatch(stem) for file, stem in stems.items()}
-    numbers = [(m[1], int(m[2])) for m in matches.values() if m is not None]
-    unique = len(set(numbers)) == len(numbers) == len(files)
-    if unique and all(number < channels for _, number in numbers):
-        grouped: dict[str, list[Path]] = defaultdict(list)
-        for file, match in sorted(matches.items(), key=lambda item: item[0].name):
-            if match is not None:
-                grouped[match[1]].append(file)
-        return [(name, tuple(found)) for name, found in grouped.items()]
-    return [(stem, (file,)) for file, stem in stems.items()]
+    numbered: dict[str, dict[Path, int]] = defaultdict(dict)
+    for file, stem in sorted(stems.items(), key=lambda item: item[0].name):
+        match = CHANNEL_SUFFIX.fullmatch(stem)
+        if match is not None:
+            numbered[match[1]][file] = int(match[2])
+    joined = {name: tuple(found) for name, found in numbered.items() if _are_channels(found, channels)}
+    taken = {file for found in joined.values() for file in found}
+    alone = [(stem, (file,)) for file, stem in stems.items() if file not in taken]
+    # where there is one channel to each, a number is a part of the name unless all have it
+    if alone and channels == 1:
+        return [(stem, (file,)) for file, stem in stems.items()]
+    return [*joined.items(), *alone]
+
+
+def _are_channels(numbers: Mapping[Path, int], channels: int) -> bool:
+    """Whether the files of one name can be the channels of one case."""
+    if len(set(numbers.values())) < len(numbers) or max(numbers.values()) >= channels:
+        return False
+    # a picture in colour holds the three itself: what is numbered are frames
+    return not (channels == COLOURS and len(numbers) > 1 and any(map(holds_colour, numbers)))
 
 
 def _stem(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import phantom
 import pytest
+from PIL import Image as Picture
 from pydicom import Dataset
 
 from medseg.cases import Case, assign_folds, dicom_cases, fold_split, infer_inputs
@@ -324,6 +325,22 @@ def test_infer_groups_channels(tmp_path: Path) -> None:
         ("a", ["a_0000.nii", "a_0001.nii"]),
         ("b", ["b_0000.nii"]),
     ]
+
+
+def test_infer_keeps_frames_in_colour_apart(tmp_path: Path) -> None:
+    for n in range(3):
+        Picture.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / f"film_{n:04d}.png")
+        Picture.new("L", (4, 4)).save(tmp_path / f"grey_{n:04d}.png")
+    Picture.new("RGB", (4, 4)).save(tmp_path / "still_0000.png")
+    cases = {c.id: len(c.images) for c in infer_inputs([tmp_path], channels=3)}
+    assert cases == {"film_0000": 1, "film_0001": 1, "film_0002": 1, "grey": 3, "still": 1}
+
+
+def test_infer_groups_channels_beside_a_file_that_has_none(tmp_path: Path) -> None:
+    names = [f"{name}_{n:04d}.nii" for name in "abc" for n in range(2)]
+    touch(tmp_path, *names, "atlas.nii", "film_0000.nii", "film_0001.nii", "film_0002.nii")
+    cases = {c.id: len(c.images) for c in infer_inputs([tmp_path], channels=2)}
+    assert cases == {"a": 2, "b": 2, "c": 2, "atlas": 1, "film_0000": 1, "film_0001": 1, "film_0002": 1}
 
 
 def test_infer_takes_a_folder_of_dicom_as_one_case(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "SeriesOptions",
     "file_sha256",
     "finite_or_raise",
+    "holds_colour",
     "is_image_file",
     "is_picture",
     "read_geometry",
@@ -77,6 +78,11 @@ def is_image_file(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture (PNG, TIFF, JPEG, BMP), which has pixels but no millimetres."""
     return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
+
+
+def holds_colour(path: Path) -> bool:
+    """Whether a file is a picture that is stored in colour, by its header; not where that cannot be read."""
+    return is_picture(path) and image2d.is_colour(path)
 
 
 def file_sha256(path: Path) -> str:
