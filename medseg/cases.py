@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,16 @@ from pathlib import Path
 from typing import Literal
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import ENDINGS, Series, SeriesOptions, holds_colour, is_image_file, is_picture, split_ending
+from medseg.readers import (
+    ENDINGS,
+    Series,
+    SeriesOptions,
+    holds_colour,
+    is_image_file,
+    is_picture,
+    split_ending,
+    why_absent,
+)
 from medseg.readers.archive import is_archive
 from medseg.readers.dicom_files import ENDINGS as DICOM_ENDINGS
 from medseg.readers.dicom_files import holds_dicom
@@ -142,20 +152,20 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
 
     Files CASE_0000, CASE_0001, … of one folder are channels of CASE where no number of that name is beyond `channels`,
     and not several of them are pictures in colour, which hold three themselves; for a single channel, where every file
-    of the folder ends in _0000. What is given twice, in whatever spelling, is taken once, as it was spelled first. A series has
-    the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is found, a
-    folder holds slices and volumes side by side, or two inputs would share a name.
+    of the folder ends in _0000. What is given twice, in whatever spelling, is taken once, as it was spelled first. A
+    series has the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is
+    found, a folder holds slices and volumes side by side, or two inputs would share a name.
     """
     by_folder: dict[Path, dict[str, Path]] = {}
     dicom: dict[Path, Path] = {}
     for path in inputs:
-        if not path.exists():
-            raise ConfigError(f"{path}: no such file or folder; check the path")
+        if reason := why_absent(path):
+            raise ConfigError(f"{path}: {reason}; check the path")
         found = _input_files(path)
         if not found:
             raise ConfigError(f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}")
         for file in found:
-            if not is_image_file(file) or file.is_dir():
+            if not is_image_file(file) or os.path.isdir(file):
                 dicom.setdefault(file.resolve(), file)
                 continue
             # the file itself is not resolved: links of two names to one file are two cases, or two channels
@@ -163,7 +173,7 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
     by_name: dict[str, dict[object, Case]] = {}
     for files in by_folder.values():
         for name, images in _by_case(list(files.values()), channels):
-            key = tuple(image.resolve() for image in images)
+            key = tuple(os.path.realpath(image) for image in images)
             by_name.setdefault(name, {}).setdefault(key, Case(name, images, None, name))
     for case in _dicom_cases(list(dicom.values()), series or SeriesOptions()):
         by_name.setdefault(case.id, {}).setdefault((case.images, case.series), case)
@@ -180,24 +190,25 @@ def dicom_cases(path: Path) -> list[Case]:
     `series` is None where files cannot be read or are no images: reading such a case says why. Raises `ConfigError`
     where a folder holds other images too.
     """
-    return _dicom_cases([f for f in _input_files(path) if f.is_dir() or not is_image_file(f)], SeriesOptions())
+    return _dicom_cases([f for f in _input_files(path) if os.path.isdir(f) or not is_image_file(f)], SeriesOptions())
 
 
 def images_in(folder: Path) -> list[Path]:
     """Image files of a folder, sorted by name. Raises `DataError` where it cannot be listed."""
     try:
-        return sorted(f for f in folder.iterdir() if is_image_file(f) and f.is_file())
+        # a link to what is not there is a case that cannot be read, and no folder
+        return sorted(f for f in folder.iterdir() if is_image_file(f) and not os.path.isdir(f))
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check the permissions") from error
 
 
 def _input_files(path: Path) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):
         return [path] if is_image_file(path) or _is_dicom(path) else []
     images = images_in(path)
     volumes = [file for file in images if not is_picture(file)]
     inside = sorted(f for f in path.iterdir() if not f.name.startswith("."))
-    slices = [f for f in inside if f not in volumes and f.is_file() and not is_archive(f) and _is_dicom(f)]
+    slices = [f for f in inside if f not in volumes and os.path.isfile(f) and not is_archive(f) and _is_dicom(f)]
     if volumes and slices:
         raise ConfigError(
             f"{path}: DICOM files ({len(slices)}, such as {slices[0].name}) and other images ({len(volumes)}, such as "
@@ -211,7 +222,7 @@ def _input_files(path: Path) -> list[Path]:
         return [path]
     if images:
         return images
-    return [f for f in inside if (f.is_dir() or is_archive(f)) and _is_dicom(f)]
+    return [f for f in inside if (os.path.isdir(f) or is_archive(f)) and _is_dicom(f)]
 
 
 def _is_dicom(path: Path) -> bool:

@@ -380,7 +380,9 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file)
-            filled = [(lines.line_num, [field.strip() for field in line]) for line in lines if any(map(str.strip, line))]
+            filled = [
+                (lines.line_num, [field.strip() for field in line]) for line in lines if any(map(str.strip, line))
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
     columns = filled[0][1] if filled else []

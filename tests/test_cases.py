@@ -429,6 +429,13 @@ def test_infer_takes_a_series_beside_a_cut_file_of_another_one(tmp_path: Path) -
     assert infer_inputs([folder], channels=1)[0].series is None
 
 
+def test_infer_takes_links_to_nothing_as_cases(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii")
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself.nii").symlink_to(tmp_path / "itself.nii")
+    assert sorted(c.id for c in infer_inputs([tmp_path], channels=1)) == ["a", "gone", "itself"]
+
+
 @pytest.mark.parametrize("names", [("x/a.nii", "y/a.nii.gz"), ("x/a.nii", "x/a.png")])
 def test_infer_refuses_one_name_for_two_inputs(tmp_path: Path, names: tuple[str, str]) -> None:
     touch(tmp_path, *names)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from medseg.check import check_dataset
 from medseg.datasets import read_dataset
 from medseg.errors import DataError
 
@@ -55,3 +56,12 @@ def test_a_case_of_a_json_list_may_be_the_number_0(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii", "b.nii")
     (tmp_path / "l.json").write_text('[{"case": 0, "image": "a.nii", "label": "b.nii"}]')
     assert [case.id for case in read_dataset(tmp_path / "l.json").cases] == ["0"]
+
+
+def test_a_link_to_nothing_is_a_case_that_fails(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.nii", "labels/a.nii", "labels/b.nii")
+    (tmp_path / "images/b.nii").symlink_to("/mnt/share/b.nii")
+    dataset = read_dataset(tmp_path)
+    assert [case.id for case in dataset.cases] == ["a", "b"]
+    found = [finding.found for finding in check_dataset(dataset).errors if finding.file.endswith("images/b.nii")]
+    assert found == ["a link to /mnt/share/b.nii, which is not there"]
