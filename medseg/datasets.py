@@ -95,10 +95,9 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
         if not (path / name).is_dir():
             raise DataError(f"{path}: folder {name} is missing; {FORMS}")
     ending = str(content.get("file_ending", ""))
-    files = [f for f in images_in(path / "imagesTr") if f.name.endswith(ending)]
     problems: list[Problem] = []
     images: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file in files:
+    for file in _of_ending(path / "imagesTr", ending, problems):
         match = CHANNEL_SUFFIX.fullmatch(split_ending(file.name)[0])
         if match is None or int(match[2]) >= len(channels):
             expected = f"a channel number _0000 to _{len(channels) - 1:04d} at the end of the name"
@@ -107,7 +106,7 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
             problems.append(Problem(match[1], file, "the same channel twice", "one file per channel", "remove one"))
         else:
             images[match[1]][int(match[2])] = file
-    labels = {split_ending(f.name)[0]: f for f in images_in(path / "labelsTr") if f.name.endswith(ending)}
+    labels = _labels_by_case(_of_ending(path / "labelsTr", ending, problems), problems)
     cases, more = _paired(images, labels, len(channels), path / "labelsTr")
     dataset = Dataset(
         path,
@@ -150,12 +149,7 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
 
 def _from_plain(path: Path) -> Dataset:
     problems: list[Problem] = []
-    labels: dict[str, Path] = {}
-    for file in images_in(path / "labels"):
-        stem = split_ending(file.name)[0]
-        if stem in labels:
-            problems.append(Problem(stem, file, f"a second label beside {labels[stem].name}", "one", "remove one"))
-        labels.setdefault(stem, file)
+    labels = _labels_by_case(images_in(path / "labels"), problems)
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in images_in(path / "images"):
         stem = split_ending(file.name)[0]
@@ -231,6 +225,27 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
     return Case(name, images, label, name if group in (None, "") else str(group), number), problems
 
 
+def _of_ending(folder: Path, ending: str, problems: list[Problem]) -> list[Path]:
+    """The image files that `file_ending` means, in whatever case; the others are told."""
+    files = images_in(folder)
+    others = [file for file in files if not file.name.lower().endswith(ending.lower())]
+    if others:
+        found = f"{len(others)} of {len(files)} files, this the first, of another ending: they are left out"
+        fix = "convert them, or correct file_ending"
+        problems.append(Problem("", others[0], found, f"{ending}, the file_ending of dataset.json", fix, "warning"))
+    return [file for file in files if file.name.lower().endswith(ending.lower())]
+
+
+def _labels_by_case(files: Sequence[Path], problems: list[Problem]) -> dict[str, Path]:
+    labels: dict[str, Path] = {}
+    for file in files:
+        stem = split_ending(file.name)[0]
+        if stem in labels:
+            problems.append(Problem(stem, file, f"a second label beside {labels[stem].name}", "one", "remove one"))
+        labels.setdefault(stem, file)
+    return labels
+
+
 def _paired(
     images: Mapping[str, Mapping[int, Path]], labels: Mapping[str, Path], channels: int, label_folder: Path
 ) -> tuple[tuple[Case, ...], list[Problem]]:
@@ -271,11 +286,16 @@ def _with_splits(dataset: Dataset, path: Path) -> Dataset:
         raise DataError(f"{path}: not a list of {{train: [...], val: [...]}}; correct or remove it") from error
     if not folds:
         raise DataError(f"{path}: no fold found, expected at least one; correct or remove it")
-    strangers = sorted({c for f in folds for c in (*f.train, *f.val)} - set(known))
+    listed = {c for f in folds for c in (*f.train, *f.val)}
+    strangers = sorted(listed - set(known))
     problems = [
         Problem(c, path, f"unknown case {c}", "cases of this data set", "correct the split", "warning")
         for c in strangers
     ]
+    without = [case.id for case in dataset.labelled if case.id not in listed]
+    if without:
+        found = f"{len(without)} of {len(dataset.labelled)} cases, {without[0]} the first, are in no fold: `--fold all` alone uses them"
+        problems.append(Problem("", path, found, "every case in a fold", "complete or remove the split", "warning"))
     for number, fold in enumerate(folds):
         _refuse_repetition(path, number, fold)
         _refuse_leak(path, number, fold, known)

@@ -112,8 +112,9 @@ def test_split_file_gives_folds_as_they_are(tmp_path: Path) -> None:
     train, val = fold_split(dataset, 0)
     # c3 is in neither list
     assert ([c.id for c in train], [c.id for c in val]) == (["c0", "c1"], ["c2"])
-    assert [p.severity for p in dataset.problems] == ["warning"]
+    assert [p.severity for p in dataset.problems] == ["warning", "warning"]
     assert "gone" in str(dataset.problems[0])
+    assert "1 of 4 cases, c3 the first, are in no fold" in str(dataset.problems[1])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '[{"train": []}]', "nonsense"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ def touch(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
+    return root
+
+
+def nnunet(root: Path, *names: str, **content: object) -> Path:
+    """An nnU-Net folder with cases of these file names, such as a.nii."""
+    for name in names:
+        stem, dot, ending = name.partition(".")
+        touch(root, f"imagesTr/{stem}_0000{dot}{ending}", f"labelsTr/{name}")
+    (root / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, **content}))
     return root
 
 
@@ -65,3 +75,25 @@ def test_a_link_to_nothing_is_a_case_that_fails(tmp_path: Path) -> None:
     assert [case.id for case in dataset.cases] == ["a", "b"]
     found = [finding.found for finding in check_dataset(dataset).errors if finding.file.endswith("images/b.nii")]
     assert found == ["a link to /mnt/share/b.nii, which is not there"]
+
+
+def test_cases_of_another_ending_are_told_and_capitals_do_not_matter(tmp_path: Path) -> None:
+    root = nnunet(tmp_path, "a.nii.gz", "b.NII.GZ", "c.mha", "d.mha", file_ending=".nii.gz")
+    dataset = read_dataset(root)
+    assert [case.id for case in dataset.labelled] == ["a", "b"]
+    assert [(p.file.name, p.severity) for p in dataset.problems] == [("c_0000.mha", "warning"), ("c.mha", "warning")]
+    assert all(".nii.gz, the file_ending of dataset.json" in str(p) for p in dataset.problems)
+    assert "2 of 4 files" in str(dataset.problems[0])
+
+
+def test_a_label_in_two_files_of_an_nnunet_folder_is_told(tmp_path: Path) -> None:
+    dataset = read_dataset(touch(nnunet(tmp_path, "a.nii.gz"), "labelsTr/a.nii"))
+    assert "a second label beside a.nii" in str(dataset.problems[0])
+
+
+def test_labelled_cases_in_no_fold_of_a_split_are_told(tmp_path: Path) -> None:
+    root = nnunet(tmp_path, "a.nii", "b.nii", "c.nii", "d.nii")
+    (root / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
+    (problem,) = read_dataset(root).problems
+    assert problem.severity == "warning"
+    assert "2 of 4 cases, c the first, are in no fold" in str(problem)
