@@ -115,7 +115,8 @@ def assign_folds(cases: Sequence[Case], *, folds: int, seed: int = 0) -> tuple[F
         )
 
     def order(group: str) -> tuple[int, str]:
-        return -len(groups[group]), hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()
+        # names of files may be bytes that are no UTF-8
+        return -len(groups[group]), hashlib.sha256(f"{seed}:{group}".encode("utf-8", "surrogateescape")).hexdigest()
 
     members: list[list[str]] = [[] for _ in range(folds)]
     for group in sorted(groups, key=order):

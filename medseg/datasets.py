@@ -294,8 +294,9 @@ def _with_splits(dataset: Dataset, path: Path) -> Dataset:
     ]
     without = [case.id for case in dataset.labelled if case.id not in listed]
     if without:
-        found = f"{len(without)} of {len(dataset.labelled)} cases, {without[0]} the first, are in no fold: `--fold all` alone uses them"
-        problems.append(Problem("", path, found, "every case in a fold", "complete or remove the split", "warning"))
+        found = f"{len(without)} of {len(dataset.labelled)} cases, {without[0]} the first, are in no fold"
+        fix = "complete the split, or train on them with --fold all"
+        problems.append(Problem("", path, found, "every case in one", fix, "warning"))
     for number, fold in enumerate(folds):
         _refuse_repetition(path, number, fold)
         _refuse_leak(path, number, fold, known)

@@ -285,6 +285,11 @@ def test_folds_depend_on_the_seed() -> None:
     assert assign_folds(cases, folds=5, seed=0) != assign_folds(cases, folds=5, seed=1)
 
 
+def test_folds_of_names_that_are_no_text() -> None:
+    folds = assign_folds([case(f"caf\udce9{n}") for n in range(4)], folds=2)
+    assert [len(fold.val) for fold in folds] == [2, 2]
+
+
 def test_more_folds_than_groups_are_refused() -> None:
     with pytest.raises(ConfigError, match="5 folds asked for 2 groups"):
         assign_folds([case("a", "p"), case("b", "p"), case("c", "q")], folds=5)

@@ -1130,3 +1130,12 @@ def test_an_interruption_is_130_and_leaves_a_state(
     assert cli("train", tiny_run.dataset, "-o", folder, *train_args, "--epochs", 5, "--resume").out.startswith(
         "10 steps"
     )
+
+
+def test_names_that_are_no_text_are_shown_by_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", screen)
+    terminal.show_any_name()
+    terminal.out.print("caf\udce9.nii.gz: \u00e9")
+    screen.flush()
+    assert screen.buffer.getvalue().decode() == "caf\\udce9.nii.gz: \u00e9\n"

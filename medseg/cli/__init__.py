@@ -17,7 +17,7 @@ import medseg
 from medseg import Preempted
 from medseg.cli import conversion, evaluation, inference, networks, processes, training
 from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE, new_app
-from medseg.terminal import err, out
+from medseg.terminal import err, out, show_any_name
 
 # the one verb whose processes work together, and which a cluster may end and start again
 TRAIN = ["train"]
@@ -72,6 +72,7 @@ def main() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) == usual:
             signal.signal(number, _end)
+    show_any_name()
     code = run(sys.argv[1:])
     out.settle()
     err.settle()
