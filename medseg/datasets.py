@@ -15,7 +15,7 @@ from typing import Any
 from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in
 from medseg.config import BACKGROUND
 from medseg.errors import DataError
-from medseg.readers import ENDINGS, is_picture, split_ending
+from medseg.readers import ENDINGS, is_picture, split_ending, why_absent
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,11 @@ def read_dataset(path: Path) -> Dataset:
     Files without their partner are in `problems`. Raises `DataError` where the form is none of the four, a description
     cannot be understood, or not one case is there.
     """
-    dataset = _read_any(path)
+    try:
+        dataset = _read_any(path)
+    except OSError as error:
+        where = error.filename or path
+        raise DataError(f"{where}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if not dataset.cases:
         problems = "".join(f"\n  {problem}" for problem in dataset.problems[:5])
         raise DataError(f"{path}: no case found; {FORMS}\nknown endings: {', '.join(ENDINGS)}{problems}")
@@ -48,8 +52,8 @@ def read_dataset(path: Path) -> Dataset:
 
 
 def _read_any(path: Path) -> Dataset:
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; {FORMS}")
+    if reason := why_absent(path):
+        raise DataError(f"{path}: {reason}; {FORMS}")
     if path.is_file():
         if path.name == "dataset.json":
             return _read_any(path.parent)
@@ -204,17 +208,17 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
         # names become file names: such a one would leave the output folder
         raise DataError(f"{source}: case name {name!r} found, expected one without / and \\; rename it")
     problems = []
-    images = tuple(root / Path(n).expanduser() for n in names)
+    images = tuple(_placed(root, n) for n in names)
     for image in images:
-        if not image.is_file():
-            problems.append(Problem(name, image, "no such file", "an image", f"correct {source.name}"))
+        if reason := _why_no_file(image):
+            problems.append(Problem(name, image, reason, "an image", f"correct {source.name}"))
     if not images or problems:
         return None, problems or [Problem(name, source, "no image", "a file", f"correct {source.name}")]
-    label = root / Path(str(row["label"])).expanduser() if row.get("label") else None
+    label = _placed(root, str(row["label"])) if row.get("label") else None
     if label is None:
         problems.append(Problem(name, images[0], "an image without label", "a label", f"name one in {source.name}"))
-    elif not label.is_file():
-        problems.append(Problem(name, label, "no such file", "a label map", f"correct {source.name}"))
+    elif reason := _why_no_file(label):
+        problems.append(Problem(name, label, reason, "a label map", f"correct {source.name}"))
         label = None
     fold = row.get("fold")
     try:
@@ -223,6 +227,20 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
         raise DataError(f"{source}: fold {fold!r} of case {name} found, expected a whole number from 0") from error
     group = row.get("group")
     return Case(name, images, label, name if group in (None, "") else str(group), number), problems
+
+
+def _placed(root: Path, name: str) -> Path:
+    path = Path(name)
+    try:
+        return root / path.expanduser()
+    except RuntimeError:
+        # ~NAME of somebody who is not known here: there is no such file
+        return root / path
+
+
+def _why_no_file(path: Path) -> str:
+    """What was found in place of a file; empty where one is there."""
+    return why_absent(path) or ("" if path.is_file() else "a folder")
 
 
 def _of_ending(folder: Path, ending: str, problems: list[Problem]) -> list[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,42 @@ def test_labelled_cases_in_no_fold_of_a_split_are_told(tmp_path: Path) -> None:
     (problem,) = read_dataset(root).problems
     assert problem.severity == "warning"
     assert "2 of 4 cases, c the first, are in no fold" in str(problem)
+
+
+def test_paths_of_a_list_that_lead_nowhere_cost_only_their_cases(tmp_path: Path) -> None:
+    long = "x" * 300
+    (tmp_path / "folder").mkdir()
+    rows = f"x,a.nii,b.nii\nlong,{long}.nii,b.nii\nuser,~nobody-of-that-name/x.nii,b.nii\nfolder,folder,folder\n"
+    dataset = read_dataset(listed(tmp_path, f"case,image,label\n{rows}"))
+    assert [case.id for case in dataset.cases] == ["x"]
+    assert {p.case: p.found for p in dataset.problems} == {
+        "long": "cannot be reached (File name too long)",
+        "user": "no such file or folder",
+        "folder": "a folder",
+    }
+
+
+def test_a_data_set_behind_a_closed_door_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def closed(path: Path, **how: bool) -> os.stat_result:
+        if "closed" in path.parts[:-1]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    path = listed(tmp_path, "case,image,label\nx,closed/a.nii,b.nii\ny,a.nii,closed/b.nii\nz,a.nii,b.nii\n")
+    dataset = read_dataset(path)
+    assert [case.id for case in dataset.labelled] == ["z"]
+    assert [p.found for p in dataset.problems] == ["cannot be reached (Permission denied)"] * 2
+    with pytest.raises(DataError, match=r"closed/data: cannot be reached \(Permission denied\)"):
+        read_dataset(tmp_path / "closed/data")
+
+
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); check the path and its permissions"):
+        read_dataset(tmp_path)

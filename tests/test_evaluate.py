@@ -339,6 +339,12 @@ def test_folders_must_exist(folders, tmp_path, missing):
         evaluate_folders(predictions, references)
 
 
+def test_a_folder_that_cannot_be_reached_is_named(folders, tmp_path):
+    predictions, _ = folders({"a": SOLID}, {"a": SOLID})
+    with pytest.raises(DataError, match=r"xxx: cannot be reached \(File name too long\)"):
+        evaluate_folders(predictions, tmp_path / ("x" * 300))
+
+
 def test_an_empty_folder_is_an_error(folders):
     with pytest.raises(DataError, match="no label maps found"):
         evaluate_folders(*folders({"a": SOLID}, {}))
