@@ -88,9 +88,13 @@ def _is_decathlon(path: Path, content: Mapping[str, Any]) -> bool:
     entries = content.get("training")
     if not isinstance(entries, list) or not entries:
         return False
-    first = entries[0].get("image") if isinstance(entries[0], dict) else None
-    names = first if isinstance(first, list) else [first]
-    return not (path / "imagesTr").is_dir() or (isinstance(names[0], str) and (path / names[0]).is_file())
+    names = [name for entry in entries if isinstance(entry, dict) for name in _names(entry.get("image"))]
+    return not (path / "imagesTr").is_dir() or any(not _why_no_file(path / name) for name in names)
+
+
+def _names(image: Any) -> list[str]:
+    """The files of an entry: one, several, or none."""
+    return [str(name) for name in (image if isinstance(image, list) else [image]) if name]
 
 
 def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
@@ -133,10 +137,14 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
     for number, entry in enumerate(content["training"]):
         if not isinstance(entry, dict) or "image" not in entry:
             raise DataError(f"{description}: training[{number}] is {entry!r}, expected an object with image and label")
-        names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-        stem = split_ending(Path(str(names[0])).name)[0]
-        row = {"case": stem, "label": entry.get("label"), **{k: entry[k] for k in ("fold", "group") if k in entry}}
-        case, more = _case(root, description, row, [str(name) for name in names])
+        names = _names(entry["image"])
+        stem = split_ending(Path(names[0]).name)[0] if names else ""
+        row = {
+            "case": stem or f"training[{number}]",
+            "label": entry.get("label"),
+            **{k: entry[k] for k in ("fold", "group") if k in entry},
+        }
+        case, more = _case(root, description, row, names)
         problems += more
         cases += [case] if case is not None else []
     return Dataset(

@@ -138,3 +138,25 @@ def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "is_file", closed)
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); check the path and its permissions"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("nothing", [[], "", None])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_entry_without_an_image_costs_only_its_case(tmp_path: Path, nothing: object, first: bool) -> None:
+    touch(tmp_path, "imagesTr/a.nii", "labelsTr/a.nii", "labelsTr/b.nii")
+    whole = {"image": "imagesTr/a.nii", "label": "labelsTr/a.nii"}
+    empty = {"image": nothing, "label": "labelsTr/b.nii"}
+    training = [empty, whole] if first else [whole, empty]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
+    dataset = read_dataset(tmp_path)
+    assert [case.id for case in dataset.cases] == ["a"]
+    assert [(p.case, p.found) for p in dataset.problems] == [(f"training[{1 - first}]", "no image")]
+
+
+def test_a_decathlon_folder_whose_first_image_is_missing_is_one_all_the_same(tmp_path: Path) -> None:
+    touch(tmp_path, "imagesTr/b.nii", "labelsTr/a.nii", "labelsTr/b.nii")
+    training = [{"image": f"imagesTr/{name}.nii", "label": f"labelsTr/{name}.nii"} for name in "ab"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": training}))
+    dataset = read_dataset(tmp_path)
+    assert (dataset.form, [case.id for case in dataset.cases]) == ("decathlon", ["b"])
+    assert [p.file.name for p in dataset.problems] == ["a.nii"]
