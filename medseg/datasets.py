@@ -32,15 +32,15 @@ _IMAGE_COLUMN = re.compile(r"image\d*")
 def read_dataset(path: Path) -> Dataset:
     """Lists the data set at `path`, a folder or a list, in whichever of the four forms it has.
 
-    Files without their partner are in `problems`. Raises `DataError` where the form is none of the four, a description
-    cannot be understood, or not one case is there.
+    Files without their partner are in `problems`; where these are errors, not one case may be left. Raises `DataError`
+    where the form is none of the four, a description cannot be understood, or nothing is there.
     """
     try:
         dataset = _read_any(path)
     except OSError as error:
         where = error.filename or path
         raise DataError(f"{where}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    if not dataset.cases:
+    if not dataset.cases and not any(problem.severity == "error" for problem in dataset.problems):
         problems = "".join(f"\n  {problem}" for problem in dataset.problems[:5])
         raise DataError(f"{path}: no case found; {FORMS}\nknown endings: {', '.join(ENDINGS)}{problems}")
     counts = Counter(case.id for case in dataset.cases)

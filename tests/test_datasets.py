@@ -12,6 +12,7 @@ import pytest
 from medseg.check import check_dataset
 from medseg.datasets import read_dataset
 from medseg.errors import DataError
+from medseg.train import plan
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -160,3 +161,11 @@ def test_a_decathlon_folder_whose_first_image_is_missing_is_one_all_the_same(tmp
     dataset = read_dataset(tmp_path)
     assert (dataset.form, [case.id for case in dataset.cases]) == ("decathlon", ["b"])
     assert [p.file.name for p in dataset.problems] == ["a.nii"]
+
+
+def test_where_every_image_is_missing_all_are_found(tmp_path: Path) -> None:
+    rows = "".join(f"{n},lost{n}.nii,a.nii\n" for n in range(7))
+    path = listed(tmp_path, f"case,image,label\n{rows}")
+    assert [finding.case for finding in check_dataset(path).errors] == [str(n) for n in range(7)]
+    with pytest.raises(DataError, match="7 errors found, nothing was trained"):
+        plan(path)
