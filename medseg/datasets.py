@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -106,7 +107,7 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
     problems: list[Problem] = []
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in _of_ending(path / "imagesTr", ending, problems):
-        match = CHANNEL_SUFFIX.fullmatch(split_ending(file.name)[0])
+        match = CHANNEL_SUFFIX.fullmatch(_stem(file))
         if match is None or int(match[2]) >= len(channels):
             expected = f"a channel number _0000 to _{len(channels) - 1:04d} at the end of the name"
             problems.append(Problem(file.name, file, "no such channel", expected, "rename or remove it"))
@@ -164,7 +165,7 @@ def _from_plain(path: Path) -> Dataset:
     labels = _labels_by_case(images_in(path / "labels"), problems)
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in images_in(path / "images"):
-        stem = split_ending(file.name)[0]
+        stem = _stem(file)
         match = CHANNEL_SUFFIX.fullmatch(stem)
         # CASE_0001 is a channel only where the label says CASE
         by_channel = match is not None and stem not in labels and match[1] in labels
@@ -262,10 +263,15 @@ def _of_ending(folder: Path, ending: str, problems: list[Problem]) -> list[Path]
     return [file for file in files if file.name.lower().endswith(ending.lower())]
 
 
+def _stem(file: Path) -> str:
+    # macOS and Linux spell accents in two ways
+    return unicodedata.normalize("NFC", split_ending(file.name)[0])
+
+
 def _labels_by_case(files: Sequence[Path], problems: list[Problem]) -> dict[str, Path]:
     labels: dict[str, Path] = {}
     for file in files:
-        stem = split_ending(file.name)[0]
+        stem = _stem(file)
         if stem in labels:
             problems.append(Problem(stem, file, f"a second label beside {labels[stem].name}", "one", "remove one"))
         labels.setdefault(stem, file)
@@ -307,7 +313,7 @@ def _with_splits(dataset: Dataset, path: Path) -> Dataset:
     content = _json(path)
     known = {case.id: case for case in dataset.cases}
     try:
-        folds = tuple(Fold(tuple(map(str, f["train"])), tuple(map(str, f["val"]))) for f in content)
+        folds = tuple(Fold(_cases_of(f["train"]), _cases_of(f["val"])) for f in content)
     except (TypeError, KeyError) as error:
         raise DataError(f"{path}: not a list of {{train: [...], val: [...]}}; correct or remove it") from error
     if not folds:
@@ -328,6 +334,10 @@ def _with_splits(dataset: Dataset, path: Path) -> Dataset:
         _refuse_leak(path, number, fold, known)
     kept = tuple(Fold(tuple(c for c in f.train if c in known), tuple(c for c in f.val if c in known)) for f in folds)
     return replace(dataset, folds=kept, problems=(*dataset.problems, *problems))
+
+
+def _cases_of(names: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", str(name)) for name in names)
 
 
 def _with_fold_column(dataset: Dataset) -> Dataset:

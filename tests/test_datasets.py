@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,20 @@ def test_where_every_image_is_missing_all_are_found(tmp_path: Path) -> None:
     assert [finding.case for finding in check_dataset(path).errors] == [str(n) for n in range(7)]
     with pytest.raises(DataError, match="7 errors found, nothing was trained"):
         plan(path)
+
+
+@pytest.mark.parametrize(("images", "labels"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("form", ["plain", "nnunet"])
+def test_accents_may_be_spelled_in_two_ways(tmp_path: Path, form: str, images: str, labels: str) -> None:
+    image, label = (unicodedata.normalize(how, "Zoë") for how in (images, labels))
+    if form == "plain":
+        touch(tmp_path, f"images/{image}.nii", f"labels/{label}.nii")
+    else:
+        nnunet(tmp_path, "other.nii")
+        touch(tmp_path, f"imagesTr/{image}_0000.nii", f"labelsTr/{label}.nii")
+        split = [{"train": ["other"], "val": [label]}]
+        (tmp_path / "splits_final.json").write_text(json.dumps(split))
+    dataset = read_dataset(tmp_path)
+    assert dataset.problems == ()
+    assert dataset.labelled[0].id == unicodedata.normalize("NFC", "Zoë")
+    assert dataset.labelled[0].images[0].is_file()
