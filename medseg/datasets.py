@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in
 from medseg.config import BACKGROUND
 from medseg.errors import DataError
 from medseg.readers import ENDINGS, is_picture, split_ending, why_absent
+from medseg.readers.dicom_files import holds_dicom
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
         if not (path / name).is_dir():
             raise DataError(f"{path}: folder {name} is missing; {FORMS}")
     ending = str(content.get("file_ending", ""))
-    problems: list[Problem] = []
+    problems = _dicom_folders(path / "imagesTr")
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in _of_ending(path / "imagesTr", ending, problems):
         match = CHANNEL_SUFFIX.fullmatch(_stem(file))
@@ -161,7 +164,7 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
 
 
 def _from_plain(path: Path) -> Dataset:
-    problems: list[Problem] = []
+    problems = _dicom_folders(path / "images")
     labels = _labels_by_case(images_in(path / "labels"), problems)
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in images_in(path / "images"):
@@ -220,14 +223,14 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
     images = tuple(_placed(root, n) for n in names)
     for image in images:
         if reason := _why_no_file(image):
-            problems.append(Problem(name, image, reason, "an image", f"correct {source.name}"))
+            problems.append(Problem(name, image, reason, "an image", _correction(image, source)))
     if not images or problems:
         return None, problems or [Problem(name, source, "no image", "a file", f"correct {source.name}")]
     label = _placed(root, str(row["label"])) if row.get("label") else None
     if label is None:
         problems.append(Problem(name, images[0], "an image without label", "a label", f"name one in {source.name}"))
     elif reason := _why_no_file(label):
-        problems.append(Problem(name, label, reason, "a label map", f"correct {source.name}"))
+        problems.append(Problem(name, label, reason, "a label map", _correction(label, source)))
         label = None
     fold = row.get("fold")
     try:
@@ -249,7 +252,40 @@ def _placed(root: Path, name: str) -> Path:
 
 def _why_no_file(path: Path) -> str:
     """What was found in place of a file; empty where one is there."""
-    return why_absent(path) or ("" if path.is_file() else "a folder")
+    if reason := why_absent(path):
+        return reason
+    return "" if path.is_file() else "a folder of DICOM files" if _holds_dicom(path) else "a folder"
+
+
+def _correction(path: Path, source: Path) -> str:
+    """What to do in `source` about a path where no file is."""
+    if _holds_dicom(path):
+        return f"{_conversion(path)}, and name that file in {source.name}"
+    return f"correct {source.name}"
+
+
+def _dicom_folders(folder: Path) -> list[Problem]:
+    """The first case of a plain or nnU-Net folder that is a folder of DICOM files."""
+    inside = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
+    first = next((path for path in inside if _holds_dicom(path)), None)
+    if first is None:
+        return []
+    found = f"a folder of DICOM files, one of {len(inside)} folders in {folder.name}"
+    severity: Literal["error", "warning"] = "warning" if images_in(folder) else "error"
+    return [Problem("", first, found, "a file for each case", _conversion(first), severity)]
+
+
+def _conversion(series: Path) -> str:
+    return f"make a file of it: {shlex.join(['medseg', 'convert', str(series), '-o', f'{series}.nii.gz'])}"
+
+
+def _holds_dicom(path: Path) -> bool:
+    try:
+        return os.path.isdir(path) and holds_dicom(path)
+    except DataError as error:
+        # a folder that is closed does not tell what is in it
+        log.info("%s", error)
+        return False
 
 
 def _of_ending(folder: Path, ending: str, problems: list[Problem]) -> list[Path]:

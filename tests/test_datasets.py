@@ -8,6 +8,7 @@ import os
 import unicodedata
 from pathlib import Path
 
+import phantom
 import pytest
 
 from medseg.check import check_dataset
@@ -187,3 +188,29 @@ def test_accents_may_be_spelled_in_two_ways(tmp_path: Path, form: str, images: s
     assert dataset.problems == ()
     assert dataset.labelled[0].id == unicodedata.normalize("NFC", "Zoë")
     assert dataset.labelled[0].images[0].is_file()
+
+
+@pytest.mark.parametrize(
+    ("form", "images", "labels"), [("plain", "images", "labels"), ("nnunet", "imagesTr", "labelsTr")]
+)
+def test_folders_of_dicom_in_a_data_set_are_told_with_what_to_do(
+    tmp_path: Path, form: str, images: str, labels: str
+) -> None:
+    root = tmp_path / "my data"
+    (root / labels).mkdir(parents=True)
+    if form == "nnunet":
+        nnunet(root)
+    folder = phantom.series(root / images / "a")
+    (problem,) = read_dataset(root).problems
+    assert problem.severity == "error"
+    assert f"{folder}: a folder of DICOM files" in str(problem)
+    assert f"medseg convert '{folder}' -o '{folder}.nii.gz'" in str(problem)
+    touch(root, f"{images}/b_0000.nii", f"{labels}/b{'' if form == 'nnunet' else '_0000'}.nii")
+    assert [p.severity for p in read_dataset(root).problems] == ["warning"]
+
+
+def test_a_list_that_names_a_folder_of_dicom_says_what_to_do(tmp_path: Path) -> None:
+    folder = phantom.series(tmp_path / "scan")
+    (problem,) = read_dataset(listed(tmp_path, "case,image,label\nx,scan,a.nii\n")).problems
+    assert f"a folder of DICOM files, expected an image; make a file of it: medseg convert {folder}" in str(problem)
+    assert "and name that file in l.csv" in str(problem)
