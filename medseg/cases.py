@@ -109,9 +109,11 @@ def assign_folds(cases: Sequence[Case], *, folds: int, seed: int = 0) -> tuple[F
     for case in cases:
         groups[case.group].append(case.id)
     if folds < 2 or folds > len(groups):
+        most = len(groups)
+        fitting = f"ask for --folds 2{f' to {most}' if most > 2 else ''}" if most > 1 else "add other patients"
         raise ConfigError(
-            f"{folds} folds asked for {len(groups)} groups (patients), expected at least 2 folds and no more than "
-            "groups; use --folds with a fitting number, or --fold all"
+            f"{folds} folds asked for {most} groups (patients), expected at least 2 folds and no more than groups; "
+            f"{fitting}, or train on all of them (medseg train --fold all)"
         )
 
     def order(group: str) -> tuple[int, str]:
@@ -143,7 +145,7 @@ def fold_split(
     if not train or not validation:
         raise ConfigError(
             f"fold {fold} of {dataset.path} has {len(train)} labelled cases to train on and {len(validation)} to "
-            "validate on, expected some of each; correct the split, or use --fold all"
+            "validate on, expected some of each; correct the split, or train on all (medseg train --fold all)"
         )
     return train, validation
 

@@ -291,8 +291,12 @@ def test_folds_of_names_that_are_no_text() -> None:
 
 
 def test_more_folds_than_groups_are_refused() -> None:
-    with pytest.raises(ConfigError, match="5 folds asked for 2 groups"):
+    with pytest.raises(ConfigError, match=r"5 folds asked for 2 groups.*; ask for --folds 2, or train on all"):
         assign_folds([case("a", "p"), case("b", "p"), case("c", "q")], folds=5)
+    with pytest.raises(ConfigError, match=r"ask for --folds 2 to 3, or"):
+        assign_folds([case(name) for name in "abc"], folds=5)
+    with pytest.raises(ConfigError, match=r"1 groups.*; add other patients, or .*medseg train --fold all"):
+        assign_folds([case("a")], folds=5)
 
 
 def test_all_holds_nothing_back(tmp_path: Path) -> None:
