@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,16 @@ from pathlib import Path
 from typing import Literal
 
 from medseg.errors import ConfigError, DataError
-from medseg.readers import ENDINGS, Series, SeriesOptions, is_image_file, is_picture, split_ending
+from medseg.readers import (
+    ENDINGS,
+    Series,
+    SeriesOptions,
+    holds_colour,
+    is_image_file,
+    is_picture,
+    split_ending,
+    why_absent,
+)
 from medseg.readers.archive import is_archive
 from medseg.readers.dicom_files import ENDINGS as DICOM_ENDINGS
 from medseg.readers.dicom_files import holds_dicom
@@ -28,6 +38,7 @@ Labels = dict[str, int | tuple[int, ...]]
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 # so many names that several inputs share are told, and the number of the others
 MOST_CLASHES = 5
+COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -98,13 +109,16 @@ def assign_folds(cases: Sequence[Case], *, folds: int, seed: int = 0) -> tuple[F
     for case in cases:
         groups[case.group].append(case.id)
     if folds < 2 or folds > len(groups):
+        most = len(groups)
+        fitting = f"ask for --folds 2{f' to {most}' if most > 2 else ''}" if most > 1 else "add other patients"
         raise ConfigError(
-            f"{folds} folds asked for {len(groups)} groups (patients), expected at least 2 folds and no more than "
-            "groups; use --folds with a fitting number, or --fold all"
+            f"{folds} folds asked for {most} groups (patients), expected at least 2 folds and no more than groups; "
+            f"{fitting}, or train on all of them (medseg train --fold all)"
         )
 
     def order(group: str) -> tuple[int, str]:
-        return -len(groups[group]), hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()
+        # names of files may be bytes that are no UTF-8
+        return -len(groups[group]), hashlib.sha256(f"{seed}:{group}".encode("utf-8", "surrogateescape")).hexdigest()
 
     members: list[list[str]] = [[] for _ in range(folds)]
     for group in sorted(groups, key=order):
@@ -131,7 +145,7 @@ def fold_split(
     if not train or not validation:
         raise ConfigError(
             f"fold {fold} of {dataset.path} has {len(train)} labelled cases to train on and {len(validation)} to "
-            "validate on, expected some of each; correct the split, or use --fold all"
+            "validate on, expected some of each; correct the split, or train on all (medseg train --fold all)"
         )
     return train, validation
 
@@ -139,21 +153,22 @@ def fold_split(
 def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions | None = None) -> list[Case]:
     """Cases in files and folders: not in their subfolders, unless these hold DICOM files: then one for each series.
 
-    Files CASE_0000, CASE_0001, … of one folder are channels of CASE where every file of it ends so and no number is
-    beyond `channels`. What is given twice, in whatever spelling, is taken once, as it was spelled first. A series has
-    the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is found, a
-    folder holds slices and volumes side by side, or two inputs would share a name.
+    Files CASE_0000, CASE_0001, … of one folder are channels of CASE where no number of that name is beyond `channels`,
+    and not several of them are pictures in colour, which hold three themselves; for a single channel, where every file
+    of the folder ends in _0000. What is given twice, in whatever spelling, is taken once, as it was spelled first. A
+    series has the name of its folder, archive or file, never of what is in it. Raises `ConfigError` where nothing is
+    found, a folder holds slices and volumes side by side, or two inputs would share a name.
     """
     by_folder: dict[Path, dict[str, Path]] = {}
     dicom: dict[Path, Path] = {}
     for path in inputs:
-        if not path.exists():
-            raise ConfigError(f"{path}: no such file or folder; check the path")
+        if reason := why_absent(path):
+            raise ConfigError(f"{path}: {reason}; check the path")
         found = _input_files(path)
         if not found:
             raise ConfigError(f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}")
         for file in found:
-            if not is_image_file(file) or file.is_dir():
+            if not is_image_file(file) or os.path.isdir(file):
                 dicom.setdefault(file.resolve(), file)
                 continue
             # the file itself is not resolved: links of two names to one file are two cases, or two channels
@@ -161,7 +176,7 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
     by_name: dict[str, dict[object, Case]] = {}
     for files in by_folder.values():
         for name, images in _by_case(list(files.values()), channels):
-            key = tuple(image.resolve() for image in images)
+            key = tuple(os.path.realpath(image) for image in images)
             by_name.setdefault(name, {}).setdefault(key, Case(name, images, None, name))
     for case in _dicom_cases(list(dicom.values()), series or SeriesOptions()):
         by_name.setdefault(case.id, {}).setdefault((case.images, case.series), case)
@@ -178,24 +193,25 @@ def dicom_cases(path: Path) -> list[Case]:
     `series` is None where files cannot be read or are no images: reading such a case says why. Raises `ConfigError`
     where a folder holds other images too.
     """
-    return _dicom_cases([f for f in _input_files(path) if f.is_dir() or not is_image_file(f)], SeriesOptions())
+    return _dicom_cases([f for f in _input_files(path) if os.path.isdir(f) or not is_image_file(f)], SeriesOptions())
 
 
 def images_in(folder: Path) -> list[Path]:
     """Image files of a folder, sorted by name. Raises `DataError` where it cannot be listed."""
     try:
-        return sorted(f for f in folder.iterdir() if is_image_file(f) and f.is_file())
+        # a link to what is not there is a case that cannot be read, and no folder
+        return sorted(f for f in folder.iterdir() if is_image_file(f) and not os.path.isdir(f))
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check the permissions") from error
 
 
 def _input_files(path: Path) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):
         return [path] if is_image_file(path) or _is_dicom(path) else []
     images = images_in(path)
     volumes = [file for file in images if not is_picture(file)]
     inside = sorted(f for f in path.iterdir() if not f.name.startswith("."))
-    slices = [f for f in inside if f not in volumes and f.is_file() and not is_archive(f) and _is_dicom(f)]
+    slices = [f for f in inside if f not in volumes and os.path.isfile(f) and not is_archive(f) and _is_dicom(f)]
     if volumes and slices:
         raise ConfigError(
             f"{path}: DICOM files ({len(slices)}, such as {slices[0].name}) and other images ({len(volumes)}, such as "
@@ -209,7 +225,7 @@ def _input_files(path: Path) -> list[Path]:
         return [path]
     if images:
         return images
-    return [f for f in inside if (f.is_dir() or is_archive(f)) and _is_dicom(f)]
+    return [f for f in inside if (os.path.isdir(f) or is_archive(f)) and _is_dicom(f)]
 
 
 def _is_dicom(path: Path) -> bool:
@@ -291,16 +307,26 @@ def _refuse_clashes(inputs: Mapping[str, Sequence[tuple[Path, ...]]]) -> None:
 def _by_case(files: Sequence[Path], channels: int) -> list[tuple[str, tuple[Path, ...]]]:
     """Case names and files of one folder; a name is there twice where two files share it."""
     stems = {file: _stem(file) for file in files}
-    matches = {file: CHANNEL_SUFFIX.fullmatch(stem) for file, stem in stems.items()}
-    numbers = [(m[1], int(m[2])) for m in matches.values() if m is not None]
-    unique = len(set(numbers)) == len(numbers) == len(files)
-    if unique and all(number < channels for _, number in numbers):
-        grouped: dict[str, list[Path]] = defaultdict(list)
-        for file, match in sorted(matches.items(), key=lambda item: item[0].name):
-            if match is not None:
-                grouped[match[1]].append(file)
-        return [(name, tuple(found)) for name, found in grouped.items()]
-    return [(stem, (file,)) for file, stem in stems.items()]
+    numbered: dict[str, dict[Path, int]] = defaultdict(dict)
+    for file, stem in sorted(stems.items(), key=lambda item: item[0].name):
+        match = CHANNEL_SUFFIX.fullmatch(stem)
+        if match is not None:
+            numbered[match[1]][file] = int(match[2])
+    joined = {name: tuple(found) for name, found in numbered.items() if _are_channels(found, channels)}
+    taken = {file for found in joined.values() for file in found}
+    alone = [(stem, (file,)) for file, stem in stems.items() if file not in taken]
+    # where there is one channel to each, a number is a part of the name unless all have it
+    if alone and channels == 1:
+        return [(stem, (file,)) for file, stem in stems.items()]
+    return [*joined.items(), *alone]
+
+
+def _are_channels(numbers: Mapping[Path, int], channels: int) -> bool:
+    """Whether the files of one name can be the channels of one case."""
+    if len(set(numbers.values())) < len(numbers) or max(numbers.values()) >= channels:
+        return False
+    # a picture in colour holds the three itself: what is numbered are frames
+    return not (channels == COLOURS and len(numbers) > 1 and any(map(holds_colour, numbers)))
 
 
 def _stem(path: Path) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
+import shlex
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in
 from medseg.config import BACKGROUND
 from medseg.errors import DataError
-from medseg.readers import ENDINGS, is_picture, split_ending
+from medseg.readers import ENDINGS, is_picture, split_ending, why_absent
+from medseg.readers.dicom_files import holds_dicom
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +36,15 @@ _IMAGE_COLUMN = re.compile(r"image\d*")
 def read_dataset(path: Path) -> Dataset:
     """Lists the data set at `path`, a folder or a list, in whichever of the four forms it has.
 
-    Files without their partner are in `problems`. Raises `DataError` where the form is none of the four, a description
-    cannot be understood, or not one case is there.
+    Files without their partner are in `problems`; where these are errors, not one case may be left. Raises `DataError`
+    where the form is none of the four, a description cannot be understood, or nothing is there.
     """
-    dataset = _read_any(path)
-    if not dataset.cases:
+    try:
+        dataset = _read_any(path)
+    except OSError as error:
+        where = error.filename or path
+        raise DataError(f"{where}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if not dataset.cases and not any(problem.severity == "error" for problem in dataset.problems):
         problems = "".join(f"\n  {problem}" for problem in dataset.problems[:5])
         raise DataError(f"{path}: no case found; {FORMS}\nknown endings: {', '.join(ENDINGS)}{problems}")
     counts = Counter(case.id for case in dataset.cases)
@@ -48,8 +56,8 @@ def read_dataset(path: Path) -> Dataset:
 
 
 def _read_any(path: Path) -> Dataset:
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; {FORMS}")
+    if reason := why_absent(path):
+        raise DataError(f"{path}: {reason}; {FORMS}")
     if path.is_file():
         if path.name == "dataset.json":
             return _read_any(path.parent)
@@ -84,9 +92,13 @@ def _is_decathlon(path: Path, content: Mapping[str, Any]) -> bool:
     entries = content.get("training")
     if not isinstance(entries, list) or not entries:
         return False
-    first = entries[0].get("image") if isinstance(entries[0], dict) else None
-    names = first if isinstance(first, list) else [first]
-    return not (path / "imagesTr").is_dir() or (isinstance(names[0], str) and (path / names[0]).is_file())
+    names = [name for entry in entries if isinstance(entry, dict) for name in _names(entry.get("image"))]
+    return not (path / "imagesTr").is_dir() or any(not _why_no_file(path / name) for name in names)
+
+
+def _names(image: Any) -> list[str]:
+    """The files of an entry: one, several, or none."""
+    return [str(name) for name in (image if isinstance(image, list) else [image]) if name]
 
 
 def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
@@ -95,11 +107,10 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
         if not (path / name).is_dir():
             raise DataError(f"{path}: folder {name} is missing; {FORMS}")
     ending = str(content.get("file_ending", ""))
-    files = [f for f in images_in(path / "imagesTr") if f.name.endswith(ending)]
-    problems: list[Problem] = []
+    problems = _dicom_folders(path / "imagesTr")
     images: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file in files:
-        match = CHANNEL_SUFFIX.fullmatch(split_ending(file.name)[0])
+    for file in _of_ending(path / "imagesTr", ending, problems):
+        match = CHANNEL_SUFFIX.fullmatch(_stem(file))
         if match is None or int(match[2]) >= len(channels):
             expected = f"a channel number _0000 to _{len(channels) - 1:04d} at the end of the name"
             problems.append(Problem(file.name, file, "no such channel", expected, "rename or remove it"))
@@ -107,7 +118,7 @@ def _from_nnunet(path: Path, content: Mapping[str, Any]) -> Dataset:
             problems.append(Problem(match[1], file, "the same channel twice", "one file per channel", "remove one"))
         else:
             images[match[1]][int(match[2])] = file
-    labels = {split_ending(f.name)[0]: f for f in images_in(path / "labelsTr") if f.name.endswith(ending)}
+    labels = _labels_by_case(_of_ending(path / "labelsTr", ending, problems), problems)
     cases, more = _paired(images, labels, len(channels), path / "labelsTr")
     dataset = Dataset(
         path,
@@ -130,10 +141,14 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
     for number, entry in enumerate(content["training"]):
         if not isinstance(entry, dict) or "image" not in entry:
             raise DataError(f"{description}: training[{number}] is {entry!r}, expected an object with image and label")
-        names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-        stem = split_ending(Path(str(names[0])).name)[0]
-        row = {"case": stem, "label": entry.get("label"), **{k: entry[k] for k in ("fold", "group") if k in entry}}
-        case, more = _case(root, description, row, [str(name) for name in names])
+        names = _names(entry["image"])
+        stem = split_ending(Path(names[0]).name)[0] if names else ""
+        row = {
+            "case": stem or f"training[{number}]",
+            "label": entry.get("label"),
+            **{k: entry[k] for k in ("fold", "group") if k in entry},
+        }
+        case, more = _case(root, description, row, names)
         problems += more
         cases += [case] if case is not None else []
     return Dataset(
@@ -149,16 +164,11 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
 
 
 def _from_plain(path: Path) -> Dataset:
-    problems: list[Problem] = []
-    labels: dict[str, Path] = {}
-    for file in images_in(path / "labels"):
-        stem = split_ending(file.name)[0]
-        if stem in labels:
-            problems.append(Problem(stem, file, f"a second label beside {labels[stem].name}", "one", "remove one"))
-        labels.setdefault(stem, file)
+    problems = _dicom_folders(path / "images")
+    labels = _labels_by_case(images_in(path / "labels"), problems)
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     for file in images_in(path / "images"):
-        stem = split_ending(file.name)[0]
+        stem = _stem(file)
         match = CHANNEL_SUFFIX.fullmatch(stem)
         # CASE_0001 is a channel only where the label says CASE
         by_channel = match is not None and stem not in labels and match[1] in labels
@@ -178,8 +188,9 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     images = [c for c in columns if _IMAGE_COLUMN.fullmatch(c)]
     if "case" not in columns or not images:
+        hint = "; separate the columns by commas" if any(";" in c or "\t" in c for c in columns) else ""
         raise DataError(
-            f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image; {FORMS}"
+            f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image{hint}; {FORMS}"
         )
     unused = [c for c in columns if c not in ("case", "label", "fold", "group", *images)]
     if unused:
@@ -202,24 +213,24 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
 
 def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]) -> tuple[Case | None, list[Problem]]:
     """The case of one row; without it where an image file is missing."""
-    name = str(row.get("case") or "")
+    name = "" if row.get("case") is None else str(row["case"])
     if not name:
         raise DataError(f"{source}: a row without case name found ({dict(row)}); fill the column case")
     if name in (".", "..") or "/" in name or "\\" in name:
         # names become file names: such a one would leave the output folder
         raise DataError(f"{source}: case name {name!r} found, expected one without / and \\; rename it")
     problems = []
-    images = tuple(root / Path(n).expanduser() for n in names)
+    images = tuple(_placed(root, n) for n in names)
     for image in images:
-        if not image.is_file():
-            problems.append(Problem(name, image, "no such file", "an image", f"correct {source.name}"))
+        if reason := _why_no_file(image):
+            problems.append(Problem(name, image, reason, "an image", _correction(image, source)))
     if not images or problems:
         return None, problems or [Problem(name, source, "no image", "a file", f"correct {source.name}")]
-    label = root / Path(str(row["label"])).expanduser() if row.get("label") else None
+    label = _placed(root, str(row["label"])) if row.get("label") else None
     if label is None:
         problems.append(Problem(name, images[0], "an image without label", "a label", f"name one in {source.name}"))
-    elif not label.is_file():
-        problems.append(Problem(name, label, "no such file", "a label map", f"correct {source.name}"))
+    elif reason := _why_no_file(label):
+        problems.append(Problem(name, label, reason, "a label map", _correction(label, source)))
         label = None
     fold = row.get("fold")
     try:
@@ -228,6 +239,79 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
         raise DataError(f"{source}: fold {fold!r} of case {name} found, expected a whole number from 0") from error
     group = row.get("group")
     return Case(name, images, label, name if group in (None, "") else str(group), number), problems
+
+
+def _placed(root: Path, name: str) -> Path:
+    path = Path(name)
+    try:
+        return root / path.expanduser()
+    except RuntimeError:
+        # ~NAME of somebody who is not known here: there is no such file
+        return root / path
+
+
+def _why_no_file(path: Path) -> str:
+    """What was found in place of a file; empty where one is there."""
+    if reason := why_absent(path):
+        return reason
+    return "" if path.is_file() else "a folder of DICOM files" if _holds_dicom(path) else "a folder"
+
+
+def _correction(path: Path, source: Path) -> str:
+    """What to do in `source` about a path where no file is."""
+    if _holds_dicom(path):
+        return f"{_conversion(path)}, and name that file in {source.name}"
+    return f"correct {source.name}"
+
+
+def _dicom_folders(folder: Path) -> list[Problem]:
+    """The first case of a plain or nnU-Net folder that is a folder of DICOM files."""
+    inside = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
+    first = next((path for path in inside if _holds_dicom(path)), None)
+    if first is None:
+        return []
+    found = f"a folder of DICOM files, one of {len(inside)} folders in {folder.name}"
+    severity: Literal["error", "warning"] = "warning" if images_in(folder) else "error"
+    return [Problem("", first, found, "a file for each case", _conversion(first), severity)]
+
+
+def _conversion(series: Path) -> str:
+    return f"make a file of it: {shlex.join(['medseg', 'convert', str(series), '-o', f'{series}.nii.gz'])}"
+
+
+def _holds_dicom(path: Path) -> bool:
+    try:
+        return os.path.isdir(path) and holds_dicom(path)
+    except DataError as error:
+        # a folder that is closed does not tell what is in it
+        log.info("%s", error)
+        return False
+
+
+def _of_ending(folder: Path, ending: str, problems: list[Problem]) -> list[Path]:
+    """The image files that `file_ending` means, in whatever case; the others are told."""
+    files = images_in(folder)
+    others = [file for file in files if not file.name.lower().endswith(ending.lower())]
+    if others:
+        found = f"{len(others)} of {len(files)} files, this the first, of another ending: they are left out"
+        fix = "convert them, or correct file_ending"
+        problems.append(Problem("", others[0], found, f"{ending}, the file_ending of dataset.json", fix, "warning"))
+    return [file for file in files if file.name.lower().endswith(ending.lower())]
+
+
+def _stem(file: Path) -> str:
+    # macOS and Linux spell accents in two ways
+    return unicodedata.normalize("NFC", split_ending(file.name)[0])
+
+
+def _labels_by_case(files: Sequence[Path], problems: list[Problem]) -> dict[str, Path]:
+    labels: dict[str, Path] = {}
+    for file in files:
+        stem = _stem(file)
+        if stem in labels:
+            problems.append(Problem(stem, file, f"a second label beside {labels[stem].name}", "one", "remove one"))
+        labels.setdefault(stem, file)
+    return labels
 
 
 def _paired(
@@ -265,21 +349,31 @@ def _with_splits(dataset: Dataset, path: Path) -> Dataset:
     content = _json(path)
     known = {case.id: case for case in dataset.cases}
     try:
-        folds = tuple(Fold(tuple(map(str, f["train"])), tuple(map(str, f["val"]))) for f in content)
+        folds = tuple(Fold(_cases_of(f["train"]), _cases_of(f["val"])) for f in content)
     except (TypeError, KeyError) as error:
         raise DataError(f"{path}: not a list of {{train: [...], val: [...]}}; correct or remove it") from error
     if not folds:
         raise DataError(f"{path}: no fold found, expected at least one; correct or remove it")
-    strangers = sorted({c for f in folds for c in (*f.train, *f.val)} - set(known))
+    listed = {c for f in folds for c in (*f.train, *f.val)}
+    strangers = sorted(listed - set(known))
     problems = [
         Problem(c, path, f"unknown case {c}", "cases of this data set", "correct the split", "warning")
         for c in strangers
     ]
+    without = [case.id for case in dataset.labelled if case.id not in listed]
+    if without:
+        found = f"{len(without)} of {len(dataset.labelled)} cases, {without[0]} the first, are in no fold"
+        fix = "complete the split, or train on them with --fold all"
+        problems.append(Problem("", path, found, "every case in one", fix, "warning"))
     for number, fold in enumerate(folds):
         _refuse_repetition(path, number, fold)
         _refuse_leak(path, number, fold, known)
     kept = tuple(Fold(tuple(c for c in f.train if c in known), tuple(c for c in f.val if c in known)) for f in folds)
     return replace(dataset, folds=kept, problems=(*dataset.problems, *problems))
+
+
+def _cases_of(names: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", str(name)) for name in names)
 
 
 def _with_fold_column(dataset: Dataset) -> Dataset:
@@ -378,13 +472,27 @@ def _json(path: Path) -> Any:
 def _csv_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restkey=""))
+            lines = csv.reader(file)
+            filled = [
+                (lines.line_num, [field.strip() for field in line]) for line in lines if any(map(str.strip, line))
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    for number, row in enumerate(rows, start=2):
-        if "" in row or None in row.values():
-            raise DataError(f"{path}: line {number} has another number of fields than the header; correct it")
-    return [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
+    columns = filled[0][1] if filled else []
+    twice = [column for column, count in Counter(columns).items() if column and count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: column {twice[0]!r} found twice, expected each once; rename one (channels: image, image2, …)"
+        )
+    for number, line in filled[1:]:
+        # a comma at the end of a line is no field
+        if len(line) < len(columns) or any(line[len(columns) :]):
+            raise DataError(
+                f"{path}: line {number} has {len(line)} fields, expected {len(columns)} as in the first; correct it"
+            )
+        if any(field for column, field in zip(columns, line) if not column):
+            raise DataError(f"{path}: line {number} has a field in a column without a name; name the column")
+    return [{column: field for column, field in zip(columns, line) if column} for _, line in filled[1:]]
 
 
 def _json_rows(path: Path, content: Any) -> list[dict[str, Any]]:

@@ -504,7 +504,8 @@ def _refuse_regions(segmenter: Segmenter) -> None:
 
 def _refuse_clashes(cases: Sequence[Case], folder: Path, formats: Sequence[str]) -> None:
     """Raises `ConfigError` where a file to be written is an input image, or of two cases."""
-    sources = {path.resolve() for case in cases for path in case.images}
+    # a link to itself cannot be resolved
+    sources = {Path(os.path.realpath(path)) for case in cases for path in case.images}
     owners: dict[Path, Case] = {}
     for path, case in ((folder / file_name(case, name), case) for case in cases for name in formats):
         if path.resolve() in sources:

@@ -267,7 +267,9 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
 
     A changed setting or source has another key, so nothing stale is ever read. A damaged cache file is made anew.
     """
-    path = folder / f"{case.id}-{cache_key(case, config, data)}.safetensors"
+    # safetensors opens no name that is not UTF-8; the key alone tells cases apart
+    name = case.id.encode("utf-8", "replace").decode()
+    path = folder / f"{name}-{cache_key(case, config, data)}.safetensors"
     there = path.is_file()
     if there:
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +57,12 @@ class Screen(Console):
 
 out = Screen(highlight=False, soft_wrap=True, emoji=False)
 err = Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def show_any_name() -> None:
+    """What the terminal has no letters for is shown by its codes, as names of files that are no text."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

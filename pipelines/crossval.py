@@ -20,7 +20,7 @@ from rich.markup import escape
 import medseg
 from medseg.cli.shared import log as log_to_terminal
 from medseg.cli.shared import new_app
-from medseg.terminal import err, out, shown_progress
+from medseg.terminal import err, out, show_any_name, shown_progress
 from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
 from medseg_pipelines.crossrecord import PAGE, RECORD, methods_table
 from medseg_pipelines.digest import checked
@@ -167,6 +167,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
 
 def main() -> None:
     """Run the command line and exit with the code that the outcome deserves."""
+    show_any_name()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import phantom
 import pytest
+from PIL import Image as Picture
 from pydicom import Dataset
 
 from medseg.cases import Case, assign_folds, dicom_cases, fold_split, infer_inputs
@@ -111,8 +112,9 @@ def test_split_file_gives_folds_as_they_are(tmp_path: Path) -> None:
     train, val = fold_split(dataset, 0)
     # c3 is in neither list
     assert ([c.id for c in train], [c.id for c in val]) == (["c0", "c1"], ["c2"])
-    assert [p.severity for p in dataset.problems] == ["warning"]
+    assert [p.severity for p in dataset.problems] == ["warning", "warning"]
     assert "gone" in str(dataset.problems[0])
+    assert "1 of 4 cases, c3 the first, are in no fold" in str(dataset.problems[1])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '[{"train": []}]', "nonsense"])
@@ -283,9 +285,18 @@ def test_folds_depend_on_the_seed() -> None:
     assert assign_folds(cases, folds=5, seed=0) != assign_folds(cases, folds=5, seed=1)
 
 
+def test_folds_of_names_that_are_no_text() -> None:
+    folds = assign_folds([case(f"caf\udce9{n}") for n in range(4)], folds=2)
+    assert [len(fold.val) for fold in folds] == [2, 2]
+
+
 def test_more_folds_than_groups_are_refused() -> None:
-    with pytest.raises(ConfigError, match="5 folds asked for 2 groups"):
+    with pytest.raises(ConfigError, match=r"5 folds asked for 2 groups.*; ask for --folds 2, or train on all"):
         assign_folds([case("a", "p"), case("b", "p"), case("c", "q")], folds=5)
+    with pytest.raises(ConfigError, match=r"ask for --folds 2 to 3, or"):
+        assign_folds([case(name) for name in "abc"], folds=5)
+    with pytest.raises(ConfigError, match=r"1 groups.*; add other patients, or .*medseg train --fold all"):
+        assign_folds([case("a")], folds=5)
 
 
 def test_all_holds_nothing_back(tmp_path: Path) -> None:
@@ -324,6 +335,22 @@ def test_infer_groups_channels(tmp_path: Path) -> None:
         ("a", ["a_0000.nii", "a_0001.nii"]),
         ("b", ["b_0000.nii"]),
     ]
+
+
+def test_infer_keeps_frames_in_colour_apart(tmp_path: Path) -> None:
+    for n in range(3):
+        Picture.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / f"film_{n:04d}.png")
+        Picture.new("L", (4, 4)).save(tmp_path / f"grey_{n:04d}.png")
+    Picture.new("RGB", (4, 4)).save(tmp_path / "still_0000.png")
+    cases = {c.id: len(c.images) for c in infer_inputs([tmp_path], channels=3)}
+    assert cases == {"film_0000": 1, "film_0001": 1, "film_0002": 1, "grey": 3, "still": 1}
+
+
+def test_infer_groups_channels_beside_a_file_that_has_none(tmp_path: Path) -> None:
+    names = [f"{name}_{n:04d}.nii" for name in "abc" for n in range(2)]
+    touch(tmp_path, *names, "atlas.nii", "film_0000.nii", "film_0001.nii", "film_0002.nii")
+    cases = {c.id: len(c.images) for c in infer_inputs([tmp_path], channels=2)}
+    assert cases == {"a": 2, "b": 2, "c": 2, "atlas": 1, "film_0000": 1, "film_0001": 1, "film_0002": 1}
 
 
 def test_infer_takes_a_folder_of_dicom_as_one_case(tmp_path: Path) -> None:
@@ -410,6 +437,13 @@ def test_infer_takes_a_series_beside_a_cut_file_of_another_one(tmp_path: Path) -
     (case,) = infer_inputs([folder], channels=1, series=SeriesOptions(phantom.SERIES))
     assert case.series is not None
     assert infer_inputs([folder], channels=1)[0].series is None
+
+
+def test_infer_takes_links_to_nothing_as_cases(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii")
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself.nii").symlink_to(tmp_path / "itself.nii")
+    assert sorted(c.id for c in infer_inputs([tmp_path], channels=1)) == ["a", "gone", "itself"]
 
 
 @pytest.mark.parametrize("names", [("x/a.nii", "y/a.nii.gz"), ("x/a.nii", "x/a.png")])

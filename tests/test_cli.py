@@ -994,7 +994,7 @@ def test_evaluate_names_every_case_where_none_can_be_read(cli: Medseg, folders, 
         (("--lesions", "brats"), ("'brats' is unknown", "brats2023")),
         (("--group", "patient"), ("'patient'", "without metadata")),
         (("--metadata", "nowhere.csv"), ("nowhere.csv: cannot be read",)),
-        (("--probabilities", "nowhere"), ("nowhere: does not exist",)),
+        (("--probabilities", "nowhere"), ("nowhere: no such file or folder",)),
         (("--labels", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
         (("--jobs", "0"), ("--jobs", "greater than or equal to 1")),
     ],
@@ -1053,7 +1053,7 @@ def test_an_interrupted_evaluate_leaves_no_report(
 def test_evaluate_of_a_folder_that_is_not_there(cli: Medseg, folders, tmp_path: Path) -> None:
     shown = cli("evaluate", tmp_path / "nowhere", folders[1], "-o", tmp_path / "report")
     assert shown.code == 2
-    assert f"{tmp_path / 'nowhere'}: does not exist" in shown.err
+    assert f"{tmp_path / 'nowhere'}: no such file or folder" in shown.err
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -1168,3 +1168,26 @@ def test_an_interruption_is_130_and_leaves_a_state(
     assert cli("train", tiny_run.dataset, "-o", folder, *train_args, "--epochs", 5, "--resume").out.startswith(
         "10 steps"
     )
+
+
+def test_names_that_are_no_text_are_shown_by_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", screen)
+    terminal.show_any_name()
+    terminal.out.print("caf\udce9.nii.gz: \u00e9")
+    screen.flush()
+    assert screen.buffer.getvalue().decode() == "caf\\udce9.nii.gz: \u00e9\n"
+
+
+def test_an_error_of_the_system_is_one_line(cli: Medseg, tmp_path: Path) -> None:
+    shown = cli("check", tmp_path / ("x" * 300))
+    assert shown.code == 1
+    assert shown.err.count("\n") == 1
+    assert "File name too long; see to it and try again" in shown.err
+
+
+def test_verbose_shows_the_traceback_of_an_error_of_the_system(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(["check", "-v", str(tmp_path / ("x" * 300))]) == 1
+    assert "Traceback" in capsys.readouterr().err

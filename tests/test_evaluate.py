@@ -333,6 +333,17 @@ def test_an_unreadable_file_costs_only_its_case(folders):
     assert rows(found)["good", "1"]["dice"] == 1
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_link_to_nothing_costs_its_case(folders, side):
+    maps = {"good": SOLID, "gone": SOLID}
+    both = folders(maps, maps)
+    (both[side] / "gone.nii.gz").unlink()
+    (both[side] / "gone.nii.gz").symlink_to("/mnt/share/gone.nii.gz")
+    (failure,) = evaluate_folders(*both).failures
+    assert failure.case == "gone"
+    assert "/mnt/share/gone.nii.gz, which is not there" in failure.reason
+
+
 def test_nothing_left_is_an_error_with_the_reasons(folders):
     predictions, references = folders({}, {"bad": SOLID})
     (predictions / "bad.nii.gz").write_bytes(b"not an image")
@@ -349,8 +360,14 @@ def test_references_without_any_label_are_an_error(folders):
 def test_folders_must_exist(folders, tmp_path, missing):
     predictions, references = folders({"a": SOLID}, {"a": SOLID})
     (tmp_path / missing).rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=f"{missing}: does not exist"):
+    with pytest.raises(DataError, match=f"{missing}: no such file or folder"):
         evaluate_folders(predictions, references)
+
+
+def test_a_folder_that_cannot_be_reached_is_named(folders, tmp_path):
+    predictions, _ = folders({"a": SOLID}, {"a": SOLID})
+    with pytest.raises(DataError, match=r"xxx: cannot be reached \(File name too long\)"):
+        evaluate_folders(predictions, tmp_path / ("x" * 300))
 
 
 def test_an_empty_folder_is_an_error(folders):

@@ -155,3 +155,12 @@ def test_a_whole_volume_with_an_overlap_is_refused(model: Path) -> None:
 def test_an_impossible_overlap_is_refused(model: Path, overlap: float) -> None:
     with pytest.raises(ConfigError, match="--overlap"):
         load_model(model, options=replace(EXACT, overlap=overlap))
+
+
+def test_a_link_to_nothing_is_a_case_that_fails(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    (tmp_path / "in/gone.nii.gz").symlink_to("/mnt/share/gone.nii.gz")
+    (tmp_path / "in/itself.nii.gz").symlink_to("itself.nii.gz")
+    results = {r.case: r for r in infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)}
+    assert {case: r.status for case, r in results.items()} == {"case0": "done", "gone": "failed", "itself": "failed"}
+    assert "a link to /mnt/share/gone.nii.gz, which is not there" in str(results["gone"].reason)

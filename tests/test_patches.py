@@ -220,6 +220,13 @@ def test_locations_leave_background_and_ignored_voxels_out() -> None:
     assert {places.dtype for places in found} == {torch.int32}
 
 
+def test_locations_are_found_of_a_case_whose_name_is_no_text() -> None:
+    label = torch.zeros(SHAPE, dtype=torch.uint8)
+    label[1, 2, 3] = 1
+    (found,) = foreground_locations(a_case("caf\udce9", label))
+    assert len(found) == 1
+
+
 def test_locations_are_drawn_evenly_over_a_label_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locations, "PIECE", 5000)
     label = torch.ones((20, 30, 40), dtype=torch.int32)

@@ -371,3 +371,9 @@ def test_a_constant_channel_becomes_zero_also_on_another_grid(tmp_path: Path, dt
     config = PreprocessConfig(spacing_mm=(0.7, 0.7, 1.3))
     data = DataConfig(labels={"a": 1})
     assert not prepare(Case("c", (path,), None, "c"), config, data, with_label=False).image.any()
+
+
+def test_a_case_whose_name_is_no_text_is_kept_too(tmp_path: Path) -> None:
+    case = replace(a_case(tmp_path), id="caf\udce9")
+    assert prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache").id == case.id
+    assert [file.name[:5] for file in (tmp_path / "cache").iterdir()] == ["caf?-"]

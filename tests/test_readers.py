@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +15,7 @@ from PIL import Image as Picture
 
 from medseg.errors import DataError, GeometryError
 from medseg.readers import (
+    holds_colour,
     is_image_file,
     read_geometry,
     read_image,
@@ -539,3 +541,25 @@ def test_real_nrrd_pairs_agree(shared_data: Path) -> None:
     for folder in sorted((shared_data / "pairs3d").glob("nrrd_*")):
         image, label = read_image(folder / "image.nrrd"), read_label(folder / "label.nrrd")
         assert image.grid.matches(label.grid), folder.name
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    # it would be waited for without end
+    os.mkfifo(tmp_path / "a.nii")
+    with pytest.raises(DataError, match=r"a\.nii: neither a file nor a folder"):
+        read_image(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("RGB", True), ("RGBA", True), ("P", True), ("L", False), ("LA", False), ("I;16", False)]
+)
+def test_whether_a_picture_is_in_colour_stands_in_its_header(tmp_path: Path, mode: str, expected: bool) -> None:
+    Picture.new(mode, (3, 2)).save(tmp_path / "a.png")
+    assert holds_colour(tmp_path / "a.png") is expected
+
+
+def test_what_is_no_picture_holds_no_colour(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert not holds_colour(tmp_path / "a.png")
+    assert not holds_colour(tmp_path / "gone.png")
+    assert not holds_colour(tmp_path / "a.nii")

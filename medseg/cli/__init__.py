@@ -17,7 +17,7 @@ import medseg
 from medseg import Preempted
 from medseg.cli import conversion, evaluation, inference, networks, processes, training
 from medseg.cli.shared import INTERRUPTED, OK, PREEMPTED, SOME_FAILED, USAGE, new_app
-from medseg.terminal import err, out
+from medseg.terminal import err, out, show_any_name
 
 # the one verb whose processes work together, and which a cluster may end and start again
 TRAIN = ["train"]
@@ -72,6 +72,7 @@ def main() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) == usual:
             signal.signal(number, _end)
+    show_any_name()
     code = run(sys.argv[1:])
     out.settle()
     err.settle()
@@ -108,6 +109,12 @@ def run(arguments: list[str]) -> int:
             which = f"process {rank}: " if rank else ""
             err.print(f"[red]error:[/red] {which}{escape(str(error))}")
         return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE
+    except OSError as error:
+        # a disk that is full or away, a folder that is closed; whatever is whole is gone on from
+        logging.getLogger("medseg").debug("traceback", exc_info=True)
+        where = "a file" if error.filename is None else error.filename
+        err.print(f"[red]error:[/red] {escape(f'{where}: {error.strerror or error}')}; see to it and try again")
+        return SOME_FAILED
     except Exception:
         if arguments[:1] != TRAIN or not processes.is_one_of_several():
             raise

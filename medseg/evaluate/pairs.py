@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from scipy import ndimage
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Array, Grid
 from medseg.metrics import Labels
-from medseg.readers import ENDINGS, Geometry, is_image_file, read_label, same_kind_or_raise, split_ending
+from medseg.readers import ENDINGS, Geometry, is_image_file, read_label, same_kind_or_raise, split_ending, why_absent
 from medseg.readers.probabilities import ENDINGS as PROBABILITIES
 
 # share of a voxel that two grids may be apart at a corner: headers hold 32-bit numbers and rounded quaternions
@@ -82,8 +83,8 @@ def find_pairs(
     of that case. Raises `DataError` for folders that are not there, hold no label maps, or are one and the same.
     """
     for path in (predictions, references, images, probabilities):
-        if path is not None and not path.exists():
-            raise DataError(f"{path}: does not exist, expected a folder of label maps or one file")
+        if path is not None and (reason := why_absent(path)):
+            raise DataError(f"{path}: {reason}, expected a folder of label maps or one file; check the path")
     if predictions.samefile(references):
         raise DataError(
             f"{predictions}: given as predictions and as references; every measure would be perfect. Give two folders"
@@ -199,7 +200,7 @@ def _files_by_case(folder: Path, endings: Sequence[str]) -> dict[str, list[Path]
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     for path in inside:
         known = is_image_file(path) or (path.suffix == ".npz" and not path.name.startswith("."))
-        if known and path.name.lower().endswith(tuple(endings)) and path.is_file():
+        if known and path.name.lower().endswith(tuple(endings)) and not os.path.isdir(path):
             files.setdefault(case_name(path.name), []).append(path)
     return files
 
@@ -208,11 +209,15 @@ def _oddities(
     pairs: Sequence[Pair], expected: Mapping[str, Sequence[Path]], predicted: Mapping[str, Sequence[Path]]
 ) -> list[str]:
     alone = sorted(set(predicted) - set(expected))
-    same = [p.case for p in pairs if p.prediction is not None and p.prediction.samefile(p.reference)]
+    same = [p.case for p in pairs if p.prediction is not None and _are_one(p.prediction, p.reference)]
     warnings = [f"{len(alone)} predictions without a reference were left out: {named(alone)}"] if alone else []
     if same:
         warnings.append(f"in {len(same)} cases prediction and reference are one and the same file: {named(same)}")
     return warnings
+
+
+def _are_one(a: Path, b: Path) -> bool:
+    return not why_absent(a) and not why_absent(b) and a.samefile(b)
 
 
 def _single(files: Sequence[Path]) -> Path | None:

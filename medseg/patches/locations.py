@@ -29,7 +29,7 @@ def foreground_locations(case: Prepared, ignore_value: int | None = None) -> tup
     if case.label is None:
         return ()
     flat = case.label.numpy().reshape(-1)
-    random = np.random.default_rng(zlib.crc32(case.id.encode()))
+    random = np.random.default_rng(zlib.crc32(case.id.encode("utf-8", "surrogateescape")))
     kept: dict[int, tuple[Places, Keys]] = {}
     for first in range(0, flat.size, PIECE):
         at = np.flatnonzero(flat[first : first + PIECE] != 0) + first

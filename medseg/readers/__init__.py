@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ __all__ = [
     "SeriesOptions",
     "file_sha256",
     "finite_or_raise",
+    "holds_colour",
     "is_image_file",
     "is_picture",
     "read_geometry",
@@ -42,6 +44,7 @@ __all__ = [
     "read_label",
     "same_kind_or_raise",
     "split_ending",
+    "why_absent",
 ]
 
 log = logging.getLogger(__name__)
@@ -95,6 +98,24 @@ def same_kind_or_raise(path: Path, like: Path) -> None:
     )
 
 
+def why_absent(path: Path) -> str:
+    """Why there is nothing to be read at `path`, in words; empty where there is a file or a folder."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        linked = os.path.islink(path)
+        return f"a link to {os.readlink(path)}, which is not there" if linked else "no such file or folder"
+    except OSError as error:
+        # a closed folder above it, a name that is too long, a link to itself
+        return f"cannot be reached ({error.strerror})"
+    return ""
+
+
+def holds_colour(path: Path) -> bool:
+    """Whether a file is a picture that is stored in colour, by its header; not where that cannot be read."""
+    return is_picture(path) and image2d.is_colour(path)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal. Raises `DataError` where it cannot be read."""
     digest = hashlib.sha256()
@@ -103,7 +124,8 @@ def file_sha256(path: Path) -> str:
             while block := file.read(2**20):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        found = why_absent(path) or f"cannot be read ({error.strerror})"
+        raise DataError(f"{path}: {found}; check the path and its permissions") from error
     return digest.hexdigest()
 
 
@@ -232,10 +254,12 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _format(path: Path) -> _Format:
+    if reason := why_absent(path):
+        raise DataError(f"{path}: {reason}; check the path")
     if path.is_dir() or is_archive(path):
         return dicom_series
     if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path")
+        raise DataError(f"{path}: neither a file nor a folder, expected an image; remove it")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes), expected an image; copy it again")
     ending = split_ending(path.name)[1].lower()

@@ -75,6 +75,15 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
         return Geometry(_grid(_pixels(path, palette_index=True, channels=None).shape[:2]))
 
 
+def is_colour(path: Path) -> bool:
+    """Whether red, green and blue are stored, by the header alone; not where that cannot be read."""
+    try:
+        with Picture.open(path) as picture:
+            return picture.mode == "P" or len(picture.getbands()) >= len(_LUMA)
+    except (OSError, ValueError, SyntaxError, Picture.DecompressionBombError):
+        return False
+
+
 def _grid(shape: tuple[int, ...]) -> Grid:
     return Grid(shape, np.eye(3))
 
