@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medseg.cases import Case, fold_split
     from medseg.catalogue import weights_file
-    from medseg.check import Finding, Findings, SeriesFacts, check_dataset, check_series
+    from medseg.check import Findings, SeriesFacts, check_dataset, check_series
     from medseg.compare import Comparison, compare
     from medseg.config import (
         Config,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from medseg.evaluate import EvaluateOptions
+    from medseg.findings import Finding
     from medseg.fingerprint import data_sha256
     from medseg.folder import CaseResult, infer, segment_cases
     from medseg.infer import InferOptions, Segmenter, load_model
@@ -68,7 +69,7 @@ _HOME = {
     "DeidentifyOptions": "writers.deidentify",
     "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
-    "Finding": "check",
+    "Finding": "findings",
     "Findings": "check",
     "GeometryError": "errors",
     "InferOptions": "infer",

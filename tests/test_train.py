@@ -32,6 +32,7 @@ from medseg.cases import fold_split
 from medseg.config import settings_from
 from medseg.datasets import read_dataset
 from medseg.fit import Fit, what_fits
+from medseg.logfile import log_file
 from medseg.patches import PatchSampler
 from medseg.train import parse_duration
 
@@ -607,10 +608,10 @@ def test_sigterm_before_the_training_is_reached_asks_to_be_started_again(
 
 def test_two_trainings_into_one_folder_are_refused(tmp_path: Path) -> None:
     refused = pytest.raises(medseg.ConfigError, match="another training is writing into it")
-    with TRAIN._log_file(tmp_path), refused, TRAIN._log_file(tmp_path):
+    with log_file(tmp_path), refused, log_file(tmp_path):
         pass
     # the first one has ended
-    with TRAIN._log_file(tmp_path):
+    with log_file(tmp_path):
         pass
 
 
