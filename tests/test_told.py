@@ -97,5 +97,5 @@ def test_the_order_of_regions_is_compared_where_both_say_it() -> None:
 
 
 def test_labels_that_cannot_be_are_named_with_where_they_stand() -> None:
-    with pytest.raises(ConfigError, match="part.yaml: two labels share one value"):
+    with pytest.raises(ConfigError, match=r"part\.yaml: two labels share one value"):
         told(Dataset(Path("set"), "plain", (), ("image",)), {"labels": {"a": 1, "b": 1}}, source="part.yaml")
