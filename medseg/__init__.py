@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
+    from medseg.told import refuse_other_data
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
     from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
@@ -126,6 +127,7 @@ _HOME = {
     "read_labels": "config",
     "read_yaml": "config",
     "refuse_leaks": "leaks",
+    "refuse_other_data": "told",
     "report_pairs": "report",
     "segment_cases": "folder",
     "settings_from": "config",
@@ -208,6 +210,7 @@ __all__ = [
     "read_labels",
     "read_yaml",
     "refuse_leaks",
+    "refuse_other_data",
     "report_pairs",
     "segment_cases",
     "settings_from",

@@ -173,6 +173,7 @@ def _scan(case: Case, dataset: Dataset) -> _Scan:
             (channels := sum(image.array.shape[0] for image in images)),
             _count_values(label.array) if label is not None else {},
             tuple(scan.intensities) if len(scan.intensities) == channels else (),
+            scan.image_hash or "",
         )
     return scan
 

@@ -48,7 +48,8 @@ class Intensities:
 class CaseFacts:
     """What the scan measured of a case; `axcodes` as in RAS, empty for 2D; `label_voxels`: voxels by label value.
 
-    `intensities`: of every channel; empty where some are not finite.
+    `intensities`: of every channel; empty where some are not finite. `voxels`: a digest of the image's numbers, equal
+    for one image in whatever file.
     """
 
     case: str
@@ -59,6 +60,7 @@ class CaseFacts:
     channels: int
     label_voxels: Mapping[int, int]
     intensities: tuple[Intensities, ...] = ()
+    voxels: str = ""
 
     @property
     def is_coloured(self) -> bool:

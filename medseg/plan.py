@@ -27,6 +27,7 @@ from medseg.config import (
 )
 from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
+from medseg.findings import CaseFacts
 from medseg.fingerprint import Fingerprint
 from medseg.metrics.codes import members
 from medseg.networks import (
@@ -87,10 +88,11 @@ SHAPING = {"encoder", "channels"}
 
 @dataclass(frozen=True)
 class Plan:
-    """A full configuration and, for `section.key`, the reason in words."""
+    """A full configuration and, for `section.key`, the reason in words. `facts`: what was found in the files."""
 
     config: Config
     reasons: dict[str, str]
+    facts: tuple[CaseFacts, ...] = ()
 
 
 def make_plan(

@@ -169,7 +169,7 @@ def _train(
             prepared, held_back = _prepare(folds, config, folder / CACHE, ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
-            record = ranks.led(lambda: _data_record(data, folds, options, weights, progress))
+            record = ranks.led(lambda: _data_record(data, made.facts, folds, options, weights, progress))
         fit = Fit(
             config, prepared, held_back, folder, ranks, learnt=record["data_sha256"], weights=weights, resume=resumed
         )
@@ -237,8 +237,7 @@ def plan_run(
     if config is not None:
         _check_clock(config.train.model_dump())
         check_regions(config.data)
-        _preflight(data, progress)
-        return Plan(config, {})
+        return Plan(config, {}, _preflight(data, progress))
     network = overlay(values.get("network", {}), changes.get("network", {}))
     check_settings(NetworkConfig.model_validate(network))
     if data.labels is not None:
@@ -260,7 +259,7 @@ def plan_run(
     values, changes = (_without(given, "data", ("labels", "region_values")) for given in (values, changes))
     config = _changed(make_config(overlay(made.config.model_dump(mode="json"), values), source=source), changes)
     check_regions(config.data)
-    return replace(made, config=config)
+    return replace(made, config=config, facts=facts)
 
 
 def _without(values: Mapping[str, Any], section: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -521,7 +520,12 @@ def _validate(
 
 
 def _data_record(
-    data: Dataset, folds: Folds, options: TrainOptions, weights: Path | None, progress: Progress
+    data: Dataset,
+    facts: Sequence[CaseFacts],
+    folds: Folds,
+    options: TrainOptions,
+    weights: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What model.json says of the data.
 
@@ -531,7 +535,7 @@ def _data_record(
     read_once = cache(file_sha256)
     # every file is read here, with progress; all that follows knows its digest
     learnt, held_back = (data_sha256(part, file_digest=read_once, progress=progress) for part in folds)
-    refuse_leaks(training, validation, weights=weights, file_digest=read_once)
+    refuse_leaks(training, validation, weights=weights, file_digest=read_once, facts=facts)
     return {
         "data_set": data.path.resolve().name,
         "data_sha256": learnt,

@@ -808,6 +808,16 @@ def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, 
     train(dataset, fold="all", name="all")
 
 
+def test_a_scan_that_is_held_back_in_other_bytes_is_refused(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2)
+    for part in ("images", "labels"):
+        first = dataset / part / "case0.nii.gz"
+        (dataset / part / "case1.nii.gz").unlink()
+        nib.save(nib.load(first), dataset / part / "case1.nii")
+    with pytest.raises(medseg.ConfigError, match="1 of the 1 cases held back are trained on under another name"):
+        train(dataset, fold=0)
+
+
 def test_what_was_done_after_training_is_not_done_again(
     train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
