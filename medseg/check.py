@@ -69,7 +69,7 @@ def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Pro
         dataset = read_dataset(Path(dataset))
     scans: list[_Scan] = []
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for scan in pool.map(lambda case: _scan(case, dataset), dataset.cases):
+        for scan in pool.map(lambda case: _scanned(case, dataset), dataset.cases):
             scans.append(scan)
             progress("check", len(scans), len(dataset.cases), scan.case.id)
     found = [Finding(p.severity, p.case, str(p.file), p.found, p.expected, p.fix) for p in dataset.problems]
@@ -154,6 +154,16 @@ class _Scan:
         rest, _, fix = text.partition("; ")
         found, _, expected = rest.partition(", expected ")
         self.add("error", file, found, expected or "a readable file", fix or "replace the file")
+
+
+def _scanned(case: Case, dataset: Dataset) -> _Scan:
+    try:
+        return _scan(case, dataset)
+    except MemoryError as error:
+        scan = _Scan(case)
+        found = f"more than the memory of this machine holds ({error or 'MemoryError'})"
+        scan.add("error", case.images[0], found, "a case that fits", "free memory, or cut or coarsen image and label")
+        return scan
 
 
 def _scan(case: Case, dataset: Dataset) -> _Scan:

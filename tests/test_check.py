@@ -14,6 +14,7 @@ import pytest
 from PIL import Image as Picture
 
 from medseg.check import Findings, check_dataset
+from medseg.readers import read_image
 
 MakeDataset = Callable[..., Path]
 
@@ -238,6 +239,20 @@ def test_labels_as_jpeg_are_an_error(tiny_dataset: MakeDataset) -> None:
     Picture.open(path).save(path.with_suffix(".jpg"))
     path.unlink()
     assert found(check_dataset(folder), "error", "case1", "a JPEG, whose compression changes the values of labels")
+
+
+def test_a_case_that_memory_does_not_hold_is_an_error_of_its_own(
+    tiny_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **how: Any) -> Any:
+        if path.name.startswith("case1"):
+            raise MemoryError("Unable to allocate 64.0 GiB")
+        return read_image(path, **how)
+
+    monkeypatch.setattr("medseg.check.read_image", read)
+    (error,) = check_dataset(tiny_dataset()).errors
+    assert error.case == "case1"
+    assert "memory of this machine holds (Unable to allocate 64.0 GiB)" in error.found
 
 
 def test_warnings_are_logged_a_few_of_them(tiny_dataset: MakeDataset, caplog: pytest.LogCaptureFixture) -> None:
