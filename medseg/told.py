@@ -16,6 +16,8 @@ from medseg.metrics.codes import members
 # forms whose description names channels; elsewhere they are called after columns or nothing
 DESCRIBED = ("nnunet", "decathlon")
 NAMELESS = ("image",)
+# characters of labels that a message shows
+MOST_SHOWN = 200
 
 
 def told(data: Dataset, given: Mapping[str, Any], *, source: str = "--set") -> Dataset:
@@ -49,11 +51,13 @@ def refuse_other_data(data: Dataset, file: Path, given: Mapping[str, Any], setti
     for key, own in here.items():
         if key in settings or None in (own, there[key]) or own == there[key]:
             continue
-        right = _shown(getattr(theirs, key))
+        right, wrong = (
+            _shown(getattr(theirs, key), getattr(data, key)),
+            _shown(getattr(data, key), getattr(theirs, key)),
+        )
         raise ConfigError(
-            f"{file}: is of other data: it says data.{key} {right}, but {data.path} says "
-            f"{_shown(getattr(data, key))}; take the section data out of the file, or, if the file is right, say so "
-            f"with --set 'data.{key}={right}'"
+            f"{file}: is of other data: it says data.{key} {right}, but {data.path} says {wrong}; take the section "
+            f"data out of the file, or, if the file is right, say so with --set 'data.{key}={right}'"
         )
 
 
@@ -68,6 +72,10 @@ def _said(data: Dataset) -> dict[str, Any]:
     }
 
 
-def _shown(said: Any) -> str:
+def _shown(said: Any, other: Any) -> str:
     text = json.dumps(said, ensure_ascii=False)
-    return text if len(text) < 200 else text[:200] + "…"
+    if len(text) > MOST_SHOWN and isinstance(said, dict):
+        # of many labels those that differ
+        text = json.dumps({n: v for n, v in said.items() if n not in other or other[n] != v}, ensure_ascii=False)[:-1]
+        text = f"{text[:MOST_SHOWN]}, …}}"
+    return text

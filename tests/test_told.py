@@ -99,3 +99,12 @@ def test_the_order_of_regions_is_compared_where_both_say_it() -> None:
 def test_labels_that_cannot_be_are_named_with_where_they_stand() -> None:
     with pytest.raises(ConfigError, match=r"part\.yaml: two labels share one value"):
         told(Dataset(Path("set"), "plain", (), ("image",)), {"labels": {"a": 1, "b": 1}}, source="part.yaml")
+
+
+def test_of_many_labels_those_that_differ_are_shown() -> None:
+    labels = {f"label number {n}": n for n in range(1, 60)}
+    data = Dataset(Path("set"), "nnunet", (), ("image",), labels)
+    with pytest.raises(
+        ConfigError, match=r'data.labels {"label number 7": 77, …}, but set says {"label number 7": 7, …};'
+    ):
+        refuse_other_data(data, Path("c.yaml"), {"labels": {**labels, "label number 7": 77}}, {})
