@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medseg.cases import Case, fold_split
     from medseg.catalogue import weights_file
-    from medseg.check import Finding, Findings, SeriesFacts, check_dataset, check_series
+    from medseg.check import Findings, SeriesFacts, check_dataset, check_series
     from medseg.compare import Comparison, compare
     from medseg.config import (
         Config,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from medseg.evaluate import EvaluateOptions
+    from medseg.findings import Finding
     from medseg.fingerprint import data_sha256
     from medseg.folder import CaseResult, infer, segment_cases
     from medseg.infer import InferOptions, Segmenter, load_model
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
+    from medseg.told import refuse_other_data
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
     from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
@@ -70,7 +72,7 @@ _HOME = {
     "DeidentifyOptions": "writers.deidentify",
     "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
-    "Finding": "check",
+    "Finding": "findings",
     "Findings": "check",
     "GeometryError": "errors",
     "InferOptions": "infer",
@@ -127,6 +129,7 @@ _HOME = {
     "read_labels": "config",
     "read_yaml": "config",
     "refuse_leaks": "leaks",
+    "refuse_other_data": "told",
     "report_pairs": "report",
     "segment_cases": "folder",
     "settings_from": "config",
@@ -210,6 +213,7 @@ __all__ = [
     "read_labels",
     "read_yaml",
     "refuse_leaks",
+    "refuse_other_data",
     "report_pairs",
     "segment_cases",
     "settings_from",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,8 @@ from scipy import ndimage
 
 from medseg.config import DataConfig, PreprocessConfig, WindowsConfig
 from medseg.errors import ConfigError
+from medseg.units import AIR_HU, is_ct
 
-CT_NAMES = ("ct", "cta", "cect", "ncct", "hu")
-# half way between air (−1000 HU) and water (0 HU)
-AIR_HU = -500.0
 # cells of so many voxels along an edge are looked at as one: outlines need not be exact, and large volumes are cheap
 CELL = 4
 
@@ -31,11 +28,6 @@ class Air:
         """Whether the box of voxels `start` … `start + size` holds air alone; outside the image there is nothing."""
         cells = tuple(slice(max(0, a // CELL), max(0, -(-(a + n) // CELL))) for a, n in zip(start, size))
         return not bool(self.body[cells].any())
-
-
-def is_ct(channel: str) -> bool:
-    """Whether a channel's name says that it holds Hounsfield units."""
-    return any(word in CT_NAMES for word in re.split(r"[^a-z]+", channel.lower()))
 
 
 def air_of(config: WindowsConfig, data: DataConfig, preprocess: PreprocessConfig, image: torch.Tensor) -> Air | None:

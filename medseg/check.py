@@ -4,63 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from medseg.cases import Case, Dataset, dicom_cases
+from medseg.consistency import inconsistencies
 from medseg.datasets import read_dataset
-from medseg.errors import DataError
-from medseg.grid import ROUNDING_TOLERANCE, Grid
+from medseg.errors import DataError, GeometryError
+from medseg.findings import SEVERITIES, CaseFacts, Finding, Intensities, Severity, measure_intensities
+from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, turned
 from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
 from medseg.readers import Image, LabelMap, finite_or_raise, is_picture, read_image, read_images, read_label
+from medseg.readers.image2d import label_palette
 
 log = logging.getLogger(__name__)
 
-Severity = Literal["error", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-
-# spacing or extent this many times above or below the median of the data set
-OUTLIER_FACTOR = 3.0
-# fewer cases than this have no meaningful median
-OUTLIER_CASES = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row of the table; `case` is empty where it concerns the whole data set."""
-
-    severity: Severity
-    case: str
-    file: str
-    found: str
-    expected: str
-    fix: str
-
-    def __str__(self) -> str:
-        subject = ": ".join(dict.fromkeys(part for part in (self.case, self.file) if part))
-        expected = f", expected {self.expected}" if self.expected else ""
-        return f"{subject}{': ' if subject else ''}{self.found}{expected}; {self.fix}"
-
-
-@dataclass(frozen=True)
-class CaseFacts:
-    """What the scan measured of a case; `axcodes` as in RAS, empty for 2D; `label_voxels`: voxels by label value."""
-
-    case: str
-    shape: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    axcodes: str
-    dtype: str
-    channels: int
-    label_voxels: Mapping[int, int]
+# compression with losses changes values
+LOSSY = (".jpg", ".jpeg")
+# warnings that are told before a training, and the number of the others
+MOST_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -75,6 +45,14 @@ class Findings:
     def errors(self) -> tuple[Finding, ...]:
         """What keeps the data set from being used as it is."""
         return tuple(f for f in self.findings if f.severity == "error")
+
+    def log_warnings(self) -> None:
+        """The first warnings, and how many more there are, for who goes on with the data set all the same."""
+        warnings = [f for f in self.findings if f.severity == "warning"]
+        for finding in warnings[:MOST_TOLD]:
+            log.warning("%s", finding)
+        if len(warnings) > MOST_TOLD:
+            log.warning("%d more warnings; `medseg check %s` shows all", len(warnings) - MOST_TOLD, self.dataset.path)
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """The table: severity, case, file, found, expected, fix."""
@@ -91,18 +69,16 @@ def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Pro
         dataset = read_dataset(Path(dataset))
     scans: list[_Scan] = []
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for scan in pool.map(lambda case: _scan(case, dataset), dataset.cases):
+        for scan in pool.map(lambda case: _scanned(case, dataset), dataset.cases):
             scans.append(scan)
             progress("check", len(scans), len(dataset.cases), scan.case.id)
     found = [Finding(p.severity, p.case, str(p.file), p.found, p.expected, p.fix) for p in dataset.problems]
+    found += _duplicates(scans)
     for scan in scans:
         found += scan.findings
     facts = tuple(scan.facts for scan in scans if scan.facts is not None)
-    found += _duplicates(scans)
-    found += _mixtures(facts)
-    found += _lost_colour(dataset, facts)
-    found += _outliers(facts)
-    found += _unused_labels(dataset, facts)
+    palettes = {scan.case.id: (scan.case.label, scan.palette) for scan in scans if scan.case.label and scan.palette}
+    found += inconsistencies(dataset, facts, palettes)
     return Findings(dataset, tuple(sorted(found, key=lambda f: SEVERITIES.index(f.severity))), facts)
 
 
@@ -166,6 +142,8 @@ class _Scan:
     facts: CaseFacts | None = None
     image_hash: str | None = None
     label_hash: str | None = None
+    intensities: list[Intensities] = field(default_factory=list)
+    palette: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def add(self, severity: Severity, file: Path, found: str, expected: str, fix: str) -> None:
         self.findings.append(Finding(severity, self.case.id, str(file), found, expected, fix))
@@ -176,6 +154,16 @@ class _Scan:
         rest, _, fix = text.partition("; ")
         found, _, expected = rest.partition(", expected ")
         self.add("error", file, found, expected or "a readable file", fix or "replace the file")
+
+
+def _scanned(case: Case, dataset: Dataset) -> _Scan:
+    try:
+        return _scan(case, dataset)
+    except MemoryError as error:
+        scan = _Scan(case)
+        found = f"more than the memory of this machine holds ({error or 'MemoryError'})"
+        scan.add("error", case.images[0], found, "a case that fits", "free memory, or cut or coarsen image and label")
+        return scan
 
 
 def _scan(case: Case, dataset: Dataset) -> _Scan:
@@ -192,8 +180,10 @@ def _scan(case: Case, dataset: Dataset) -> _Scan:
             grid.spacing_mm,
             _axcodes(grid),
             str(images[0].array.dtype),
-            sum(image.array.shape[0] for image in images),
+            (channels := sum(image.array.shape[0] for image in images)),
             _count_values(label.array) if label is not None else {},
+            tuple(scan.intensities) if len(scan.intensities) == channels else (),
+            scan.image_hash or "",
         )
     return scan
 
@@ -216,6 +206,7 @@ def _scan_images(scan: _Scan, dataset: Dataset) -> list[Image]:
             scan.add_error(file, error)
         else:
             _find_constant(scan, file, image)
+            scan.intensities += [measure_intensities(channel) for channel in image.array]
         if images:
             _compare(scan, file, image.grid, images[0].grid)
         images.append(image)
@@ -249,6 +240,11 @@ def _scan_label(scan: _Scan, dataset: Dataset, spatial_dims: int | None) -> Labe
     file = scan.case.label
     if file is None:
         return None
+    if file.suffix.lower() in LOSSY:
+        found = "a JPEG, whose compression changes the values of labels"
+        fix = "save it as PNG from where it was drawn; a JPEG that is only converted keeps its wrong values"
+        scan.add("error", file, found, "a format without losses", fix)
+        return None
     try:
         label = read_label(file, spatial_dims=spatial_dims)
     except DataError as error:
@@ -263,6 +259,8 @@ def _scan_label(scan: _Scan, dataset: Dataset, spatial_dims: int | None) -> Labe
         scan.add("warning", file, "an empty label map", "at least one label", "check that nothing is to be labelled")
     else:
         scan.label_hash = _hash(label.array)
+    if is_picture(file):
+        scan.palette = {n: colour for n, colour in label_palette(file).items() if n in present}
     if dataset.labels is not None:
         known = {0, *_values(dataset.labels)}
         unknown = sorted(set(present) - known)
@@ -272,28 +270,54 @@ def _scan_label(scan: _Scan, dataset: Dataset, spatial_dims: int | None) -> Labe
             scan.add(
                 "error",
                 file,
-                f"label values {listed} in {number} voxels that dataset.json does not name",
+                f"label values {listed} in {number} voxels that have no name",
                 f"values {', '.join(str(v) for v in sorted(known)[:10])}{', …' if len(known) > 10 else ''}",
-                "name them in dataset.json or correct the label",
+                "name them in the labels of the data set, or correct the file",
             )
     return label
 
 
 def _compare(scan: _Scan, file: Path, grid: Grid, image_grid: Grid) -> None:
-    if grid.shape != image_grid.shape:
+    if grid.matches(image_grid):
+        return
+    same_shape = grid.shape == image_grid.shape
+    if same_shape and grid.matches(image_grid, tolerance=ROUNDING_TOLERANCE):
+        found = f"affine differs by up to {_apart(grid, image_grid):.4g} mm"
+        scan.add("warning", file, found, "the affine of its image", "differs by rounding only: nothing to do")
+    elif _is_turned(grid, image_grid):
+        found = f"axes stored as {_axcodes(grid) or grid.shape}"
+        fix = "resample it to the image, which only turns its axes; copying the image's header would mirror or turn it"
+        scan.add("error", file, found, f"{_axcodes(image_grid) or image_grid.shape} as its image", fix)
+    elif not same_shape:
         scan.add("error", file, f"shape {grid.shape}", f"{image_grid.shape} as its image", "resample it to the image")
-    elif not grid.matches(image_grid):
-        close = grid.matches(image_grid, tolerance=ROUNDING_TOLERANCE)
-        apart = np.abs(grid.affine - image_grid.affine).max()
-        scan.add(
-            "warning" if close else "error",
-            file,
-            f"affine differs by up to {apart:.4g} mm",
-            "the affine of its image",
-            "differs by rounding only: nothing to do"
-            if close
-            else "copy the image's header, or resample it to the image",
+    else:
+        found = f"affine differs by up to {_apart(grid, image_grid):.4g} mm"
+        alike = np.allclose(_directions(grid), _directions(image_grid), atol=PARALLEL_TOLERANCE)
+        fix = (
+            "copy the image's header if it was lost, or resample it to the image"
+            if alike
+            else "resample it to the image"
         )
+        scan.add("error", file, found, "the affine of its image", fix)
+
+
+def _apart(grid: Grid, other: Grid) -> float:
+    return float(np.abs(grid.affine - other.affine).max())
+
+
+def _directions(grid: Grid) -> npt.NDArray[np.float64]:
+    n = grid.spatial_dims
+    return grid.affine[:n, :n] / grid.spacing_mm
+
+
+def _is_turned(grid: Grid, like: Grid) -> bool:
+    """Whether both are the same voxels in another order or direction of the axes."""
+    try:
+        # no voxels are needed to turn a grid
+        _, moved = turned(np.broadcast_to(np.uint8(0), grid.shape), grid, like)
+    except GeometryError:
+        return False
+    return moved.matches(like, tolerance=ROUNDING_TOLERANCE)
 
 
 # ---- the data set as a whole
@@ -339,93 +363,6 @@ def _duplicates(scans: Iterable[_Scan]) -> list[Finding]:
     return found
 
 
-def _mixtures(facts: Sequence[CaseFacts]) -> list[Finding]:
-    found = []
-    for case, dims, usual in _odd_ones(facts, lambda f: len(f.shape)):
-        found.append(Finding("error", case, "", f"{dims} axes", f"{usual} as most cases", "make data sets of one kind"))
-    for case, channels, usual in _odd_ones(facts, lambda f: f.channels):
-        # grey and colour pictures are brought together on reading
-        if {channels, usual} != {1, 3} or not _is_flat(facts, case):
-            fix = "make data sets of one kind"
-            found.append(Finding("error", case, "", f"{channels} channels", f"{usual} as most cases", fix))
-    codes = Counter(f.axcodes for f in facts if f.axcodes)
-    if len(codes) > 1:
-        listed = ", ".join(f"{code} {number}" for code, number in codes.most_common())
-        found.append(Finding("note", "", "", f"orientations are mixed: {listed}", "", "nothing to do: axes are turned"))
-    return found
-
-
-def _lost_colour(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
-    coloured = [f.case for f in facts if len(f.shape) == 2 and f.channels == 3]
-    if not coloured or len(dataset.channels) != 1:
-        return []
-    found = f"{len(coloured)} of {len(facts)} pictures are in colour and will be read as grey"
-    return [Finding("note", "", "", found, "", "to keep the colour, name 3 channels in a dataset.json")]
-
-
-def _odd_ones(facts: Sequence[CaseFacts], value: Callable[[CaseFacts], int]) -> list[tuple[str, int, int]]:
-    """Cases whose value is not the most frequent one: (case, value, most frequent)."""
-    if not facts:
-        return []
-    usual = Counter(value(f) for f in facts).most_common(1)[0][0]
-    return [(f.case, value(f), usual) for f in facts if value(f) != usual]
-
-
-def _is_flat(facts: Sequence[CaseFacts], case: str) -> bool:
-    return any(len(f.shape) == 2 for f in facts if f.case == case)
-
-
-def _outliers(facts: Sequence[CaseFacts]) -> list[Finding]:
-    found = []
-    dims = Counter(len(f.shape) for f in facts)
-    alike = [f for f in facts if len(f.shape) == dims.most_common(1)[0][0]]
-    if len(alike) < OUTLIER_CASES:
-        return []
-    measures: tuple[tuple[str, Callable[[CaseFacts], npt.NDArray[np.float64]]], ...] = (
-        ("spacing", lambda f: np.sort(f.spacing_mm)),
-        ("extent", lambda f: np.sort(np.asarray(f.shape) * f.spacing_mm)),
-    )
-    for name, measure in measures:
-        # sorted by size: turned images are compared like with like
-        values = np.stack([measure(f) for f in alike])
-        ratio = values / np.median(values, axis=0)
-        odd = ((ratio > OUTLIER_FACTOR) | (ratio < 1 / OUTLIER_FACTOR)).any(axis=1)
-        for n in np.flatnonzero(odd):
-            found.append(
-                Finding(
-                    "warning",
-                    alike[n].case,
-                    "",
-                    f"{name} {_mm(values[n])} mm",
-                    f"about {_mm(np.median(values, axis=0))} mm as the median",
-                    "check that it belongs to this data set",
-                )
-            )
-    return found
-
-
-def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
-    if dataset.labels is None:
-        return []
-    present = {value for f in facts for value in f.label_voxels}
-    unused = [name for name, value in dataset.labels.items() if name != "ignore" and not present & set(members(value))]
-    unused = [name for name in unused if dataset.labels[name] != 0]
-    if not unused:
-        return []
-    listed = ", ".join(unused[:8]) + (", …" if len(unused) > 8 else "")
-    file = str(dataset.path / "dataset.json") if dataset.path.is_dir() else str(dataset.path)
-    return [
-        Finding(
-            "warning",
-            "",
-            file,
-            f"{len(unused)} labels are in no case: {listed}",
-            "each label in at least one case",
-            "remove them from the labels, or they train on nothing",
-        )
-    ]
-
-
 # ---- measures
 
 
@@ -456,10 +393,6 @@ def _axcodes(grid: Grid) -> str:
     """Where each voxel axis points to, as in RAS (to the right, front, top); empty in 2D."""
     if grid.spatial_dims != 3:
         return ""
-    directions = grid.affine[:3, :3] / grid.spacing_mm
+    directions = _directions(grid)
     strongest = np.abs(directions).argmax(axis=0)
     return "".join(("LPI", "RAS")[int(directions[w, v] > 0)][w] for v, w in enumerate(strongest))
-
-
-def _mm(values: npt.NDArray[np.float64]) -> str:
-    return " × ".join(f"{v:.3g}" for v in values)

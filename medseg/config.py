@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from medseg.errors import ConfigError
+from medseg.region_order import larger_first, own_values
 
 BACKGROUND = "background"
 IGNORE = "ignore"
@@ -61,16 +62,38 @@ class DataConfig(Section):
     channels: tuple[str, ...] = Field(("image",), min_length=1)
     labels: dict[str, int | tuple[int, ...]] = Field(default_factory=dict)
     region_values: tuple[int, ...] = ()
-    """For regions only: the value written for each region, in the order in which later ones overwrite earlier ones."""
+    """For regions only: the value written for each region, in the order in which later ones overwrite earlier ones.
+    Left out: the larger regions first, each as the smallest value that only it and those around it have."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ordered(cls, values: Any) -> Any:
+        labels = values.get("labels") if isinstance(values, Mapping) else None
+        if not isinstance(labels, Mapping) or values.get("region_values"):
+            return values
+        foreground = {n: v if isinstance(v, (list, tuple)) else (v,) for n, v in labels.items()}
+        others = {n: labels[n] for n in (BACKGROUND, IGNORE) if foreground.pop(n, None) is not None}
+        whole = all(isinstance(v, int) for made in foreground.values() for v in made)
+        if not whole or not any(isinstance(labels[n], (list, tuple)) for n in foreground):
+            return values
+        regions = larger_first(foreground)
+        return {**values, "labels": others | {n: labels[n] for n in regions}, "region_values": own_values(regions)}
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.labels.get(BACKGROUND, 0) != 0:
             raise ValueError(f"label `{BACKGROUND}` must be 0, found {self.labels[BACKGROUND]}")
+        if self.labels and not self.foreground:
+            raise ValueError(f"labels {list(self.labels)} found, expected at least one to be learnt")
         for name, values in self.labels.items():
-            for value in values if isinstance(values, tuple) else (values,):
+            made = values if isinstance(values, tuple) else (values,)
+            if not name.strip() or not made:
+                raise ValueError(f"label {name!r} with values {list(made)} found, expected a name and at least one")
+            for value in made:
                 if not 0 <= value <= 65535:
                     raise ValueError(f"label `{name}`: value {value} is outside 0..65535")
+            if self.is_regions and name != BACKGROUND and 0 in made:
+                raise ValueError(f"label `{name}` has the value 0, which is the background; expected others")
         if isinstance(ignored := self.labels.get(IGNORE), tuple) and len(ignored) != 1:
             raise ValueError(f"label `{IGNORE}` has {len(ignored)} values, expected one; merge them in the label files")
         values = self.out_values + (() if self.ignore_value is None else (self.ignore_value,))
@@ -84,7 +107,8 @@ class DataConfig(Section):
             raise ValueError(f"region_values {list(self.region_values)}: expected different numbers from 1 to 65535")
         if self.is_regions and len(self.region_values) != len(self.foreground):
             raise ValueError(
-                f"{len(self.foreground)} regions need as many region_values, found {len(self.region_values)}"
+                f"{len(self.foreground)} regions need as many region_values (regions_class_order in dataset.json), "
+                f"found {len(self.region_values)}"
             )
         return self
 

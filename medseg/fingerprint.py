@@ -12,6 +12,7 @@ import numpy as np
 from medseg.cases import Case, Dataset
 from medseg.config import IGNORE
 from medseg.errors import DataError
+from medseg.findings import CaseFacts, is_flat
 from medseg.progress import Progress, silent
 from medseg.readers import file_sha256, is_picture, read_geometry, read_images, read_label
 
@@ -41,15 +42,20 @@ class Fingerprint:
     """For each channel: median over cases of the smallest intensity."""
     label_voxels: tuple[dict[int, int], ...] = ()
     """For each case: voxels by value in the label file, without background and ignored ones."""
+    coloured: int = 0
+    """Pictures in colour among all cases."""
 
 
-def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
-    """Read the data set (up to 100 cases, spread evenly) and describe it. Raises `DataError` naming a bad file."""
+def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Progress = silent) -> Fingerprint:
+    """Read the data set (up to 100 cases, spread evenly) and describe it. Raises `DataError` naming a bad file.
+
+    `facts`: what is known of all cases already, which tells of values and colours in those that are not measured.
+    """
     labelled = [c for c in dataset.cases if c.label is not None]
     if not labelled:
         raise DataError(f"{dataset.path}: no case with a label found; run `medseg check`")
     chosen = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, MAX_MEASURED).round().astype(int))]
-    dims = _spatial_dims(chosen)
+    dims = _spatial_dims(labelled)
     channels = max(1, len(dataset.channels))
     shapes, spacings, nonzero, lowest, counts = [], [], [], [], []
     inside = _Samples(channels)
@@ -75,7 +81,7 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
         cases=len(labelled),
         shapes=tuple(shapes),
         spacings_mm=tuple(spacings),
-        label_values=tuple(sorted(set().union(*counts))),
+        label_values=tuple(sorted(set().union(*counts, *(f.label_voxels for f in facts)))),
         # a data set whose measured cases are all empty still has images
         foreground=inside.statistics() or anywhere.statistics(),
         nonzero_share=float(np.median(nonzero)),
@@ -83,6 +89,7 @@ def measure(dataset: Dataset, *, progress: Progress = silent) -> Fingerprint:
         label_voxels=tuple(
             {v: c for v, c in found.items() if v not in (0, _ignore_value(dataset))} for found in counts
         ),
+        coloured=sum(f.is_coloured for f in facts),
     )
 
 
@@ -131,8 +138,9 @@ def image_digests(cases: Sequence[Case], *, file_digest: Callable[[Path], str] =
 def _spatial_dims(cases: Sequence[Case]) -> int:
     if is_picture(cases[0].images[0]):
         return 2
-    grids = [read_geometry(c.images[0]).grid for c in cases[:3]]
-    return 2 if all(g.spatial_dims == 2 or g.shape[-1] == 1 for g in grids) else 3
+    # up to the first volume: one among any number of single slices makes it a data set of volumes
+    grids = (read_geometry(case.images[0]).grid for case in cases)
+    return 2 if all(is_flat(grid.shape) for grid in grids) else 3
 
 
 def _axis_order(affine: np.ndarray, dims: int) -> tuple[int, ...]:

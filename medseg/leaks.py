@@ -7,6 +7,7 @@ from pathlib import Path
 
 from medseg.cases import Case
 from medseg.errors import ConfigError
+from medseg.findings import CaseFacts
 from medseg.fingerprint import image_digests
 from medseg.pretrained import learnt_images
 from medseg.readers import file_sha256
@@ -18,15 +19,20 @@ def refuse_leaks(
     *,
     weights: Path | None = None,
     file_digest: Callable[[Path], str] = file_sha256,
+    facts: Sequence[CaseFacts] = (),
 ) -> None:
     """Raises `ConfigError` where an image of `held_back` is learnt: its Dice would say nothing about new cases.
 
     Either under another name in `training`, or by the run that `weights` belong to; of weights from elsewhere nobody
-    knows what they have learnt.
+    knows what they have learnt. `facts`: what a look at all files found; with them the same voxels in other bytes are
+    known too.
     """
     learnt, kept = (image_digests(cases, file_digest=file_digest) for cases in (training, held_back))
     files = {case.id: case.images[0] for case in (*training, *held_back)}
     _refuse_twins(learnt, kept, files)
+    voxels = {f.case: f.voxels for f in facts if f.voxels}
+    learnt_voxels, kept_voxels = ({c: voxels[c] for c in part if c in voxels} for part in (learnt, kept))
+    _refuse_twins(learnt_voxels, kept_voxels, files)
     if weights is not None:
         _refuse_learnt(weights, kept)
 

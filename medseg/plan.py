@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from medseg.body import is_ct
 from medseg.cases import Dataset
 from medseg.config import (
+    BACKGROUND,
+    IGNORE,
     AugmentConfig,
     Config,
     DataConfig,
@@ -26,6 +27,7 @@ from medseg.config import (
 )
 from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
+from medseg.findings import CaseFacts
 from medseg.fingerprint import Fingerprint
 from medseg.metrics.codes import members
 from medseg.networks import (
@@ -38,6 +40,7 @@ from medseg.networks import (
     stride_by_axis,
 )
 from medseg.networks.receptive import count, fit_width
+from medseg.units import is_ct
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +88,11 @@ SHAPING = {"encoder", "channels"}
 
 @dataclass(frozen=True)
 class Plan:
-    """A full configuration and, for `section.key`, the reason in words."""
+    """A full configuration and, for `section.key`, the reason in words. `facts`: what was found in the files."""
 
     config: Config
     reasons: dict[str, str]
+    facts: tuple[CaseFacts, ...] = ()
 
 
 def make_plan(
@@ -150,26 +154,37 @@ def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -
     )
     labels = dataset.labels
     if labels is None:
-        labels = {"background": 0}
+        labels = {BACKGROUND: 0}
         labels.update({f"label_{v}": v for v in fingerprint.label_values if v})
         reasons["data.labels"] = "the values found in the label files; give them names here"
     else:
         reasons["data.labels"] = "as the data set says"
-    if len(labels) < 2:
-        raise DataError(f"{dataset.path}: label files hold the background 0 only, expected at least one label")
+    if all(name in (BACKGROUND, IGNORE) for name in labels):
+        found = "label files hold the background 0 only" if dataset.labels is None else f"labels {list(labels)} found"
+        raise DataError(f"{dataset.path}: {found}, expected at least one label to be learnt")
     channels = dataset.channels or ("image",)
     if channels == ("image",) and _is_hounsfield(fingerprint):
         channels = ("CT",)
         reasons["data.channels"] = (
             f"has no name, but begins at {fingerprint.lowest[0]:g} (median of the cases) as Hounsfield units do"
         )
-    return make_data_config(
+    if fingerprint.coloured and len(channels) == 1:
+        reasons["data.channels"] = (
+            f"{fingerprint.coloured} pictures are in colour and read as grey; --set 'data.channels=[R,G,B]' keeps it"
+        )
+    data = make_data_config(
         spatial_dims=fingerprint.spatial_dims,
         channels=channels,
         labels=labels,
         region_values=dataset.region_values,
         source=str(dataset.path),
     )
+    if data.is_regions and not dataset.region_values:
+        reasons["data.region_values"] = (
+            "no regions_class_order found: the larger regions first, each written as the smallest value that only it "
+            "and those around it have"
+        )
+    return data
 
 
 def _is_hounsfield(fingerprint: Fingerprint) -> bool:

@@ -1,10 +1,25 @@
-"""Whether masks of overlapping labels can be read back as what was written."""
+"""Whether labels can be learnt, and masks of overlapping ones be read back as what was written."""
 
 from __future__ import annotations
 
-from medseg.config import DataConfig
+from medseg.cases import Dataset, Labels
+from medseg.config import DataConfig, make_data_config
 from medseg.errors import ConfigError
 from medseg.metrics.codes import members
+from medseg.region_order import own_values
+
+
+def check_labels(data: Dataset, labels: Labels) -> None:
+    """Raises `ConfigError` where no configuration can hold `labels` with what else `data` says."""
+    check_regions(
+        make_data_config(
+            spatial_dims=3,
+            channels=data.channels or ("image",),
+            labels=labels,
+            region_values=data.region_values,
+            source=str(data.path),
+        )
+    )
 
 
 def check_regions(data: DataConfig) -> None:
@@ -28,8 +43,8 @@ def check_regions(data: DataConfig) -> None:
             wrong.append(f"`{after[0]}` holds all of `{name}` and would be painted over it: list the larger one first")
     if not wrong:
         return
-    own = [values.difference(*(o for o in made.values() if not values <= o)) for values in made.values()]
-    fitting = f"; [{', '.join(str(min(values)) for values in own)}] fits" if all(own) else ""
+    own = own_values(made)
+    fitting = f"; {list(own)} fits" if own else ""
     raise ConfigError(
         f"regions_class_order (data.region_values) {list(data.region_values)}: {'; '.join(wrong)}; expected for each "
         f"region, the larger before the smaller, a value that only it and those around it have{fitting}"

@@ -6,14 +6,13 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 
@@ -32,14 +31,16 @@ from medseg.config import (
     read_yaml,
 )
 from medseg.datasets import read_dataset
-from medseg.device import choose_device, describe, free_bytes
+from medseg.device import choose_device, describe, free_bytes, is_out_of_memory
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
+from medseg.findings import CaseFacts
 from medseg.fingerprint import data_sha256, image_digests, measure
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
 from medseg.leaks import refuse_leaks
+from medseg.logfile import log_file
 from medseg.model import DECISIVE, is_complete, read_description, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
 from medseg.notebook import Notebook
@@ -50,14 +51,12 @@ from medseg.process import Preempted
 from medseg.progress import Progress, silent
 from medseg.ranks import Ranks
 from medseg.readers import file_sha256
-from medseg.regions import check_regions
+from medseg.regions import check_labels, check_regions
 from medseg.report import Report, report_pairs
 from medseg.state import STATE
+from medseg.told import refuse_other_data, told
 from medseg.versions import versions
 from medseg.writers import is_disk_full, remove_stale_temporaries, write_text
-
-if sys.platform != "win32":
-    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ def _train(
     config, (training, validation) = made.config, folds
     ranks.rows(config.train.batch_size)
     seconds: dict[str, float] = {}
-    with _log_file(folder) if ranks.first else nullcontext():
+    with log_file(folder) if ranks.first else nullcontext():
         if ranks.first:
             _tidy(folder)
         _log_beginning(training, validation, config, options, ranks)
@@ -170,7 +169,7 @@ def _train(
             prepared, held_back = _prepare(folds, config, folder / CACHE, ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
-            record = ranks.led(lambda: _data_record(data, folds, options, weights, progress))
+            record = ranks.led(lambda: _data_record(data, made.facts, folds, options, weights, progress))
         fit = Fit(
             config, prepared, held_back, folder, ranks, learnt=record["data_sha256"], weights=weights, resume=resumed
         )
@@ -224,22 +223,28 @@ def plan_run(
     """
     changes = overlay(options.settings, {"train": end} if end else {})
     values, source = _values(options.config), str(options.config)
-    if all(section in values for section in PLANNED):
-        config = _changed(make_config(values, source=source), changes)
+    whole = all(section in values for section in PLANNED)
+    config = _changed(make_config(values, source=source), changes) if whole else None
+    if config is None:
+        check_part(values, source=source)
+        check_part(changes, source="--set")
+        _check_clock(overlay(TrainConfig().model_dump(), values.get("train", {}), changes.get("train", {})))
+    said, typed = values.get("data", {}), changes.get("data", {})
+    if isinstance(options.config, Path):
+        refuse_other_data(data, options.config, said, typed)
+    # what the labels are called, and which are ignored, decides what is looked for and what is planned
+    data = told(data, overlay(said, typed) if config is None else config.data.model_dump(exclude_defaults=True))
+    if config is not None:
         _check_clock(config.train.model_dump())
         check_regions(config.data)
-        _preflight(data, progress)
-        return Plan(config, {})
-    check_part(values, source=source)
-    check_part(changes, source="--set")
-    _check_clock(overlay(TrainConfig().model_dump(), values.get("train", {}), changes.get("train", {})))
+        return Plan(config, {}, _preflight(data, progress))
     network = overlay(values.get("network", {}), changes.get("network", {}))
     check_settings(NetworkConfig.model_validate(network))
-    _preflight(data, progress)
+    if data.labels is not None:
+        check_labels(data, data.labels)
+    facts = _preflight(data, progress)
     published = options.pretrained is not None and bool(network)
-    # what the labels are called, and which are ignored, decides what is planned
-    data = _told(data, overlay(values.get("data", {}), changes.get("data", {})))
-    measured = measure(data, progress=progress)
+    measured = measure(data, facts=facts, progress=progress)
     if options.pretrained is not None:
         network = inherited_network(options.pretrained, network, spatial_dims=measured.spatial_dims)
     made = make_plan(
@@ -250,17 +255,16 @@ def plan_run(
         network=network,
         published=published,
     )
+    # labels and regions are planned as they were told, in the order in which regions are written
+    values, changes = (_without(given, "data", ("labels", "region_values")) for given in (values, changes))
     config = _changed(make_config(overlay(made.config.model_dump(mode="json"), values), source=source), changes)
     check_regions(config.data)
-    return replace(made, config=config)
+    return replace(made, config=config, facts=facts)
 
 
-def _told(data: Dataset, given: Mapping[str, Any]) -> Dataset:
-    """`data` with the labels, regions and channels of a checked `data` section that is laid over its plan."""
-    changes: dict[str, Any] = {key: tuple(given[key]) for key in ("region_values", "channels") if key in given}
-    if "labels" in given:
-        changes["labels"] = {n: tuple(v) if isinstance(v, list) else v for n, v in given["labels"].items()}
-    return replace(data, **changes)
+def _without(values: Mapping[str, Any], section: str, keys: Sequence[str]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.get(section, {}).items() if key not in keys}
+    return {**values, section: kept}
 
 
 def parse_duration(text: str | float) -> float:
@@ -401,60 +405,6 @@ def _check_network(config: Config, weights: Path | None) -> None:
         load_pretrained(network, weights, spatial_dims=config.data.spatial_dims, config=config)
 
 
-class _LogFile(logging.FileHandler):
-    """A log that falls silent where nothing more can be written (disk full): what is wrong is told elsewhere."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
-        """What is left to write goes nowhere, so that closing the file does not fail over it."""
-        if self.stream is None or not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
-
-
-@contextmanager
-def _log_file(folder: Path) -> Iterator[None]:
-    """Everything that is logged also goes into log.txt, which one training at a time holds.
-
-    Raises `ConfigError` where the folder cannot be written, or another training is writing into it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = _LogFile(folder / "log.txt", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another -o") from error
-    if handler.stream is not None and _is_held_by_another(handler.stream):
-        handler.close()
-        raise ConfigError(f"{folder}: another training is writing into it; wait for its end, or choose another -o")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("medseg")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(min(level or logging.INFO, logging.INFO))
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        handler.close()
-
-
-def _is_held_by_another(file: TextIO) -> bool:
-    """Whether another process holds the file; else this one does, until it is closed or the process ends."""
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError as error:
-        # some network file systems have no locks
-        log.debug("%s cannot be held (%s)", file.name, error.strerror)
-    return False
-
-
 @contextmanager
 def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -462,13 +412,24 @@ def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def _preflight(data: Dataset, progress: Progress) -> None:
-    errors = check_dataset(data, progress=progress).errors
-    if errors:
-        listed = "\n".join(f"  {error}" for error in errors[:20])
+def _preflight(data: Dataset, progress: Progress) -> tuple[CaseFacts, ...]:
+    findings = check_dataset(data, progress=progress)
+    if findings.errors:
+        listed = "\n".join(f"  {error}" for error in findings.errors[:20])
         raise DataError(
-            f"{data.path}: {len(errors)} errors found, nothing was trained; `medseg check` shows all\n{listed}"
+            f"{data.path}: {len(findings.errors)} errors found, nothing was trained; `medseg check` shows all\n{listed}"
         )
+    findings.log_warnings()
+    return findings.facts
+
+
+def _is_short_of_memory(error: BaseException | None) -> bool:
+    # MONAI wraps what a transform raises
+    while isinstance(error, MemoryError | RuntimeError):
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _prepare(
@@ -490,6 +451,13 @@ def _prepare(
             if is_disk_full(error):
                 raise
             failures.append(f"  {case.id}: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_short_of_memory(error):
+                raise
+            failures.append(
+                f"  {case.id}: {case.images[0]}: the memory of this machine does not hold it on the network's grid; "
+                "free memory, use a larger preprocess.spacing_mm, or cut the image"
+            )
     failed = [line for lines in ranks.gathered(failures) for line in lines]
     if failed and ranks.first:
         listed = "\n".join(failed[:20])
@@ -553,7 +521,12 @@ def _validate(
 
 
 def _data_record(
-    data: Dataset, folds: Folds, options: TrainOptions, weights: Path | None, progress: Progress
+    data: Dataset,
+    facts: Sequence[CaseFacts],
+    folds: Folds,
+    options: TrainOptions,
+    weights: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What model.json says of the data.
 
@@ -561,14 +534,16 @@ def _data_record(
     """
     training, validation = folds
     read_once = cache(file_sha256)
-    refuse_leaks(training, validation, weights=weights, file_digest=read_once)
+    # every file is read here, with progress; all that follows knows its digest
+    learnt, held_back = (data_sha256(part, file_digest=read_once, progress=progress) for part in folds)
+    refuse_leaks(training, validation, weights=weights, file_digest=read_once, facts=facts)
     return {
         "data_set": data.path.resolve().name,
-        "data_sha256": data_sha256(training, file_digest=read_once, progress=progress),
+        "data_sha256": learnt,
         "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
-        "validation_sha256": data_sha256(validation, file_digest=read_once, progress=progress),
+        "validation_sha256": held_back,
         "fold": options.fold,
         "command": options.command,
     }

@@ -122,7 +122,11 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     """
     asked = _asked(options)
     weights = None if options.pretrained is None else _weights(options.pretrained)
-    data = checked(dataset).dataset
+    looked = checked(dataset)
+    data = looked.dataset
+    for file in options.configs:
+        given, typed = medseg.read_yaml(file).get("data", {}), (options.settings or {}).get("data", {})
+        medseg.refuse_other_data(data, file, given, typed)
     number = options.folds if data.folds is None else len(data.folds)
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
     if options.only_fold is not None:
@@ -134,7 +138,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
     for k, (training, held_back) in enumerate(splits):
-        _refuse_leaks(k, training, held_back, weights, read_once)
+        _refuse_leaks(k, training, held_back, weights, read_once, looked.facts)
     configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
     digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
     folds = []
@@ -267,11 +271,12 @@ def _refuse_leaks(
     held_back: Sequence[medseg.Case],
     weights: Weights | None,
     file_digest: Callable[[Path], str],
+    facts: Sequence[Any],
 ) -> None:
     """Raises `ConfigError` where a fold would judge what it has learnt; one such fold spoils what all tell together."""
     try:
         begins_with = None if weights is None else weights.file
-        medseg.refuse_leaks(training, held_back, weights=begins_with, file_digest=file_digest)
+        medseg.refuse_leaks(training, held_back, weights=begins_with, file_digest=file_digest, facts=facts)
     except medseg.ConfigError as error:
         raise medseg.ConfigError(f"fold {number}: {error}") from error
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors config grid catalogue device optional process progress versions",
-        "cases datasets notebook readers writers metrics overview views",
+        "errors config grid catalogue device optional process progress region_order units versions",
+        "cases datasets logfile notebook readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",
-        "check convert fingerprint plan model namesakes pretrained regions shipped statistics",
+        "check consistency convert findings fingerprint plan model namesakes pretrained regions shipped statistics "
+        "told",
         "engines leaks windows postprocess evaluate",
         "infer inspect quality report export",
         "folder record calibrate compare journal ranks",

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from medseg.body import CELL, Air, air_of, body_cells, is_ct
+from medseg.body import CELL, Air, air_of, body_cells
 from medseg.config import DataConfig, PreprocessConfig, WindowsConfig
 from medseg.errors import ConfigError
+from medseg.units import is_ct
 
 HU = {"intensity": [{"normalise": "fixed", "mean": 50.0, "sd": 200.0, "clip": [-1000, 1000]}]}
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image as Picture
 
 from medseg.check import Findings, check_dataset
+from medseg.readers import read_image
 
 MakeDataset = Callable[..., Path]
 
@@ -205,6 +207,64 @@ def test_affines_apart_by_rounding_are_a_warning(tiny_dataset: MakeDataset) -> N
     findings = check_dataset(folder)
     assert found(findings, "warning", "case0", "rounding")
     assert findings.errors == ()
+
+
+@pytest.mark.parametrize("turn", [[[0, -1], [1, -1], [2, 1]], [[2, 1], [0, 1], [1, 1]]], ids=["flipped", "permuted"])
+def test_a_label_whose_axes_are_turned_is_told_never_to_copy_a_header(tiny_dataset: MakeDataset, turn: Any) -> None:
+    folder = tiny_dataset()
+    path = folder / "labels" / "case0.nii.gz"
+    nib.save(nib.load(path).as_reoriented(np.array(turn)), path)
+    (error,) = check_dataset(folder).errors
+    assert error.found.startswith("axes stored as ")
+    assert error.expected == "RAS as its image"
+    assert error.fix.startswith("resample it to the image")
+    assert "copying the image's header would mirror" in error.fix
+
+
+def test_a_label_of_other_directions_elsewhere_is_to_be_resampled(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset()
+    mirrored = np.diag([-1, 1, 1.5, 1.0])
+    mirrored[0, 3] = 100
+    change(folder / "labels" / "case0.nii.gz", lambda a: a, mirrored)
+    change(folder / "labels" / "case1.nii.gz", lambda a: a, np.diag([1, 1, 2.5, 1.0]))
+    assert [f.fix for f in check_dataset(folder).errors] == [
+        "resample it to the image",
+        "copy the image's header if it was lost, or resample it to the image",
+    ]
+
+
+def test_labels_as_jpeg_are_an_error(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(spatial_dims=2)
+    path = folder / "labels" / "case1.png"
+    Picture.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
+    assert found(check_dataset(folder), "error", "case1", "a JPEG, whose compression changes the values of labels")
+
+
+def test_a_case_that_memory_does_not_hold_is_an_error_of_its_own(
+    tiny_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **how: Any) -> Any:
+        if path.name.startswith("case1"):
+            raise MemoryError("Unable to allocate 64.0 GiB")
+        return read_image(path, **how)
+
+    monkeypatch.setattr("medseg.check.read_image", read)
+    (error,) = check_dataset(tiny_dataset()).errors
+    assert error.case == "case1"
+    assert "memory of this machine holds (Unable to allocate 64.0 GiB)" in error.found
+
+
+def test_warnings_are_logged_a_few_of_them(tiny_dataset: MakeDataset, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_dataset(cases=8)
+    for n in range(7):
+        change(folder / "labels" / f"case{n}.nii.gz", np.zeros_like)
+    shutil.copy(folder / "images" / "case6.nii.gz", folder / "images" / "case7.nii.gz")
+    check_dataset(folder).log_warnings()
+    assert len(caplog.messages) == 6
+    # what would make results flatter comes first
+    assert "the voxels of case case6" in caplog.messages[0]
+    assert caplog.messages[-1] == f"3 more warnings; `medseg check {folder}` shows all"
 
 
 def test_progress_and_jobs_change_nothing(tiny_dataset: MakeDataset) -> None:

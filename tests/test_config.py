@@ -224,6 +224,11 @@ def test_a_wrong_value_is_named_with_what_was_found(section: str, key: str, valu
         ({"data": {"labels": {"background": 1}}}, "`background` must be 0"),
         ({"data": {"labels": {"a": 1, "b": 1}}}, "two labels share one value"),
         ({"data": {"labels": {"a": 0}}}, "two labels share one value"),
+        ({"data": {"labels": {"a": [0, 1]}}}, "label `a` has the value 0, which is the background"),
+        ({"data": {"labels": {"a": []}}}, "expected a name and at least one"),
+        ({"data": {"labels": {" ": 1}}}, "expected a name and at least one"),
+        ({"data": {"labels": {"background": 0, "ignore": 1}}}, "expected at least one to be learnt"),
+        ({"data": {"labels": {"a": [1, 2], "b": [2, 1]}}}, r"regions_class_order in dataset.json\), found 0"),
         ({"data": {"labels": {"a": 1, "ignore": 1}}}, "two labels share one value"),
         ({"data": {"labels": {"a": 1, "ignore": 0}}}, "two labels share one value"),
         ({"data": {"labels": {"a": 1, "ignore": [2, 3]}}}, "`ignore` has 2 values, expected one"),
@@ -255,6 +260,18 @@ def test_background_is_always_there_and_ignore_is_never_predicted() -> None:
 def test_regions_have_no_background_channel() -> None:
     data = DataConfig(labels={"background": 0, "whole": (1, 2), "core": 2}, region_values=(1, 2))
     assert (data.is_regions, data.out_channels, data.out_values) == (True, 2, (1, 2))
+
+
+def test_regions_without_an_order_get_one() -> None:
+    # the smaller first, a label beside regions, and values that several regions share
+    labels = {"ignore": 9, "core": 3, "whole": [1, 2, 3], "background": 0, "inner": [2, 3], "other": (3, 5)}
+    data = make_config({"data": {"labels": labels}}).data
+    assert data.foreground == ("whole", "inner", "other", "core")
+    assert data.region_values == (1, 2, 5, 3)
+    check_regions(data)
+    # one that is given stays as it is
+    given = DataConfig(labels={"core": 3, "whole": (1, 3)}, region_values=(3, 1))
+    assert (given.foreground, given.region_values) == (("core", "whole"), (3, 1))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as Picture
 from skimage.io import imread, imsave
 from test_ship import ABOUT
 
@@ -862,6 +863,30 @@ def test_a_wrong_key_is_told_before_a_file_of_the_data_is_read(
         assert f"{source}: unknown key `train.rate`" in " ".join(capsys.readouterr().err.split())
     assert not read
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_other_data_is_refused(
+    tiny_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tiny_dataset(spatial_dims=2, cases=2, form="nnunet")
+    file = tmp_path / "other.yaml"
+    file.write_text("data: {labels: {core: 1, shell: 2}}\n")
+    assert run(command(named, tmp_path / "out", "-c", str(file))) == USAGE
+    assert "other.yaml: is of other data" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scan_that_is_held_back_in_other_bytes_is_refused(
+    tiny_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins = tiny_dataset(cases=2, spatial_dims=2)
+    for part in ("images", "labels"):
+        first = twins / part / "case0.png"
+        (twins / part / "case1.png").unlink()
+        Picture.open(first).save(twins / part / "case1.tif")
+    assert run(command(twins, tmp_path / "out")) == USAGE
+    assert "error: fold 0: " in (told := capsys.readouterr().err)
+    assert "are trained on under another name" in " ".join(told.split())
 
 
 def test_what_the_command_sets_is_right_or_wrong_together_with_the_file(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from geometry import save
+from PIL import Image as Picture
 
+import medseg
 from medseg.cases import Case, Dataset, Labels
 from medseg.config import Config, dump_yaml, read_config
 from medseg.datasets import read_dataset
@@ -510,3 +513,82 @@ def test_a_network_of_monai_keeps_its_arguments() -> None:
 def test_regions_are_taken_from_the_data_set() -> None:
     dataset = Dataset(Path("set"), "nnunet", (), ("MRI",), {"whole": (1, 2), "core": (2,)}, (1, 2))
     assert make_plan(dataset, PRINT).config.data.region_values == (1, 2)
+
+
+def test_regions_without_an_order_are_written_the_larger_first() -> None:
+    dataset = Dataset(Path("set"), "nnunet", (), ("MRI",), {"background": 0, "core": (2,), "whole": (1, 2)})
+    made = make_plan(dataset, PRINT)
+    assert made.config.data.labels == {"background": 0, "whole": (1, 2), "core": (2,)}
+    assert list(made.config.data.labels) == ["background", "whole", "core"]
+    assert made.config.data.region_values == (1, 2)
+    assert made.reasons["data.region_values"].startswith("no regions_class_order found: the larger regions first")
+
+
+def test_regions_that_are_typed_are_planned_in_their_order(tiny_dataset: MakeDataset) -> None:
+    labels = {"core": [2], "whole": [1, 2]}
+    made = medseg.plan(tiny_dataset(cases=2), settings={"data": {"labels": labels}}, device="cpu")
+    assert (made.config.data.foreground, made.config.data.region_values) == (("whole", "core"), (1, 2))
+
+
+# ---- what every file says
+
+
+def test_one_label_needs_no_background(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=2, spatial_dims=2)
+    settings = {"data": {"labels": {"all": 1, "ignore": 2}}}
+    assert medseg.plan(folder, settings=settings, device="cpu").config.data.foreground == ("all",)
+    only = Dataset(Path("set"), "nnunet", (), ("MRI",), {"x": 1})
+    assert make_plan(only, PRINT).config.data.foreground == ("x",)
+
+
+def test_background_and_ignored_voxels_alone_are_nothing_to_learn() -> None:
+    dataset = Dataset(Path("set"), "nnunet", (), ("MRI",), {"background": 0, "ignore": 1})
+    with pytest.raises(DataError, match=r"labels \['background', 'ignore'\] found, expected at least one"):
+        make_plan(dataset, PRINT)
+
+
+def test_a_value_in_a_case_that_is_not_measured_is_planned(
+    tiny_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_dataset(cases=4, spatial_dims=2)
+    path = folder / "labels" / "case1.png"
+    label = np.array(Picture.open(path))
+    label[0, 0] = 7
+    Picture.fromarray(label).save(path)
+    monkeypatch.setattr("medseg.fingerprint.MAX_MEASURED", 2)
+    labels = medseg.plan(folder, device="cpu").config.data.labels
+    assert labels == {"background": 0, "label_1": 1, "label_2": 2, "label_7": 7}
+
+
+def test_volumes_after_any_number_of_slices_make_a_set_of_volumes(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for n in range(5):
+        label = np.zeros((20, 20, 6 if n > 3 else 1), np.uint8)
+        label[3:9, 3 : 9 + n] = 1
+        save(tmp_path / "images" / f"c{n}.nii.gz", np.random.default_rng(n).normal(size=label.shape), np.eye(4))
+        save(tmp_path / "labels" / f"c{n}.nii.gz", label, np.eye(4))
+    assert medseg.plan(tmp_path, device="cpu").config.data.spatial_dims == 3
+
+
+def test_colour_that_is_read_as_grey_stands_in_the_plan(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=2, spatial_dims=2)
+    for path in (folder / "images").iterdir():
+        grey = np.array(Picture.open(path))
+        Picture.fromarray(np.stack([grey, grey // 2, 255 - grey], -1)).save(path)
+    made = medseg.plan(folder, device="cpu")
+    assert made.reasons["data.channels"].startswith("2 pictures are in colour and read as grey; --set 'data.channels=")
+    kept = medseg.plan(folder, settings={"data": {"channels": ["R", "G", "B"]}}, device="cpu")
+    assert kept.config.data.channels == ("R", "G", "B")
+    assert "data.channels" not in kept.reasons
+
+
+def test_channels_in_one_file_of_a_plain_folder_are_taken_where_they_are_named(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=2)
+    for path in (folder / "images").iterdir():
+        voxels = np.asarray(nib.load(path).dataobj)
+        save(path, np.stack([voxels, -voxels], -1), np.diag([1, 1, 1.5, 1]))
+    with pytest.raises(DataError, match=r"name the channels: .*--set data.channels"):
+        medseg.plan(folder, device="cpu")
+    made = medseg.plan(folder, settings={"data": {"channels": ["a", "b"]}}, device="cpu")
+    assert made.config.data.channels == ("a", "b")

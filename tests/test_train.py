@@ -27,11 +27,12 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import medseg
-from medseg import calibrate, cli
+from medseg import calibrate, cli, preprocess
 from medseg.cases import fold_split
 from medseg.config import settings_from
 from medseg.datasets import read_dataset
 from medseg.fit import Fit, what_fits
+from medseg.logfile import log_file
 from medseg.patches import PatchSampler
 from medseg.train import parse_duration
 
@@ -231,6 +232,15 @@ def test_regions_train_and_infer(train: Train, tiny_dataset) -> None:
     assert values & {1, 2}
 
 
+def test_regions_without_an_order_train(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2, form="nnunet")
+    _relabel(dataset, lambda a: a, {"background": 0, "core": [2], "whole": [1, 2]})
+    run = train(dataset)
+    assert run.report is not None
+    assert list(run.report.summary["labels"]) == ["whole", "core"]
+    assert run.config.data.region_values == (1, 2)
+
+
 def test_regions_that_would_be_read_as_others_are_refused(train: Train, tiny_dataset, tmp_path: Path) -> None:
     dataset = tiny_dataset(cases=2, form="nnunet")
     _relabel(dataset, lambda a: a, {"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[2, 1])
@@ -377,6 +387,66 @@ def test_a_case_that_dies_is_named_and_the_others_are_ready(
     assert re.search(r"\n  case1: .*case1\.nii\.gz", str(caught.value))
     cached = {path.name.split("-")[0] for path in (tmp_path / "run" / "cache").iterdir()}
     assert cached == {"case0", "case2", "case3"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_case_that_memory_does_not_hold_is_named(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    dataset = tiny_dataset(cases=4)
+    resampled = preprocess.ResampleToGridd.__call__
+
+    def short(self: Any, item: Any) -> Any:
+        if "case1" in str(item["image_file"]):
+            raise error
+        return resampled(self, item)
+
+    monkeypatch.setattr(preprocess.ResampleToGridd, "__call__", short)
+    told = r"1 of 4 cases cannot be read.*\n  case1: .*case1\.nii\.gz: the memory of this machine does not hold it"
+    with pytest.raises(medseg.DataError, match=re.compile(told, re.DOTALL)):
+        train(dataset, fold="all")
+
+
+def test_a_bug_in_preprocessing_is_not_taken_for_a_bad_case(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, item: Any) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(preprocess.ResampleToGridd, "__call__", broken)
+    with pytest.raises(RuntimeError, match="applying transform"):
+        train(tiny_dataset(cases=2), fold="all")
+
+
+def test_warnings_of_the_look_at_every_file_are_told(tiny_dataset, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = tiny_dataset(cases=3)
+    first = dataset / "images" / "case0.nii.gz"
+    # the same voxels in other bytes
+    nib.save(nib.load(first), dataset / "images" / "case1.nii")
+    (dataset / "images" / "case1.nii.gz").unlink()
+    shutil.copyfile(dataset / "labels" / "case0.nii.gz", dataset / "labels" / "case1.nii.gz")
+    medseg.plan(dataset, device="cpu")
+    assert any("case1.nii: the voxels of case case0" in message for message in caplog.messages)
+
+
+def test_files_are_hashed_with_progress_before_they_are_compared(
+    tiny_dataset, tmp_path: Path, tiny_settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+
+    def compared(*_: Any, **more: Any) -> None:
+        raise medseg.ConfigError(f"{stages.count('hash')} files hashed")
+
+    monkeypatch.setattr(TRAIN, "refuse_leaks", compared)
+    options = medseg.TrainOptions(settings=settings_from(tiny_settings), folds=2, device="cpu")
+    with pytest.raises(medseg.ConfigError, match="8 files hashed"):
+        medseg.train(
+            tiny_dataset(cases=4),
+            tmp_path / "run",
+            epochs=1,
+            options=options,
+            progress=lambda stage, *_: stages.append(stage),
+        )
 
 
 def test_a_disk_that_is_really_full_is_one_message_and_training_goes_on_later(
@@ -607,10 +677,10 @@ def test_sigterm_before_the_training_is_reached_asks_to_be_started_again(
 
 def test_two_trainings_into_one_folder_are_refused(tmp_path: Path) -> None:
     refused = pytest.raises(medseg.ConfigError, match="another training is writing into it")
-    with TRAIN._log_file(tmp_path), refused, TRAIN._log_file(tmp_path):
+    with log_file(tmp_path), refused, log_file(tmp_path):
         pass
     # the first one has ended
-    with TRAIN._log_file(tmp_path):
+    with log_file(tmp_path):
         pass
 
 
@@ -736,6 +806,16 @@ def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, 
         train(dataset, fold=0)
     # where nothing is held back nothing flatters
     train(dataset, fold="all", name="all")
+
+
+def test_a_scan_that_is_held_back_in_other_bytes_is_refused(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2)
+    for part in ("images", "labels"):
+        first = dataset / part / "case0.nii.gz"
+        (dataset / part / "case1.nii.gz").unlink()
+        nib.save(nib.load(first), dataset / part / "case1.nii")
+    with pytest.raises(medseg.ConfigError, match="1 of the 1 cases held back are trained on under another name"):
+        train(dataset, fold=0)
 
 
 def test_what_was_done_after_training_is_not_done_again(

@@ -43,7 +43,9 @@ def channels_first(
         raise DataError(
             f"{path}: axis {long[0] + 4} has {count} points (shape {array.shape}), expected one volume"
             + (f" or {channels} channels" if channels and channels > 1 else "")
-            + "; split a time series into one file per time point, or name the channels in the data set"
+            + "; split a time series into one file per time point"
+            # asked for channels, it is an image
+            + (", or name the channels: in the data set, or by --set data.channels=[…]" if channels else "")
         )
     return np.moveaxis(array.reshape((*space, count), order="F"), -1, 0)
 

@@ -84,6 +84,16 @@ def is_colour(path: Path) -> bool:
         return False
 
 
+def label_palette(path: Path) -> dict[int, tuple[int, ...]]:
+    """Red, green and blue of each index of a palette picture; empty for others, and for what cannot be read."""
+    try:
+        with Picture.open(path) as picture:
+            colours = (picture.getpalette("RGB") or []) if picture.mode == "P" else []
+    except (OSError, ValueError, SyntaxError, Picture.DecompressionBombError):
+        return {}
+    return {n: tuple(colours[3 * n : 3 * n + 3]) for n in range(len(colours) // 3)}
+
+
 def _grid(shape: tuple[int, ...]) -> Grid:
     return Grid(shape, np.eye(3))
 

@@ -1,0 +1,110 @@
+"""A configuration of other data is refused; what a data set leaves open, or what is typed, is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import medseg
+from medseg.cases import Dataset
+from medseg.datasets import read_dataset
+from medseg.errors import ConfigError
+from medseg.told import refuse_other_data, told
+from medseg.train import TrainOptions, plan_run
+
+MakeDataset = Callable[..., Path]
+
+
+@pytest.fixture
+def dataset(tiny_dataset: MakeDataset) -> Path:
+    return tiny_dataset(cases=2, form="nnunet")
+
+
+@pytest.fixture
+def file(dataset: Path, tmp_path: Path) -> Callable[..., Path]:
+    """The whole configuration that is planned for `dataset`, with another section `data`."""
+
+    def call(**data: Any) -> Path:
+        made = medseg.plan(dataset, device="cpu").config
+        values = medseg.overlay(made.model_dump(mode="json"), {"data": data})
+        path = tmp_path / "full.yaml"
+        path.write_text(medseg.dump_yaml(medseg.make_config(values)))
+        return path
+
+    return call
+
+
+def planned(dataset: Path, config: Path, **settings: Any) -> medseg.Config:
+    options = TrainOptions(config=config, settings={"data": settings} if settings else {})
+    return plan_run(read_dataset(dataset), options, {}, device=torch.device("cpu")).config
+
+
+def test_the_configuration_of_the_data_set_itself_is_taken(dataset: Path, file: Callable[..., Path]) -> None:
+    assert planned(dataset, file()).data.labels == {"background": 0, "shell": 1, "core": 2}
+    # in another order and without background it means the same
+    assert planned(dataset, file(labels={"core": 2, "shell": 1})).data.foreground == ("core", "shell")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"labels": {"shell": 2, "core": 1}}, r"full.yaml: is of other data: it says data.labels .*\"shell\": 2.*tiny"),
+        ({"channels": ["CT"]}, r"it says data.channels \[\"CT\"\], but .* says \[\"MRI\"\]"),
+    ],
+)
+def test_a_configuration_of_other_data_is_refused(
+    dataset: Path, file: Callable[..., Path], data: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        planned(dataset, file(**data))
+    # what is typed is meant
+    key, value = next(iter(data.items()))
+    assert f"--set 'data.{key}={json.dumps(value)}'" in str(caught.value)
+    assert planned(dataset, file(**data), **data).model_dump(mode="json")["data"][key] == value
+
+
+def test_a_part_of_a_configuration_may_not_differ_either(dataset: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part.yaml"
+    part.write_text("data: {labels: {core: 1, shell: 2}}\n")
+    with pytest.raises(ConfigError, match="is of other data"):
+        planned(dataset, part)
+
+
+def test_what_a_data_set_leaves_open_is_told_by_the_file(tiny_dataset: MakeDataset, file: Callable[..., Path]) -> None:
+    plain = tiny_dataset(cases=2, name="plain")
+    found = planned(plain, file(labels={"core": 2, "shell": 1}, channels=["CT"])).data
+    assert (found.labels, found.channels) == ({"core": 2, "shell": 1}, ("CT",))
+
+
+def test_values_that_the_configuration_does_not_name_are_found_before_anything_is_done(
+    tiny_dataset: MakeDataset, file: Callable[..., Path]
+) -> None:
+    with pytest.raises(medseg.DataError, match="label values 2 in"):
+        planned(tiny_dataset(cases=2, name="plain"), file(labels={"shell": 1}))
+
+
+def test_the_order_of_regions_is_compared_where_both_say_it() -> None:
+    labels = {"whole": (1, 2), "core": (2, 3)}
+    data = Dataset(Path("set"), "nnunet", (), ("image",), labels, (1, 2))
+    with pytest.raises(ConfigError, match=r"data.region_values \[1, 3\], but set says \[1, 2\]"):
+        refuse_other_data(data, Path("c.yaml"), {"labels": labels, "region_values": [1, 3]}, {})
+    refuse_other_data(data, Path("c.yaml"), {"labels": labels, "region_values": [1, 3]}, {"region_values": [1, 3]})
+
+
+def test_labels_that_cannot_be_are_named_with_where_they_stand() -> None:
+    with pytest.raises(ConfigError, match=r"part\.yaml: two labels share one value"):
+        told(Dataset(Path("set"), "plain", (), ("image",)), {"labels": {"a": 1, "b": 1}}, source="part.yaml")
+
+
+def test_of_many_labels_those_that_differ_are_shown() -> None:
+    labels = {f"label number {n}": n for n in range(1, 60)}
+    data = Dataset(Path("set"), "nnunet", (), ("image",), labels)
+    with pytest.raises(
+        ConfigError, match=r'data.labels {"label number 7": 77, …}, but set says {"label number 7": 7, …};'
+    ):
+        refuse_other_data(data, Path("c.yaml"), {"labels": {**labels, "label number 7": 77}}, {})
