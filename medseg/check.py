@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,17 @@ from medseg.findings import SEVERITIES, CaseFacts, Finding, Intensities, Severit
 from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, turned
 from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
-from medseg.readers import Image, LabelMap, finite_or_raise, is_picture, read_image, read_images, read_label
+from medseg.readers import (
+    Geometry,
+    Image,
+    LabelMap,
+    finite_or_raise,
+    is_picture,
+    read_image,
+    read_images,
+    read_label,
+    same_kind_or_raise,
+)
 from medseg.readers.image2d import label_palette
 
 log = logging.getLogger(__name__)
@@ -105,7 +116,9 @@ def check_series(source: Path | str, *, progress: Progress = silent) -> tuple[Se
     Empty where there is a data set in one of the four forms, no DICOM file, or nothing at all.
     """
     source = Path(source)
-    if not source.exists() or any((source / name).exists() for name in ("dataset.json", "images", "imagesTr")):
+    # unlike that of a Path, this `exists` does not raise behind a closed folder
+    forms = (source / name for name in ("dataset.json", "images", "imagesTr"))
+    if not os.path.exists(source) or any(map(os.path.exists, forms)):
         return ()
     cases = dicom_cases(source)
     facts = []
@@ -171,7 +184,7 @@ def _scan(case: Case, dataset: Dataset) -> _Scan:
     images = _scan_images(scan, dataset)
     label = _scan_label(scan, dataset, images[0].grid.spatial_dims if images else None)
     if images and label is not None and case.label is not None:
-        _compare(scan, case.label, label.grid, images[0].grid)
+        _compare(scan, case.label, label.geometry, images[0].geometry)
     if images:
         grid = images[0].grid
         scan.facts = CaseFacts(
@@ -208,7 +221,7 @@ def _scan_images(scan: _Scan, dataset: Dataset) -> list[Image]:
             _find_constant(scan, file, image)
             scan.intensities += [measure_intensities(channel) for channel in image.array]
         if images:
-            _compare(scan, file, image.grid, images[0].grid)
+            _compare(scan, file, image.geometry, images[0].geometry)
         images.append(image)
         digest.update(_hash(image.array).encode())
     if len(images) < len(scan.case.images):
@@ -277,8 +290,17 @@ def _scan_label(scan: _Scan, dataset: Dataset, spatial_dims: int | None) -> Labe
     return label
 
 
-def _compare(scan: _Scan, file: Path, grid: Grid, image_grid: Grid) -> None:
+def _compare(scan: _Scan, file: Path, geometry: Geometry, of_image: Geometry) -> None:
+    try:
+        same_kind_or_raise(file, scan.case.images[0])
+    except GeometryError as error:
+        scan.add_error(file, error)
+        return
+    grid, image_grid = geometry.grid, of_image.grid
     if grid.matches(image_grid):
+        if not geometry.matches(of_image, tolerance=ROUNDING_TOLERANCE):
+            found = "a plane at another place in space, or mirrored"
+            scan.add("error", file, found, "the place of its image", "resample it to the image")
         return
     same_shape = grid.shape == image_grid.shape
     if same_shape and grid.matches(image_grid, tolerance=ROUNDING_TOLERANCE):

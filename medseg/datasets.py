@@ -441,7 +441,7 @@ def _labels(path: Path, content: Mapping[str, Any]) -> Labels | None:
         # the older form turns it round: {"1": "liver"}
         name, number = (value, key) if str(key).isdigit() and isinstance(value, str) else (key, value)
         try:
-            whole = tuple(int(v) for v in number) if isinstance(number, list) else int(number)
+            whole = tuple(map(_whole, number)) if isinstance(number, list) else _whole(number)
             # whatever its name, 0 is the background
             labels[BACKGROUND if whole == 0 else str(name)] = whole
         except (TypeError, ValueError) as error:
@@ -449,6 +449,13 @@ def _labels(path: Path, content: Mapping[str, Any]) -> Labels | None:
                 f"{path}: label {name!r} has value {number!r}, expected a whole number or a list"
             ) from error
     return labels
+
+
+def _whole(number: Any) -> int:
+    """1 for 1, 1.0 and "1". Raises `ValueError` for 1.9, which `int` cuts."""
+    if isinstance(number, float) and not number.is_integer():
+        raise ValueError(f"{number} is no whole number")
+    return int(number)
 
 
 def _region_values(path: Path, content: Mapping[str, Any]) -> tuple[int, ...]:

@@ -158,6 +158,33 @@ def test_pictures_among_volumes_are_an_error(tiny_dataset: MakeDataset) -> None:
     assert found(check_dataset(folder), "error", "flat", "2 axes")
 
 
+def test_a_label_of_a_picture_that_is_no_picture_is_an_error(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(spatial_dims=2)
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Picture.fromarray(pixels).save(folder / "images" / "square.png")
+    # 8 × 8 at 1 mm: but for its kind of file all of it fits, and it is the transpose
+    nib.save(nib.Nifti1Image((pixels > 40).astype(np.uint8), np.diag([-1, -1, 1, 1])), folder / "labels/square.nii.gz")
+    findings = check_dataset(folder)
+    assert found(findings, "error", "square", "square.png is a picture, square.nii.gz is not")
+
+
+@pytest.mark.parametrize(
+    "place", [np.diag([1.0, -1, 1, 1]), np.array([[1.0, 0, 0, 0], *np.eye(4)[1:2], [0, 0, 1, 60], [0, 0, 0, 1]])]
+)
+def test_a_label_of_another_plane_is_an_error(tiny_dataset: MakeDataset, place: np.ndarray) -> None:
+    folder = tiny_dataset()
+    array = np.zeros((8, 9, 1), np.uint8)
+    array[2:5, 3:6] = 1
+    for case, affine in (("same", np.eye(4)), ("other", place)):
+        nib.save(
+            nib.Nifti1Image(array * 100 + np.arange(9, dtype=np.uint8)[:, None], np.eye(4)),
+            folder / f"images/{case}.nii.gz",
+        )
+        nib.save(nib.Nifti1Image(array, affine), folder / f"labels/{case}.nii.gz")
+    findings = check_dataset(folder)
+    assert [f.case for f in findings.errors] == ["other"]
+
+
 def test_colour_that_is_read_as_grey_is_a_note(tiny_dataset: MakeDataset) -> None:
     folder = tiny_dataset(spatial_dims=2)
     pixels = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)

@@ -214,3 +214,12 @@ def test_a_list_that_names_a_folder_of_dicom_says_what_to_do(tmp_path: Path) -> 
     (problem,) = read_dataset(listed(tmp_path, "case,image,label\nx,scan,a.nii\n")).problems
     assert f"a folder of DICOM files, expected an image; make a file of it: medseg convert {folder}" in str(problem)
     assert "and name that file in l.csv" in str(problem)
+
+
+def test_a_label_s_value_is_never_cut_to_a_whole_number(tmp_path: Path) -> None:
+    shape = {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz", "numTraining": 0}
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "dataset.json").write_text(json.dumps({**shape, "labels": {"background": 0, "x": 1.9}}))
+    with pytest.raises(DataError, match=r"label 'x' has value 1\.9, expected a whole number"):
+        read_dataset(tmp_path)
