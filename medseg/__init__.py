@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         make_config,
         overlay,
         read_config,
-        read_labels,
         read_yaml,
         settings_from,
     )
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
-    from medseg.told import refuse_other_data
+    from medseg.told import read_labels, refuse_other_data
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
     from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
@@ -126,7 +125,7 @@ _HOME = {
     "parse_duration": "train",
     "plan": "train",
     "read_config": "config",
-    "read_labels": "config",
+    "read_labels": "told",
     "read_yaml": "config",
     "refuse_leaks": "leaks",
     "refuse_other_data": "told",

@@ -569,32 +569,3 @@ def settings_from(assignments: Iterable[str], *more: Mapping[str, Any]) -> dict[
     """`section.key=value` texts as one nested mapping, with `more` laid over. Raises `ConfigError`."""
     nested = (nest(*parse_assignment(text)) for text in assignments)
     return overlay({}, *nested, *more)
-
-
-def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
-    """Names and values of labels, from a run folder, a dataset.json or YAML (`name: value`). Raises `ConfigError`."""
-    file = path
-    if path.is_dir():
-        known = (path / name for name in ("config.yaml", "model.json", "dataset.json"))
-        file = next((file for file in known if file.is_file()), path / "config.yaml")
-    content = read_yaml(file)
-    if file.name == "model.json" and isinstance(content.get("config"), dict):
-        content = content["config"]
-    found = content.get("data", content)
-    found = found.get("labels", found) if isinstance(found, dict) else {}
-    try:
-        turned = _names_first(found) if isinstance(found, dict) else {}
-        labels = {
-            str(n): tuple(int(i) for i in v) if isinstance(v, (list, tuple)) else int(v) for n, v in turned.items()
-        }
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: labels must be names with whole numbers, such as liver: 1 ({error})") from error
-    if not labels:
-        raise ConfigError(f"{file}: no labels found, expected names with values, such as liver: 1")
-    return labels
-
-
-def _names_first(labels: Mapping[Any, Any]) -> dict[Any, Any]:
-    # the Decathlon writes "1": "liver"
-    numbered = all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
-    return {v: int(k) for k, v in labels.items()} if numbered else dict(labels)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg.cases import Dataset
-from medseg.config import BACKGROUND, make_data_config
+from medseg.catalogue import MODELS, model_names
+from medseg.config import BACKGROUND, make_data_config, read_yaml
 from medseg.errors import ConfigError
 from medseg.metrics.codes import members
 
@@ -79,3 +80,37 @@ def _shown(said: Any, other: Any) -> str:
         text = json.dumps({n: v for n, v in said.items() if n not in other or other[n] != v}, ensure_ascii=False)[:-1]
         text = f"{text[:MOST_SHOWN]}, …}}"
     return text
+
+
+def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
+    """Names and values of labels, from a run folder, a name of `list_models`, a dataset.json or YAML (`name: value`).
+
+    Raises `ConfigError`.
+    """
+    if not path.exists() and str(path) in model_names():
+        path = MODELS / path
+    file = path
+    if path.is_dir():
+        known = (path / name for name in ("config.yaml", "model.json", "dataset.json"))
+        file = next((file for file in known if file.is_file()), path / "config.yaml")
+    content = read_yaml(file)
+    if file.name == "model.json" and isinstance(content.get("config"), dict):
+        content = content["config"]
+    found = content.get("data", content)
+    found = found.get("labels", found) if isinstance(found, dict) else {}
+    try:
+        turned = _names_first(found) if isinstance(found, dict) else {}
+        labels = {
+            str(n): tuple(int(i) for i in v) if isinstance(v, (list, tuple)) else int(v) for n, v in turned.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: labels must be names with whole numbers, such as liver: 1 ({error})") from error
+    if not labels:
+        raise ConfigError(f"{file}: no labels found, expected names with values, such as liver: 1")
+    return labels
+
+
+def _names_first(labels: Mapping[Any, Any]) -> dict[Any, Any]:
+    # the Decathlon writes "1": "liver"
+    numbered = all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
+    return {v: int(k) for k, v in labels.items()} if numbered else dict(labels)

@@ -1179,15 +1179,31 @@ def test_names_that_are_no_text_are_shown_by_their_codes(monkeypatch: pytest.Mon
     assert screen.buffer.getvalue().decode() == "caf\\udce9.nii.gz: \u00e9\n"
 
 
-def test_an_error_of_the_system_is_one_line(cli: Medseg, tmp_path: Path) -> None:
-    shown = cli("check", tmp_path / ("x" * 300))
+@pytest.fixture
+def stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that lets a folder be found but not be listed."""
+
+    def refuse(*given: object, **more: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "data")
+
+    monkeypatch.setattr("medseg.check_dataset", refuse)
+
+
+@pytest.mark.usefixtures("stale")
+def test_an_error_of_the_system_is_one_line(cli: Medseg) -> None:
+    shown = cli("check", "data")
     assert shown.code == 1
     assert shown.err.count("\n") == 1
-    assert "File name too long; see to it and try again" in shown.err
+    assert "data: Stale file handle; see to it and try again" in shown.err
 
 
-def test_verbose_shows_the_traceback_of_an_error_of_the_system(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert run(["check", "-v", str(tmp_path / ("x" * 300))]) == 1
+@pytest.mark.usefixtures("stale")
+def test_verbose_shows_the_traceback_of_an_error_of_the_system(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "-v", "data"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_a_mistake_like_another(cli: Medseg, tmp_path: Path) -> None:
+    shown = cli("check", tmp_path / ("x" * 300))
+    assert shown.code == 2
+    assert "Traceback" not in shown.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from medseg.config import (
     overlay,
     parse_assignment,
     read_config,
-    read_labels,
     read_yaml,
     settings_from,
 )
@@ -445,46 +443,3 @@ def test_later_settings_win() -> None:
     assert settings_from(["train.seed=1", "train.seed=2"], {"train": {"epochs": 3}}) == {
         "train": {"seed": 2, "epochs": 3}
     }
-
-
-# ---- labels from files
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("labels.yaml", "liver: 1\ntumour: 2\n"),
-        ("config.yaml", "data: {labels: {liver: 1, tumour: 2}}\n"),
-        ("dataset.json", '{"labels": {"liver": 1, "tumour": 2}}'),
-        ("dataset.json", '{"labels": {"1": "liver", "2": "tumour"}}'),
-    ],
-)
-def test_labels_are_read_from_every_form(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    assert read_labels(tmp_path / name) == {"liver": 1, "tumour": 2}
-
-
-def test_labels_of_a_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(dump_yaml(make_config({"data": {"labels": {"a": 4}}})))
-    assert read_labels(tmp_path) == {"a": 4}
-
-
-def test_labels_of_a_model_without_its_run(tmp_path: Path) -> None:
-    described = {"config": {"data": {"labels": {"liver": 1, "whole": [1, 2]}}}, "labels": []}
-    (tmp_path / "model.json").write_text(json.dumps(described, indent="\t"))
-    assert read_labels(tmp_path) == {"liver": 1, "whole": (1, 2)}
-
-
-def test_a_json_file_may_be_indented_with_tabs(tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text('{\n\t"labels": {\n\t\t"liver": 1\n\t}\n}\n')
-    assert read_labels(tmp_path / "dataset.json") == {"liver": 1}
-    (tmp_path / "dataset.json").write_text('{"labels": }')
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        read_labels(tmp_path / "dataset.json")
-
-
-@pytest.mark.parametrize("content", ["liver: big\n", "{}\n", "data: 3\n", "data: {labels: [1]}\n"])
-def test_labels_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "l.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=r"l\.yaml"):
-        read_labels(tmp_path / "l.yaml")

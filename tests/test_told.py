@@ -14,7 +14,7 @@ import medseg
 from medseg.cases import Dataset
 from medseg.datasets import read_dataset
 from medseg.errors import ConfigError
-from medseg.told import refuse_other_data, told
+from medseg.told import read_labels, refuse_other_data, told
 from medseg.train import TrainOptions, plan_run
 
 MakeDataset = Callable[..., Path]
@@ -108,3 +108,50 @@ def test_of_many_labels_those_that_differ_are_shown() -> None:
         ConfigError, match=r'data.labels {"label number 7": 77, …}, but set says {"label number 7": 7, …};'
     ):
         refuse_other_data(data, Path("c.yaml"), {"labels": {**labels, "label number 7": 77}}, {})
+
+
+# ---- labels from files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.yaml", "liver: 1\ntumour: 2\n"),
+        ("config.yaml", "data: {labels: {liver: 1, tumour: 2}}\n"),
+        ("dataset.json", '{"labels": {"liver": 1, "tumour": 2}}'),
+        ("dataset.json", '{"labels": {"1": "liver", "2": "tumour"}}'),
+    ],
+)
+def test_labels_are_read_from_every_form(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_labels(tmp_path / name) == {"liver": 1, "tumour": 2}
+
+
+def test_labels_of_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {labels: {a: 4}}\n")
+    assert read_labels(tmp_path) == {"a": 4}
+
+
+def test_labels_of_a_model_without_its_run(tmp_path: Path) -> None:
+    described = {"config": {"data": {"labels": {"liver": 1, "whole": [1, 2]}}}, "labels": []}
+    (tmp_path / "model.json").write_text(json.dumps(described, indent="\t"))
+    assert read_labels(tmp_path) == {"liver": 1, "whole": (1, 2)}
+
+
+def test_a_json_file_may_be_indented_with_tabs(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{\n\t"labels": {\n\t\t"liver": 1\n\t}\n}\n')
+    assert read_labels(tmp_path / "dataset.json") == {"liver": 1}
+    (tmp_path / "dataset.json").write_text('{"labels": }')
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_labels(tmp_path / "dataset.json")
+
+
+def test_labels_of_a_model_that_comes_with_medseg() -> None:
+    assert set(read_labels(Path("hippocampus"))) == {"background", "anterior", "posterior"}
+
+
+@pytest.mark.parametrize("content", ["liver: big\n", "{}\n", "data: 3\n", "data: {labels: [1]}\n"])
+def test_labels_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "l.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"l\.yaml"):
+        read_labels(tmp_path / "l.yaml")

@@ -111,7 +111,7 @@ def evaluate(
     log(verbose)
     _check_folder(output, predictions, references)
     options = medseg.EvaluateOptions(
-        labels=_names(labels) if labels else None,
+        labels=medseg.read_labels(labels) if labels else None,
         ignore_value=ignore_label,
         surface=surface.value,
         nsd_tolerance_mm=_tolerances(nsd_tolerance_mm),
@@ -128,12 +128,6 @@ def evaluate(
         report.save(output, nnunet_summary=nnunet_summary, pdf=pdf, progress=progress)
     print_report(report)
     finish(f"Report: {output / 'report.html'}", failed_cases((), report))
-
-
-def _names(labels: Path) -> dict[str, int | tuple[int, ...]]:
-    """The labels of a file or folder, or of a model that comes with medseg."""
-    shipped = {} if labels.exists() else {model.name: model.folder for model in medseg.list_models()}
-    return medseg.read_labels(shipped.get(str(labels), labels))
 
 
 def compare(

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from medseg.config import read_labels
 from medseg.datasets import read_dataset
 from medseg.readers import read_label
+from medseg.told import read_labels
 
 Labels = npt.NDArray[np.integer]
 
