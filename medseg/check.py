@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # compression with losses changes values
 LOSSY = (".jpg", ".jpeg")
+# odd headers, which are one program's: of so many files alike they are told one by one
+CORRECT, MOST_ALIKE = "correct the header", 3
 # warnings that are told before a training, and the number of the others
 MOST_TOLD = 5
 
@@ -85,12 +87,26 @@ def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Pro
             progress("check", len(scans), len(dataset.cases), scan.case.id)
     found = [Finding(p.severity, p.case, str(p.file), p.found, p.expected, p.fix) for p in dataset.problems]
     found += _duplicates(scans)
-    for scan in scans:
-        found += scan.findings
+    found += _without_repetition([finding for scan in scans for finding in scan.findings])
     facts = tuple(scan.facts for scan in scans if scan.facts is not None)
     palettes = {scan.case.id: (scan.case.label, scan.palette) for scan in scans if scan.case.label and scan.palette}
     found += inconsistencies(dataset, facts, palettes)
     return Findings(dataset, tuple(sorted(found, key=lambda f: SEVERITIES.index(f.severity))), facts)
+
+
+def _without_repetition(findings: Iterable[Finding]) -> list[Finding]:
+    """Of what is odd about the headers of many files, the first ones, and how many more there are; all else."""
+    kept: list[Finding] = []
+    more: dict[Finding, int] = defaultdict(int)
+    seen: dict[Finding, int] = defaultdict(int)
+    for finding in findings:
+        alike = replace(finding, case="", file="")
+        seen[alike] += 1
+        if finding.fix != CORRECT or seen[alike] <= MOST_ALIKE:
+            kept.append(finding)
+        else:
+            more[alike] += 1
+    return [*kept, *(replace(alike, found=f"{n} more files: {alike.found}") for alike, n in more.items())]
 
 
 @dataclass(frozen=True)
@@ -212,7 +228,7 @@ def _scan_images(scan: _Scan, dataset: Dataset) -> list[Image]:
             scan.add_error(file, error)
             continue
         for warning in image.geometry.warnings:
-            scan.add("warning", file, warning, "a header with one meaning", "correct the header")
+            scan.add("warning", file, warning, "a header with one meaning", CORRECT)
         try:
             finite_or_raise(image, file)
         except DataError as error:
@@ -264,7 +280,7 @@ def _scan_label(scan: _Scan, dataset: Dataset, spatial_dims: int | None) -> Labe
         scan.add_error(file, error)
         return None
     for warning in label.geometry.warnings:
-        scan.add("warning", file, warning, "a header with one meaning", "correct the header")
+        scan.add("warning", file, warning, "a header with one meaning", CORRECT)
     if label.file_dtype.kind == "f":
         scan.add("note", file, f"labels stored as {label.file_dtype}, all whole numbers", "integers", "nothing to do")
     present = _count_values(label.array)
@@ -297,13 +313,15 @@ def _compare(scan: _Scan, file: Path, geometry: Geometry, of_image: Geometry) ->
         scan.add_error(file, error)
         return
     grid, image_grid = geometry.grid, of_image.grid
-    if grid.matches(image_grid):
-        if not geometry.matches(of_image, tolerance=ROUNDING_TOLERANCE):
-            found = "a plane at another place in space, or mirrored"
-            scan.add("error", file, found, "the place of its image", "resample it to the image")
-        return
     same_shape = grid.shape == image_grid.shape
-    if same_shape and grid.matches(image_grid, tolerance=ROUNDING_TOLERANCE):
+    close = same_shape and grid.matches(image_grid, tolerance=ROUNDING_TOLERANCE)
+    if close and not geometry.matches(of_image, tolerance=ROUNDING_TOLERANCE):
+        found = "a plane at another place in space, or mirrored"
+        fix = "turn it as its image is; copy the image's header only where the pixels lie alike and it was lost"
+        scan.add("error", file, found, "the place of its image", fix)
+    elif grid.matches(image_grid):
+        return
+    elif close:
         found = f"affine differs by up to {_apart(grid, image_grid):.4g} mm"
         scan.add("warning", file, found, "the affine of its image", "differs by rounding only: nothing to do")
     elif _is_turned(grid, image_grid):

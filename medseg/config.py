@@ -440,7 +440,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     # YAML reads JSON too, but not with tabs between its words
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        values = read(path.read_text(encoding="utf-8"))
+        values = read(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -93,7 +93,16 @@ def _is_decathlon(path: Path, content: Mapping[str, Any]) -> bool:
     if not isinstance(entries, list) or not entries:
         return False
     names = [name for entry in entries if isinstance(entry, dict) for name in _names(entry.get("image"))]
-    return not (path / "imagesTr").is_dir() or any(not _why_no_file(path / name) for name in names)
+    there = sum(not _why_no_file(path / name) for name in names)
+    # one that was forgotten among files with channel numbers makes no Decathlon of them
+    numbered = sum(not _why_no_file(path / _with_channel(name)) for name in names)
+    return not (path / "imagesTr").is_dir() or there > numbered
+
+
+def _with_channel(name: str) -> str:
+    """What nnU-Net calls the first channel of an image that a list names without."""
+    stem, ending = split_ending(name)
+    return f"{stem}_0000{ending}"
 
 
 def _names(image: Any) -> list[str]:

@@ -199,7 +199,7 @@ class Segmenter:
             raise ConfigError("no file given, expected one, or one for each channel")
         prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name))
         found = self.segment_prepared(prepared)
-        for warning in found.warnings:
+        for warning in (*prepared.notes, *found.warnings):
             log.warning("%s: %s", prepared.id, warning)
         return MetaTensor(torch.as_tensor(found.labels), affine=torch.as_tensor(prepared.source.affine_4x4))
 

@@ -346,6 +346,19 @@ def test_infer_keeps_frames_in_colour_apart(tmp_path: Path) -> None:
     assert cases == {"film_0000": 1, "film_0001": 1, "film_0002": 1, "grey": 3, "still": 1}
 
 
+def test_grey_that_is_stored_as_colour_is_a_channel(tmp_path: Path) -> None:
+    grey = Picture.linear_gradient("L").resize((4, 4))
+    for n, mode in enumerate(("RGB", "L", "RGB")):
+        grey.convert(mode).save(tmp_path / f"scan_{n:04d}.png")
+    assert {c.id: len(c.images) for c in infer_inputs([tmp_path], channels=3)} == {"scan": 3}
+
+
+def test_beside_a_file_without_number_an_incomplete_name_is_left_as_it_is(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii", "a_0000.nii", "p_0001.nii")
+    cases = {c.id: len(c.images) for c in infer_inputs([tmp_path], channels=3)}
+    assert cases == {"a": 1, "a_0000": 1, "p_0001": 1}
+
+
 def test_infer_groups_channels_beside_a_file_that_has_none(tmp_path: Path) -> None:
     names = [f"{name}_{n:04d}.nii" for name in "abc" for n in range(2)]
     touch(tmp_path, *names, "atlas.nii", "film_0000.nii", "film_0001.nii", "film_0002.nii")

@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from PIL import Image as Picture
 
 from medseg.check import Findings, check_dataset
@@ -168,21 +169,55 @@ def test_a_label_of_a_picture_that_is_no_picture_is_an_error(tiny_dataset: MakeD
     assert found(findings, "error", "square", "square.png is a picture, square.nii.gz is not")
 
 
-@pytest.mark.parametrize(
-    "place", [np.diag([1.0, -1, 1, 1]), np.array([[1.0, 0, 0, 0], *np.eye(4)[1:2], [0, 0, 1, 60], [0, 0, 0, 1]])]
-)
-def test_a_label_of_another_plane_is_an_error(tiny_dataset: MakeDataset, place: np.ndarray) -> None:
-    folder = tiny_dataset()
-    array = np.zeros((8, 9, 1), np.uint8)
-    array[2:5, 3:6] = 1
-    for case, affine in (("same", np.eye(4)), ("other", place)):
-        nib.save(
-            nib.Nifti1Image(array * 100 + np.arange(9, dtype=np.uint8)[:, None], np.eye(4)),
-            folder / f"images/{case}.nii.gz",
-        )
-        nib.save(nib.Nifti1Image(array, affine), folder / f"labels/{case}.nii.gz")
+def planes(folder: Path, spacing: float = 0.703125) -> Path:
+    """A data set of one plane, 50 mm up; its label lies as it does."""
+    place = np.diag([spacing, spacing, 1.0, 1.0])
+    place[2, 3] = 50
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+    pixels = np.arange(72, dtype=np.uint8).reshape(8, 9)
+    nib.save(nib.Nifti1Image(pixels, place), folder / "images" / "a.nii.gz")
+    nib.save(nib.Nifti1Image((pixels > 40).astype(np.uint8), place), folder / "labels" / "a.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize("rounded", [0.703125, 0.7031])
+@pytest.mark.parametrize(("mirrored", "height"), [(True, 50.0), (False, 110.0)])
+def test_a_label_of_another_plane_is_an_error(tmp_path: Path, rounded: float, mirrored: bool, height: float) -> None:
+    folder = planes(tmp_path)
+    assert check_dataset(folder).errors == ()
+    place = np.diag([-rounded if mirrored else rounded, rounded, 1.0, 1.0])
+    place[2, 3] = height
+    change(folder / "labels" / "a.nii.gz", lambda a: a, place)
     findings = check_dataset(folder)
-    assert [f.case for f in findings.errors] == ["other"]
+    assert found(findings, "error", "a", "a plane at another place in space, or mirrored")
+
+
+def test_a_label_of_a_plane_that_itk_wrote_without_its_height_fits(tmp_path: Path) -> None:
+    folder = planes(tmp_path)
+    image = SimpleITK.ReadImage(str(folder / "images" / "a.nii.gz"))
+    SimpleITK.WriteImage(image > 40, str(folder / "labels" / "a.nii.gz"))
+    # ITK knows planes by x and y alone
+    assert nib.load(folder / "labels" / "a.nii.gz").affine[2, 3] == 0
+    assert check_dataset(folder).errors == ()
+    moved = SimpleITK.ReadImage(str(folder / "labels" / "a.nii.gz"))
+    moved.SetOrigin((30.0, 0.0))
+    SimpleITK.WriteImage(moved, str(folder / "labels" / "a.nii.gz"))
+    assert found(check_dataset(folder), "error", "a", "a plane at another place in space, or mirrored")
+
+
+def test_a_warning_of_many_files_is_told_of_a_few(tiny_dataset: MakeDataset) -> None:
+    folder = tiny_dataset(cases=6)
+    for path in sorted((folder / "images").iterdir()):
+        image = nib.load(path)
+        image.set_sform(None, 0)
+        image.set_qform(None, 0)
+        array = np.array(image.dataobj)
+        path.unlink()
+        nib.save(nib.Nifti1Image(array, None, image.header), path)
+    guesses = [str(f) for f in check_dataset(folder).findings if "are a guess" in str(f)]
+    assert len(guesses) == 4
+    assert [f.startswith("3 more files: neither sform nor qform") for f in guesses] == [False] * 3 + [True]
 
 
 def test_colour_that_is_read_as_grey_is_a_note(tiny_dataset: MakeDataset) -> None:

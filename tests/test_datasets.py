@@ -223,3 +223,17 @@ def test_a_label_s_value_is_never_cut_to_a_whole_number(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({**shape, "labels": {"background": 0, "x": 1.9}}))
     with pytest.raises(DataError, match=r"label 'x' has value 1\.9, expected a whole number"):
         read_dataset(tmp_path)
+
+
+def test_a_file_forgotten_in_a_listed_folder_of_nnunet_makes_no_decathlon_of_it(tmp_path: Path) -> None:
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).mkdir()
+    listed = [{"image": f"./imagesTr/c{n}.nii.gz", "label": f"./labelsTr/c{n}.nii.gz"} for n in range(3)]
+    described = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "x"}, "training": listed}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    for n in range(3):
+        (tmp_path / "imagesTr" / f"c{n}_0000.nii.gz").touch()
+        (tmp_path / "labelsTr" / f"c{n}.nii.gz").touch()
+    (tmp_path / "imagesTr" / "c2.nii.gz").touch()
+    found = read_dataset(tmp_path)
+    assert (found.form, len(found.cases)) == ("nnunet", 3)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
 from PIL import Image as Picture
+from tiny import EXACT, tiny_config, tiny_model
 
 from medseg.errors import DataError
+from medseg.folder import infer
 from medseg.readers import read_geometry, read_image, read_label
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4)
@@ -169,3 +172,18 @@ def test_deep_colour_in_planes_is_refused(tmp_path: Path) -> None:
     path = tiff(tmp_path / "a.tif", DEEP[..., :3], tag_284=2)
     with pytest.raises(DataError, match=r"a\.tif: 3 channels of 16 bits found, stored as none of our libraries"):
         read_image(path)
+
+
+def test_a_case_of_many_channels_has_its_picture_too(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 4000, (16, 24, 5)).astype(np.uint16)
+    path = tiff(tmp_path / "a.tif", deep, tag_338=0)
+    config = tiny_config(
+        data={"spatial_dims": 2, "channels": list("abcde")},
+        preprocess={"orient": False, "intensity": [{"normalise": "image"}] * 5},
+        augment={"flip_axes": [1], "rotation_deg": [10]},
+        windows={"patch_size": [16, 24]},
+    )
+    model = tiny_model(tmp_path / "model", config)
+    (result,) = infer([path], [model], tmp_path / "out", replace(EXACT, formats=("nifti", "picture")))
+    assert (result.status, result.reason) == ("done", None)
+    assert (tmp_path / "out" / "a.picture.png").is_file()

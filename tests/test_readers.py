@@ -92,6 +92,8 @@ def test_time_series_is_refused_with_its_axis(tmp_path: Path) -> None:
     path = save(tmp_path / "bold.nii.gz", np.zeros((3, 4, 5, 7), np.uint8))
     with pytest.raises(DataError, match=r"bold\.nii\.gz: axis 4 has 7 points.*time series"):
         read_image(path)
+    with pytest.raises(DataError, match="one volume for each label"):
+        read_label(path)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5, 2), (3, 4, 5, 1, 2)])
@@ -553,9 +555,17 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "expected"), [("RGB", True), ("RGBA", True), ("P", True), ("L", False), ("LA", False), ("I;16", False)]
 )
-def test_whether_a_picture_is_in_colour_stands_in_its_header(tmp_path: Path, mode: str, expected: bool) -> None:
-    Picture.new(mode, (3, 2)).save(tmp_path / "a.png")
+def test_a_picture_holds_colour_where_it_shows_some(tmp_path: Path, mode: str, expected: bool) -> None:
+    green = (0, 200, 0) if mode == "P" else {"RGB": (0, 200, 0), "RGBA": (0, 200, 0, 255), "LA": (9, 255)}.get(mode, 9)
+    picture = Picture.new("RGB", (3, 2), green).convert("P") if mode == "P" else Picture.new(mode, (3, 2), green)
+    picture.save(tmp_path / "a.png")
     assert holds_colour(tmp_path / "a.png") is expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_grey_that_is_stored_as_colour_is_none(tmp_path: Path, mode: str) -> None:
+    Picture.linear_gradient("L").resize((4, 4)).convert(mode).save(tmp_path / "a.png")
+    assert not holds_colour(tmp_path / "a.png")
 
 
 def test_what_is_no_picture_holds_no_colour(tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ def test_labels_of_a_model_without_its_run(tmp_path: Path) -> None:
 def test_a_json_file_may_be_indented_with_tabs(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{\n\t"labels": {\n\t\t"liver": 1\n\t}\n}\n')
     assert read_labels(tmp_path / "dataset.json") == {"liver": 1}
+    # as Windows begins a file
+    (tmp_path / "dataset.json").write_text('{"labels": {"liver": 1}}', encoding="utf-8-sig")
+    assert read_labels(tmp_path / "dataset.json") == {"liver": 1}
     (tmp_path / "dataset.json").write_text('{"labels": }')
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_labels(tmp_path / "dataset.json")

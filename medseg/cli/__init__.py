@@ -113,7 +113,8 @@ def run(arguments: list[str]) -> int:
         # a disk that is full or away, a folder that is closed; whatever is whole is gone on from
         logging.getLogger("medseg").debug("traceback", exc_info=True)
         where = "a file" if error.filename is None else error.filename
-        err.print(f"[red]error:[/red] {escape(f'{where}: {error.strerror or error}')}; see to it and try again")
+        which = f"process {rank}: " if (rank := _rank(arguments)) else ""
+        err.print(f"[red]error:[/red] {which}{escape(f'{where}: {error.strerror or error}')}; see to it and try again")
         return SOME_FAILED
     except Exception:
         if arguments[:1] != TRAIN or not processes.is_one_of_several():

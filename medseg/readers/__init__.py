@@ -112,7 +112,7 @@ def why_absent(path: Path) -> str:
 
 
 def holds_colour(path: Path) -> bool:
-    """Whether a file is a picture that is stored in colour, by its header; not where that cannot be read."""
+    """Whether a file is a picture that shows colours; not where that cannot be read."""
     return is_picture(path) and image2d.is_colour(path)
 
 
@@ -146,7 +146,8 @@ def read_image(
             "give one file per channel or correct the channels of the data set"
         )
     for warning in geometry.warnings:
-        log.warning("%s: %s", path, warning)
+        # whoever reads for somebody tells them: a training reads every file three times
+        log.info("%s: %s", path, warning)
     image = Image(array, geometry)
     if finite:
         finite_or_raise(image, path)

@@ -28,11 +28,11 @@ def spatial_shape(path: Path, shape: tuple[int, ...], spatial_dims: int | None) 
 
 
 def channels_first(
-    path: Path, array: npt.NDArray[Any], space: tuple[int, ...], channels: int | None
+    path: Path, array: npt.NDArray[Any], space: tuple[int, ...], channels: int | None, *, labels: bool = False
 ) -> npt.NDArray[Any]:
     """`array` (I, J, K, …) as (C, *space): whatever follows the third axis are channels where `channels` says so.
 
-    Raises `DataError` for a time series or several volumes in one file.
+    Raises `DataError` for a time series or several volumes in one file, and for `labels` of one volume each.
     """
     extra = array.shape[3:]
     long = [axis for axis, size in enumerate(extra) if size > 1]
@@ -40,12 +40,14 @@ def channels_first(
         return array.reshape((1, *space), order="A")
     count = extra[long[0]]
     if len(long) > 1 or channels != count:
+        advice = "" if channels is None else "or name the channels: in the data set, or by --set data.channels=[…]"
+        if labels:
+            advice = "of one volume for each label make one with the label's number in every voxel"
         raise DataError(
             f"{path}: axis {long[0] + 4} has {count} points (shape {array.shape}), expected one volume"
             + (f" or {channels} channels" if channels and channels > 1 else "")
             + "; split a time series into one file per time point"
-            # asked for channels, it is an image
-            + (", or name the channels: in the data set, or by --set data.channels=[…]" if channels else "")
+            + (f"; {advice}" if advice else "")
         )
     return np.moveaxis(array.reshape((*space, count), order="F"), -1, 0)
 

@@ -76,11 +76,13 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
 
 
 def is_colour(path: Path) -> bool:
-    """Whether red, green and blue are stored, by the header alone; not where that cannot be read."""
+    """Whether it shows colours, and not grey that is stored as colour; not where that cannot be read."""
     try:
         with Picture.open(path) as picture:
-            return picture.mode == "P" or len(picture.getbands()) >= len(_LUMA)
-    except (OSError, ValueError, SyntaxError, Picture.DecompressionBombError):
+            if picture.mode != "P" and len(picture.getbands()) < len(_LUMA):
+                return False
+        return len(read(path, spatial_dims=2, channels=None, labels=False)[0]) >= len(_LUMA)
+    except (DataError, OSError, ValueError, SyntaxError, Picture.DecompressionBombError):
         return False
 
 

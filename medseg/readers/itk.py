@@ -18,7 +18,7 @@ ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 def read(
     path: Path, *, spatial_dims: int | None, channels: int | None, labels: bool
 ) -> tuple[npt.NDArray[Any], Geometry]:
-    """Voxels (C, …) and geometry. Raises `DataError`, `GeometryError`. `labels` makes no difference here."""
+    """Voxels (C, …) and geometry. Raises `DataError`, `GeometryError`. Of `labels` only the advice differs."""
     import SimpleITK
 
     reader = _reader(path)
@@ -35,7 +35,7 @@ def read(
         if stored[0].size != int(np.prod(space)):
             raise DataError(f"{path}: several volumes of vectors found, expected one volume")
         return np.stack([plane.T.reshape(space, order="F") for plane in stored]), geometry
-    return channels_first(path, _three_axes(stored.T), geometry.grid.shape, channels), geometry
+    return channels_first(path, _three_axes(stored.T), geometry.grid.shape, channels, labels=labels), geometry
 
 
 def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:

@@ -45,7 +45,7 @@ _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}
 def read(
     path: Path, *, spatial_dims: int | None, channels: int | None, labels: bool
 ) -> tuple[npt.NDArray[Any], Geometry]:
-    """Voxels (C, …) and geometry. Raises `DataError`, `GeometryError`. `labels` makes no difference here."""
+    """Voxels (C, …) and geometry. Raises `DataError`, `GeometryError`. Of `labels` only the advice differs."""
     with _open(path) as file:
         header = _read_header(path, file)
         geometry = _geometry(path, header, spatial_dims)
@@ -56,7 +56,7 @@ def read(
         stored = stored.astype(np.float32, copy=False)
         stored *= np.float32(slope)
         stored += np.float32(inter)
-    return channels_first(path, stored, geometry.grid.shape, channels), geometry
+    return channels_first(path, stored, geometry.grid.shape, channels, labels=labels), geometry
 
 
 def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
@@ -200,7 +200,10 @@ def _geometry(path: Path, header: Any, spatial_dims: int | None) -> Geometry:
     formed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
     if not formed and space[2:] > (1,):
         warnings += ("neither sform nor qform says how the voxels lie: left and right, top and bottom are a guess",)
-    return Geometry(place(path, space, affine), kept, warnings, plane(space, affine) if formed else None)
+    # ITK writes planes without a third axis, and 0 for where they lie along it
+    known = 2 if int(header["dim"][0]) == 2 and not affine[2, [0, 1, 3]].any() else 3
+    where = plane(space, affine, known=known) if formed else None
+    return Geometry(place(path, space, affine), kept, warnings, where)
 
 
 def _affine(path: Path, header: Any) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:

@@ -92,7 +92,7 @@ class Outcome:
         """The overview of the case as RGB. The image is read once more: what the network sees is not what people do."""
         from medseg.overview import draw_overview
 
-        one = len(self.case.images) > 1 or is_picture(self.case.images[0])
+        one = len(self.case.images) > 1 or (is_picture(self.case.images[0]) and self.channels in (1, 3))
         image = read_images(
             self.case.images[:1],
             spatial_dims=self.grid.spatial_dims,
