@@ -40,8 +40,9 @@ def told(data: Dataset, given: Mapping[str, Any], *, source: str = "--set") -> D
     changes = {key: getattr(section, key) for key in ("labels", "region_values", "channels") if key in given}
     if "labels" in given and "region_values" not in given:
         if data.region_values and _values(section.labels) == _values(data.labels or {}):
-            # the same regions: they stay in the order in which the data set writes them
-            del changes["labels"]
+            # the same regions are listed as the data set lists them, so that its order holds
+            names = dict.fromkeys((*(data.labels or {}), *section.labels))
+            changes["labels"] = {name: section.labels[name] for name in names if name in section.labels}
         else:
             changes["region_values"] = section.region_values
     return replace(data, **changes)

@@ -160,6 +160,9 @@ def test_an_order_that_a_file_does_not_hold_is_not_compared() -> None:
         refuse_other_data(data, Path("c.yaml"), {"labels": labels}, {})
         # nor does it replace that of the data set
         assert told(data, {"labels": labels}) == data
+    listed = told(data, {"labels": {"background": 0, "core": 2, "whole": [4, 2, 1]}})
+    assert list((listed.labels or {}).items()) == [("whole", (4, 2, 1)), ("core", 2), ("background", 0)]
+    assert listed.region_values == (4, 2)
     other = told(data, {"labels": {"whole": [1, 2, 4], "rest": [1, 4]}})
     assert (other.labels, other.region_values) == ({"whole": (1, 2, 4), "rest": (1, 4)}, (2, 1))
     assert told(data, {"labels": {"a": 1, "b": 2, "c": 4}}).region_values == ()
