@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import medseg
 
 
 def checked(dataset: Path, given: Mapping[str, Any] | None = None) -> medseg.Findings:
-    """The data set, with the `data` section that is `given` laid over it, after a look at all files.
+    """The data set, as it says, after a look at all files with the `data` section that is `given` laid over that.
 
     Raises `ConfigError` where the section is impossible, `DataError` where the files have errors.
     """
-    findings = medseg.check_dataset(medseg.told(medseg.read_dataset(dataset), given or {}))
+    data = medseg.read_dataset(dataset)
+    findings = medseg.check_dataset(medseg.told(data, given or {}))
     if findings.errors:
         listed = "\n".join(f"  {error}" for error in findings.errors[:20])
         raise medseg.DataError(f"{dataset}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
-    return findings
+    return replace(findings, dataset=data)
 
 
 def data_sha256(findings: medseg.Findings) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from geometry import save
 from PIL import Image as Picture
 from skimage.io import imread, imsave
 from test_ship import ABOUT
+from tiny import write_two_channels
 
 import medseg
 from medseg import calibrate
@@ -895,21 +895,12 @@ def test_what_was_trained_with_a_configuration_that_would_be_refused_now_is_coll
 def test_files_are_looked_at_with_the_channels_that_are_given(
     typed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = np.random.default_rng(0)
-    for part in ("images", "labels"):
-        (tmp_path / "set" / part).mkdir(parents=True)
-    for n in range(4):
-        label = np.zeros((20, 24, 18), np.uint8)
-        label[4:9, 5 : 12 + n, 3:9] = 1
-        image = rng.normal(0, 1, (*label.shape, 2)) + label[..., None]
-        save(tmp_path / "set" / "images" / f"case{n}.nii.gz", image.astype(np.float32), np.eye(4))
-        save(tmp_path / "set" / "labels" / f"case{n}.nii.gz", label, np.eye(4))
     file = tmp_path / "mine.yaml"
     file.write_text("data: {channels: [A, B]}\n")
     planned: list[Fold] = []
     monkeypatch.setattr(crossval, "_train", lambda found, *_: planned.extend(f for _, f in found) or {})
     given = ("--set", "data.channels=[A,B]") if typed else ("-c", str(file))
-    run(command(tmp_path / "set", tmp_path / "out", *given))
+    run(command(write_two_channels(tmp_path / "set"), tmp_path / "out", *given))
     assert [fold.config.data.channels for fold in planned] == [("A", "B")] * 2
 
 
