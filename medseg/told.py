@@ -62,17 +62,17 @@ def refuse_other_data(data: Dataset, file: Path, given: Mapping[str, Any], setti
     ):
         if key not in given or key in settings:
             continue
-        right, wrong = (
-            _shown(getattr(theirs, key), getattr(data, key)),
-            _shown(getattr(data, key), getattr(theirs, key)),
-        )
-        if contradict(data, theirs):
+        is_other = contradict(data, theirs)
+        if not is_other and not _are_renamed(key, data, theirs):
+            continue
+        own, other = getattr(data, key), getattr(theirs, key)
+        right, wrong = _shown(other, own), _shown(own, other)
+        if is_other:
             raise ConfigError(
                 f"{file}: is of other data: it says data.{key} {right}, but {data.path} says {wrong}; take the section "
                 f"data out of the file, or, if the file is right, say so with --set 'data.{key}={right}'"
             )
-        if _are_renamed(key, data, theirs):
-            log.warning("%s: data.%s %s is used, where %s says %s", file, key, right, data.path, wrong)
+        log.warning("%s: data.%s %s is used, where %s says %s", file, key, right, data.path, wrong)
 
 
 def _labels_contradict(data: Dataset, theirs: Dataset) -> bool:

@@ -198,6 +198,12 @@ def test_of_many_labels_those_that_differ_are_shown() -> None:
         refuse_other_data(data, Path("c.yaml"), {"labels": {**labels, "label number 7": 77}}, {})
 
 
+def test_many_labels_of_a_file_alone_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    labels = {f"label number {n}": n for n in range(1, 60)}
+    refuse_other_data(Dataset(Path("set"), "plain", (), ("image",)), Path("c.yaml"), {"labels": labels}, {})
+    assert not caplog.records
+
+
 # ---- labels from files
 
 
