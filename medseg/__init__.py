@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         settings_from,
     )
     from medseg.convert import Converted, ConvertOptions, convert
+    from medseg.datasets import read_dataset
     from medseg.demo import demo
     from medseg.errors import (
         CasesError,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
     from medseg.statistics import Summary, summarise
-    from medseg.told import read_labels, refuse_other_data
+    from medseg.told import read_labels, refuse_other_data, told
     from medseg.train import Run, TrainOptions, parse_duration, plan, train
     from medseg.writers import write_text
     from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
@@ -125,6 +126,7 @@ _HOME = {
     "parse_duration": "train",
     "plan": "train",
     "read_config": "config",
+    "read_dataset": "datasets",
     "read_labels": "told",
     "read_yaml": "config",
     "refuse_leaks": "leaks",
@@ -134,6 +136,7 @@ _HOME = {
     "settings_from": "config",
     "ship_model": "shipped",
     "summarise": "statistics",
+    "told": "told",
     "train": "train",
     "weights_file": "catalogue",
     "write_text": "writers",
@@ -209,6 +212,7 @@ __all__ = [
     "parse_duration",
     "plan",
     "read_config",
+    "read_dataset",
     "read_labels",
     "read_yaml",
     "refuse_leaks",
@@ -218,6 +222,7 @@ __all__ = [
     "settings_from",
     "ship_model",
     "summarise",
+    "told",
     "train",
     "weights_file",
     "write_text",

@@ -186,6 +186,9 @@ def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
     if dataset.labels is None:
         return []
     present = {value for f in facts for value in f.label_voxels}
+    # where no label map could be read, that is what is told
+    if not present:
+        return []
     unused = [name for name, value in dataset.labels.items() if name != "ignore" and not present & set(members(value))]
     unused = [name for name in unused if dataset.labels[name] != 0]
     if not unused:

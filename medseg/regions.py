@@ -6,7 +6,7 @@ from medseg.cases import Dataset, Labels
 from medseg.config import DataConfig, make_data_config
 from medseg.errors import ConfigError
 from medseg.metrics.codes import members
-from medseg.region_order import own_values
+from medseg.region_order import larger_first, own_values
 
 
 def check_labels(data: Dataset, labels: Labels) -> None:
@@ -31,7 +31,7 @@ def check_regions(data: DataConfig) -> None:
     if not data.is_regions:
         return
     made = {name: set(members(data.labels[name])) for name in data.foreground}
-    wrong = []
+    wrong, painted_over = [], False
     for n, (name, written) in enumerate(zip(made, data.region_values)):
         inside = [other for other, values in made.items() if written in values and not made[name] <= values]
         after = [other for other in list(made)[n + 1 :] if made[name] < made[other]]
@@ -40,11 +40,15 @@ def check_regions(data: DataConfig) -> None:
         elif inside:
             wrong.append(f"`{name}` is written as {written}, which would be read as `{inside[0]}` too")
         if after:
+            painted_over = True
             wrong.append(f"`{after[0]}` holds all of `{name}` and would be painted over it: list the larger one first")
     if not wrong:
         return
-    own = own_values(made)
-    fitting = f"; {list(own)} fits" if own else ""
+    listed = larger_first(made) if painted_over else made
+    own = list(own_values(listed))
+    fitting = f"; {own} fits" if own else ""
+    if painted_over:
+        fitting = f"; list the labels as {', '.join(listed)}{f' with {own}' if own else ''}"
     raise ConfigError(
         f"regions_class_order (data.region_values) {list(data.region_values)}: {'; '.join(wrong)}; expected for each "
         f"region, the larger before the smaller, a value that only it and those around it have{fitting}"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg.cases import Dataset
+from medseg.cases import Dataset, Labels
 from medseg.catalogue import MODELS, model_names
-from medseg.config import BACKGROUND, make_data_config, read_yaml
+from medseg.config import BACKGROUND, IGNORE, make_data_config, read_yaml
 from medseg.errors import ConfigError
 from medseg.metrics.codes import members
+from medseg.units import is_ct
+
+log = logging.getLogger(__name__)
 
 # forms whose description names channels; elsewhere they are called after columns or nothing
 DESCRIBED = ("nnunet", "decathlon")
@@ -33,44 +37,92 @@ def told(data: Dataset, given: Mapping[str, Any], *, source: str = "--set") -> D
         region_values=given.get("region_values", ()),
         source=source,
     )
-    changes: dict[str, Any] = {key: getattr(section, key) for key in ("labels", "channels") if key in given}
-    # regions without them have got some
-    if section.region_values or "region_values" in given:
-        changes["region_values"] = section.region_values
+    changes = {key: getattr(section, key) for key in ("labels", "region_values", "channels") if key in given}
+    if "labels" in given and "region_values" not in given:
+        if data.region_values and _values(section.labels) == _values(data.labels or {}):
+            # the same regions are listed as the data set lists them, so that its order holds
+            names = dict.fromkeys((*(data.labels or {}), *section.labels))
+            changes["labels"] = {name: section.labels[name] for name in names if name in section.labels}
+        else:
+            changes["region_values"] = section.region_values
     return replace(data, **changes)
 
 
 def refuse_other_data(data: Dataset, file: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises `ConfigError` where the `data` section `given` in `file` contradicts what the data set itself says.
 
-    What stands in `settings`, the section that was typed beside the file, is meant; so is what the data set leaves
-    open.
+    Other names for its values and channels, or its values in other groups, are a choice, which is logged. What stands
+    in `settings`, the section that was typed beside the file, is meant; so is what the data set leaves open.
     """
-    nothing = Dataset(data.path, "nnunet", (), NAMELESS)
-    theirs = told(nothing, given, source=str(file))
-    here, there = _said(data), _said(theirs)
-    for key, own in here.items():
-        if key in settings or None in (own, there[key]) or own == there[key]:
+    theirs = told(Dataset(data.path, "nnunet", (), NAMELESS), given, source=str(file))
+    for key, contradict in (
+        ("labels", _labels_contradict),
+        ("region_values", _regions_contradict),
+        ("channels", _channels_contradict),
+    ):
+        if key not in given or key in settings:
             continue
-        right, wrong = (
-            _shown(getattr(theirs, key), getattr(data, key)),
-            _shown(getattr(data, key), getattr(theirs, key)),
-        )
-        raise ConfigError(
-            f"{file}: is of other data: it says data.{key} {right}, but {data.path} says {wrong}; take the section "
-            f"data out of the file, or, if the file is right, say so with --set 'data.{key}={right}'"
-        )
+        is_other = contradict(data, theirs)
+        if not is_other and not _are_renamed(key, data, theirs):
+            continue
+        own, other = getattr(data, key), getattr(theirs, key)
+        right, wrong = _shown(other, own), _shown(own, other)
+        if is_other:
+            raise ConfigError(
+                f"{file}: is of other data: it says data.{key} {right}, but {data.path} says {wrong}; take the section "
+                f"data out of the file, or, if the file is right, say so with --set 'data.{key}={right}'"
+            )
+        log.warning("%s: data.%s %s is used, where %s says %s", file, key, right, data.path, wrong)
 
 
-def _said(data: Dataset) -> dict[str, Any]:
-    """What `data` says of labels, regions and channels, equal where it means the same; None: nothing."""
-    values = {name: sorted(members(value)) for name, value in (data.labels or {}).items() if name != BACKGROUND}
-    named = data.form in DESCRIBED and data.channels != NAMELESS
-    return {
-        "labels": values or None,
-        "region_values": sorted(data.region_values) or None,
-        "channels": [name.lower() for name in data.channels] if named else None,
-    }
+def _labels_contradict(data: Dataset, theirs: Dataset) -> bool:
+    """Whether a name stands for something else than in the data set, or for a value that it does not name."""
+    own, other = _values(data.labels or {}), _values(theirs.labels or {})
+    if not own:
+        return False
+    folded = {name.casefold(): values for name, values in own.items()}
+    for name, values in other.items():
+        known = own.get(name, folded.get(name.casefold(), values))
+        # a label may become the region around it
+        if values != known and not (len(known) == 1 and known < values):
+            return True
+    return not set().union(*other.values()) <= set().union(*own.values())
+
+
+def _regions_contradict(data: Dataset, theirs: Dataset) -> bool:
+    """Whether the same regions are written as other values."""
+    same = theirs.labels is None or _values(theirs.labels) == _values(data.labels or {})
+    return bool(data.region_values) and same and _written(theirs, data) != _written(data, data)
+
+
+def _written(data: Dataset, named_by: Dataset) -> dict[str, int]:
+    labels = data.labels or named_by.labels or {}
+    return dict(zip((name for name in labels if name not in (BACKGROUND, IGNORE)), data.region_values))
+
+
+def _channels_contradict(data: Dataset, theirs: Dataset) -> bool:
+    """Whether there are more or fewer, one is another of the data set's, or other ones hold Hounsfield units."""
+    if not _names_channels(data) or not _names_channels(theirs):
+        return False
+    own, other = ([name.casefold() for name in d.channels] for d in (data, theirs))
+    if len(own) != len(other) or list(map(is_ct, own)) != list(map(is_ct, other)):
+        return True
+    return any(was != name and name in own for was, name in zip(own, other))
+
+
+def _are_renamed(key: str, data: Dataset, theirs: Dataset) -> bool:
+    if key == "labels":
+        return bool(data.labels) and _values(data.labels or {}) != _values(theirs.labels or {})
+    return key == "channels" and _names_channels(data) and data.channels != theirs.channels
+
+
+def _names_channels(data: Dataset) -> bool:
+    return data.form in DESCRIBED and data.channels != NAMELESS
+
+
+def _values(labels: Labels) -> dict[str, set[int]]:
+    """What each label stands for, equal where it means the same."""
+    return {name: set(members(value)) for name, value in labels.items() if name != BACKGROUND}
 
 
 def _shown(said: Any, other: Any) -> str:

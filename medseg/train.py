@@ -233,8 +233,16 @@ def plan_run(
     if isinstance(options.config, Path):
         refuse_other_data(data, options.config, said, typed)
     # what the labels are called, and which are ignored, decides what is looked for and what is planned
-    data = told(data, overlay(said, typed) if config is None else config.data.model_dump(exclude_defaults=True))
-    if config is not None:
+    given = overlay(said, typed)
+    if config is None:
+        data = told(data, given)
+    else:
+        found = config.data.model_dump(exclude_defaults=True)
+        # regions without an order have got one, which says nothing against that of the data set
+        data = told(data, {key: value for key, value in found.items() if key in given})
+        if config.data.is_regions and "region_values" not in given:
+            ordered = config.data.model_dump() | {"labels": data.labels, "region_values": data.region_values}
+            config = make_config(config.model_dump() | {"data": ordered}, source=source)
         _check_clock(config.train.model_dump())
         check_regions(config.data)
         return Plan(config, {}, _preflight(data, progress))

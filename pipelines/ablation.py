@@ -118,7 +118,8 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     """
     settings, names = _settings(options), _networks(options)
     planners = {"given": _planner(dataset, settings, options)}
-    findings = checked(dataset)
+    medseg.check_part(settings, source="--set")
+    findings = checked(dataset, settings.get("data", {}))
     medseg.fold_split(findings.dataset, options.fold, folds=options.folds)
     groups = {case.id: case.group for case in findings.dataset.cases}
     digests = {"given": data_sha256(findings)}

@@ -122,11 +122,9 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     """
     asked = _asked(options)
     weights = None if options.pretrained is None else _weights(options.pretrained)
-    looked = checked(dataset)
-    data = looked.dataset
-    for file in options.configs:
-        given, typed = medseg.read_yaml(file).get("data", {}), (options.settings or {}).get("data", {})
-        medseg.refuse_other_data(data, file, given, typed)
+    data = medseg.read_dataset(dataset)
+    _refuse_other_data(data, asked, folder, options)
+    facts = _facts(dataset, asked)
     number = options.folds if data.folds is None else len(data.folds)
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
     if options.only_fold is not None:
@@ -138,7 +136,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
     for k, (training, held_back) in enumerate(splits):
-        _refuse_leaks(k, training, held_back, weights, read_once, looked.facts)
+        _refuse_leaks(k, training, held_back, weights, read_once, facts)
     configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
     digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
     folds = []
@@ -263,6 +261,27 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
                 raise medseg.ConfigError(f"{name}: given twice, and both would be written into the folder of this name")
             asked[name] = ask
     return asked
+
+
+def _refuse_other_data(data: Any, asked: Mapping[str, Mapping[str, Any]], folder: Path, options: Options) -> None:
+    """Raises `ConfigError` where a file contradicts the data set, unless its networks are planned already."""
+    typed = (options.settings or {}).get("data", {})
+    # in the order in which they are asked
+    files = [file for file in options.configs for _ in options.networks or (None,)]
+    new = [file for file, name in zip(files, asked) if _written(folder / name) is None]
+    for file in dict.fromkeys(new):
+        medseg.refuse_other_data(data, file, medseg.read_yaml(file).get("data", {}), typed)
+
+
+def _facts(dataset: Path, asked: Mapping[str, Mapping[str, Any]]) -> Sequence[Any]:
+    """What a look at all files found, with the labels and channels that each of the networks is to have."""
+    sections: list[Mapping[str, Any]] = []
+    for ask in asked.values():
+        if (given := ask.get("data", {})) not in sections:
+            sections.append(given)
+    looked = [checked(dataset, given) for given in sections]
+    # what decides about leaks is the same in all
+    return looked[0].facts
 
 
 def _refuse_leaks(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import medseg
 
 
-def checked(dataset: Path) -> medseg.Findings:
-    """The data set after a look at all files. Raises `DataError` where they have errors."""
-    findings = medseg.check_dataset(dataset)
+def checked(dataset: Path, given: Mapping[str, Any] | None = None) -> medseg.Findings:
+    """The data set, as it says, after a look at all files with the `data` section that is `given` laid over that.
+
+    Raises `ConfigError` where the section is impossible, `DataError` where the files have errors.
+    """
+    data = medseg.read_dataset(dataset)
+    findings = medseg.check_dataset(medseg.told(data, given or {}))
     if findings.errors:
         listed = "\n".join(f"  {error}" for error in findings.errors[:20])
         raise medseg.DataError(f"{dataset}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
-    return findings
+    return replace(findings, dataset=data)
 
 
 def data_sha256(findings: medseg.Findings) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from skimage.io import imread, imsave
+from tiny import write_two_channels
 
 import medseg
 from medseg_pipelines import trials
@@ -410,6 +411,25 @@ def test_wrong_use_is_told_before_anything_is_done(
     assert run([str(tiny_dataset()), "-o", str(tmp_path / "out"), "--folds", "2", *arguments]) == USAGE
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_files_are_looked_at_with_the_channels_that_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[medseg.Config] = []
+
+    def note(_: object, __: object, planners: Mapping[str, Planner], **___: object) -> list[Entry]:
+        planned.append(planners["given"].default)
+        raise medseg.TrainingError("planned")
+
+    monkeypatch.setattr("medseg_pipelines.ablation.line_up", note)
+    dataset, out = write_two_channels(tmp_path / "set"), tmp_path / "out"
+    run([str(dataset), "-o", str(out), "--folds", "2", "--set", "data.channels=[A,B]"])
+    assert [config.data.channels for config in planned] == [("A", "B")]
+
+
+@pytest.mark.parametrize("setting", ["data.channels=3", "data.chanels=[A,B]"])
+def test_a_wrong_section_of_the_data_is_told(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([str(tmp_path), "-o", str(tmp_path / "out"), "--set", setting]) == USAGE
+    assert "--set: " in capsys.readouterr().err
 
 
 def test_a_width_is_kept_where_nothing_is_made_equal(tmp_path: Path) -> None:

@@ -292,6 +292,16 @@ def test_regions_that_are_read_back_as_written(labels: dict[str, Any], written: 
         ({"whole": (1, 2, 4), "core": (1, 4), "enhancing": 4}, (1, 2, 4), r"\[2, 1, 4\] fits"),
         ({"whole": (1, 2), "core": 2}, (4, 5), r"none of its values \[1, 2\]"),
         ({"core": 2, "whole": (1, 2)}, (2, 1), "`whole` holds all of `core` and would be painted over it"),
+        (
+            {"enh": 3, "core": (1, 3), "whole": (1, 2, 3)},
+            (3, 1, 2),
+            r"that only it and those around it have; list the labels as whole, core, enh with \[2, 1, 3\]$",
+        ),
+        (
+            {"core": 2, "whole": (1, 2), "rest": (1,)},
+            (2, 1, 3),
+            r"those around it have; list the labels as whole, core, rest$",
+        ),
     ],
 )
 def test_regions_that_are_read_back_as_others(labels: dict[str, Any], written: tuple[int, ...], words: str) -> None:

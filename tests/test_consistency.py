@@ -182,6 +182,13 @@ def test_labels_that_no_training_can_learn_are_errors(
     assert re.search(words, str(findings[0]))
 
 
+def test_labels_are_in_no_case_only_where_label_maps_could_be_read() -> None:
+    assert inconsistencies(CT, [], {}) == []
+    assert inconsistencies(CT, facts(USUAL, label_voxels={}), {}) == []
+    (told,) = of(inconsistencies(CT, facts(USUAL, label_voxels={0: 9}), {}), "warning")
+    assert told.startswith("set: 1 labels are in no case: liver")
+
+
 def test_more_unnamed_values_than_a_network_has_outputs_are_an_error() -> None:
     (told,) = of(inconsistencies(PLAIN, facts(USUAL, label_voxels=dict.fromkeys(range(256), 9)), {}), "error")
     assert "255 labels found, expected at most 254" in told

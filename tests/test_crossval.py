@@ -21,6 +21,7 @@ import pytest
 from PIL import Image as Picture
 from skimage.io import imread, imsave
 from test_ship import ABOUT
+from tiny import write_two_channels
 
 import medseg
 from medseg import calibrate
@@ -874,6 +875,33 @@ def test_a_configuration_of_other_data_is_refused(
     assert run(command(named, tmp_path / "out", "-c", str(file))) == USAGE
     assert "other.yaml: is of other data" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_trained_with_a_configuration_that_would_be_refused_now_is_collected(
+    dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = left(unet=1)
+    pairs = [{part: f"{part}s/case{n}.png" for part in ("image", "label")} for n in range(CASES)]
+    described = {"labels": {"core": 1, "shell": 2}, "modality": {"0": "MRI"}, "training": pairs}
+    (dataset / "dataset.json").write_text(json.dumps(described))
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {labels: {shell: 1, core: 2}}\n")
+    assert run(command(dataset, out, "-c", str(file))) == OK
+    assert run(command(dataset, tmp_path / "new", "-c", str(file))) == USAGE
+    assert "mine.yaml: is of other data" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_files_are_looked_at_with_the_channels_that_are_given(
+    typed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {channels: [A, B]}\n")
+    planned: list[Fold] = []
+    monkeypatch.setattr(crossval, "_train", lambda found, *_: planned.extend(f for _, f in found) or {})
+    given = ("--set", "data.channels=[A,B]") if typed else ("-c", str(file))
+    run(command(write_two_channels(tmp_path / "set"), tmp_path / "out", *given))
+    assert [fold.config.data.channels for fold in planned] == [("A", "B")] * 2
 
 
 def test_a_scan_that_is_held_back_in_other_bytes_is_refused(

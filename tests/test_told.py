@@ -75,6 +75,13 @@ def test_a_part_of_a_configuration_may_not_differ_either(dataset: Path, tmp_path
         planned(dataset, part)
 
 
+def test_a_part_of_a_configuration_may_make_regions_of_the_labels(dataset: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part.yaml"
+    part.write_text("data: {labels: {whole: [1, 2], core: [2]}, region_values: [1, 2]}\n")
+    found = planned(dataset, part).data
+    assert (found.labels, found.region_values) == ({"whole": (1, 2), "core": (2,)}, (1, 2))
+
+
 def test_what_a_data_set_leaves_open_is_told_by_the_file(tiny_dataset: MakeDataset, file: Callable[..., Path]) -> None:
     plain = tiny_dataset(cases=2, name="plain")
     found = planned(plain, file(labels={"core": 2, "shell": 1}, channels=["CT"])).data
@@ -96,6 +103,87 @@ def test_the_order_of_regions_is_compared_where_both_say_it() -> None:
     refuse_other_data(data, Path("c.yaml"), {"labels": labels, "region_values": [1, 3]}, {"region_values": [1, 3]})
 
 
+BRATS = Dataset(
+    Path("set"), "nnunet", (), ("T1", "T1Gd", "FLAIR"), {"background": 0, "necrosis": 1, "edema": 2, "enhancing": 3}
+)
+REGIONS = {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"labels": REGIONS, "region_values": [2, 1, 3]},
+        {"labels": {"enhancing": [1, 2, 3], "core": [1]}},
+        {"labels": {"necrosis": 1, "edema": 2, "ignore": 3}},
+        {"labels": {"NCR": 1, "ED": 2, "ET": 3}},
+        {"channels": ["t1n", "t1c", "t2f"]},
+    ],
+)
+def test_other_groups_and_names_of_what_a_data_set_holds_are_taken_and_told(
+    given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse_other_data(BRATS, Path("c.yaml"), given, {})
+    (record,) = caplog.records
+    assert f"c.yaml: data.{next(iter(given))}" in record.message
+    assert "where set says" in record.message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"labels": {"Edema": 1, "Necrosis": 2, "enhancing": 3}},
+        {"labels": {"necrosis": 1, "edema": 2, "enhancing": 4}},
+        {"labels": {**REGIONS, "other": [4]}},
+        {"channels": ["T1", "FLAIR", "T1Gd"]},
+        {"channels": ["T1", "T1Gd"]},
+        {"channels": ["T1", "T1Gd", "CT"]},
+    ],
+)
+def test_another_value_channel_or_unit_is_of_other_data(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"is of other data: it says data.{next(iter(given))}"):
+        refuse_other_data(BRATS, Path("c.yaml"), given, {})
+
+
+def test_a_region_is_made_of_the_same_values_in_both() -> None:
+    # edema and necrosis are 1 and 2 here, 2 and 1 there
+    data = Dataset(Path("set"), "nnunet", (), ("image",), {"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)})
+    with pytest.raises(ConfigError, match="is of other data"):
+        refuse_other_data(data, Path("c.yaml"), {"labels": REGIONS}, {})
+
+
+# ---- the order of regions
+
+
+def test_an_order_that_a_file_does_not_hold_is_not_compared() -> None:
+    data = Dataset(Path("set"), "nnunet", (), ("image",), {"whole": (1, 2, 4), "core": (2,)}, (4, 2))
+    for labels in ({"whole": [1, 2, 4], "core": [2]}, {"core": [2], "whole": [1, 2, 4]}):
+        refuse_other_data(data, Path("c.yaml"), {"labels": labels}, {})
+        # nor does it replace that of the data set
+        assert told(data, {"labels": labels}) == data
+    listed = told(data, {"labels": {"background": 0, "core": 2, "whole": [4, 2, 1]}})
+    assert list((listed.labels or {}).items()) == [("whole", (4, 2, 1)), ("core", 2), ("background", 0)]
+    assert listed.region_values == (4, 2)
+    other = told(data, {"labels": {"whole": [1, 2, 4], "rest": [1, 4]}})
+    assert (other.labels, other.region_values) == ({"whole": (1, 2, 4), "rest": (1, 4)}, (2, 1))
+    assert told(data, {"labels": {"a": 1, "b": 2, "c": 4}}).region_values == ()
+
+
+def test_the_order_of_a_whole_configuration_without_one_is_that_of_the_data_set(
+    tiny_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    folder = tiny_dataset(cases=2, form="nnunet")
+    description = json.loads((folder / "dataset.json").read_text())
+    description |= {"labels": {"background": 0, "shell": [1], "core": [2]}, "regions_class_order": [1, 2]}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    values = medseg.plan(folder, device="cpu").config.model_dump(mode="json")
+    values["data"] |= {"labels": {"core": [2], "shell": [1]}}
+    del values["data"]["region_values"]
+    path = tmp_path / "whole.yaml"
+    path.write_text(json.dumps(values))
+    found = planned(folder, path).data
+    assert (found.foreground, found.region_values) == (("shell", "core"), (1, 2))
+
+
 def test_labels_that_cannot_be_are_named_with_where_they_stand() -> None:
     with pytest.raises(ConfigError, match=r"part\.yaml: two labels share one value"):
         told(Dataset(Path("set"), "plain", (), ("image",)), {"labels": {"a": 1, "b": 1}}, source="part.yaml")
@@ -108,6 +196,12 @@ def test_of_many_labels_those_that_differ_are_shown() -> None:
         ConfigError, match=r'data.labels {"label number 7": 77, …}, but set says {"label number 7": 7, …};'
     ):
         refuse_other_data(data, Path("c.yaml"), {"labels": {**labels, "label number 7": 77}}, {})
+
+
+def test_many_labels_of_a_file_alone_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    labels = {f"label number {n}": n for n in range(1, 60)}
+    refuse_other_data(Dataset(Path("set"), "plain", (), ("image",)), Path("c.yaml"), {"labels": labels}, {})
+    assert not caplog.records
 
 
 # ---- labels from files

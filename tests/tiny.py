@@ -62,3 +62,17 @@ def some_images(folder: Path, count: int = 3) -> list[Path]:
     """NIfTI files of `SHAPE` voxels in `folder`, case0 and on."""
     folder.mkdir(exist_ok=True)
     return [save(folder / f"case{n}.nii.gz", blobs(SHAPE, seed=n), AFFINE) for n in range(count)]
+
+
+def write_two_channels(folder: Path) -> Path:
+    """A plain data set of four cases with one label, whose images hold both channels in one file."""
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for n in range(4):
+        label = np.zeros((20, 24, 18), np.uint8)
+        label[4:9, 5 : 12 + n, 3:9] = 1
+        image = rng.normal(0, 1, (*label.shape, 2)) + label[..., None]
+        save(folder / "images" / f"case{n}.nii.gz", image.astype(np.float32), np.eye(4))
+        save(folder / "labels" / f"case{n}.nii.gz", label, np.eye(4))
+    return folder
