@@ -312,9 +312,15 @@ def _by_case(files: Sequence[Path], channels: int) -> list[tuple[str, tuple[Path
         match = CHANNEL_SUFFIX.fullmatch(stem)
         if match is not None:
             numbered[match[1]][file] = int(match[2])
-    # where all are numbered, one that lacks a channel is a case that fails; beside others it may be no channel at all
-    least = 1 if sum(map(len, numbered.values())) == len(files) else channels
-    joined = {name: tuple(found) for name, found in numbered.items() if _are_channels(found, channels, least)}
+    plain = {stem for stem in stems.values() if not CHANNEL_SUFFIX.fullmatch(stem)}
+
+    def belongs(name: str, found: Mapping[Path, int]) -> bool:
+        # where all are numbered, one that lacks a channel is a case that fails; beside others it may be no channel at
+        # all, but that the first alone may hold every channel
+        whole = len(found) == channels or not plain or (set(found.values()) == {0} and name not in plain)
+        return whole and _are_channels(found, channels)
+
+    joined = {name: tuple(found) for name, found in numbered.items() if belongs(name, found)}
     taken = {file for found in joined.values() for file in found}
     alone = [(stem, (file,)) for file, stem in stems.items() if file not in taken]
     # where there is one channel to each, a number is a part of the name unless all have it
@@ -323,9 +329,9 @@ def _by_case(files: Sequence[Path], channels: int) -> list[tuple[str, tuple[Path
     return [*joined.items(), *alone]
 
 
-def _are_channels(numbers: Mapping[Path, int], channels: int, least: int) -> bool:
-    """Whether the files of one name can be the channels of one case, `least` of them at the least."""
-    if len(set(numbers.values())) < len(numbers) or max(numbers.values()) >= channels or len(numbers) < least:
+def _are_channels(numbers: Mapping[Path, int], channels: int) -> bool:
+    """Whether the files of one name can be the channels of one case."""
+    if len(set(numbers.values())) < len(numbers) or max(numbers.values()) >= channels:
         return False
     # a picture in colour holds the three itself: what is numbered are frames
     return not (channels == COLOURS and len(numbers) > 1 and any(map(holds_colour, numbers)))

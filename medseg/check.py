@@ -61,7 +61,7 @@ class Findings:
 
     def log_warnings(self) -> None:
         """The first warnings, and how many more there are, for who goes on with the data set all the same."""
-        warnings = [f for f in self.findings if f.severity == "warning"]
+        warnings = _without_repetition(f for f in self.findings if f.severity == "warning")
         for finding in warnings[:MOST_TOLD]:
             log.warning("%s", finding)
         if len(warnings) > MOST_TOLD:
@@ -87,7 +87,8 @@ def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Pro
             progress("check", len(scans), len(dataset.cases), scan.case.id)
     found = [Finding(p.severity, p.case, str(p.file), p.found, p.expected, p.fix) for p in dataset.problems]
     found += _duplicates(scans)
-    found += _without_repetition([finding for scan in scans for finding in scan.findings])
+    for scan in scans:
+        found += scan.findings
     facts = tuple(scan.facts for scan in scans if scan.facts is not None)
     palettes = {scan.case.id: (scan.case.label, scan.palette) for scan in scans if scan.case.label and scan.palette}
     found += inconsistencies(dataset, facts, palettes)
@@ -106,7 +107,7 @@ def _without_repetition(findings: Iterable[Finding]) -> list[Finding]:
             kept.append(finding)
         else:
             more[alike] += 1
-    return [*kept, *(replace(alike, found=f"{n} more files: {alike.found}") for alike, n in more.items())]
+    return [*kept, *(replace(alike, found=f"{n} more: {alike.found}") for alike, n in more.items())]
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _is_decathlon(path: Path, content: Mapping[str, Any]) -> bool:
     there = sum(not _why_no_file(path / name) for name in names)
     # one that was forgotten among files with channel numbers makes no Decathlon of them
     numbered = sum(not _why_no_file(path / _with_channel(name)) for name in names)
-    return not (path / "imagesTr").is_dir() or there > numbered
+    return not (path / "imagesTr").is_dir() or there >= max(1, numbered)
 
 
 def _with_channel(name: str) -> str:

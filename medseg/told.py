@@ -25,11 +25,26 @@ NAMELESS = ("image",)
 MOST_SHOWN = 200
 
 
+def data_section(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the data, without the empty `region_values` that every plan has."""
+    section = values.get("data") or {}
+    return {key: value for key, value in section.items() if key != "region_values" or value}
+
+
+def unless_repeated(values: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the labels that `held` has too: the order and the values that it gave regions stay."""
+    given, labels = data_section(values), (held.get("data") or {}).get("labels") or {}
+    if "region_values" in given or not labels or _as_sets(given.get("labels")) != _as_sets(labels):
+        return dict(values)
+    return {**values, "data": {key: value for key, value in given.items() if key != "labels"}}
+
+
 def told(data: Dataset, given: Mapping[str, Any], *, source: str = "--set") -> Dataset:
     """`data` with the labels, regions and channels of a `data` section that is laid over what it says.
 
     Raises `ConfigError` naming `source` where they are impossible.
     """
+    given = data_section({"data": given})
     section = make_data_config(
         spatial_dims=given.get("spatial_dims", 3),
         channels=given.get("channels", NAMELESS),
@@ -39,10 +54,11 @@ def told(data: Dataset, given: Mapping[str, Any], *, source: str = "--set") -> D
     )
     changes = {key: getattr(section, key) for key in ("labels", "region_values", "channels") if key in given}
     if "labels" in given and "region_values" not in given:
-        if data.region_values and _values(section.labels) == _values(data.labels or {}):
-            # the same regions are listed as the data set lists them, so that its order holds
-            names = dict.fromkeys((*(data.labels or {}), *section.labels))
-            changes["labels"] = {name: section.labels[name] for name in names if name in section.labels}
+        place = {region: n for n, region in enumerate(_regions(data.labels or {}))}
+        if data.region_values and section.is_regions and set(_regions(section.labels)) == place.keys():
+            # the same regions, whatever they are called, are listed as the data set lists them: its order holds
+            by_place = sorted(section.labels.items(), key=lambda label: place.get(frozenset(members(label[1])), -1))
+            changes["labels"] = dict(by_place)
         else:
             changes["region_values"] = section.region_values
     return replace(data, **changes)
@@ -54,6 +70,7 @@ def refuse_other_data(data: Dataset, file: Path, given: Mapping[str, Any], setti
     Other names for its values and channels, or its values in other groups, are a choice, which is logged. What stands
     in `settings`, the section that was typed beside the file, is meant; so is what the data set leaves open.
     """
+    given, settings = data_section({"data": given}), data_section({"data": settings})
     theirs = told(Dataset(data.path, "nnunet", (), NAMELESS), given, source=str(file))
     for key, contradict in (
         ("labels", _labels_contradict),
@@ -68,9 +85,11 @@ def refuse_other_data(data: Dataset, file: Path, given: Mapping[str, Any], setti
         own, other = getattr(data, key), getattr(theirs, key)
         right, wrong = _shown(other, own), _shown(own, other)
         if is_other:
+            # a setting is laid over as a whole: a part of the labels would be all
+            typed = f"--set 'data.{key}={right}'" if right == _text(other) else f"--set data.{key}= and all of its own"
             raise ConfigError(
                 f"{file}: is of other data: it says data.{key} {right}, but {data.path} says {wrong}; take the section "
-                f"data out of the file, or, if the file is right, say so with --set 'data.{key}={right}'"
+                f"data out of the file, or, if the file is right, say so with {typed}"
             )
         log.warning("%s: data.%s %s is used, where %s says %s", file, key, right, data.path, wrong)
 
@@ -86,25 +105,25 @@ def _labels_contradict(data: Dataset, theirs: Dataset) -> bool:
         # a label may become the region around it
         if values != known and not (len(known) == 1 and known < values):
             return True
-    return not set().union(*other.values()) <= set().union(*own.values())
+    # what a file wants to be ignored need not be named by the data set
+    labelled = set().union(*(values for name, values in other.items() if name != IGNORE))
+    return not labelled <= set().union(*own.values())
 
 
 def _regions_contradict(data: Dataset, theirs: Dataset) -> bool:
     """Whether the same regions are written as other values."""
-    same = theirs.labels is None or _values(theirs.labels) == _values(data.labels or {})
-    return bool(data.region_values) and same and _written(theirs, data) != _written(data, data)
-
-
-def _written(data: Dataset, named_by: Dataset) -> dict[str, int]:
-    labels = data.labels or named_by.labels or {}
-    return dict(zip((name for name in labels if name not in (BACKGROUND, IGNORE)), data.region_values))
+    own = _regions(data.labels or {})
+    other = own if theirs.labels is None else _regions(theirs.labels)
+    written = dict(zip(own, data.region_values)), dict(zip(other, theirs.region_values))
+    return bool(data.region_values) and set(own) == set(other) and written[0] != written[1]
 
 
 def _channels_contradict(data: Dataset, theirs: Dataset) -> bool:
     """Whether there are more or fewer, one is another of the data set's, or other ones hold Hounsfield units."""
-    if not _names_channels(data) or not _names_channels(theirs):
-        return False
     own, other = ([name.casefold() for name in d.channels] for d in (data, theirs))
+    if not _names_channels(data):
+        # one may be a file of several
+        return 1 < len(own) != len(other)
     if len(own) != len(other) or list(map(is_ct, own)) != list(map(is_ct, other)):
         return True
     return any(was != name and name in own for was, name in zip(own, other))
@@ -120,18 +139,34 @@ def _names_channels(data: Dataset) -> bool:
     return data.form in DESCRIBED and data.channels != NAMELESS
 
 
+def _regions(labels: Labels) -> list[frozenset[int]]:
+    """What each label or region stands for, in their order."""
+    return [frozenset(members(value)) for name, value in labels.items() if name not in (BACKGROUND, IGNORE)]
+
+
+def _as_sets(labels: Any) -> Any:
+    """Labels as a file has them, equal where they mean the same; what is no mapping as it is."""
+    if not isinstance(labels, Mapping):
+        return labels
+    named = ((name, value) for name, value in labels.items() if name != BACKGROUND)
+    return {name: {*map(str, value)} if isinstance(value, list | tuple) else {str(value)} for name, value in named}
+
+
 def _values(labels: Labels) -> dict[str, set[int]]:
     """What each label stands for, equal where it means the same."""
     return {name: set(members(value)) for name, value in labels.items() if name != BACKGROUND}
 
 
+def _text(said: Any) -> str:
+    return json.dumps(said, ensure_ascii=False)
+
+
 def _shown(said: Any, other: Any) -> str:
-    text = json.dumps(said, ensure_ascii=False)
-    if len(text) > MOST_SHOWN and isinstance(said, dict):
-        # of many labels those that differ
-        text = json.dumps({n: v for n, v in said.items() if n not in other or other[n] != v}, ensure_ascii=False)[:-1]
-        text = f"{text[:MOST_SHOWN]}, …}}"
-    return text
+    """All of it, or of many labels those that differ."""
+    if len(_text(said)) <= MOST_SHOWN or not isinstance(said, dict):
+        return _text(said)
+    unlike = {name: value for name, value in said.items() if name not in other or other[name] != value}
+    return f"{_text(unlike)[:-1][:MOST_SHOWN]}, …}}" if unlike else "nothing of it"
 
 
 def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:

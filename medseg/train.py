@@ -54,7 +54,7 @@ from medseg.readers import file_sha256
 from medseg.regions import check_labels, check_regions
 from medseg.report import Report, report_pairs
 from medseg.state import STATE
-from medseg.told import refuse_other_data, told
+from medseg.told import data_section, refuse_other_data, told, unless_repeated
 from medseg.versions import versions
 from medseg.writers import is_disk_full, remove_stale_temporaries, write_text
 
@@ -229,7 +229,7 @@ def plan_run(
         check_part(values, source=source)
         check_part(changes, source="--set")
         _check_clock(overlay(TrainConfig().model_dump(), values.get("train", {}), changes.get("train", {})))
-    said, typed = values.get("data", {}), changes.get("data", {})
+    said, typed = data_section(values), data_section(changes)
     if isinstance(options.config, Path):
         refuse_other_data(data, options.config, said, typed)
     # what the labels are called, and which are ignored, decides what is looked for and what is planned
@@ -240,8 +240,8 @@ def plan_run(
         found = config.data.model_dump(exclude_defaults=True)
         # regions without an order have got one, which says nothing against that of the data set
         data = told(data, {key: value for key, value in found.items() if key in given})
-        if config.data.is_regions and "region_values" not in given:
-            ordered = config.data.model_dump() | {"labels": data.labels, "region_values": data.region_values}
+        if not config.data.labels or (config.data.is_regions and "region_values" not in given):
+            ordered = config.data.model_dump() | {"labels": data.labels or {}, "region_values": data.region_values}
             config = make_config(config.model_dump() | {"data": ordered}, source=source)
         _check_clock(config.train.model_dump())
         check_regions(config.data)
@@ -307,9 +307,11 @@ def _begun(folder: Path, options: TrainOptions, asked: str) -> TrainOptions:
     _check_folder(folder, resume=options.resume)
     if options.resume and (folder / CONFIG).is_file():
         # not planned again: a plan depends on what memory is free at the moment
-        values = overlay(read_yaml(folder / CONFIG), _values(options.config))
+        began = read_yaml(folder / CONFIG)
+        values = overlay(began, unless_repeated(_values(options.config), began))
         source = folder / CONFIG if options.config is None else options.config
-        options = replace(options, config=make_config(values, source=str(source)))
+        config = make_config(values, source=str(source))
+        options = replace(options, config=config, settings=unless_repeated(options.settings, began))
     return options
 
 

@@ -273,11 +273,17 @@ def _refuse_other_data(data: Any, asked: Mapping[str, Mapping[str, Any]], folder
         medseg.refuse_other_data(data, file, medseg.read_yaml(file).get("data", {}), typed)
 
 
+# of the data section, what decides what is found in files
+TOLD = ("labels", "region_values", "channels")
+
+
 def _facts(dataset: Path, asked: Mapping[str, Mapping[str, Any]]) -> Sequence[Any]:
     """What a look at all files found, with the labels and channels that each of the networks is to have."""
     sections: list[Mapping[str, Any]] = []
     for ask in asked.values():
-        if (given := ask.get("data", {})) not in sections:
+        # the rest of a section changes nothing of what is found
+        given = {key: value for key, value in ask.get("data", {}).items() if key in TOLD}
+        if given not in sections:
             sections.append(given)
     looked = [checked(dataset, given) for given in sections]
     # what decides about leaks is the same in all

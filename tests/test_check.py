@@ -206,7 +206,9 @@ def test_a_label_of_a_plane_that_itk_wrote_without_its_height_fits(tmp_path: Pat
     assert found(check_dataset(folder), "error", "a", "a plane at another place in space, or mirrored")
 
 
-def test_a_warning_of_many_files_is_told_of_a_few(tiny_dataset: MakeDataset) -> None:
+def test_a_warning_of_many_files_is_logged_of_a_few(
+    tiny_dataset: MakeDataset, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tiny_dataset(cases=6)
     for path in sorted((folder / "images").iterdir()):
         image = nib.load(path)
@@ -215,9 +217,11 @@ def test_a_warning_of_many_files_is_told_of_a_few(tiny_dataset: MakeDataset) -> 
         array = np.array(image.dataobj)
         path.unlink()
         nib.save(nib.Nifti1Image(array, None, image.header), path)
-    guesses = [str(f) for f in check_dataset(folder).findings if "are a guess" in str(f)]
-    assert len(guesses) == 4
-    assert [f.startswith("3 more files: neither sform nor qform") for f in guesses] == [False] * 3 + [True]
+    findings = check_dataset(folder)
+    assert sum("are a guess" in str(f) for f in findings.findings) == 6
+    findings.log_warnings()
+    guesses = [message for message in caplog.messages if "are a guess" in message]
+    assert [m.startswith("3 more: neither sform nor qform") for m in guesses] == [False] * 3 + [True]
 
 
 def test_colour_that_is_read_as_grey_is_a_note(tiny_dataset: MakeDataset) -> None:

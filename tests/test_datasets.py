@@ -237,3 +237,7 @@ def test_a_file_forgotten_in_a_listed_folder_of_nnunet_makes_no_decathlon_of_it(
     (tmp_path / "imagesTr" / "c2.nii.gz").touch()
     found = read_dataset(tmp_path)
     assert (found.form, len(found.cases)) == ("nnunet", 3)
+    # where all that is listed is there, copies with a number change nothing
+    for n in range(2):
+        (tmp_path / "imagesTr" / f"c{n}.nii.gz").touch()
+    assert read_dataset(tmp_path).form == "decathlon"

@@ -117,6 +117,7 @@ REGIONS = {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}
         {"labels": {"necrosis": 1, "edema": 2, "ignore": 3}},
         {"labels": {"NCR": 1, "ED": 2, "ET": 3}},
         {"channels": ["t1n", "t1c", "t2f"]},
+        {"labels": {"necrosis": 1, "edema": 2, "enhancing": 3, "ignore": 255}},
     ],
 )
 def test_other_groups_and_names_of_what_a_data_set_holds_are_taken_and_told(
@@ -161,7 +162,7 @@ def test_an_order_that_a_file_does_not_hold_is_not_compared() -> None:
         # nor does it replace that of the data set
         assert told(data, {"labels": labels}) == data
     listed = told(data, {"labels": {"background": 0, "core": 2, "whole": [4, 2, 1]}})
-    assert list((listed.labels or {}).items()) == [("whole", (4, 2, 1)), ("core", 2), ("background", 0)]
+    assert list((listed.labels or {}).items()) == [("background", 0), ("whole", (4, 2, 1)), ("core", 2)]
     assert listed.region_values == (4, 2)
     other = told(data, {"labels": {"whole": [1, 2, 4], "rest": [1, 4]}})
     assert (other.labels, other.region_values) == ({"whole": (1, 2, 4), "rest": (1, 4)}, (2, 1))
@@ -202,6 +203,60 @@ def test_many_labels_of_a_file_alone_are_taken(caplog: pytest.LogCaptureFixture)
     labels = {f"label number {n}": n for n in range(1, 60)}
     refuse_other_data(Dataset(Path("set"), "plain", (), ("image",)), Path("c.yaml"), {"labels": labels}, {})
     assert not caplog.records
+
+
+ORDERED = Dataset(Path("set"), "nnunet", (), ("MRI",), {"a": (1, 5, 6), "b": (2, 7)}, (5, 7))
+
+
+@pytest.mark.parametrize("given", [{"a2": [1, 5, 6], "b": [2, 7]}, {"b": [7, 2], "a": [6, 1, 5]}])
+@pytest.mark.parametrize("empty", [{}, {"region_values": []}])
+def test_regions_keep_the_values_of_the_data_set_whatever_they_are_called(
+    given: dict[str, Any], empty: dict[str, Any]
+) -> None:
+    found = told(ORDERED, {"labels": given} | empty)
+    assert found.region_values == (5, 7)
+    assert [set(values) for values in (found.labels or {}).values()] == [{1, 5, 6}, {2, 7}]
+    # an empty list, which every plan has, contradicts nothing
+    refuse_other_data(ORDERED, Path("c.yaml"), {"labels": given} | empty, {})
+
+
+def test_labels_that_are_no_regions_any_more_have_no_order() -> None:
+    data = Dataset(Path("set"), "nnunet", (), ("MRI",), {"a": (1,), "b": (2,)}, (1, 2))
+    assert told(data, {"labels": {"a": 1, "b": 2}}).region_values == ()
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [(("CT",), ["image"]), (("T1", "T2"), ["image"]), (("T1", "T2"), ["T1", "T2", "FLAIR"])]
+)
+@pytest.mark.parametrize("form", ["nnunet", "plain"])
+def test_other_numbers_and_kinds_of_channels_are_other_data(own: tuple[str, ...], other: list[str], form: Any) -> None:
+    data = Dataset(Path("set"), form, (), own)
+    if form == "plain" and len(own) == 1:
+        # nothing says more than that there is a file
+        refuse_other_data(data, Path("c.yaml"), {"channels": other}, {})
+        return
+    with pytest.raises(ConfigError, match=r"c\.yaml: is of other data: it says data\.channels"):
+        refuse_other_data(data, Path("c.yaml"), {"channels": other}, {})
+
+
+def test_of_many_labels_those_that_differ_are_shown_and_none_is_advised_alone() -> None:
+    many = {f"structure_{n}": n for n in range(1, 118)}
+    data = Dataset(Path("set"), "nnunet", (), ("CT",), many)
+    with pytest.raises(ConfigError) as caught:
+        refuse_other_data(data, Path("c.yaml"), {"labels": {**many, "tumour": 200}}, {})
+    text = str(caught.value)
+    assert 'it says data.labels {"tumour": 200, …}, but set says nothing of it' in text
+    assert text.endswith("say so with --set data.labels= and all of its own")
+
+
+def test_a_whole_configuration_without_labels_has_those_of_the_data_set(
+    dataset: Path, file: Callable[..., Path]
+) -> None:
+    path = file()
+    values = medseg.read_yaml(path)
+    del values["data"]["labels"]
+    path.write_text(json.dumps(values))
+    assert planned(dataset, path).data.labels == {"background": 0, "shell": 1, "core": 2}
 
 
 # ---- labels from files

@@ -22,6 +22,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image as Picture
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -734,6 +735,22 @@ def test_the_run_says_what_it_was_made_of(tiny_run) -> None:
     assert int(logged[1]) == training["steps"]
     # the log rounds to a tenth of a percent, model.json to a hundredth
     assert float(logged[2]) == pytest.approx(100 * training["waiting_share"], abs=0.05 + 0.005 + 1e-9)
+
+
+@pytest.mark.parametrize("typed", [False, True], ids=["in a file", "typed"])
+def test_regions_in_another_order_than_they_are_written_in_are_gone_on_with(
+    train: Train, tiny_dataset, tmp_path: Path, typed: bool
+) -> None:
+    dataset, part = tiny_dataset(cases=2), tmp_path / "part.yaml"
+    part.write_text("data: {labels: {core: [2], whole: [1, 2]}}\n")
+    given = ("data.labels={core: [2], whole: [1, 2]}",) if typed else ()
+    more = {} if typed else {"config": part}
+    first = train(dataset, *given, fold="all", epochs=1, **more)
+    run = train(dataset, *given, fold="all", epochs=2, resume=True, **more)
+    data = [yaml.safe_load((r.folder / "config.yaml").read_text())["data"] for r in (first, run)]
+    assert data[0] == data[1]
+    assert (list(data[1]["labels"]), data[1]["region_values"]) == (["whole", "core"], [1, 2])
+    assert [row["epoch"] for row in _rows(run.folder)] == ["1", "2"]
 
 
 def test_resume_does_not_repeat_rows(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:

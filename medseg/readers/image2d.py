@@ -82,7 +82,10 @@ def is_colour(path: Path) -> bool:
             if picture.mode != "P" and len(picture.getbands()) < len(_LUMA):
                 return False
         return len(read(path, spatial_dims=2, channels=None, labels=False)[0]) >= len(_LUMA)
-    except (DataError, OSError, ValueError, SyntaxError, Picture.DecompressionBombError):
+    except DataError:
+        # refused when it is read, as what its header says
+        return True
+    except (OSError, ValueError, SyntaxError, Picture.DecompressionBombError):
         return False
 
 

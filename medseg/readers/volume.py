@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy.typing as npt
 from monai.data.image_reader import ImageReader
 
 from medseg.readers import Image, is_image_file, read_images, read_label
+
+log = logging.getLogger(__name__)
 
 Names = Sequence[str | Path] | str | Path
 
@@ -43,6 +46,8 @@ class VolumeReader(ImageReader):  # type: ignore[misc,unused-ignore]
             image = Image(label.array[None], label.geometry)
         else:
             image = read_images(img, spatial_dims=self._spatial_dims, channels=self._channels)
+        for warning in image.geometry.warnings:
+            log.warning("%s: %s", img[0], warning)
         affine = image.grid.affine_4x4
         meta = {
             "affine": affine,
