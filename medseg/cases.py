@@ -308,11 +308,13 @@ def _by_case(files: Sequence[Path], channels: int) -> list[tuple[str, tuple[Path
     """Case names and files of one folder; a name is there twice where two files share it."""
     stems = {file: _stem(file) for file in files}
     numbered: dict[str, dict[Path, int]] = defaultdict(dict)
+    plain: set[str] = set()
     for file, stem in sorted(stems.items(), key=lambda item: item[0].name):
         match = CHANNEL_SUFFIX.fullmatch(stem)
-        if match is not None:
+        if match is None:
+            plain.add(stem)
+        else:
             numbered[match[1]][file] = int(match[2])
-    plain = {stem for stem in stems.values() if not CHANNEL_SUFFIX.fullmatch(stem)}
 
     def belongs(name: str, found: Mapping[Path, int]) -> bool:
         # where all are numbered, one that lacks a channel is a case that fails; beside others it may be no channel at

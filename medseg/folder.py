@@ -110,7 +110,8 @@ def segment_cases(
     _refuse_overlaps(segmenter)
     _refuse_regions(segmenter)
     _refuse_clashes(cases, folder, segmenter.options.formats)
-    parts = [probabilities_path(folder, "").parent] if segmenter.options.save_probabilities else []
+    probabilities = probabilities_path(folder, "").parent
+    parts = [probabilities] if segmenter.options.save_probabilities else []
     parts += [folder / FORMATS[name].folder for name in segmenter.options.formats if FORMATS[name].folder]
     parents = {path.parent.resolve() for case in cases for path in _files(case) if os.path.isfile(path)}
     for made in (folder, *parts):
@@ -124,7 +125,7 @@ def segment_cases(
         except OSError as error:
             raise ConfigError(f"{made}: cannot be made ({error.strerror}); choose another -o") from error
     try:
-        known = {probabilities_path(folder, "").parent, *(folder / f.folder for f in FORMATS.values())}
+        known = {probabilities, *(folder / f.folder for f in FORMATS.values())}
         removed = [name for made in sorted(known) if made.is_dir() for name in remove_stale_temporaries(made)]
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error

@@ -119,7 +119,7 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     settings, names = _settings(options), _networks(options)
     planners = {"given": _planner(dataset, settings, options)}
     medseg.check_part(settings, source="--set")
-    findings = checked(dataset, settings.get("data", {}))
+    findings = checked(medseg.read_dataset(dataset), settings.get("data", {}))
     medseg.fold_split(findings.dataset, options.fold, folds=options.folds)
     groups = {case.id: case.group for case in findings.dataset.cases}
     digests = {"given": data_sha256(findings)}
@@ -127,7 +127,10 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
         # grids, patches and augmentation of the given data set say nothing about pictures of discs
         general = {name: values for name, values in settings.items() if name in GENERAL}
         discs = make_discs(folder / "discs")
-        planners["discs"], digests["discs"] = _planner(discs, general, options), data_sha256(checked(discs))
+        planners["discs"], digests["discs"] = (
+            _planner(discs, general, options),
+            data_sha256(checked(medseg.read_dataset(discs))),
+        )
     default = planners["given"].default
     entries = line_up(names, options.claims, planners, say=_warn)
     setup = Setup(

@@ -124,7 +124,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     weights = None if options.pretrained is None else _weights(options.pretrained)
     data = medseg.read_dataset(dataset)
     _refuse_other_data(data, asked, folder, options)
-    facts = _facts(dataset, asked)
+    facts = _facts(data, asked)
     number = options.folds if data.folds is None else len(data.folds)
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
     if options.only_fold is not None:
@@ -277,7 +277,7 @@ def _refuse_other_data(data: Any, asked: Mapping[str, Mapping[str, Any]], folder
 TOLD = ("labels", "region_values", "channels")
 
 
-def _facts(dataset: Path, asked: Mapping[str, Mapping[str, Any]]) -> Sequence[Any]:
+def _facts(data: Any, asked: Mapping[str, Mapping[str, Any]]) -> Sequence[Any]:
     """What a look at all files found, with the labels and channels that each of the networks is to have."""
     sections: list[Mapping[str, Any]] = []
     for ask in asked.values():
@@ -285,7 +285,7 @@ def _facts(dataset: Path, asked: Mapping[str, Mapping[str, Any]]) -> Sequence[An
         given = {key: value for key, value in ask.get("data", {}).items() if key in TOLD}
         if given not in sections:
             sections.append(given)
-    looked = [checked(dataset, given) for given in sections]
+    looked = [checked(data, given) for given in sections]
     # what decides about leaks is the same in all
     return looked[0].facts
 

@@ -12,16 +12,15 @@ from typing import Any
 import medseg
 
 
-def checked(dataset: Path, given: Mapping[str, Any] | None = None) -> medseg.Findings:
-    """The data set, as it says, after a look at all files with the `data` section that is `given` laid over that.
+def checked(data: Any, given: Mapping[str, Any] | None = None) -> medseg.Findings:
+    """A data set that was read, as it says, after a look at all files with the section `given` laid over that.
 
     Raises `ConfigError` where the section is impossible, `DataError` where the files have errors.
     """
-    data = medseg.read_dataset(dataset)
     findings = medseg.check_dataset(medseg.told(data, given or {}))
     if findings.errors:
         listed = "\n".join(f"  {error}" for error in findings.errors[:20])
-        raise medseg.DataError(f"{dataset}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
+        raise medseg.DataError(f"{data.path}: {len(findings.errors)} errors found, nothing was trained\n{listed}")
     return replace(findings, dataset=data)
 
 
