@@ -13,8 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from medseg.config import BACKGROUND
 from medseg.errors import ConfigError, DataError
 from medseg.readers import (
     ENDINGS,
@@ -97,6 +98,33 @@ class Dataset:
     def labelled(self) -> tuple[Case, ...]:
         """The cases one can train on."""
         return tuple(case for case in self.cases if case.label is not None)
+
+
+def label_values(named: Mapping[Any, Any]) -> Labels:
+    """Names with values, from a description in either order: liver: 1, whole: [1, 2], or the older "1": "liver".
+
+    Whatever its name, 0 is the background. Raises `ValueError` naming a label whose value is no whole number (1, 1.0
+    and "1" are), or which has two.
+    """
+    labels: Labels = {}
+    for key, value in named.items():
+        name, number = (value, key) if str(key).isdecimal() and isinstance(value, str) else (str(key), value)
+        try:
+            whole = tuple(map(_whole, number)) if isinstance(number, list | tuple) else _whole(number)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"label {name!r} has value {number!r}, expected a whole number or a list") from error
+        if whole == 0:
+            name = BACKGROUND
+        if labels.setdefault(name, whole) != whole:
+            raise ValueError(f"label {name!r} has value {labels[name]!r} and value {whole!r}, expected one")
+    return labels
+
+
+def _whole(number: Any) -> int:
+    """1 for 1, 1.0 and "1". Raises `ValueError` for 1.9, which `int` cuts, and for true."""
+    if isinstance(number, bool) or (isinstance(number, float) and not number.is_integer()):
+        raise ValueError(f"{number} is no whole number")
+    return int(number)
 
 
 def assign_folds(cases: Sequence[Case], *, folds: int, seed: int = 0) -> tuple[Fold, ...]:

@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in
-from medseg.config import BACKGROUND
+from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in, label_values
 from medseg.errors import DataError
 from medseg.readers import ENDINGS, is_picture, split_ending, why_absent
 from medseg.readers.dicom_files import holds_dicom
@@ -445,26 +444,10 @@ def _labels(path: Path, content: Mapping[str, Any]) -> Labels | None:
         return None
     if not isinstance(named, dict):
         raise DataError(f"{path}: labels {named!r} found, expected names with values")
-    labels: Labels = {}
-    for key, value in named.items():
-        # the older form turns it round: {"1": "liver"}
-        name, number = (value, key) if str(key).isdigit() and isinstance(value, str) else (key, value)
-        try:
-            whole = tuple(map(_whole, number)) if isinstance(number, list) else _whole(number)
-            # whatever its name, 0 is the background
-            labels[BACKGROUND if whole == 0 else str(name)] = whole
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: label {name!r} has value {number!r}, expected a whole number or a list"
-            ) from error
-    return labels
-
-
-def _whole(number: Any) -> int:
-    """1 for 1, 1.0 and "1". Raises `ValueError` for 1.9, which `int` cuts."""
-    if isinstance(number, float) and not number.is_integer():
-        raise ValueError(f"{number} is no whole number")
-    return int(number)
+    try:
+        return label_values(named)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _region_values(path: Path, content: Mapping[str, Any]) -> tuple[int, ...]:

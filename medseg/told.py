@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg.cases import Dataset, Labels
+from medseg.cases import Dataset, Labels, label_values
 from medseg.catalogue import MODELS, model_names
 from medseg.config import BACKGROUND, IGNORE, make_data_config, read_yaml
 from medseg.errors import ConfigError
@@ -169,7 +169,7 @@ def _shown(said: Any, other: Any) -> str:
     return f"{_text(unlike)[:-1][:MOST_SHOWN]}, …}}" if unlike else "nothing of it"
 
 
-def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
+def read_labels(path: Path) -> Labels:
     """Names and values of labels, from a run folder, a name of `list_models`, a dataset.json or YAML (`name: value`).
 
     Raises `ConfigError`.
@@ -186,18 +186,9 @@ def read_labels(path: Path) -> dict[str, int | tuple[int, ...]]:
     found = content.get("data", content)
     found = found.get("labels", found) if isinstance(found, dict) else {}
     try:
-        turned = _names_first(found) if isinstance(found, dict) else {}
-        labels = {
-            str(n): tuple(int(i) for i in v) if isinstance(v, (list, tuple)) else int(v) for n, v in turned.items()
-        }
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: labels must be names with whole numbers, such as liver: 1 ({error})") from error
+        labels = label_values(found) if isinstance(found, dict) else {}
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}, such as liver: 1") from error
     if not labels:
         raise ConfigError(f"{file}: no labels found, expected names with values, such as liver: 1")
     return labels
-
-
-def _names_first(labels: Mapping[Any, Any]) -> dict[Any, Any]:
-    # the Decathlon writes "1": "liver"
-    numbered = all(str(k).isdecimal() and isinstance(v, str) for k, v in labels.items())
-    return {v: int(k) for k, v in labels.items()} if numbered else dict(labels)

@@ -302,8 +302,20 @@ def test_labels_of_a_model_that_comes_with_medseg() -> None:
     assert set(read_labels(Path("hippocampus"))) == {"background", "anterior", "posterior"}
 
 
-@pytest.mark.parametrize("content", ["liver: big\n", "{}\n", "data: 3\n", "data: {labels: [1]}\n"])
-def test_labels_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("liver: big\n", "label 'liver' has value 'big', expected a whole number"),
+        ("liver: 1.9\n", r"label 'liver' has value 1\.9"),
+        ("liver: [1, 2.5]\n", r"label 'liver' has value \[1, 2\.5\]"),
+        ("liver: yes\n", "label 'liver' has value True"),
+        ('"1": liver\n"2": liver\n', "label 'liver' has value 1 and value 2, expected one"),
+        ("{}\n", "no labels found"),
+        ("data: 3\n", "no labels found"),
+        ("data: {labels: [1]}\n", "no labels found"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "l.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=r"l\.yaml"):
+    with pytest.raises(ConfigError, match=rf"l\.yaml: {reason}"):
         read_labels(tmp_path / "l.yaml")
