@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -65,6 +65,8 @@ PROFILED = 100
 WORSE: tuple[tuple[Degradation, float], ...] = tuple((kind, s) for s in (0.2, 0.6) for kind in DEGRADATIONS)
 # share of the time that the first look at the cases, with the windows of training, may take of the whole
 FIRST_SHARE = 0.15
+# what takes no longer than this is done however short a training was
+LEAST_S = 20.0
 
 Settings = Mapping[str, Any]
 Labels = np.ndarray[Any, np.dtype[Any]]
@@ -123,9 +125,10 @@ def calibrate(
 
     And `quality`, the way to an expected Dice, which knows what the images of `training` are like.
 
-    Takes about `budget_s` seconds, at least one look at `LEAST_CASES` cases; with fewer cases nothing is chosen, and
-    what there was no time to try is not chosen. None: the clock decides nothing, so that the same network and cases
-    have the same choices; everything is tried on all cases, and of equals the plainest is taken, not the fastest.
+    Takes about `budget_s` seconds, or the few that the least of it takes. What there was no time to try is not chosen:
+    nothing at all with fewer than `LEAST_CASES` cases, with a budget of 0, and where one look at so many cases would
+    take longer. None: the clock decides nothing, so that the same network and cases have the same choices; everything
+    is tried on all cases, and of equals the plainest is taken, not the fastest.
 
     `notes` keep what was found for each case, so that a calibration that was ended goes on; they must be about this
     very network, these cases and this device.
@@ -133,25 +136,39 @@ def calibrate(
     if len(cases) < LEAST_CASES:
         log.info("%d cases held back: too few to choose windows, copies or post-processing by", len(cases))
         return {}
+    if budget_s == 0:
+        log.info("no time to choose windows, copies or post-processing: train.calibration_share is 0")
+        return {}
     trying_s, quality_s = (None if budget_s is None else s * budget_s for s in (1 - QUALITY_SHARE, QUALITY_SHARE))
     bench = _Bench(config, network, cases, device, precision, trying_s, notes or Notebook(None, ""), progress)
     usual = bench.first()
+    if usual is None:
+        return {}
     windows = _choose_windows(bench, usual)
     tta = _choose_copies(bench, windows[-1])
     return {
         "windows": _record(windows),
         "tta": _record(tta, only=("flip_axes", "shifts", "scales")),
-        "postprocess": _choose_postprocess(bench, windows[-1]),
+        "postprocess": _choose_postprocess(bench, windows[-1], usual),
         "quality": _learn_quality(bench, windows[-1], training, quality_s),
     }
 
 
 def quick_dice(
-    config: Config, network: torch.nn.Module, cases: Sequence[Prepared], device: torch.device, precision: str
+    config: Config,
+    network: torch.nn.Module,
+    cases: Sequence[Prepared],
+    device: torch.device,
+    precision: str,
+    *,
+    tick: Callable[[float], None] | None = None,
 ) -> dict[str, float]:
-    """Mean Dice of each label that any of the cases has, on the network's grid: a guide, not the report."""
+    """Mean Dice of each label that any of the cases has, on the network's grid: a guide, not the report.
+
+    `tick` hears the share of a case that is done after each of its windows; what it raises ends the look.
+    """
     scorer = make_scorer(network, config.data, device, precision)
-    found = np.array([case_dice(config.data, label_case(config, c, scorer, device), c) for c in cases])
+    found = np.array([case_dice(config.data, label_case(config, c, scorer, device, tick=tick), c) for c in cases])
     return {
         name: float(np.nanmean(column))
         for name, column in zip(config.data.foreground, found.T)
@@ -160,7 +177,13 @@ def quick_dice(
 
 
 def label_case(
-    config: Config, case: Prepared, scorer: Scorer, device: torch.device, evidence: Evidence | None = None
+    config: Config,
+    case: Prepared,
+    scorer: Scorer,
+    device: torch.device,
+    evidence: Evidence | None = None,
+    *,
+    tick: Callable[[float], None] | None = None,
 ) -> Labels:
     """Labels (*S) of a prepared case on the network's grid, in the values of a prepared label."""
     windows, data = config.windows, config.data
@@ -171,7 +194,8 @@ def label_case(
     seen = views(windows)
     ensemble = Ensemble((scorer,), seen, evidence.add_members if evidence and len(seen) > 1 else None)
     air = air_of(windows, data, config.preprocess, case.image)
-    for piece in stream(windows, case.image, ensemble, device=device, out_channels=data.out_channels, air=air):
+    pieces = stream(windows, case.image, ensemble, device=device, out_channels=data.out_channels, air=air, tick=tick)
+    for piece in pieces:
         labels[piece.box] = decision.decide(piece.scores, range(data.out_channels)).cpu()
         if evidence is not None:
             evidence.add_piece(piece, case.image)
@@ -222,11 +246,14 @@ class _Bench:
         self._began = notes.clock()
         self._budget_s = budget_s
         self._progress = progress
+        self._masks: dict[str, Labels] = {}
 
-    def first(self) -> Trial:
-        """The way of training, on as many cases, spread evenly, as leave time for the others."""
+    def first(self) -> Trial | None:
+        """The way of training, on as many cases, spread evenly, as leave time for the others; None: on too few."""
         if self._budget_s is not None:
             chosen = set(self._notes.once(["cases"], partial(self._affordable, self._budget_s)))
+            if not chosen:
+                return None
             if self._notes.goes_on:
                 # somebody has to pay for caches again, and no case that is timed
                 label_case(self.config, self.cases[0], self._scorer({}), self.device)
@@ -237,7 +264,7 @@ class _Bench:
         return trial
 
     def _affordable(self, budget_s: float) -> list[str]:
-        """Ids of the cases to choose by."""
+        """Ids of the cases to choose by; none where there is no time for `LEAST_CASES`."""
         start = time.perf_counter()
         scorer = self._scorer({})
         # the first case pays for caches too; the second tells the time
@@ -245,11 +272,22 @@ class _Bench:
             begun = time.perf_counter()
             label_case(self.config, case, scorer, self.device)
             each = time.perf_counter() - begun
+            if LEAST_CASES * each > max(LEAST_S, budget_s):
+                log.warning(
+                    "windows, copies and post-processing are not chosen, and no Dice is expected of a case: %s took "
+                    "%.0f s, and there are %.0f s to try %d cases; a larger train.calibration_share gives more",
+                    *(case.id, each, budget_s, LEAST_CASES),
+                )
+                return []
         affordable = int(FIRST_SHARE * budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))
         picked = np.unique(np.linspace(0, len(self.cases) - 1, wanted).round().astype(int))
         log.debug("%.1f s to see what a case takes: %d cases to choose by", time.perf_counter() - start, len(picked))
         return [self.cases[i].id for i in picked]
+
+    def _left(self) -> float:
+        """Seconds that are left to try something."""
+        return math.inf if self._budget_s is None else self._budget_s - (self._notes.clock() - self._began)
 
     @property
     def is_timed(self) -> bool:
@@ -258,10 +296,9 @@ class _Bench:
 
     def run(self, name: str, settings: Settings, *, expected: float = 0.0) -> Trial | None:
         """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
-        left = math.inf if self._budget_s is None else self._budget_s - (self._notes.clock() - self._began)
         # what is known already takes none
         unknown = sum(not self._notes.knows(["trial", settings, case.id]) for case in self.cases)
-        if expected * unknown > max(0.0, left):
+        if expected * unknown > max(0.0, self._left()):
             log.info("no time left to try %s", name)
             return None
         config, scorer = self._changed(settings), self._scorer(settings)
@@ -269,7 +306,8 @@ class _Bench:
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), name)
             try:
-                dices, took = self._notes.once(["trial", settings, case.id], partial(self._try, config, scorer, case))
+                make = partial(self._try, config, scorer, case, keep=not settings)
+                dices, took = self._notes.once(["trial", settings, case.id], make)
             except (DataError, RuntimeError) as error:
                 # too small for the network, or too large for the memory: not this way. The way of training must work
                 if not settings or not (isinstance(error, DataError) or is_out_of_memory(error)):
@@ -282,32 +320,51 @@ class _Bench:
         log.info("%s: Dice %.4f, %.3f s a case", name, trial.mean, trial.seconds)
         return trial
 
-    def _try(self, config: Config, scorer: Scorer, case: Prepared) -> tuple[list[float], float]:
-        """Dice by label, and the seconds from image to labels."""
+    def _try(self, config: Config, scorer: Scorer, case: Prepared, *, keep: bool) -> tuple[list[float], float]:
+        """Dice by label, and the seconds from image to labels, which are kept where they will be asked for again."""
         begun = time.perf_counter()
         labels = label_case(config, case, scorer, self.device)
+        if keep:
+            self._masks[case.id] = labels
         return case_dice(config.data, labels, case), time.perf_counter() - begun
 
-    def labels(self, settings: Settings) -> Iterator[tuple[Labels, Prepared]]:
-        """The labels of every case, in a way that has been tried."""
-        config, scorer = self._changed(settings), self._scorer(settings)
+    def has_time_for(self, trial: Trial) -> bool:
+        """Whether there is time to see the cases in a way that has been tried once more."""
+        return trial.seconds * len(self.cases) <= max(0.0, self._left())
+
+    def labels(self, trial: Trial) -> Iterator[tuple[Labels, Prepared]]:
+        """The labels of every case, in a way that has been tried; those of the first way are kept, and given away."""
+        config, scorer = self._changed(trial.settings), self._scorer(trial.settings)
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), "post-processing")
-            yield label_case(config, case, scorer, self.device), case
+            known = None if trial.settings else self._masks.pop(case.id, None)
+            yield label_case(config, case, scorer, self.device) if known is None else known, case
 
-    def samples(self, settings: Settings, profile: Profile, budget_s: float | None) -> list[Sample]:
+    def teaching(self, seconds: float, budget_s: float | None) -> list[Prepared]:
+        """As many cases, spread evenly, as can each be seen twice in the time, `seconds` a look; none for too few."""
+        if budget_s is None:
+            return self.cases
+        affordable = int(max(LEAST_S, budget_s) / max(1e-6, 2 * seconds))
+        if affordable < LEAST_CASES:
+            return []
+        picked = np.linspace(0, len(self.cases) - 1, min(affordable, len(self.cases))).round().astype(int)
+        return [self.cases[i] for i in np.unique(picked)]
+
+    def samples(
+        self, settings: Settings, cases: Sequence[Prepared], profile: Profile, budget_s: float | None
+    ) -> list[Sample]:
         """What the cases teach about the estimate of Dice: as they are, then ever worse till time is up, or once."""
         config, scorer = self._changed(settings), self._scorer(settings)
         began = self._notes.clock()
         found: list[Sample] = []
         turns = 2 if budget_s is None else 1 + len(WORSE)
-        total = turns * len(self.cases)
+        total = turns * len(cases)
         for turn in range(turns):
-            for number, case in enumerate(self.cases):
-                # every case once as it is and once worse, however long it takes
+            for number, case in enumerate(cases):
+                # every case once as it is and once worse: so many were taken
                 if turn > 1 and budget_s is not None and self._notes.clock() - began > budget_s:
                     return found
-                self._progress("calibrate", turn * len(self.cases) + number, total, "quality")
+                self._progress("calibrate", turn * len(cases) + number, total, "quality")
                 # in one turn all kinds come, each on other cases
                 worse = WORSE[(turn + number) % len(WORSE)] if turn else None
                 make = partial(self._samples, config, scorer, profile, case, worse, (turn, number))
@@ -432,13 +489,18 @@ def _copies(config: Config, settings: Settings) -> int:
     return len(views(_laid_over(config, settings).windows))
 
 
-def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
-    """What helped on the cases, tried together once more before it is used."""
+def _choose_postprocess(bench: _Bench, base: Trial, usual: Trial) -> dict[str, Any]:
+    """What helped on the cases, tried together once more before it is used.
+
+    Where there is no time for the masks of `base`, by those of the `usual` way.
+    """
     data = bench.config.data
     if data.is_regions:
         return {"settings": {}, "measured": []}
     values = prepared_values(data)
-    seen = [(labels, case) for labels, case in bench.labels(base.settings)]
+    if base is not usual and not bench.has_time_for(base):
+        base = usual
+    seen = list(bench.labels(base))
     found = choose(
         ((labels, _reference(case), case.grid.spacing_mm) for labels, case in seen), values, ignore_value=ignored(data)
     )
@@ -459,17 +521,21 @@ def _choose_postprocess(bench: _Bench, base: Trial) -> dict[str, Any]:
 def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], budget_s: float | None) -> dict[str, Any]:
     """The estimate of Dice, from the cases as they are and worse; with mirrored copies too, where sides are alike."""
     data = bench.config.data
-    picked = np.unique(np.linspace(0, len(training) - 1, PROFILED).round().astype(int))
-    profile = profile_of((training[i] for i in picked), data)
     axes = [] if sided_label(data) else list(bench.config.augment.flip_axes)[:1]
     plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
-    plain = bench.samples(base.settings, profile, plain_s)
+    cases = bench.teaching(base.seconds, plain_s)
+    if not cases:
+        log.info("no time to learn what Dice to expect of a case: a larger train.calibration_share gives more")
+        return {"settings": {}, "measured": []}
+    picked = np.unique(np.linspace(0, len(training) - 1, PROFILED).round().astype(int))
+    profile = profile_of((training[i] for i in picked), data)
+    plain = bench.samples(base.settings, cases, profile, plain_s)
     if not plain:
         return {"settings": {}, "measured": []}
     model = fit_quality(plain, profile)
     if axes:
         flipped = overlay(base.settings, {"windows": {"flip_axes": axes}})
-        mirrored = bench.samples(flipped, profile, None if plain_s is None else 2 * plain_s)
+        mirrored = bench.samples(flipped, cases, profile, None if plain_s is None else 2 * plain_s)
         if mirrored:
             model = model.model_copy(update={"with_members": fit_quality(mirrored, profile).with_members})
         else:

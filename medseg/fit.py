@@ -29,6 +29,7 @@ from medseg.device import (
 )
 from medseg.errors import ConfigError, DataError, TrainingError
 from medseg.journal import Journal, Row
+from medseg.looks import LEAST_S, Ear, ToldToEndError, look
 from medseg.losses import loss as loss_of
 from medseg.model import new_network
 from medseg.optimise import average_weights, learning_rate, make_optimizer, set_rates
@@ -56,7 +57,8 @@ class Course:
     """How far a fit is, all of it kept in the state. Seconds are those of the loop; `losses` those of this epoch.
 
     `rows`: how many metrics.csv has. `skipped`: batches without a finite loss or gradient; `bad`: the last of them in a
-    row. `watched`: held-back cases that are validated on; `dice`: of the last time, None before the first.
+    row. `watched`: held-back cases that are validated on; `dice`: of the last time, None before the first; `look_s`:
+    seconds that such a look takes, 0 before the first.
     """
 
     step: int = 0
@@ -68,6 +70,7 @@ class Course:
     bad: int = 0
     watched: int | None = None
     validated_at: int = -1
+    look_s: float = 0.0
     dice: float | None = None
     losses: list[float] = field(default_factory=list)
 
@@ -124,8 +127,6 @@ class Fit:
         # statistics of batches, which a bad batch must not reach
         self._averages = list(self.network.buffers())
         self._away_since: float | None = None
-        # unknown till the first is over
-        self._look_s = math.inf
         self.sampler = PatchSampler(
             training,
             patch_size=config.windows.patch_size,
@@ -467,33 +468,38 @@ class Fit:
         course, settings = self.course, self.config.train
         by_clock = settings.time_budget_s is not None
         if by_clock:
-            due = course.validating <= settings.validation_share * course.elapsed
+            due = self._left_for_looks() >= course.look_s
         else:
             due = MOMENTS * course.step // self.total > MOMENTS * max(0, course.validated_at) // self.total
         if not due and self.progress < 1:
             return {}
-        if self.validation and self._look_s > settings.save_every_s:
+        most_s = max(LEAST_S, settings.validation_share * self.total) if by_clock else math.inf
+        if not self.validation or course.look_s > most_s:
+            course.validated_at = course.step
+            return {}
+        if not course.look_s or course.look_s > settings.save_every_s:
             # a kill within a long look is not to cost the steps before it as well
             self._save_on_the_way()
         start = time.perf_counter()
-        scores = self.ranks.led(lambda: self._validate(by_clock, told)) if self.validation else {}
+        scores = self.ranks.led(lambda: self._validate(by_clock, told))
         if scores is None:
             return None
-        self._look_s = time.perf_counter() - start
+        spent = time.perf_counter() - start
         course.validated_at = course.step
-        course.validating, course.elapsed = self.ranks.shared(
-            (course.validating + time.perf_counter() - start, course.elapsed + time.perf_counter() - start)
+        course.validating, course.elapsed, course.look_s = self.ranks.shared(
+            (course.validating + spent, course.elapsed + spent, course.look_s if by_clock else spent)
         )
         return scores
+
+    def _left_for_looks(self) -> float:
+        """Seconds of what has passed of a time budget that looks at held-back cases may still take."""
+        return self.config.train.validation_share * self.course.elapsed - self.course.validating
 
     def _validate(self, by_clock: bool, told: Callable[[], int]) -> dict[str, float] | None:
         course = self.course
         try:
-            if course.watched is None:
-                course.watched = self._count_watched(told) if by_clock else len(self.validation)
-            picked = np.unique(np.linspace(0, len(self.validation) - 1, course.watched).round().astype(int))
-            scores = self._dice([self.validation[i] for i in picked], told)
-        except _ToldToEndError:
+            scores = self._look_by_clock(told) if by_clock else self._dice(self.validation, Ear(told))
+        except ToldToEndError:
             return None
         except DataError as error:
             # nothing is chosen by it, so that it is no reason to end
@@ -508,18 +514,17 @@ class Fit:
         course.dice = float(np.mean(list(scores.values()))) if scores else None
         return scores
 
-    def _count_watched(self, told: Callable[[], int]) -> int:
-        """How many held-back cases fit into one of some moments of a time budget, judged by the first of them."""
-        settings = self.config.train
-        start = time.perf_counter()
-        self._dice(self.validation[:1], told)
-        each = time.perf_counter() - start
-        affordable = settings.validation_share * (settings.time_budget_s or 0) / MOMENTS / each
-        return max(1, min(len(self.validation), int(affordable)))
+    def _look_by_clock(self, told: Callable[[], int]) -> dict[str, float]:
+        course = self.course
+        moment_s = self.config.train.validation_share * self.total / MOMENTS
+        left_s = self._left_for_looks()
+        found = look(self._dice, self.validation, told, watched=course.watched, left_s=left_s, moment_s=moment_s)
+        course.watched, course.look_s = found.watched, found.seconds
+        return found.scores
 
-    def _dice(self, cases: Sequence[Prepared], told: Callable[[], int]) -> dict[str, float]:
-        one_by_one = cast(Sequence[Prepared], _until_told(cases, told))
-        return quick_dice(self.config, self.averaged.module, one_by_one, self.device, self.precision)
+    def _dice(self, cases: Sequence[Prepared], ear: Ear) -> dict[str, float]:
+        one_by_one = cast(Sequence[Prepared], ear.before_each(cases))
+        return quick_dice(self.config, self.averaged.module, one_by_one, self.device, self.precision, tick=ear.tick)
 
 
 def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -> tuple[int, tuple[int, ...]] | None:
@@ -542,17 +547,6 @@ def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -
                 raise
             continue
         return batch, patch
-
-
-class _ToldToEndError(Exception):
-    """A signal came while cases were judged, which may take longer than a cluster waits."""
-
-
-def _until_told(cases: Sequence[Prepared], told: Callable[[], int]) -> Iterator[Prepared]:
-    for case in cases:
-        if told():
-            raise _ToldToEndError
-        yield case
 
 
 @contextmanager

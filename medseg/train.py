@@ -491,7 +491,7 @@ def _calibrated(
 ) -> dict[str, Any]:
     """What the held-back cases choose for inference, in a share of the time that training took."""
     share = config.train.calibration_share
-    # without a share only the least is done, whatever the clock says
+    # without a share nothing is done, whatever the clock says
     budget_s = None if config.train.deterministic and share else share * fit.course.elapsed
     said = read_description(fit.folder)
     about = [said[name] for name in ("weights_sha256", "config", "versions")]

@@ -213,9 +213,9 @@ def test_what_there_is_no_time_for_is_left_out() -> None:
 def test_what_was_tried_before_a_kill_needs_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, cases, way, looks = tiny_config(), [a_case(n) for n in range(6)], {"windows": {"overlap": 0.75}}, []
 
-    def look(*given: Any) -> Any:
+    def look(*given: Any, **tick: Any) -> Any:
         looks.append(given[1].id)
-        return label_case(*given)
+        return label_case(*given, **tick)
 
     def begun() -> _Bench:
         looks.clear()
@@ -238,6 +238,60 @@ def test_what_was_tried_before_a_kill_needs_no_time(tmp_path: Path, monkeypatch:
 def test_a_few_cases_tell_nothing() -> None:
     cases = [a_case(n) for n in range(4)]
     assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}
+
+
+def test_a_budget_of_nothing_chooses_nothing() -> None:
+    cases = [a_case(n) for n in range(6)]
+    assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=0) == {}
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "known"), [(180.0, set()), (1200.0, {"windows"}), (3600.0, {"windows", "quality"})]
+)
+def test_cases_that_take_long_are_looked_at_no_more_often_than_there_is_time(
+    budget_s: float, known: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+
+    def look(config: Config, *given: Any, **tick: Any) -> Any:
+        # a large scan on a CPU; a mirrored copy takes as long again
+        now[0] += 40.0 * (1 + len(config.windows.flip_axes))
+        return label_case(config, *given, **tick)
+
+    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
+    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: now[0])
+    config, cases = tiny_config(augment={"flip_axes": [0]}), [a_case(n) for n in range(8)]
+    found = calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=budget_s)
+    assert now[0] <= budget_s
+    measured = {part for part, chosen in found.items() if chosen["measured"]}
+    assert measured >= known
+    assert ("quality" in measured) == ("quality" in known)
+    if not known:
+        assert found == {}
+        assert "case0 took 40 s, and there are 108 s to try 5 cases" in caplog.text
+
+
+def test_masks_of_the_first_way_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def look(*given: Any, **tick: Any) -> Any:
+        looks.append(given[1].id)
+        return label_case(*given, **tick)
+
+    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    cases = [a_case(n) for n in range(6)]
+    there = _Bench(tiny_config(), Threshold(), cases, CPU, "32", 600.0, Notebook(None, ""), lambda *_: None)
+    usual = there.first()
+    assert usual is not None
+    before = len(looks)
+    masks = {case.id: labels for labels, case in there.labels(usual)}
+    assert len(looks) == before
+    for case in cases:
+        assert case.label is not None
+        assert np.array_equal(masks[case.id], case.label.numpy())
+    # they were given away
+    assert len(list(there.labels(usual))) == len(looks) - before == 6
 
 
 class Lopsided(torch.nn.Module):
@@ -299,13 +353,15 @@ def test_a_calibration_that_was_killed_goes_on_with_the_case_it_had_come_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, cases, looks, ends = tiny_config(), [a_case(n) for n in range(6)], [], [0]
-    network = new_network(config)
+    # all windows are equally good, so that those of training are kept, and their masks serve for post-processing
+    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
+    network = Threshold()
 
-    def look(*given: Any) -> Any:
+    def look(*given: Any, **tick: Any) -> Any:
         looks.append(given[1].id)
         if len(looks) == ends[0]:
             raise KeyboardInterrupt
-        return label_case(*given)
+        return label_case(*given, **tick)
 
     def made(*, killed_at: int = 0) -> dict[str, Any]:
         looks.clear()
@@ -321,12 +377,12 @@ def test_a_calibration_that_was_killed_goes_on_with_the_case_it_had_come_to(
     monkeypatch.setattr("medseg.calibrate.label_case", look)
     whole, all_looks = without_seconds(made()), len(looks)
     (tmp_path / "notes.jsonl").unlink()
-    for killed_at in (15, 30, 40):
+    for killed_at in (15, 20, 20):
         with pytest.raises(KeyboardInterrupt):
             made(killed_at=killed_at)
     assert without_seconds(made()) == whole
-    # each kill cost the look it came in, the last one also the masks for post-processing, which are not kept
-    assert len(looks) == all_looks - 14 - 29 - 39 + len(cases)
+    # each kill cost the look it came in; masks for post-processing, which outlive no process, were made in the last two
+    assert len(looks) == all_looks - 14 - 19 - 19 + 2 * len(cases)
     # nothing but these masks is looked at once more
     made()
     assert looks == [case.id for case in cases]

@@ -162,9 +162,9 @@ def test_a_signal_ends_a_validation_which_is_then_done_again(tmp_path: Path, mon
     fit = noise_fit(tmp_path / "parts", noise_config())
     dice = module.quick_dice
 
-    def told(config: Any, network: Any, cases: Any, *more: Any) -> dict[str, float]:
+    def told(config: Any, network: Any, cases: Any, *more: Any, **tick: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return dice(config, network, cases, *more)
+        return dice(config, network, cases, *more, **tick)
 
     monkeypatch.setattr(module, "quick_dice", told)
     with pytest.raises(medseg.Preempted):
@@ -174,6 +174,28 @@ def test_a_signal_ends_a_validation_which_is_then_done_again(tmp_path: Path, mon
     rest = run_noted(noise_fit(tmp_path / "parts", noise_config(), resume=True))
     assert rest.weights == whole.weights
     assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+
+
+def test_a_signal_within_a_large_case_is_heard_after_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    dice = module.quick_dice
+
+    def told(*given: Any, tick: Callable[[float], None]) -> dict[str, float]:
+        def heard(share: float) -> None:
+            shares.append(share)
+            os.kill(os.getpid(), signal.SIGTERM)
+            tick(share)
+
+        return dice(*given, tick=heard)
+
+    monkeypatch.setattr(module, "quick_dice", told)
+    with pytest.raises(medseg.Preempted):
+        noise_fit(tmp_path, noise_config(windows={"patch_size": [8, 8, 8]})).run(silent)
+    assert len(shares) == 1
+    assert shares[0] < 1
+    assert read_state(tmp_path)["course"]["validated_at"] == -1
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
@@ -296,7 +318,7 @@ def test_a_batch_that_does_not_fit_leaves_behind_nothing(tmp_path: Path, monkeyp
 def test_held_back_cases_that_cannot_be_judged_end_no_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: Any) -> dict[str, float]:
+    def refuse(*_: Any, **__: Any) -> dict[str, float]:
         raise medseg.DataError("case0: the network gave scores that are no numbers")
 
     fit = noise_fit(tmp_path, noise_config())
@@ -310,7 +332,7 @@ def test_a_long_look_at_held_back_cases_begins_with_a_state(tmp_path: Path, monk
     fit = noise_fit(tmp_path, noise_config(train={"save_every_s": 3600.0}))
     looks: list[int] = []
 
-    def killed(*_: Any) -> dict[str, float]:
+    def killed(*_: Any, **__: Any) -> dict[str, float]:
         looks.append(fit.course.step)
         raise KeyboardInterrupt
 
@@ -456,7 +478,7 @@ def test_memory_that_runs_out_beside_the_steps_leaves_a_state(
     if where == "the draw":
         _before_draw(fit, 2, _raise(full))
     else:
-        monkeypatch.setattr(module, "quick_dice", lambda *_: _raise(full)())
+        monkeypatch.setattr(module, "quick_dice", lambda *_, **__: _raise(full)())
     with pytest.raises(medseg.TrainingError, match=r"out of memory on .* at step 2, .* the state is saved: .*--resume"):
         fit.run(silent)
     monkeypatch.undo()
@@ -498,21 +520,74 @@ def test_the_weights_are_the_average_of_those_of_all_steps_the_later_the_heavier
 def test_looks_at_held_back_cases_choose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_noted(noise_fit(tmp_path / "whole", noise_config()))
     dice = iter([0.9, 0.2, 0.1])
-    monkeypatch.setattr(module, "quick_dice", lambda *_: {"label_1": next(dice)})
+    monkeypatch.setattr(module, "quick_dice", lambda *_, **__: {"label_1": next(dice)})
     other = run_noted(noise_fit(tmp_path / "other", noise_config()))
     assert other.weights == whole.weights
     assert other.dice == 0.1
 
 
 def test_there_are_a_few_looks_however_many_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "quick_dice", lambda *_: {"label_1": 0.5})
+    monkeypatch.setattr(module, "quick_dice", lambda *_, **__: {"label_1": 0.5})
     noise_fit(tmp_path, noise_config(train={"epochs": 20, "steps_per_epoch": 1})).run(silent)
     looked = [int(row["step"]) for row in _rows(tmp_path) if row["dice"]]
     assert looked == [3, 5, 8, 10, 13, 15, 18, 20]
 
 
+@pytest.fixture
+def clocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], tuple[Fit, Callable[[float], Any]]]:
+    """A fit of 1,200 s, of which looks may take 60, whose held-back case takes some seconds in four windows."""
+
+    def made(seconds: float) -> tuple[Fit, Callable[[float], Any]]:
+        now = [0.0]
+
+        def look(config: Any, network: Any, cases: Any, *_: Any, tick: Callable[[float], None]) -> dict[str, float]:
+            for _ in cases:
+                for window in range(1, 5):
+                    now[0] += seconds / 4
+                    tick(window / 4)
+            return {"label_1": 0.5}
+
+        def validate_at(elapsed: float) -> Any:
+            fit.course.elapsed, fit.course.step = elapsed, int(elapsed)
+            return fit._validate_if_time(lambda: 0)
+
+        monkeypatch.setattr(module, "quick_dice", look)
+        monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+        settings = {"epochs": None, "time_budget_s": 1200.0, "deterministic": False}
+        fit = noise_fit(tmp_path / f"{seconds:g}", noise_config(train=settings))
+        return fit, validate_at
+
+    return made
+
+
+def test_a_look_that_would_take_more_than_its_share_is_broken_off_and_never_tried_again(clocked: Any) -> None:
+    fit, validate_at = clocked(95.0)
+    # after a quarter of it, it is plain that 60 s will never do
+    assert validate_at(40.0) == {}
+    assert fit.course.validating == pytest.approx(95 / 4)
+    for elapsed in (600.0, 1190.0, 1201.0):
+        assert validate_at(elapsed) == {}
+    assert fit.course.validating == pytest.approx(95 / 4)
+    assert fit.course.validated_at == 1201
+
+
+def test_a_look_waits_until_its_share_of_what_has_passed_is_enough(clocked: Any) -> None:
+    fit, validate_at = clocked(20.0)
+    assert validate_at(40.0) == {}
+    assert fit.course.validating == pytest.approx(5.0)
+    # a twentieth of 499 s is 24.95 s, less the 5 s of the attempt
+    assert validate_at(499.0) == {}
+    assert validate_at(501.0) == {"label_1": 0.5}
+    # the case that told how long one takes is the look
+    assert fit.course.validating == pytest.approx(25.0)
+    # looks stay within their share but for the last, which says how the weights that are kept do
+    assert validate_at(1199.0) == {"label_1": 0.5}
+    assert fit.course.validating == pytest.approx(45.0)
+    assert validate_at(1201.0) == {"label_1": 0.5}
+
+
 def test_a_label_that_no_held_back_case_has_is_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "quick_dice", lambda *_: {})
+    monkeypatch.setattr(module, "quick_dice", lambda *_, **__: {})
     fit = noise_fit(tmp_path, noise_config())
     fit.run(silent)
     assert fit.course.dice is None

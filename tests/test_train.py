@@ -333,7 +333,7 @@ def test_with_a_validation_fold_the_clock_does_not_choose_the_weights(
 
 
 def _slow_dice(pause: float) -> Callable[..., dict[str, float]]:
-    def scores(*_: Any) -> dict[str, float]:
+    def scores(*_: Any, **__: Any) -> dict[str, float]:
         time.sleep(pause)
         return {"label_1": 0.5}
 
@@ -870,11 +870,11 @@ def test_a_calibration_goes_on_where_it_was_ended_with_the_same_cases_alone(
 ) -> None:
     dataset, look, looks, ends = tiny_dataset(cases=10, form="nnunet"), calibrate.label_case, [0], [0]
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **tick: Any) -> Any:
         looks[0] += 1
         if looks[0] == ends[0]:
             raise KeyboardInterrupt
-        return look(*given)
+        return look(*given, **tick)
 
     def choices(run: medseg.Run) -> Any:
         text = json.dumps(_description(run.folder)["inference"])
