@@ -293,8 +293,11 @@ def test_two_patients_have_no_interval(judge) -> None:
 def test_groups_can_be_given_with_the_pairs(judge, tmp_path: Path) -> None:
     judge(SIX)
     pairs = [Pair(c, tmp_path / "pred" / f"{c}.nii.gz", tmp_path / "ref" / f"{c}.nii.gz") for c in "abcdef"]
-    found = evaluate_pairs(pairs, EvaluateOptions(), groups={case: "p" if case in "ab" else case for case in "abcdef"})
-    assert (found.summary["n_groups"], found.summary["groups"]["b"], found.metadata) == (5, "p", None)
+    groups = {case: "Smith" if case in "ab" else case for case in "abcdef"}
+    found = evaluate_pairs(pairs, EvaluateOptions(), groups=groups)
+    assert (found.summary["n_groups"], found.summary["groups"]["b"], found.metadata) == (5, "a", None)
+    # no name of a patient goes further
+    assert "Smith" not in json.dumps(found.summary)
 
 
 def test_a_patient_for_every_case_is_no_grouping(judge, tmp_path: Path) -> None:

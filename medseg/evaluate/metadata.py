@@ -75,13 +75,27 @@ def read_metadata(path: Path, cases: Sequence[str], *, group: str | None = None)
             warnings.append(f"column {column!r} of {path.name} gives no subgroups: {reason}")
         else:
             table[column] = _categories(column, values, sheet.decimal_comma)
-    patients = None if patient is None else _patients(rows, cases, patient)
-    if patients is not None:
+    patients = None
+    if patient is not None:
+        patients = called_by_case({case: _filled(rows.get(case, {}).get(patient, "")) for case in cases}, cases)
         warnings.append(
             f"column {patient!r} of {path.name} names patients: intervals are those of {len(set(patients.values()))} "
             f"patients with {len(cases)} cases"
         )
     return Metadata(table, patients, tuple(warnings))
+
+
+def called_by_case(patients: Mapping[str, str | None], cases: Iterable[str]) -> dict[str, str]:
+    """Each of `cases` with the first case of its patient: no name of a patient goes further.
+
+    A case that `patients` does not hold, or with None, is a patient of its own.
+    """
+    first: dict[str, str] = {}
+    called = {}
+    for case in cases:
+        patient = patients.get(case)
+        called[case] = case if patient is None else first.setdefault(patient, case)
+    return called
 
 
 @dataclass(frozen=True)
@@ -186,15 +200,6 @@ def _patient_column(path: Path, columns: Sequence[str], wanted: str | None) -> s
 def _bare(column: str) -> str:
     """The name of a column without capitals, spaces and signs: `Patient ID` and `patient_id` are one."""
     return "".join(c for c in column.lower() if c.isalnum())
-
-
-def _patients(rows: Mapping[str, Mapping[str, str]], cases: Sequence[str], column: str) -> dict[str, str]:
-    first: dict[str, str] = {}
-    patients = {}
-    for case in cases:
-        patient = _filled(rows.get(case, {}).get(column, ""))
-        patients[case] = case if patient is None else first.setdefault(patient, case)
-    return patients
 
 
 def _filled(text: str) -> str | None:
