@@ -221,6 +221,20 @@ def test_cases_needed_follow_from_the_spread(judge) -> None:
     assert "cases_needed" not in found.summary["labels"]["1"]["iou"]
 
 
+def test_where_patients_are_known_patients_are_needed(judge) -> None:
+    # every patient three times: their means are what SIX has once
+    thrice = {f"{case}{n}": pair for case, pair in SIX.items() for n in (1, 2, 3)}
+    table = "case,patient\n" + "".join(f"{case},{case[0]}\n" for case in thrice)
+    scans, patients, once = (judge(thrice), judge(thrice, table), judge(SIX))
+    needed, of_scans, expected = (
+        found.summary["labels"]["1"]["dice"]["cases_needed"] for found in (patients, scans, once)
+    )
+    assert needed == expected
+    assert needed["0.01"] > of_scans["0.01"]
+    assert "How many patients" in patients.summary["definitions"]["cases_needed"]
+    assert "How many cases" in scans.summary["definitions"]["cases_needed"]
+
+
 def test_volumes_agree_as_bland_and_altman_have_it(judge) -> None:
     found = judge({"a": (FULL, FULL), "b": (FULL, FULL), "c": (HALF, FULL), "none": (EMPTY, EMPTY)})
     # differences 0, 0 and −2 voxels of 2 mm³; where neither has the label there is no volume to agree on

@@ -367,9 +367,21 @@ def test_reach_says_how_far_a_mean_is_known_and_what_more_would_take():
 
 
 def test_reach_counts_patients_where_they_are_known():
-    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": None}
+    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": {"0.02": 16}}
     summary = {"n_cases": 20, "n_groups": 4, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
-    assert reach(summary)[0] == "With 4 patients the mean Dice is known to about ±0.050."
+    assert reach(summary)[:2] == [
+        "With 4 patients the mean Dice is known to about ±0.050.",
+        "For ±0.02 about 16 patients would be needed (liver).",
+    ]
+
+
+def test_the_page_says_patients_where_they_are_known(report, tmp_path):
+    less = SOLID.copy()
+    less[1] = 0
+    cases = {"a": (SOLID, SOLID), "b": (less, SOLID), "c": (SOLID, SOLID), "d": (less, SOLID)}
+    words = Page(page(report(cases, metadata="case,patient\na,1\nb,2\nc,3\nd,3\n"), tmp_path)).words
+    assert "Patients for ±0.02" in words
+    assert "Cases for ±0.02" not in words
 
 
 def test_nothing_is_said_of_reach_where_there_is_no_interval():

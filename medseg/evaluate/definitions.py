@@ -64,6 +64,10 @@ def definitions(options: EvaluateOptions, *, groups: bool, subgroups: bool) -> d
             "Cases of one patient are drawn together: intervals are those of patients, not of scans. In summary.json a "
             "patient is called as the first of the cases."
         )
+        texts["cases_needed"] = (
+            "How many patients like these, with as many cases each, a 95% interval of the mean Dice of ± 0.01, 0.02 or "
+            "0.05 would take, from how far the means of patients spread; not given below three patients."
+        )
     if subgroups:
         texts["subgroups"] = (
             "The same measures over the cases with one value of the metadata. Bands include their lower edge and not "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medseg.statistics._agreement import BlandAltman, bland_altman, cases_needed, cases_to_show
+from medseg.statistics._agreement import BlandAltman, bland_altman, cases_needed, cases_to_show, unit_sd
 from medseg.statistics._intervals import CONFIDENCE, MINIMUM_UNITS, RESAMPLES, SEED, Floats
 from medseg.statistics._paired import PERMUTATIONS, PairedTest, compare_pair, compare_pairs, holm
 from medseg.statistics._ranking import Ranking, rank_all, rank_methods
@@ -29,4 +29,5 @@ __all__ = [
     "rank_methods",
     "summarise",
     "summarise_all",
+    "unit_sd",
 ]
