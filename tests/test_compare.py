@@ -546,6 +546,17 @@ def test_where_nothing_is_shown_the_cases_needed_are_told(report):
     assert finding.endswith(f"about {needed} cases would be needed to show such a difference.")
 
 
+def test_where_patients_are_known_the_patients_needed_are_told(report):
+    # five patients with two cases each: the differences of the test above, each twice
+    groups = {f"c{n}": f"p{n % 5}" for n in range(10)}
+    a = report("a", cases([0.6, 0.5, 0.6, 0.5, 0.6] * 2), groups=groups)
+    b = report("b", cases([0.5, 0.6, 0.5, 0.6, 0.5] * 2), groups=groups)
+    needed = math.ceil(((1.959964 + 0.841621) * math.sqrt(0.012) / 0.02) ** 2)
+    (finding,) = medseg.compare([a, b]).findings
+    assert "over 10 cases of 5 patients" in finding
+    assert finding.endswith(f"about {needed} patients would be needed to show such a difference.")
+
+
 def test_a_mean_of_finite_differences_says_of_how_many(report):
     a = report("a", [*(row(f"c{n}", 0.9, hd=1.0 + n / 10) for n in range(5)), row("c5", 0, status="missed")])
     b = report("b", [row(f"c{n}", 0.9, hd=1.2 + n / 9) for n in range(6)])

@@ -55,7 +55,7 @@ TERM_NAMES = {
     "left out": "Left out",
     "all labels": "All labels",
     "rank": "Ranks and places",
-    "cases needed": "Cases needed",
+    "cases needed": "Sample size",
     "patients": "Patients",
     "worst": "Missed, spurious",
 }
