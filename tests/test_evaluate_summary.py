@@ -354,6 +354,24 @@ def test_infinite_distances_are_explained(judge) -> None:
     assert not said(judge(SIX), "infinite")
 
 
+def test_axes_that_are_not_at_right_angles_are_told(tmp_path: Path) -> None:
+    tilt = np.deg2rad(20)
+    sheared, rounded = np.eye(4), np.eye(4)
+    sheared[:3, 2] = [0, 5 * np.sin(tilt), 5 * np.cos(tilt)]
+    rounded[:3, 2] = [0, 1e-5, 5]
+    for case, affine in (("tilted", sheared), ("upright", rounded)):
+        for folder in ("pred", "ref"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            save(tmp_path / folder / f"{case}.nii.gz", HALF if folder == "pred" else FULL, affine)
+    found = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert said(found, "voxel axes are not at right angles in 1 case (tilted): distances are measured as if they were")
+    # four voxels of 1 × 1 × 5 mm, whose height is 5 mm · cos 20° in the first
+    volumes = dict(zip(found.table["case"], found.table["reference_ml"]))
+    assert volumes == pytest.approx({"tilted": 0.02 * np.cos(tilt), "upright": 0.02})
+    alone = evaluate_folders(*(tmp_path / folder / "upright.nii.gz" for folder in ("pred", "ref")))
+    assert not said(alone, "angles")
+
+
 def test_labels_that_are_nowhere_are_named(judge) -> None:
     found = judge({"a": (HALF, FULL)}, labels={"liver": 1, "spleen": 2})
     assert said(found, "in no reference and no prediction of these cases: spleen")

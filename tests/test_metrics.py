@@ -254,6 +254,12 @@ def test_volumes_in_millilitres():
     assert (row.reference_ml, row.prediction_ml, row.volume_difference_ml) == pytest.approx((2.0, 1.0, -1.0))
 
 
+def test_volumes_follow_the_voxel_where_axes_are_not_at_right_angles():
+    row = measure(cube((0, 0, 0), (10, 10, 5)), CUBE, [1], spacing_mm=(1, 1, 2), voxel_mm3=1.5)[1]
+    assert (row.reference_ml, row.prediction_ml, row.volume_difference_ml) == pytest.approx((1.5, 0.75, -0.75))
+    assert missing_prediction(500, spacing_mm=(1, 1, 2), voxel_mm3=1.5).reference_ml == 0.75
+
+
 def test_two_dimensional_maps_have_no_volume():
     square = np.ones((4, 4), np.uint8)
     row = measure(square, square, [1], spacing_mm=(1, 1))[1]

@@ -137,6 +137,7 @@ def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, pr
         lesions=_lesions(results, labels, options),
         calibration=calibration,
         resampled=[result.case for result in results if result.resampled],
+        skewed=[result.case for result in results if result.skewed],
     )
     notes = [*found.warnings, *(about.warnings if about else ()), *_odd(results), *_unknown(results, judged)]
     notes += uncalibrated

@@ -42,7 +42,7 @@ class Judged:
     """All that was measured: `table` by case and label, and what was measured only where asked.
 
     `groups` maps a case to its patient; `metadata`: subgroups by case (index); `resampled`: cases whose prediction was
-    on another grid.
+    on another grid; `skewed`: cases whose axes are not at right angles.
     """
 
     table: pd.DataFrame
@@ -54,6 +54,7 @@ class Judged:
     lesions: pd.DataFrame | None = None
     calibration: Reliability | None = None
     resampled: Sequence[str] = ()
+    skewed: Sequence[str] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
