@@ -178,6 +178,17 @@ def test_a_missing_prediction_is_left_out_counted_and_ranked_last(report):
     assert line(comparison.ranking, name="liver", metric="dice", method="a")["mean_rank"] == (1.5 + 2) / 2
 
 
+def test_finding_nothing_rightly_ranks_before_no_prediction(report):
+    absent = row("c0", 0, status="missing_prediction", n=0)
+    a = report("a", [absent, row("c1", 0.5), row("c2", 0, status="both_empty")])
+    b = report("b", [row("c0", 0, status="both_empty"), row("c1", 0.5), row("c2", 0, status="both_empty")])
+    ranking = medseg.compare([a, b]).ranking
+    for metric in ("dice", "hd95_mm"):
+        first = line(ranking, name="liver", metric=metric, method="b")
+        # where both rightly found nothing there is nothing to rank
+        assert (first["mean_rank"], first["n"]) == ((1 + 1.5) / 2, 2)
+
+
 def test_patients_are_the_unit_where_reports_name_them(report):
     groups = {f"c{n}": f"p{n % 4}" for n in range(12)}
     a = report("a", cases(list(np.linspace(0.6, 0.9, 12))), groups=groups)

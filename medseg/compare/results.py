@@ -300,11 +300,16 @@ def _events(aligned: Aligned, label: Label, method: int) -> dict[str, int]:
 
 
 def _scores(aligned: Aligned, metric: str) -> Floats:
-    """Values to rank: what was rightly not found is better than any number; a case that nobody could judge is NaN."""
+    """Values to rank: what was rightly not found is better than any number, no prediction NaN.
+
+    A case in which nobody has a value is NaN for all, unless one rightly found nothing and another has no prediction.
+    """
     values, empty = aligned.values[metric], aligned.status == "both_empty"
     best = math.inf if HIGHER_IS_BETTER[metric] else -math.inf
     scores = np.where(empty, best, values)
-    return np.where((empty | np.isnan(values)).all(axis=0), np.nan, scores)
+    told_apart = empty.any(axis=0) & (aligned.status == "missing_prediction").any(axis=0)
+    nobody = (empty | np.isnan(values)).all(axis=0) & ~told_apart
+    return np.where(nobody, np.nan, scores)
 
 
 def _ranked(aligned: Aligned, label: Label, metric: str, found: Ranking) -> list[dict[str, Any]]:
