@@ -357,7 +357,9 @@ def test_a_comparison_is_no_report(report, tmp_path):
 def test_a_comparison_does_not_replace_a_report(report, tmp_path):
     a, b = report("a", cases([0.5])), report("b", cases([0.5]))
     before = (a / "summary.json").read_bytes()
-    with pytest.raises(DataError, match="folder of the report a found"):
+    with pytest.raises(
+        DataError, match=r"summary\.json: that of a report found, expected a folder for the comparison alone"
+    ):
         medseg.compare([a, b]).save(tmp_path / "b" / ".." / "a")
     assert (a / "summary.json").read_bytes() == before
 
@@ -604,6 +606,30 @@ def test_the_folder_holds_strict_json_tables_and_a_page(report, tmp_path):
     table = pd.read_csv(folder / "comparison.csv")
     assert {"p_wilcoxon", "p_permutation", "p_holm", "ci95_low", "ci95_high", "rank_biserial"} <= set(table.columns)
     assert len(table) == len(summary["comparisons"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "found"),
+    [
+        ('{"metric_per_case": []}', "written by another program"),
+        ('{"schema_version": 2, "labels": {}}', "that of a report found"),
+        ("[]", "written by another program"),
+        ("no JSON", "written by another program"),
+    ],
+    ids=["nnU-Net", "report", "list", "text"],
+)
+def test_a_summary_that_no_comparison_wrote_is_not_replaced(report, tmp_path, theirs, found):
+    comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text(theirs)
+    with pytest.raises(DataError, match=rf"summary\.json: {found}, expected a folder for the comparison alone"):
+        comparison.save(tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"summary.json": theirs}
+
+
+def test_an_earlier_comparison_is_replaced(report, tmp_path):
+    comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
+    assert comparison.save(tmp_path / "out") == comparison.save(tmp_path / "out")
 
 
 def test_the_same_reports_give_the_same_numbers(report):

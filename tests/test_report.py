@@ -473,6 +473,16 @@ def test_the_summary_of_another_program_is_not_replaced(report, tmp_path):
     assert (tmp_path / "out" / "report.pdf").read_text() == "theirs"
 
 
+def test_a_comparison_is_not_replaced_by_a_report(report, tmp_path):
+    made = report({"a": (SOLID, SOLID)})
+    theirs = tmp_path / "out" / "summary.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"schema_version": 1, "comparisons": []}')
+    with pytest.raises(DataError, match=r"summary\.json: that of a comparison found, expected a folder for the report"):
+        made.save(tmp_path / "out")
+    assert "comparisons" in theirs.read_text()
+
+
 def test_a_report_leaves_what_it_did_not_write_and_clears_away_its_own(report, tmp_path):
     made = report({"a": (SOLID, SOLID)})
     (tmp_path / "out").mkdir()
