@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from medseg.errors import DataError
-from medseg.evaluate.pairs import case_name, named, printable
+from medseg.evaluate.pairs import case_name, counted, named, printable
 
 CASE = "case"
 GROUP_COLUMNS = ("group", "patient", "subject", "patient_id", "subject_id")
@@ -138,6 +138,12 @@ def _read(path: Path) -> _Sheet:
     for number, line in filled[1:]:
         if len(line) > len(columns) and any(line[len(columns) :]):
             raise DataError(f"{path}: line {number} has {len(line)} fields, expected {len(columns)} as in the first")
+        # what a spreadsheet leaves out at the end of a line is empty
+        if len(line) <= columns.index(names[0]):
+            raise DataError(
+                f"{path}: line {number} has {counted(len(line), 'field')} and names no case, expected {len(columns)} "
+                "as in the first; complete it or take it out"
+            )
     rows = tuple((number, dict(zip(columns, line))) for number, line in filled[1:])
     return _Sheet(tuple(c for c in columns if c), names[0], rows, decimal_comma=delimiter != ",")
 
