@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -442,6 +443,24 @@ def test_numbers_of_the_table_are_those_of_the_page_to_the_last_digit(report, tm
     html = page(report({"a": (prediction, reference)}), tmp_path)
     assert rows_of(html)["numbers"][0] == [0.812]
     assert '<td class="num">0.812</td>' in html
+
+
+def test_values_of_an_atlas_are_drawn_as_small_ones_are(report):
+    less = SOLID.astype(np.int32)
+    less[1] = 0
+    # a value of the Allen mouse brain atlas
+    large = 614454277
+    cases = {"small": (less, SOLID.astype(np.int32)), "large": (less * large, SOLID.astype(np.int32) * large)}
+    made = report(cases, labels={"one": 1, "other": large}).evaluation
+    alike = replace(made, colours=dict.fromkeys(made.labels, COLOURS[0]))
+    layers = {case: read_layers(made.pairs[case], made) for case in cases}
+    tracemalloc.start()
+    pictures = {case: contour_pictures(layers[case], made.pairs[case], alike) for case in cases}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [p.data_uri for p in pictures["small"]] == [p.data_uri for p in pictures["large"]]
+    # a picture takes 10 MB at the most; one colour for each value up to that one would take 7 GB
+    assert peak < 100e6
 
 
 def test_the_parts_of_a_page_leave_room_below_15_megabytes():
