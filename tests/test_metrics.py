@@ -278,6 +278,13 @@ def test_present_values(dtype):
     assert present_values(np.array([[0, 3], [250, 3]], dtype)) == {3, 250}
 
 
+def test_a_label_beyond_what_the_maps_can_hold_is_in_neither():
+    small = np.array([0, 1, 3], np.uint8)
+    # 259 is 3 in eight bits
+    prediction, reference = judged(small, small, [1, 259])
+    assert (prediction.tolist(), reference.tolist()) == ([0, 1, 0], [0, 1, 0])
+
+
 def test_judged_maps_hold_the_labels_and_nothing_else():
     prediction, reference = judged(np.array([1, 4, 7, 7]), np.array([4, 2, 9, 7]), [4, (7,)], ignore_value=9)
     assert (prediction.tolist(), reference.tolist()) == ([0, 4, 0, 7], [4, 0, 0, 7])
