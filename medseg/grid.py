@@ -63,6 +63,17 @@ class Grid:
         return tuple(float(s) for s in np.sqrt((self.affine[:n, :n] ** 2).sum(axis=0)))
 
     @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel, also where axes are not at right angles; of a plane its area in mm²."""
+        n = len(self.shape)
+        return abs(float(np.linalg.det(self.affine[:n, :n])))
+
+    @property
+    def skew(self) -> float:
+        """The largest cosine between two axes: 0 where all are at right angles."""
+        return float(np.abs(np.triu(self._directions.T @ self._directions, 1)).max())
+
+    @property
     def affine_4x4(self) -> Array:
         """The affine as files and MONAI want it whatever the axes: a plane lies in the first two of three."""
         n = len(self.shape)

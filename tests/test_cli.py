@@ -1067,6 +1067,21 @@ def test_evaluate_writes_no_report_among_the_masks(cli: Medseg, folders, tmp_pat
     assert cli("evaluate", *masks, "-o", masks[which] / "report").code == 0
 
 
+def test_what_would_be_replaced_is_refused_before_any_work(
+    cli: Medseg, folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(medseg, "evaluate", work)
+    monkeypatch.setattr(medseg, "compare", work)
+    (tmp_path / "summary.json").write_text('{"metric_per_case": []}')
+    for line in (("evaluate", *folders), ("compare", "a", "b")):
+        shown = cli(*line, "-o", tmp_path)
+        assert shown.code == 2
+        assert f"{tmp_path / 'summary.json'}: written by another program" in shown.err
+
+
 def test_evaluate_wants_a_folder_for_its_report(cli: Medseg, folders, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     shown = cli("evaluate", *folders, "-o", tmp_path / "report.html")

@@ -178,6 +178,17 @@ def test_a_missing_prediction_is_left_out_counted_and_ranked_last(report):
     assert line(comparison.ranking, name="liver", metric="dice", method="a")["mean_rank"] == (1.5 + 2) / 2
 
 
+def test_finding_nothing_rightly_ranks_before_no_prediction(report):
+    absent = row("c0", 0, status="missing_prediction", n=0)
+    a = report("a", [absent, row("c1", 0.5), row("c2", 0, status="both_empty")])
+    b = report("b", [row("c0", 0, status="both_empty"), row("c1", 0.5), row("c2", 0, status="both_empty")])
+    ranking = medseg.compare([a, b]).ranking
+    for metric in ("dice", "hd95_mm"):
+        first = line(ranking, name="liver", metric=metric, method="b")
+        # where both rightly found nothing there is nothing to rank
+        assert (first["mean_rank"], first["n"]) == ((1 + 1.5) / 2, 2)
+
+
 def test_patients_are_the_unit_where_reports_name_them(report):
     groups = {f"c{n}": f"p{n % 4}" for n in range(12)}
     a = report("a", cases(list(np.linspace(0.6, 0.9, 12))), groups=groups)
@@ -346,7 +357,9 @@ def test_a_comparison_is_no_report(report, tmp_path):
 def test_a_comparison_does_not_replace_a_report(report, tmp_path):
     a, b = report("a", cases([0.5])), report("b", cases([0.5]))
     before = (a / "summary.json").read_bytes()
-    with pytest.raises(DataError, match="folder of the report a found"):
+    with pytest.raises(
+        DataError, match=r"summary\.json: that of a report found, expected a folder for the comparison alone"
+    ):
         medseg.compare([a, b]).save(tmp_path / "b" / ".." / "a")
     assert (a / "summary.json").read_bytes() == before
 
@@ -546,6 +559,17 @@ def test_where_nothing_is_shown_the_cases_needed_are_told(report):
     assert finding.endswith(f"about {needed} cases would be needed to show such a difference.")
 
 
+def test_where_patients_are_known_the_patients_needed_are_told(report):
+    # five patients with two cases each: the differences of the test above, each twice
+    groups = {f"c{n}": f"p{n % 5}" for n in range(10)}
+    a = report("a", cases([0.6, 0.5, 0.6, 0.5, 0.6] * 2), groups=groups)
+    b = report("b", cases([0.5, 0.6, 0.5, 0.6, 0.5] * 2), groups=groups)
+    needed = math.ceil(((1.959964 + 0.841621) * math.sqrt(0.012) / 0.02) ** 2)
+    (finding,) = medseg.compare([a, b]).findings
+    assert "over 10 cases of 5 patients" in finding
+    assert finding.endswith(f"about {needed} patients would be needed to show such a difference.")
+
+
 def test_a_mean_of_finite_differences_says_of_how_many(report):
     a = report("a", [*(row(f"c{n}", 0.9, hd=1.0 + n / 10) for n in range(5)), row("c5", 0, status="missed")])
     b = report("b", [row(f"c{n}", 0.9, hd=1.2 + n / 9) for n in range(6)])
@@ -582,6 +606,30 @@ def test_the_folder_holds_strict_json_tables_and_a_page(report, tmp_path):
     table = pd.read_csv(folder / "comparison.csv")
     assert {"p_wilcoxon", "p_permutation", "p_holm", "ci95_low", "ci95_high", "rank_biserial"} <= set(table.columns)
     assert len(table) == len(summary["comparisons"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "found"),
+    [
+        ('{"metric_per_case": []}', "written by another program"),
+        ('{"schema_version": 2, "labels": {}}', "that of a report found"),
+        ("[]", "written by another program"),
+        ("no JSON", "written by another program"),
+    ],
+    ids=["nnU-Net", "report", "list", "text"],
+)
+def test_a_summary_that_no_comparison_wrote_is_not_replaced(report, tmp_path, theirs, found):
+    comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text(theirs)
+    with pytest.raises(DataError, match=rf"summary\.json: {found}, expected a folder for the comparison alone"):
+        comparison.save(tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"summary.json": theirs}
+
+
+def test_an_earlier_comparison_is_replaced(report, tmp_path):
+    comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
+    assert comparison.save(tmp_path / "out") == comparison.save(tmp_path / "out")
 
 
 def test_the_same_reports_give_the_same_numbers(report):

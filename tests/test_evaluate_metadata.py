@@ -161,6 +161,7 @@ def test_a_case_without_a_patient_is_one_of_its_own(read) -> None:
         ("case,site\na,x\nb,y\na.nii.gz,z\n", "case 'a' found in lines 2 and 4, expected once"),
         ("case,site,site\na,x,y\n", "column 'site' found twice"),
         ("case,site\na,x,y\n", "line 2 has 3 fields, expected 2"),
+        ("age,sex,case\n60,f,a\nexported 2024\n", "line 3 has 1 field and names no case, expected 3"),
         ('case,site\na,"x\n', "is no CSV"),
     ],
 )

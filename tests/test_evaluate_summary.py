@@ -221,6 +221,20 @@ def test_cases_needed_follow_from_the_spread(judge) -> None:
     assert "cases_needed" not in found.summary["labels"]["1"]["iou"]
 
 
+def test_where_patients_are_known_patients_are_needed(judge) -> None:
+    # every patient three times: their means are what SIX has once
+    thrice = {f"{case}{n}": pair for case, pair in SIX.items() for n in (1, 2, 3)}
+    table = "case,patient\n" + "".join(f"{case},{case[0]}\n" for case in thrice)
+    scans, patients, once = (judge(thrice), judge(thrice, table), judge(SIX))
+    needed, of_scans, expected = (
+        found.summary["labels"]["1"]["dice"]["cases_needed"] for found in (patients, scans, once)
+    )
+    assert needed == expected
+    assert needed["0.01"] > of_scans["0.01"]
+    assert "How many patients" in patients.summary["definitions"]["cases_needed"]
+    assert "How many cases" in scans.summary["definitions"]["cases_needed"]
+
+
 def test_volumes_agree_as_bland_and_altman_have_it(judge) -> None:
     found = judge({"a": (FULL, FULL), "b": (FULL, FULL), "c": (HALF, FULL), "none": (EMPTY, EMPTY)})
     # differences 0, 0 and −2 voxels of 2 mm³; where neither has the label there is no volume to agree on
@@ -293,8 +307,11 @@ def test_two_patients_have_no_interval(judge) -> None:
 def test_groups_can_be_given_with_the_pairs(judge, tmp_path: Path) -> None:
     judge(SIX)
     pairs = [Pair(c, tmp_path / "pred" / f"{c}.nii.gz", tmp_path / "ref" / f"{c}.nii.gz") for c in "abcdef"]
-    found = evaluate_pairs(pairs, EvaluateOptions(), groups={case: "p" if case in "ab" else case for case in "abcdef"})
-    assert (found.summary["n_groups"], found.summary["groups"]["b"], found.metadata) == (5, "p", None)
+    groups = {case: "Smith" if case in "ab" else case for case in "abcdef"}
+    found = evaluate_pairs(pairs, EvaluateOptions(), groups=groups)
+    assert (found.summary["n_groups"], found.summary["groups"]["b"], found.metadata) == (5, "a", None)
+    # no name of a patient goes further
+    assert "Smith" not in json.dumps(found.summary)
 
 
 def test_a_patient_for_every_case_is_no_grouping(judge, tmp_path: Path) -> None:
@@ -335,6 +352,24 @@ def test_infinite_distances_are_explained(judge) -> None:
     found = judge({"a": (EMPTY, FULL), "b": (FULL, FULL), "c": (FULL, EMPTY)})
     assert said(found, "distances are infinite where a label was missed or spurious (1 in 2 cases)")
     assert not said(judge(SIX), "infinite")
+
+
+def test_axes_that_are_not_at_right_angles_are_told(tmp_path: Path) -> None:
+    tilt = np.deg2rad(20)
+    sheared, rounded = np.eye(4), np.eye(4)
+    sheared[:3, 2] = [0, 5 * np.sin(tilt), 5 * np.cos(tilt)]
+    rounded[:3, 2] = [0, 1e-5, 5]
+    for case, affine in (("tilted", sheared), ("upright", rounded)):
+        for folder in ("pred", "ref"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            save(tmp_path / folder / f"{case}.nii.gz", HALF if folder == "pred" else FULL, affine)
+    found = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert said(found, "voxel axes are not at right angles in 1 case (tilted): distances are measured as if they were")
+    # four voxels of 1 × 1 × 5 mm, whose height is 5 mm · cos 20° in the first
+    volumes = dict(zip(found.table["case"], found.table["reference_ml"]))
+    assert volumes == pytest.approx({"tilted": 0.02 * np.cos(tilt), "upright": 0.02})
+    alone = evaluate_folders(*(tmp_path / folder / "upright.nii.gz" for folder in ("pred", "ref")))
+    assert not said(alone, "angles")
 
 
 def test_labels_that_are_nowhere_are_named(judge) -> None:

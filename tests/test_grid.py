@@ -57,6 +57,24 @@ def test_spacing_of_an_oblique_grid_is_the_length_of_its_axes() -> None:
     assert source().spacing_mm == pytest.approx(SPACING)
 
 
+# 1 × 1 × 5 mm, the planes shifted as by a gantry tilted by 20 degrees
+SHEARED = np.eye(4)
+SHEARED[:3, 2] = [0, 5 * np.sin(np.deg2rad(20)), 5 * np.cos(np.deg2rad(20))]
+
+
+def test_a_voxel_between_oblique_axes_has_the_volume_of_a_parallelepiped() -> None:
+    assert source().voxel_mm3 == pytest.approx(np.prod(SPACING))
+    # base 1 mm², height 5 mm · cos 20°
+    assert Grid((3, 3, 3), SHEARED).voxel_mm3 == pytest.approx(4.698463)
+    assert Grid((3, 3), np.array([[1, 1, 0], [0, 2, 0], [0, 0, 1.0]])).voxel_mm3 == pytest.approx(2)
+
+
+def test_skew_is_the_cosine_between_axes() -> None:
+    assert Grid((3, 3, 3), SHEARED).skew == pytest.approx(np.sin(np.deg2rad(20)))
+    # rounding of products of sines and cosines
+    assert source().skew == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("shape", "affine", "words"),
     [

@@ -254,6 +254,12 @@ def test_volumes_in_millilitres():
     assert (row.reference_ml, row.prediction_ml, row.volume_difference_ml) == pytest.approx((2.0, 1.0, -1.0))
 
 
+def test_volumes_follow_the_voxel_where_axes_are_not_at_right_angles():
+    row = measure(cube((0, 0, 0), (10, 10, 5)), CUBE, [1], spacing_mm=(1, 1, 2), voxel_mm3=1.5)[1]
+    assert (row.reference_ml, row.prediction_ml, row.volume_difference_ml) == pytest.approx((1.5, 0.75, -0.75))
+    assert missing_prediction(500, spacing_mm=(1, 1, 2), voxel_mm3=1.5).reference_ml == 0.75
+
+
 def test_two_dimensional_maps_have_no_volume():
     square = np.ones((4, 4), np.uint8)
     row = measure(square, square, [1], spacing_mm=(1, 1))[1]
@@ -270,6 +276,13 @@ def test_missing_prediction_keeps_the_reference_volume():
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_present_values(dtype):
     assert present_values(np.array([[0, 3], [250, 3]], dtype)) == {3, 250}
+
+
+def test_a_label_beyond_what_the_maps_can_hold_is_in_neither():
+    small = np.array([0, 1, 3], np.uint8)
+    # 259 is 3 in eight bits
+    prediction, reference = judged(small, small, [1, 259])
+    assert (prediction.tolist(), reference.tolist()) == ([0, 1, 0], [0, 1, 0])
 
 
 def test_judged_maps_hold_the_labels_and_nothing_else():

@@ -163,6 +163,15 @@ def test_distances_of_found_lesions_are_in_mm_along_each_axis():
     assert found.lesion_hd95_mm == pytest.approx(6.0, abs=1e-9)
 
 
+def test_small_lesions_are_judged_by_the_volume_of_the_voxel():
+    prediction, reference = lines([1, 1, 0], [1, 1, 0])
+    rule = replace(DEFAULT, minimal_mm3=9.5)
+    options = {"spacing_mm": (1.0, 1.0, 5.0), "rule": rule}
+    # two voxels of 5 mm³, and of 4.7 mm³ between oblique axes
+    assert measure_lesions(prediction, reference, [1], **options)[1].n_reference == 1
+    assert measure_lesions(prediction, reference, [1], voxel_mm3=4.7, **options)[1].n_reference == 0
+
+
 def test_unequal_shapes_are_refused():
     with pytest.raises(ValueError, match="shape"):
         measured(np.zeros((2, 2)), np.zeros((2, 3)), spacing_mm=(1.0, 1.0))

@@ -28,6 +28,7 @@ from medseg.quality import (
     novelty,
     profile_of,
     samples_of,
+    tail_share,
 )
 
 LIVER = DataConfig(spatial_dims=3, channels=("MR",), labels={"liver": 1})
@@ -340,6 +341,19 @@ def test_nine_in_ten_new_cases_lie_in_the_interval(profile: Profile) -> None:
         inside += estimate.low <= s.dice <= estimate.high
     # 360 are meant; quantiles of 160 residuals are off by 0.02, a count of 400 by 0.015
     assert 0.84 <= inside / 400 <= 0.96
+
+
+@pytest.mark.parametrize(("n", "covered"), [(5, 4 / 6), (10, 9 / 11), (19, 0.9), (25, 0.9), (39, 0.9), (200, 0.9)])
+def test_nine_in_ten_new_cases_lie_between_the_tails_or_as_many_as_can(n: int, covered: float) -> None:
+    # of uniform numbers the share below a place between two of them is exact too
+    drawn = np.random.default_rng(n).uniform(size=(20_000, n + 1))
+    low, high = np.quantile(drawn[:, 1:], [tail_share(n), 1 - tail_share(n)], axis=1)
+    # three standard errors of a share of 20,000 are 0.01 at most
+    assert ((low <= drawn[:, 0]) & (drawn[:, 0] <= high)).mean() == pytest.approx(covered, abs=0.01)
+
+
+def test_of_one_case_all_residuals_count() -> None:
+    assert tail_share(1) == 0
 
 
 def test_five_samples_and_constant_features_are_enough(profile: Profile) -> None:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -367,9 +368,21 @@ def test_reach_says_how_far_a_mean_is_known_and_what_more_would_take():
 
 
 def test_reach_counts_patients_where_they_are_known():
-    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": None}
+    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": {"0.02": 16}}
     summary = {"n_cases": 20, "n_groups": 4, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
-    assert reach(summary)[0] == "With 4 patients the mean Dice is known to about ±0.050."
+    assert reach(summary)[:2] == [
+        "With 4 patients the mean Dice is known to about ±0.050.",
+        "For ±0.02 about 16 patients would be needed (liver).",
+    ]
+
+
+def test_the_page_says_patients_where_they_are_known(report, tmp_path):
+    less = SOLID.copy()
+    less[1] = 0
+    cases = {"a": (SOLID, SOLID), "b": (less, SOLID), "c": (SOLID, SOLID), "d": (less, SOLID)}
+    words = Page(page(report(cases, metadata="case,patient\na,1\nb,2\nc,3\nd,3\n"), tmp_path)).words
+    assert "Patients for ±0.02" in words
+    assert "Cases for ±0.02" not in words
 
 
 def test_nothing_is_said_of_reach_where_there_is_no_interval():
@@ -432,6 +445,24 @@ def test_numbers_of_the_table_are_those_of_the_page_to_the_last_digit(report, tm
     assert '<td class="num">0.812</td>' in html
 
 
+def test_values_of_an_atlas_are_drawn_as_small_ones_are(report):
+    less = SOLID.astype(np.int32)
+    less[1] = 0
+    # a value of the Allen mouse brain atlas
+    large = 614454277
+    cases = {"small": (less, SOLID.astype(np.int32)), "large": (less * large, SOLID.astype(np.int32) * large)}
+    made = report(cases, labels={"one": 1, "other": large}).evaluation
+    alike = replace(made, colours=dict.fromkeys(made.labels, COLOURS[0]))
+    layers = {case: read_layers(made.pairs[case], made) for case in cases}
+    tracemalloc.start()
+    pictures = {case: contour_pictures(layers[case], made.pairs[case], alike) for case in cases}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [p.data_uri for p in pictures["small"]] == [p.data_uri for p in pictures["large"]]
+    # a picture takes 10 MB at the most; one colour for each value up to that one would take 7 GB
+    assert peak < 100e6
+
+
 def test_the_parts_of_a_page_leave_room_below_15_megabytes():
     # a row of the table takes 100 bytes at most: eight numbers of up to ten characters and three indices
     rows = 100 * html.MAX_TABLE_ROWS
@@ -459,6 +490,16 @@ def test_the_summary_of_another_program_is_not_replaced(report, tmp_path):
         made.save(tmp_path / "out")
     assert foreign.read_text() == '{"metric_per_case": []}'
     assert (tmp_path / "out" / "report.pdf").read_text() == "theirs"
+
+
+def test_a_comparison_is_not_replaced_by_a_report(report, tmp_path):
+    made = report({"a": (SOLID, SOLID)})
+    theirs = tmp_path / "out" / "summary.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"schema_version": 1, "comparisons": []}')
+    with pytest.raises(DataError, match=r"summary\.json: that of a comparison found, expected a folder for the report"):
+        made.save(tmp_path / "out")
+    assert "comparisons" in theirs.read_text()
 
 
 def test_a_report_leaves_what_it_did_not_write_and_clears_away_its_own(report, tmp_path):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from medseg.statistics import bland_altman, cases_needed, cases_to_show
+from medseg.statistics import bland_altman, cases_needed, cases_to_show, summarise, unit_sd
 
 
 def test_bias_and_limits_by_hand():
@@ -58,6 +58,34 @@ def test_that_many_cases_give_an_interval_of_that_width():
     means = np.random.default_rng(0).normal(0, 2, (2000, n)).mean(axis=1)
     # 95 of 100 means lie within 0.1; three standard errors of a share of 2000 are 1.5 of 100
     assert (np.abs(means) <= 0.1).mean() == pytest.approx(0.95, abs=0.015)
+
+
+def test_patients_of_as_many_cases_spread_as_their_means_do():
+    means, within = [0.8, 0.825, 0.85, 0.875, 0.9], [-0.01, 0.01] * 5
+    values = [mean + apart for mean in means for apart in within]
+    sd = unit_sd(values, groups=[patient for patient in "abcde" for _ in within])
+    # squares of 0.05, 0.025, 0, 0.025, 0.05 over 4
+    assert sd == pytest.approx(math.sqrt(0.00625 / 4))
+    # (1.959964 · 0.0395285 / 0.02)² = 15.006; of fifty scans taken one by one it would be 14
+    assert cases_needed(sd, 0.02) == 16
+
+
+def test_without_patients_every_value_is_a_unit():
+    assert unit_sd([1.0, math.nan, 2.0, 3.0]) == pytest.approx(1.0)
+
+
+def test_two_units_do_not_tell_their_spread():
+    assert unit_sd([1, 2, 3, 4], groups="aabb") is None
+
+
+def test_patients_of_many_cases_weigh_more():
+    rng = np.random.default_rng(2)
+    sizes = rng.integers(1, 12, 400)
+    patients = np.repeat(np.arange(400), sizes)
+    values = rng.normal(0, 1, 400)[patients] + rng.normal(0, 0.5, len(patients))
+    low, high = summarise(values, groups=list(patients)).ci95
+    # the bootstrap of patients gives the same width: of 2000 resamples it is known to a few in 100
+    assert 2 * 1.959964 * unit_sd(values, groups=list(patients)) / math.sqrt(400) == pytest.approx(high - low, rel=0.08)
 
 
 def test_an_interval_takes_three_cases_at_least():

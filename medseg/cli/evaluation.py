@@ -110,6 +110,7 @@ def evaluate(
     """
     log(verbose)
     _check_folder(output, predictions, references)
+    medseg.Report.check_folder(output)
     options = medseg.EvaluateOptions(
         labels=medseg.read_labels(labels) if labels else None,
         ignore_value=ignore_label,
@@ -144,6 +145,8 @@ def compare(
 ) -> None:
     """Compare methods on the same cases: paired tests, differences with intervals, a ranking, one HTML page."""
     log(verbose)
+    _check_folder(output)
+    medseg.Comparison.check_folder(output)
     with shown_progress() as progress:
         comparison = medseg.compare(reports, progress=progress)
         comparison.save(output)
@@ -154,7 +157,7 @@ def compare(
 
 
 def _check_folder(output: Path, *inputs: Path) -> None:
-    """Refuse, before any work, a folder for the report that cannot be one or holds what the report would replace."""
+    """Refuse, before any work, a folder that cannot be one, or that of `inputs`, whose files would be replaced."""
     there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
     if not there.is_dir():
         raise medseg.ConfigError(f"-o {output}: {there} is a file, expected a folder for the report; give another name")

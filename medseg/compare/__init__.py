@@ -16,9 +16,9 @@ from medseg.compare.alignment import Aligned, align
 from medseg.compare.methods import read_methods
 from medseg.compare.page import render
 from medseg.compare.results import comparisons, p_words, rankings, summary
-from medseg.errors import DataError
 from medseg.progress import Progress, silent
 from medseg.report.page import fixed, signed
+from medseg.report.place import holds_earlier
 from medseg.writers import write_text
 
 __all__ = ["Comparison", "compare"]
@@ -55,16 +55,11 @@ class Comparison:
     def save(self, folder: Path | str) -> Path:
         """Write comparison.csv, ranking.csv, summary.json and compare.html, each whole or not at all; returns it.
 
-        All are made before the first is written. Raises `DataError` where the folder cannot be written, or is that of
-        one of the reports.
+        All are made before the first is written. Raises `DataError` where the folder cannot be written, or holds a
+        summary.json that no comparison wrote, such as that of a report.
         """
         target = Path(folder)
-        for method in self.aligned.methods:
-            if method.source.resolve() == target.resolve():
-                raise DataError(
-                    f"{target}: the folder of the report {method.name} found, whose summary.json would be replaced; "
-                    "choose a folder of its own"
-                )
+        self.check_folder(target)
         texts = {
             "comparison.csv": self.table.to_csv(index=False, lineterminator="\n"),
             "ranking.csv": self.ranking.to_csv(index=False, lineterminator="\n"),
@@ -74,6 +69,11 @@ class Comparison:
         for name, text in texts.items():
             write_text(target / name, text)
         return target
+
+    @staticmethod
+    def check_folder(folder: Path | str) -> None:
+        """Raise the `DataError` of `save` where `folder` holds a summary.json of another kind: before any work."""
+        holds_earlier(Path(folder), "comparison")
 
     def text_rows(self) -> list[tuple[str, ...]]:
         """The first measure by label and pair of methods as rows of text, the first being the header."""

@@ -12,6 +12,7 @@ import pandas as pd
 
 from medseg.compare.methods import Method
 from medseg.errors import DataError
+from medseg.evaluate.metadata import called_by_case
 from medseg.evaluate.pairs import counted, named
 
 Floats = npt.NDArray[np.float64]
@@ -306,24 +307,21 @@ def _groups(methods: Sequence[Method], cases: Sequence[str]) -> tuple[list[str] 
     if not telling:
         return None, []
     (first, groups), *others = telling
-    of_cases = _patients(groups, cases)
+    # reports of earlier versions name patients each in their own way
+    patients = called_by_case(groups, cases)
     for method, theirs in others:
-        differing = [case for case, *both in zip(cases, of_cases, _patients(theirs, cases)) if both[0] != both[1]]
+        called = called_by_case(theirs, cases)
+        differing = [case for case in cases if called[case] != patients[case]]
         if differing:
             raise DataError(
                 f"{method.source}: other patients than in {first.source} for {counted(len(differing), 'case')}: "
                 f"{named(differing)}; evaluate both with the same groups"
             )
     silent = ", ".join(method.name for method in methods if not method.groups)
+    of_cases = list(patients.values())
     if not silent:
         return of_cases, []
     return of_cases, [f"only {first.name} names patients; they are taken for the others too: {silent}"]
-
-
-def _patients(groups: Mapping[str, str], cases: Sequence[str]) -> list[str]:
-    """Each patient is called as the first of its cases here: reports name patients each in their own way."""
-    first: dict[str, str] = {}
-    return [first.setdefault(groups[case], case) if case in groups else case for case in cases]
 
 
 def _same_source(methods: Sequence[Method]) -> list[str]:

@@ -17,6 +17,7 @@ from medseg.compare.results import METRIC_WORDS, WHOLE, first_is_better, is_show
 from medseg.config import COLOURS
 from medseg.report.charts import MAX_DOTS, dots_per_label
 from medseg.report.page import environment, figure
+from medseg.statistics import differences_of
 
 # further pairs of methods are in the tables only
 MAX_PAIRS = 6
@@ -55,7 +56,7 @@ TERM_NAMES = {
     "left out": "Left out",
     "all labels": "All labels",
     "rank": "Ranks and places",
-    "cases needed": "Cases needed",
+    "cases needed": "Sample size",
     "patients": "Patients",
     "worst": "Missed, spurious",
 }
@@ -232,12 +233,12 @@ def _pair_view(
     first, second = numbers[a], numbers[b]
     views = sorted((view for view in methods if view.name in (a, b)), key=lambda view: view.name != a)
     values = aligned.values[metric]
-    differences = _difference(values[first], values[second])
+    differences = differences_of(values[first], values[second])
     whole = aligned.mean_over_labels(metric)
     tests = {(row["metric"], row["label"], row["name"]): row for row in rows.to_dict("records")}
     of_metric = [tests[metric, label.value, label.name] for label in aligned.labels]
     overall = tests[metric, WHOLE.value, WHOLE.name]
-    lines = [(WHOLE, -1, _difference(whole[first], whole[second]), overall)] if len(aligned.labels) > 1 else []
+    lines = [(WHOLE, -1, differences_of(whole[first], whole[second]), overall)] if len(aligned.labels) > 1 else []
     lines += [(label, n, differences[n], of_metric[n]) for n, label in enumerate(aligned.labels)]
     ends = [test[end] for *_, test in lines for end in ("ci95_low", "ci95_high")]
     scale, beyond = difference_axis(differences, ends)
@@ -254,11 +255,6 @@ def _pair_view(
         scatter=_scatter(aligned, metric, first, second) if not metric.endswith(("_mm", "_ml")) else None,
         disagreements=_disagreements(aligned, values, differences, first, second),
     )
-
-
-def _difference(first: Any, second: Any) -> Any:
-    same = first == second
-    return np.where(same, 0.0, first) - np.where(same, 0.0, second)
 
 
 def _sentences(

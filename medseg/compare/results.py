@@ -74,8 +74,9 @@ DEFINITIONS = {
     "rank": "Each case is ranked by each measure: 1 is best, ties share the average. No prediction is worst; correctly "
     "finding nothing is best. Places are those of the mean ranks; their shares and intervals, and Kendall's τ between "
     "order and resampled order, come from bootstrap resamples (Wiesenfarth et al. 2021).",
-    "cases needed": "Cases after which a two-sided test at 5% finds a difference like the one observed with a chance "
-    "of 80%, if mean and spread of differences stay as they are: ((1.96 + 0.84) · SD / mean)².",
+    "cases needed": "Cases, or patients where reports name them, after which a two-sided test at 5% finds a difference "
+    "like the one observed with a chance of 80%, if mean and spread of differences stay as they are: "
+    "((1.96 + 0.84) · SD / mean)².",
     "patients": "Where reports name patients, tests count each patient once, by the mean of its differences, and "
     "intervals and ranks resample patients.",
     "worst": "missed: only the reference has the label. spurious: only the prediction has it.",
@@ -183,7 +184,7 @@ def sentence(row: Mapping[Any, Any], *, several: str = "", grouped: bool = False
         start = (
             f"No difference in {several}{measure} was shown between {row['a']} and {row['b']} over {over}: {gap}, {p}."
         )
-        return start + _needed(row)
+        return start + _needed(row, "patients" if grouped else "cases")
     first = first_is_better(row)
     better, worse = (row["a"], row["b"]) if first else (row["b"], row["a"])
     if row["n_finite"] == row["n_cases"]:
@@ -218,10 +219,10 @@ def _gap(row: Mapping[Any, Any], unit: str, several: str, measure: str, absolute
     return f"{row['a']} − {row['b']} = {difference}{name}{interval}{over}"
 
 
-def _needed(row: Mapping[Any, Any]) -> str:
+def _needed(row: Mapping[Any, Any], units: str) -> str:
     if row["n_finite"] < row["n_cases"] or _absent(row["n_needed"]) or row["n_needed"] <= row["n"]:
         return ""
-    return f" With the observed spread about {row['n_needed']:,} cases would be needed to show such a difference."
+    return f" With the observed spread about {row['n_needed']:,} {units} would be needed to show such a difference."
 
 
 def _by_label(aligned: Aligned, metric: str) -> Iterator[tuple[Label, Floats]]:
@@ -299,11 +300,16 @@ def _events(aligned: Aligned, label: Label, method: int) -> dict[str, int]:
 
 
 def _scores(aligned: Aligned, metric: str) -> Floats:
-    """Values to rank: what was rightly not found is better than any number; a case that nobody could judge is NaN."""
+    """Values to rank: what was rightly not found is better than any number, no prediction NaN.
+
+    A case in which nobody has a value is NaN for all, unless one rightly found nothing and another has no prediction.
+    """
     values, empty = aligned.values[metric], aligned.status == "both_empty"
     best = math.inf if HIGHER_IS_BETTER[metric] else -math.inf
     scores = np.where(empty, best, values)
-    return np.where((empty | np.isnan(values)).all(axis=0), np.nan, scores)
+    told_apart = empty.any(axis=0) & (aligned.status == "missing_prediction").any(axis=0)
+    nobody = (empty | np.isnan(values)).all(axis=0) & ~told_apart
+    return np.where(nobody, np.nan, scores)
 
 
 def _ranked(aligned: Aligned, label: Label, metric: str, found: Ranking) -> list[dict[str, Any]]:

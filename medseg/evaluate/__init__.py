@@ -16,7 +16,7 @@ from medseg.errors import CasesError, DataError
 from medseg.evaluate.cautions import cautions
 from medseg.evaluate.lesions import lesion_row, lesion_table, no_lesions
 from medseg.evaluate.measuring import CaseResult, measure_each
-from medseg.evaluate.metadata import Metadata, read_metadata
+from medseg.evaluate.metadata import Metadata, called_by_case, read_metadata
 from medseg.evaluate.options import EvaluateOptions
 from medseg.evaluate.pairs import Failure, Found, Pair, find_pairs, named
 from medseg.evaluate.summary import METRICS, Judged, summarise_table
@@ -98,12 +98,14 @@ def evaluate_pairs(
 ) -> Evaluation:
     """Measure each of `pairs`; those without a prediction are reported apart. Raises `DataError` if no case is left.
 
-    `groups` maps a case to its patient: intervals then resample patients. `warnings` go into the report before those
-    found here.
+    `groups` maps a case to its patient: intervals then resample patients, and the summary calls each as the first of
+    its cases. `warnings` go into the report before those found here.
     """
+    patients = None
     # where every case is a patient of its own, there are no patients to speak of
-    known = groups if groups is not None and len(set(groups.values())) < len(groups) else None
-    about = Metadata(pd.DataFrame(), known, ())
+    if groups is not None and len(set(groups.values())) < len(groups):
+        patients = called_by_case(groups, [pair.case for pair in pairs])
+    about = Metadata(pd.DataFrame(), patients, ())
     return _evaluate(Found(tuple(pairs), (), tuple(warnings)), options, about, progress)
 
 
@@ -135,6 +137,7 @@ def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, pr
         lesions=_lesions(results, labels, options),
         calibration=calibration,
         resampled=[result.case for result in results if result.resampled],
+        skewed=[result.case for result in results if result.skewed],
     )
     notes = [*found.warnings, *(about.warnings if about else ()), *_odd(results), *_unknown(results, judged)]
     notes += uncalibrated

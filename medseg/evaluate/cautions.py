@@ -12,9 +12,10 @@ from medseg.evaluate.summary import SMALL, Judged
 
 
 def cautions(judged: Judged) -> list[str]:
-    """What a reader of the summary has to know: few cases, infinite distances, labels that are nowhere."""
+    """What a reader of the summary has to know: few cases, infinite or rough distances, labels that are nowhere."""
     return [
         *_resampled(judged),
+        *_skewed(judged),
         *_few(judged),
         *_all_equal(judged),
         *_nowhere(judged),
@@ -28,6 +29,14 @@ def _resampled(judged: Judged) -> list[str]:
         return []
     n = counted(len(judged.resampled), "prediction")
     return [f"{n} on another grid, brought to that of the reference (nearest neighbour): {named(judged.resampled)}"]
+
+
+def _skewed(judged: Judged) -> list[str]:
+    if not judged.skewed:
+        return []
+    n = counted(len(judged.skewed), "case")
+    said = f"voxel axes are not at right angles in {n} ({named(judged.skewed)})"
+    return [f"{said}: distances are measured as if they were, and are rough; volumes are right"]
 
 
 def _few(judged: Judged) -> list[str]:

@@ -28,8 +28,8 @@ _EXTRA = {
     "cldice": "Centre-line Dice (Shit et al. 2021): how much of each skeleton lies in the other map.",
 }
 _SUMMARIES = {
-    "volumes": "Millilitres, from the voxel spacing; not given for two-dimensional images. Difference: prediction "
-    "− reference. In pictures without a physical size a pixel counts as 1 mm.",
+    "volumes": "Millilitres, from the volume of a voxel; not given for two-dimensional images. Difference: "
+    "prediction − reference. In pictures without a physical size a pixel counts as 1 mm.",
     "agreement": "Bland–Altman: bias is the mean difference of the volumes; 95% of the differences of new cases are "
     "expected between the limits, bias ± 1.96 SD. Cases in which neither has the label are left out; scans of one "
     "patient count one by one.",
@@ -54,7 +54,8 @@ def definitions(options: EvaluateOptions, *, groups: bool, subgroups: bool) -> d
         tolerance += f" ({', '.join(f'{name}: {mm:g} mm' for name, mm in own.items())})"
     texts = {
         **_MEASURES,
-        "surface": f"{options.surface}: {_SURFACES[options.surface]}; distances follow the voxel spacing.",
+        "surface": f"{options.surface}: {_SURFACES[options.surface]}; distances follow the voxel spacing "
+        "along axes at right angles.",
         "nsd": f"Share of both surfaces that lies within {tolerance} of the other one.",
         **{name: _EXTRA[name] for name in options.extra},
         **_SUMMARIES,
@@ -63,6 +64,10 @@ def definitions(options: EvaluateOptions, *, groups: bool, subgroups: bool) -> d
         texts["groups"] = (
             "Cases of one patient are drawn together: intervals are those of patients, not of scans. In summary.json a "
             "patient is called as the first of the cases."
+        )
+        texts["cases_needed"] = (
+            "How many patients like these, with as many cases each, a 95% interval of the mean Dice of ± 0.01, 0.02 or "
+            "0.05 would take, from how far the means of patients spread; not given below three patients."
         )
     if subgroups:
         texts["subgroups"] = (

@@ -32,6 +32,8 @@ FEW_VOXELS = 30_000
 # what a pair of float32 label maps was measured to take at its peak (17; int16: 7, uint8: 3), and the share of the
 # machine's memory that all cases at a time may take together
 BYTES_A_VOXEL, MEMORY_SHARE = 20, 0.5
+# the cosine of 89.4 degrees: distances along axes that are taken to be at right angles are off by 1 % at most
+MOST_SKEW = 0.01
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class CaseResult:
     prediction_values: frozenset[int]
     voxels: int
     resampled: bool = False
+    skewed: bool = False
     lesions: Mapping[Value, LesionMetrics] = field(default_factory=dict)
     calibration: Reliability | None = None
     uncalibrated: str = ""
@@ -131,6 +134,7 @@ def _measure(pair: Pair, options: EvaluateOptions) -> CaseResult:
         maps.reference,
         values,
         spacing_mm=maps.grid.spacing_mm,
+        voxel_mm3=maps.grid.voxel_mm3,
         ignore_value=options.ignore_value,
         surface=options.surface,
         nsd_tolerance_mm=options.tolerances_mm(values),
@@ -146,6 +150,7 @@ def _measure(pair: Pair, options: EvaluateOptions) -> CaseResult:
         prediction_values=in_prediction,
         voxels=_judged_voxels(maps.reference, options),
         resampled=maps.resampled,
+        skewed=maps.grid.skew > MOST_SKEW,
         lesions=_lesions(maps, values, options),
         calibration=calibration,
         uncalibrated=uncalibrated,
@@ -161,6 +166,7 @@ def _lesions(maps: Maps, values: Sequence[Value], options: EvaluateOptions) -> d
         maps.reference,
         values,
         spacing_mm=maps.grid.spacing_mm,
+        voxel_mm3=maps.grid.voxel_mm3,
         ignore_value=options.ignore_value,
         rule=options.lesion_rule,
         surface=options.surface,
@@ -189,7 +195,7 @@ def _measure_missing(pair: Pair, options: EvaluateOptions) -> CaseResult:
     values = _values(present, options)
     spacing = reference.grid.spacing_mm
     rows = {
-        value: metrics.missing_prediction(c.reference, spacing_mm=spacing)
+        value: metrics.missing_prediction(c.reference, spacing_mm=spacing, voxel_mm3=reference.grid.voxel_mm3)
         for value, c in metrics.counts(reference.array, reference.array, values).items()
     }
     return CaseResult(pair.case, spacing, True, rows, present, frozenset(), _judged_voxels(reference.array, options))

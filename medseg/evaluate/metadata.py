@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from medseg.errors import DataError
-from medseg.evaluate.pairs import case_name, named, printable
+from medseg.evaluate.pairs import case_name, counted, named, printable
 
 CASE = "case"
 GROUP_COLUMNS = ("group", "patient", "subject", "patient_id", "subject_id")
@@ -75,13 +75,27 @@ def read_metadata(path: Path, cases: Sequence[str], *, group: str | None = None)
             warnings.append(f"column {column!r} of {path.name} gives no subgroups: {reason}")
         else:
             table[column] = _categories(column, values, sheet.decimal_comma)
-    patients = None if patient is None else _patients(rows, cases, patient)
-    if patients is not None:
+    patients = None
+    if patient is not None:
+        patients = called_by_case({case: _filled(rows.get(case, {}).get(patient, "")) for case in cases}, cases)
         warnings.append(
             f"column {patient!r} of {path.name} names patients: intervals are those of {len(set(patients.values()))} "
             f"patients with {len(cases)} cases"
         )
     return Metadata(table, patients, tuple(warnings))
+
+
+def called_by_case(patients: Mapping[str, str | None], cases: Iterable[str]) -> dict[str, str]:
+    """Each of `cases` with the first case of its patient: no name of a patient goes further.
+
+    A case that `patients` does not hold, or with None, is a patient of its own.
+    """
+    first: dict[str, str] = {}
+    called = {}
+    for case in cases:
+        patient = patients.get(case)
+        called[case] = case if patient is None else first.setdefault(patient, case)
+    return called
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,12 @@ def _read(path: Path) -> _Sheet:
     for number, line in filled[1:]:
         if len(line) > len(columns) and any(line[len(columns) :]):
             raise DataError(f"{path}: line {number} has {len(line)} fields, expected {len(columns)} as in the first")
+        # what a spreadsheet leaves out at the end of a line is empty
+        if len(line) <= columns.index(names[0]):
+            raise DataError(
+                f"{path}: line {number} has {counted(len(line), 'field')} and names no case, expected {len(columns)} "
+                "as in the first; complete it or take it out"
+            )
     rows = tuple((number, dict(zip(columns, line))) for number, line in filled[1:])
     return _Sheet(tuple(c for c in columns if c), names[0], rows, decimal_comma=delimiter != ",")
 
@@ -186,15 +206,6 @@ def _patient_column(path: Path, columns: Sequence[str], wanted: str | None) -> s
 def _bare(column: str) -> str:
     """The name of a column without capitals, spaces and signs: `Patient ID` and `patient_id` are one."""
     return "".join(c for c in column.lower() if c.isalnum())
-
-
-def _patients(rows: Mapping[str, Mapping[str, str]], cases: Sequence[str], column: str) -> dict[str, str]:
-    first: dict[str, str] = {}
-    patients = {}
-    for case in cases:
-        patient = _filled(rows.get(case, {}).get(column, ""))
-        patients[case] = case if patient is None else first.setdefault(patient, case)
-    return patients
 
 
 def _filled(text: str) -> str | None:

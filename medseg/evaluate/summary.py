@@ -17,7 +17,7 @@ from medseg.evaluate.options import EvaluateOptions
 from medseg.evaluate.pairs import Failure
 from medseg.metrics import Value
 from medseg.metrics.calibration import Reliability
-from medseg.statistics import bland_altman, cases_needed, summarise
+from medseg.statistics import bland_altman, cases_needed, summarise, unit_sd
 from medseg.versions import versions
 
 __all__ = ["METRICS", "OVERLAPS", "SCHEMA_VERSION", "SMALL", "WORST_CASES", "Failure", "Judged", "summarise_table"]
@@ -42,7 +42,7 @@ class Judged:
     """All that was measured: `table` by case and label, and what was measured only where asked.
 
     `groups` maps a case to its patient; `metadata`: subgroups by case (index); `resampled`: cases whose prediction was
-    on another grid.
+    on another grid; `skewed`: cases whose axes are not at right angles.
     """
 
     table: pd.DataFrame
@@ -54,6 +54,7 @@ class Judged:
     lesions: pd.DataFrame | None = None
     calibration: Reliability | None = None
     resampled: Sequence[str] = ()
+    skewed: Sequence[str] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -69,10 +70,13 @@ class Judged:
         """The patient of a case; where none is known, the case itself."""
         return (self.groups or {}).get(case, case)
 
+    def units(self, rows: pd.DataFrame) -> list[str] | None:
+        """The patient of each of `rows`; None where patients are not known, so that every case is one."""
+        return None if self.groups is None else [self.patient(case) for case in rows["case"]]
+
     def summary(self, rows: pd.DataFrame, metric: str) -> dict[str, Any]:
         """Strict JSON of one column of `rows`; patients are the units where they are known."""
-        units = None if self.groups is None else [self.patient(case) for case in rows["case"]]
-        fields = dataclasses.asdict(summarise(rows[metric].to_numpy(dtype=float), groups=units))
+        fields = dataclasses.asdict(summarise(rows[metric].to_numpy(dtype=float), groups=self.units(rows)))
         return {name: list(value) if isinstance(value, tuple) else _strict(value) for name, value in fields.items()}
 
     def subgroups(self) -> Iterator[tuple[str, str, set[str], pd.DataFrame]]:
@@ -150,7 +154,7 @@ def _label(judged: Judged, name: str, n_missing_prediction: int) -> dict[str, An
     rows = judged.found[judged.found["name"] == name]
     events = {**_events(rows), "n_missing_prediction": n_missing_prediction}
     found = {metric: {**judged.summary(rows, metric), **events} for metric in judged.metrics}
-    found["dice"]["cases_needed"] = _cases_needed(found["dice"])
+    found["dice"]["cases_needed"] = _cases_needed(judged, rows)
     return found
 
 
@@ -158,10 +162,12 @@ def _events(rows: pd.DataFrame) -> dict[str, int]:
     return {f"n_{s}": int((rows["status"] == s).sum()) for s in ("missed", "spurious", "both_empty")}
 
 
-def _cases_needed(dice: Mapping[str, Any]) -> dict[str, int] | None:
-    if dice["n_finite"] < 3:
+def _cases_needed(judged: Judged, rows: pd.DataFrame) -> dict[str, int] | None:
+    """How many cases, or patients where they are known, a mean Dice of each half width would take."""
+    sd = unit_sd(rows["dice"].to_numpy(dtype=float), groups=judged.units(rows))
+    if sd is None:
         return None
-    return {f"{half_width:g}": cases_needed(dice["sd"], half_width) for half_width in HALF_WIDTHS}
+    return {f"{half_width:g}": cases_needed(sd, half_width) for half_width in HALF_WIDTHS}
 
 
 def _volumes(judged: Judged, name: str) -> dict[str, Any] | None:

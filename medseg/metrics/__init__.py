@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from medseg.metrics.boundary import boundary_iou
 from medseg.metrics.centreline import centreline_dice
 from medseg.metrics.codes import Box, Labels, Mask, Value, check_spacing, encode, judged, present_values, union
@@ -106,6 +104,7 @@ def measure(
     values: Collection[Value],
     *,
     spacing_mm: Sequence[float],
+    voxel_mm3: float | None = None,
     ignore_value: int | None = None,
     surface: Surface = "surfel",
     nsd_tolerance_mm: float | Mapping[Value, float] = 1.0,
@@ -113,10 +112,12 @@ def measure(
 ) -> dict[Value, PairMetrics]:
     """Every measure for each of `values`. Both maps: (I, J) or (I, J, K) integer, of one shape.
 
-    Voxels where the reference is `ignore_value` belong to neither map. Volumes of 2D maps are NaN. `nsd_tolerance_mm`
-    is one for all or one for each of `values`; it is also how near the contour boundary IoU looks. `extra` names those
-    of `EXTRA` that are wanted; clDice needs scikit-image. Raises `ValueError` if the shapes differ, a map is not
-    integer, the spacing or a tolerance is no length, a value has no tolerance, or an extra measure is unknown.
+    Voxels where the reference is `ignore_value` belong to neither map. Volumes of 2D maps are NaN. `voxel_mm3` is the
+    volume of a voxel where axes are not at right angles; None: the product of the spacing. Distances take the axes to
+    be at right angles. `nsd_tolerance_mm` is one for all or one for each of `values`; it is also how near the contour
+    boundary IoU looks. `extra` names those of `EXTRA` that are wanted; clDice needs scikit-image. Raises `ValueError`
+    if the shapes differ, a map is not integer, the spacing or a tolerance is no length, a value has no tolerance, or
+    an extra measure is unknown.
     """
     if unknown := set(extra) - set(EXTRA):
         raise ValueError(f"extra measures {sorted(unknown)} are unknown, expected some of {list(EXTRA)}")
@@ -124,6 +125,7 @@ def measure(
     check_spacing(spacing_mm, reference.ndim)
     pair = encode(prediction, reference, values, ignore_value)
     boxes = pair.boxes()
+    voxel_ml = _voxel_ml(spacing_mm, voxel_mm3)
     result = {}
     for value, c in pair_counts(pair, values, boxes).items():
         distances = _WITHOUT_SURFACE.get(status(c))
@@ -136,26 +138,27 @@ def measure(
                 asked["boundary_iou"] = boundary_iou(*masks, spacing_mm=spacing_mm, within_mm=tolerance)
             if "cldice" in asked:
                 asked["cldice"] = centreline_dice(*masks)
-        result[value] = _row(c, distances, spacing_mm, specificity(c, pair.n_judged), asked)
+        result[value] = _row(c, distances, voxel_ml, specificity(c, pair.n_judged), asked)
     return result
 
 
-def missing_prediction(reference_voxels: int, *, spacing_mm: Sequence[float]) -> PairMetrics:
-    """The row of a case nobody predicted: only the volume of the reference is known."""
-    volume = reference_voxels * _voxel_ml(spacing_mm)
+def missing_prediction(
+    reference_voxels: int, *, spacing_mm: Sequence[float], voxel_mm3: float | None = None
+) -> PairMetrics:
+    """The row of a case nobody predicted: only the volume of the reference is known. `voxel_mm3` as for `measure`."""
+    volume = reference_voxels * _voxel_ml(spacing_mm, voxel_mm3)
     unknown = _NAN, _NAN, _NAN, _NAN
     return PairMetrics("missing_prediction", None, None, None, *unknown, *unknown, volume, _NAN, _NAN, _NAN, _NAN, _NAN)
 
 
 def both_empty(*, spacing_mm: Sequence[float]) -> PairMetrics:
     """The row of a label that neither map holds; of its voxels all that are judged are true negatives."""
-    return _row(Counts(0, 0, 0), _WITHOUT_SURFACE["both_empty"], spacing_mm, 1.0, {})
+    return _row(Counts(0, 0, 0), _WITHOUT_SURFACE["both_empty"], _voxel_ml(spacing_mm, None), 1.0, {})
 
 
 def _row(
-    c: Counts, distances: SurfaceMetrics, spacing_mm: Sequence[float], specific: float, asked: Mapping[str, float]
+    c: Counts, distances: SurfaceMetrics, voxel_ml: float, specific: float, asked: Mapping[str, float]
 ) -> PairMetrics:
-    voxel = _voxel_ml(spacing_mm)
     return PairMetrics(
         status=status(c),
         tp=c.tp,
@@ -169,9 +172,9 @@ def _row(
         hd95_mm=distances.hd95_mm,
         assd_mm=distances.assd_mm,
         nsd=distances.nsd,
-        reference_ml=c.reference * voxel,
-        prediction_ml=c.prediction * voxel,
-        volume_difference_ml=(c.prediction - c.reference) * voxel,
+        reference_ml=c.reference * voxel_ml,
+        prediction_ml=c.prediction * voxel_ml,
+        volume_difference_ml=(c.prediction - c.reference) * voxel_ml,
         specificity=specific,
         masd_mm=distances.masd_mm,
         relative_volume_difference=relative_volume_difference(c),
@@ -199,5 +202,7 @@ def _tolerances(values: Collection[Value], given: float | Mapping[Value, float])
     return tolerances
 
 
-def _voxel_ml(spacing_mm: Sequence[float]) -> float:
-    return float(np.prod(spacing_mm)) / 1000 if len(spacing_mm) == 3 else _NAN
+def _voxel_ml(spacing_mm: Sequence[float], voxel_mm3: float | None) -> float:
+    if len(spacing_mm) != 3:
+        return _NAN
+    return (math.prod(spacing_mm) if voxel_mm3 is None else voxel_mm3) / 1000

@@ -117,7 +117,8 @@ def judged(
     pair = encode(prediction, reference, values, ignore_value)
     if pair.parts == tuple(range(1, len(pair.parts) + 1)):
         return pair.prediction, pair.reference
-    back = np.array([0, *pair.parts], np.result_type(prediction, reference))
+    # a value beyond what the maps can hold is in neither: no voxel looks it up
+    back = np.array([0, *pair.parts]).astype(np.result_type(prediction, reference))
     return back[pair.prediction], back[pair.reference]
 
 

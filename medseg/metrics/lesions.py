@@ -140,6 +140,7 @@ def measure_lesions(
     values: Collection[Value],
     *,
     spacing_mm: Sequence[float],
+    voxel_mm3: float | None = None,
     ignore_value: int | None = None,
     rule: LesionRule = LESION_RULES["default"],
     surface: Surface = "surfel",
@@ -148,12 +149,14 @@ def measure_lesions(
 
     Panoptic quality (Kirillov et al. 2019): PQ = ΣIoU of the pairs / (TP + FP/2 + FN/2) = SQ · RQ; SQ is the mean IoU
     of the pairs (NaN without any), RQ the F1. Voxels where the reference is `ignore_value` belong to neither map, so
-    components end there. Raises `ValueError` if the shapes differ, a map is not integer or the spacing is no length.
+    components end there. `voxel_mm3` is the volume of a voxel (2D: mm²) where axes are not at right angles; None: the
+    product of the spacing. Raises `ValueError` if the shapes differ, a map is not integer or the spacing is no length.
     """
     check_spacing(spacing_mm, reference.ndim)
     pair = encode(prediction, reference, values, ignore_value)
     boxes = pair.boxes()
     match = _MATCHINGS[rule.matching]
+    least = rule.minimal_mm3 * (1 + _VOLUME_TIE) / (math.prod(spacing_mm) if voxel_mm3 is None else voxel_mm3)
     result = {}
     for value in values:
         found = [boxes[code] for code in pair.codes(value) if code in boxes]
@@ -163,7 +166,7 @@ def measure_lesions(
         # growth stays inside the box
         masks = pair.masks(value, _grown(union(found), rule.dilation, reference.shape))
         matched = match(*masks, rule)
-        result[value] = _summary(_lesions(matched, rule, spacing_mm, surface), matched.prediction.count, rule)
+        result[value] = _summary(_lesions(matched, rule, least, spacing_mm, surface), matched.prediction.count, rule)
     return result
 
 
@@ -227,15 +230,17 @@ def _merged(prediction: Mask, reference: Mask, rule: LesionRule) -> _Matched:
 _MATCHINGS = {"one_to_one": _one_to_one, "merged": _merged}
 
 
-def _lesions(matched: _Matched, rule: LesionRule, spacing_mm: Sequence[float], surface: Surface) -> list[Lesion]:
+def _lesions(
+    matched: _Matched, rule: LesionRule, least: float, spacing_mm: Sequence[float], surface: Surface
+) -> list[Lesion]:
+    """`least`: of so many voxels or fewer a lesion of the reference is not judged."""
     p, r = matched.prediction, matched.reference
     p_boxes, r_boxes = ndimage.find_objects(p.labels), ndimage.find_objects(r.labels)
     alone = _or_nan(rule.unmatched_hd95_mm)
-    voxel_mm3 = float(np.prod(spacing_mm))
     lesions = []
     for row in range(1, r.count + 1):
         size = int(r.voxels[row])
-        if size * voxel_mm3 <= rule.minimal_mm3 * (1 + _VOLUME_TIE):
+        if size <= least:
             continue
         columns = matched.found_by.get(row)
         if columns is None:

@@ -36,6 +36,7 @@ __all__ = [
     "novelty",
     "profile_of",
     "samples_of",
+    "tail_share",
 ]
 
 LOW_DICE = 0.7
@@ -56,7 +57,10 @@ PARTS = 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected Dice of a label, and the central 90 % of it. None: the label was not found, and need not be there."""
+    """Expected Dice of a label, and the central 90 % of it (less where fewer than 19 cases taught it).
+
+    None: the label was not found, and need not be there.
+    """
 
     expected: float | None
     low: float | None
@@ -87,8 +91,8 @@ class Sample:
 class Regression(Section):
     """Dice = sigmoid(offset of the label + Σ weight · feature); residuals are in units of `_spread`.
 
-    `residuals`: lower and upper quantile of them, over cases that the fit had not seen. `look_below`: the mean of the
-    expected Dice of a case below which it should be looked at.
+    `residuals`: lower and upper quantile of them, over cases that the fit had not seen; see `tail_share`. `look_below`:
+    the mean of the expected Dice of a case below which it should be looked at.
     """
 
     weights: dict[str, float]
@@ -185,6 +189,17 @@ def fit_quality(samples: Sequence[Sample], profile: Profile) -> QualityModel:
     )
 
 
+def tail_share(n_cases: int) -> float:
+    """Share of the residuals of `n_cases` to leave out at either end so that `COVERAGE` of new cases lie between.
+
+    One more case of the same kind is as likely to come at any place among those seen (conformal prediction, Vovk et
+    al. 2005), so k / (n + 1) of new ones lie below the k-th, which has the share (k − 1) / (n − 1) below it. 0 for
+    fewer than 19 cases: (n − 1) / (n + 1) of new ones lie between the lowest and the highest, and no more can be had.
+    """
+    place = (1 - COVERAGE) / 2 * (n_cases + 1)
+    return max(0.0, (place - 1) / (n_cases - 1)) if n_cases > 1 else 0.0
+
+
 def _fit(samples: Sequence[Sample], names: Sequence[str]) -> Regression:
     cases = sorted({s.case for s in samples})
     held_back = np.zeros(len(samples))
@@ -200,8 +215,8 @@ def _fit(samples: Sequence[Sample], names: Sequence[str]) -> Regression:
     dice = np.array([s.dice for s in samples])
     residuals = (dice - held_back) / _spread(held_back)
     weights, offsets = _solve(samples, names)
-    # conformal: one more case of the same kind is as likely to lie anywhere among those seen
-    tail = (1 - COVERAGE) / 2 * (1 - 1 / len(cases))
+    # samples of one case are alike: it is cases that count
+    tail = tail_share(len(cases))
     low, high = np.quantile(residuals, [tail, 1 - tail])
     return Regression(
         weights=weights,

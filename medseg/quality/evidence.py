@@ -157,7 +157,7 @@ def of_reference(prepared: Prepared, data: DataConfig) -> Evidence:
 
 def _voxel_size(grid: Grid) -> float:
     """Of a volume in ml; of a picture, which has no size in mm, in % of the image."""
-    return math.prod(grid.spacing_mm) / 1000 if grid.spatial_dims == 3 else 100 / math.prod(grid.shape)
+    return grid.voxel_mm3 / 1000 if grid.spatial_dims == 3 else 100 / math.prod(grid.shape)
 
 
 def _tally(label: torch.Tensor, size: int, weights: torch.Tensor | None = None) -> Floats:

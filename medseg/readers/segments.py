@@ -61,5 +61,4 @@ def count_voxels(array: npt.NDArray[np.integer[Any]]) -> dict[int, int]:
 
 def volumes_ml(voxels: dict[int, int], grid: Grid) -> dict[int, float]:
     """Millilitres by value of so many `voxels` of a grid with three axes."""
-    voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
-    return {value: count * voxel_mm3 / 1000 for value, count in voxels.items()}
+    return {value: count * grid.voxel_mm3 / 1000 for value, count in voxels.items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from medseg.errors import DataError
 from medseg.evaluate import (
     EvaluateOptions,
     Evaluation,
@@ -24,6 +23,7 @@ from medseg.evaluate import (
 )
 from medseg.progress import Progress, silent
 from medseg.report.html import fixed, render
+from medseg.report.place import holds_earlier
 from medseg.report.worst import WorstCase, read_worst
 from medseg.writers import atomic_path
 
@@ -66,7 +66,7 @@ class Report:
         Raises `DataError` where the folder cannot be written, or holds a summary.json that no report wrote.
         """
         target = Path(folder)
-        replaced = _holds_report(target)
+        replaced = holds_earlier(target, "report")
         # the page and the PDF show the same cases
         worst = read_worst(self.evaluation, progress=progress)
         texts = self._texts(worst)
@@ -88,6 +88,11 @@ class Report:
             for name in {"lesions.csv", "nnunet_summary.json", *([] if pdf else ["report.pdf"])} - set(texts):
                 (target / name).unlink(missing_ok=True)
         return target
+
+    @staticmethod
+    def check_folder(folder: Path | str) -> None:
+        """Raise the `DataError` of `save` where `folder` holds a summary.json that no report wrote: before any work."""
+        holds_earlier(Path(folder), "report")
 
     def _texts(self, worst: Sequence[WorstCase]) -> dict[str, str]:
         found = self.evaluation
@@ -166,20 +171,6 @@ def _text_row(name: str, dice: Mapping[str, Any]) -> tuple[str, str, str, str, s
     interval = "–" if dice["ci95"] is None else " to ".join(fixed(v) for v in dice["ci95"])
     counts = str(dice["n"]), str(dice["n_missed"]), str(dice["n_spurious"])
     return (name, fixed(dice["mean"]), interval, fixed(dice["median"]), *counts)
-
-
-def _holds_report(folder: Path) -> bool:
-    """Whether a report is there already. A summary.json of another program is not ours to replace."""
-    file = folder / "summary.json"
-    if not file.exists():
-        return False
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or "schema_version" not in found:
-        raise DataError(f"{file}: written by another program, expected a folder for the report alone; give another one")
-    return True
 
 
 def _csv(table: pd.DataFrame) -> str:

@@ -219,21 +219,19 @@ def _ground(scene: _Scene, style: _Style, window: _Window) -> npt.NDArray[np.uin
         np.copyto(ground, shade[..., None], where=known[..., None])
     shown = np.where(scene.prediction != 0, scene.prediction, scene.reference)[nearest]
     wrong = (scene.prediction != scene.reference)[nearest]
-    palette = _palette(style, int(shown.max()))
     agreed = (shown != 0) & ~wrong if scene.image is None else np.zeros_like(wrong)
     for where, share in ((wrong & known, _WRONG), (agreed & known, _AGREED)):
-        ground[where] = (1 - share) * ground[where] + share * palette[shown[where]]
+        values, number = np.unique(shown[where], return_inverse=True)
+        ground[where] = (1 - share) * ground[where] + share * _palette(style, values)[number]
     return ground
 
 
-def _palette(style: _Style, top: int) -> npt.NDArray[np.float32]:
-    """RGB, 0–255, of each value up to `top`."""
-    colours = np.zeros((top + 1, 3), np.float32)
+def _palette(style: _Style, values: Labels) -> npt.NDArray[np.float32]:
+    """RGB, 0–255, of each of `values`: (n, 3). Atlases have values of hundreds of millions."""
+    colours = np.zeros((len(values), 3), np.float32)
     # of several regions that hold a value the smallest one gives the colour
     for name in sorted(style.labels, key=lambda name: -len(members(style.labels[name]))):
-        for value in members(style.labels[name]):
-            if value <= top:
-                colours[value] = 255 * np.asarray(to_rgb(style.colours[name]))
+        colours[np.isin(values, members(style.labels[name]))] = 255 * np.asarray(to_rgb(style.colours[name]))
     return colours
 
 

@@ -38,7 +38,7 @@ TERM_NAMES = {
     "status": "Status",
     "mean": "Mean, median",
     "ci95": "95% interval",
-    "cases_needed": "Cases needed",
+    "cases_needed": "Sample size",
     "foreground": "Over labels",
     "groups": "Patients",
     "subgroups": "Subgroups",
@@ -150,8 +150,8 @@ def folder_remover(pairs: Iterable[Pair]) -> Callable[[str], str]:
 
 def reach(summary: Mapping[str, Any]) -> list[str]:
     """Sentences on what cases of this number cannot tell; none where there are too few for an interval."""
-    n, units, dice = summary["n_cases"], summary["n_groups"], summary["foreground"]["dice"]
-    independent, noun = (n, "case") if units is None else (units, "patient")
+    units, dice = summary["n_groups"], summary["foreground"]["dice"]
+    independent, noun = (summary["n_cases"], "case") if units is None else (units, "patient")
     plural = "" if independent == 1 else "s"
     if dice["ci95"] is None:
         return []
@@ -165,10 +165,8 @@ def reach(summary: Mapping[str, Any]) -> list[str]:
     if needed:
         name, most = max(needed.items(), key=lambda pair: pair[1])
         which = f"{name}, which spreads most" if len(needed) > 1 else name
-        if most > n:
-            said.append(f"For ±0.02 about {most} cases would be needed ({which}).")
-        else:
-            said.append(f"For ±0.02 about {most} cases suffice ({which}).")
+        end = "would be needed" if most > independent else "suffice"
+        said.append(f"For ±0.02 about {most} {noun}s {end} ({which}).")
     return [*said, "Cases of another origin (scanner, site, patients) may fare otherwise."]
 
 

@@ -19,9 +19,10 @@ from matplotlib.image import imread
 from medseg.evaluate import Evaluation
 from medseg.evaluate.pairs import counted, named
 from medseg.readers import is_picture
-from medseg.report.charts import Axis, axis, scattered, share_axis, spread
+from medseg.report.charts import MAX_DOTS, Axis, axis, scattered, share_axis, spread
 from medseg.report.html import TERM_NAMES, folder_remover, left_out, notes
 from medseg.report.page import STATUS_NAMES, fixed, in_words, label_marks, moment, signed
+from medseg.report.panels import MIN_BOX
 from medseg.report.paper import (
     INK,
     LEFT,
@@ -39,8 +40,6 @@ TITLE = "Segmentation report"
 MAX_AGREEMENT_PLOTS = 6
 MAX_NAMED = 12
 MAX_CASE_LABELS = 6
-_MIN_BOX = 5
-_MAX_DOTS = 300
 _ROW = 0.25
 _Row = TypeVar("_Row")
 _MARK = 0.3
@@ -188,7 +187,7 @@ def _distributions(paper: Paper, evaluation: Evaluation) -> None:
 
     _heading(paper, "How Dice is spread", room=0.6 + min(len(names), 8) * height)
     paper.paragraph(
-        f"Each dot is a case. From {_MIN_BOX} cases on, the box spans their middle half; the thick bar is the median.",
+        f"Each dot is a case. From {MIN_BOX} cases on, the box spans their middle half; the thick bar is the median.",
         size=8,
         colour=QUIET,
     )
@@ -209,10 +208,10 @@ def _distributions(paper: Paper, evaluation: Evaluation) -> None:
                     start + scale.place(values[n]) * (RIGHT - start),
                     paper.y + 0.1 + (height - 0.2) * scattered(rank),
                 )
-                for rank, n in enumerate(spread(values, _MAX_DOTS))
+                for rank, n in enumerate(spread(values, MAX_DOTS))
             ]
         )
-        if dice["n"] >= _MIN_BOX:
+        if dice["n"] >= MIN_BOX:
             q1, median, q3 = (start + scale.place(dice[key]) * (RIGHT - start) for key in ("q1", "median", "q3"))
             paper.box(q1, paper.y + 0.07, q3 - q1, height - 0.14, edge=INK)
             paper.rule(median, paper.y + 0.07, median, paper.y + height - 0.07, colour=INK, weight=2)
@@ -287,7 +286,7 @@ def _agreement(
 
 
 def _thinned(means: npt.NDArray[np.float64], differences: npt.NDArray[np.float64]) -> list[tuple[float, float]]:
-    return [(float(means[n]), float(differences[n])) for n in spread(differences, _MAX_DOTS)]
+    return [(float(means[n]), float(differences[n])) for n in spread(differences, MAX_DOTS)]
 
 
 def _ticks(paper: Paper, across: Axis, up: Axis, frame: tuple[float, float, float, float]) -> None:

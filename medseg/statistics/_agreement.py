@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 from scipy.special import ndtri
 
-from medseg.statistics._intervals import CONFIDENCE, MINIMUM_UNITS, Floats
+from medseg.statistics._intervals import CONFIDENCE, MINIMUM_UNITS, Floats, unit_codes
 
 _QUANTILE = float(ndtri((1 + CONFIDENCE) / 2))
 # the usual chance to find what is there
@@ -63,6 +63,24 @@ def bland_altman(prediction_ml: Sequence[float] | Floats, reference_ml: Sequence
         low_ci95_ml=(low - of_limit, low + of_limit),
         high_ci95_ml=(high - of_limit, high + of_limit),
     )
+
+
+def unit_sd(values: Sequence[float] | Floats, *, groups: Sequence[Hashable] | None = None) -> float | None:
+    """SD of independent units as the mean of `values` feels it, for `cases_needed`; None below three units.
+
+    Units are the values, or the groups that they are of, such as patients: what sets the mean of a group apart, times
+    its number of values over the usual number, as in the variance of a ratio (Cochran 1977, Sampling Techniques,
+    chapter 6). Of groups of one size it is the SD of their means. NaN and infinite values are left out. Raises
+    `ValueError` if the lengths differ.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    array, unit = array[finite], np.unique(unit_codes(groups, len(array))[finite], return_inverse=True)[1]
+    sizes = np.bincount(unit)
+    if len(sizes) < MINIMUM_UNITS:
+        return None
+    apart = np.bincount(unit, weights=array - array.mean()) / sizes.mean()
+    return float(apart.std(ddof=1))
 
 
 def cases_needed(sd: float, half_width: float) -> int:

@@ -129,7 +129,7 @@ class _Pair:
         kept = undefined == 0
         first, second, units = first[kept], second[kept], units[kept]
         noise = _noise(first, second)
-        differences = _differences(first, second)
+        differences = differences_of(first, second)
         differences[np.abs(differences) <= noise] = 0.0
         of_units = _by_unit(differences, units, n_units)
         of_units[np.abs(of_units) <= noise] = 0.0
@@ -182,7 +182,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _differences(first: Floats, second: Floats) -> Floats:
+def differences_of(first: Floats, second: Floats) -> Floats:
+    """First minus second, of any shape: inf minus inf is 0, and NaN stays."""
     same = first == second
     return np.asarray(np.where(same, 0.0, first) - np.where(same, 0.0, second))
 
