@@ -585,16 +585,6 @@ def _after_two_epochs(folder: Path, process: subprocess.Popen[str], number: int)
     return process.communicate(timeout=240)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums in the same order here and in other processes of the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_killed_and_resumed_is_the_undisturbed_one(
     train: Train, tiny_dataset, tiny_settings: tuple[str, ...], tmp_path: Path
@@ -721,6 +711,26 @@ def test_a_budget_of_time_cannot_be_deterministic(train: Train, tiny_dataset, tm
     with pytest.raises(medseg.ConfigError, match=r"deterministic with a time budget of 60 s.*use --epochs N"):
         train(dataset, "train.deterministic=true", time_budget="60s")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["typed", "in a part", "in a whole configuration"])
+def test_a_batch_too_small_for_the_processes_is_told_before_files_are_read(
+    tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    dataset, file = tiny_dataset(cases=2), tmp_path / "some.yaml"
+    settings, whole = {"train": {"batch_size": 2}}, given == "in a whole configuration"
+    if given != "typed":
+        config = medseg.plan(dataset, settings=settings, device="cpu").config if whole else None
+        file.write_text("train: {batch_size: 2}\n" if config is None else medseg.dump_yaml(config))
+    options = medseg.TrainOptions(settings=settings) if given == "typed" else medseg.TrainOptions(config=file)
+
+    def read(*_: Any, **__: Any) -> None:
+        raise medseg.DataError("files are read")
+
+    monkeypatch.setattr(TRAIN, "check_dataset", read)
+    for processes, told in ((3, "train.batch_size 2 found for 3 processes"), (2, "files are read")):
+        with pytest.raises(medseg.MedsegError, match=told):
+            TRAIN.plan_run(read_dataset(dataset), options, {}, device=torch.device("cpu"), processes=processes)
 
 
 def test_the_run_says_what_it_was_made_of(tiny_run) -> None:
