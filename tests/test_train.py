@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
@@ -873,6 +874,44 @@ def test_what_was_done_after_training_is_not_done_again(
     longer = train(dataset, fold=0, epochs=2, resume=True)
     assert calls == ["calibrate"] * 2
     assert {result.status for result in longer.results} == {"done"}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.json", "report.html"])
+def test_a_disk_that_is_full_after_the_last_step_costs_no_step(
+    train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    dataset, folder = tiny_dataset(cases=4), tmp_path / "run"
+    name, ending = file.rsplit(".", 1)
+
+    def filling(write: Callable[..., int]) -> Callable[..., int]:
+        def full(path: Path, *given: Any, **more: Any) -> int:
+            # the temporary name of the file
+            if path.name.startswith(f".{name}.") and path.suffix == f".{ending}":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, *given, **more)
+
+        return full
+
+    for how in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, how, filling(getattr(Path, how)))
+    told = r"run.*: cannot write \S+ \(No space left on device\).*training itself is done: then finish it with --resume"
+    with pytest.raises(medseg.TrainingError, match=told):
+        train(dataset)
+    monkeypatch.undo()
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+    def learn(_: Fit) -> None:
+        raise AssertionError("a step is done again")
+
+    monkeypatch.setattr(Fit, "_learn", learn)
+    run = train(dataset, resume=True)
+    assert run.report is not None
+    assert (run.steps, [result.status for result in run.results]) == (
+        2,
+        ["skipped" if file == "report.html" else "done"] * 2,
+    )
+    assert (folder / "validation" / "report" / "report.html").is_file()
+    assert {"inference", "weights_sha256"} <= set(_description(folder))
 
 
 def test_a_calibration_goes_on_where_it_was_ended_with_the_same_cases_alone(
