@@ -365,6 +365,33 @@ def test_a_full_disk_ends_the_fit_and_keeps_the_state_before(tmp_path: Path, mon
     assert rest.weights == whole.weights
 
 
+@pytest.mark.parametrize("file", ["metrics.csv", "events"])
+def test_a_disk_that_is_full_when_the_fit_goes_on_is_no_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    config = noise_config()
+    fit = noise_fit(tmp_path, config)
+    _before_draw(fit, 3, _raise(KeyboardInterrupt()))
+    _before_draw(fit, 3, fit.save)
+    with pytest.raises(KeyboardInterrupt):
+        fit.run(silent)
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if file == "events":
+        monkeypatch.setattr("medseg.journal.EventsWriter", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    told = r"no row can be written \(.*No space left on device.*then go on with --resume"
+    with pytest.raises(medseg.TrainingError, match=told):
+        noise_fit(tmp_path, config, resume=True).run(silent)
+    monkeypatch.undo()
+    rest = noise_fit(tmp_path, config, resume=True)
+    rest.run(silent)
+    assert [row["step"] for row in _rows(tmp_path)] == ["2", "4", "6"]
+
+
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fit, Collection[int]], None]:
     """Takes the disk away from a fit at some steps: for its state, its rows and its events."""
