@@ -43,6 +43,12 @@ def read_state(folder: Path) -> dict[str, Any]:
         # torch looks at the sums of its parts only where they do not fit together
         damaged = zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        # whoever asks for a state has been told that there is one
+        raise ConfigError(
+            f"{path}: no such file for this process, but another one of this training has it; expected a run folder on "
+            "a disk that all processes share: choose such a one with -o"
+        ) from error
     except Exception as error:
         words = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{refused} damaged ({type(error).__name__}: {words}); {anew}") from error

@@ -241,6 +241,11 @@ def test_a_state_with_one_wrong_bit_is_refused(state: Path) -> None:
     assert f"{state}: cannot be resumed, because it is damaged" in _refusal(state.parent)
 
 
+def test_a_state_that_another_machine_has_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(medseg.ConfigError, match=r"no such file for this process.* a disk that all processes share"):
+        noise_fit(tmp_path, noise_config(), resume=True)
+
+
 @pytest.mark.parametrize("version", [None, VERSION + 1])
 def test_a_state_of_another_version_is_refused(state: Path, version: int | None) -> None:
     content = torch.load(state, weights_only=True)
