@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,7 @@ from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
 from medseg.leaks import refuse_leaks
-from medseg.logfile import log_file
+from medseg.logfile import faults_told, log_file
 from medseg.model import DECISIVE, is_complete, read_description, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
 from medseg.notebook import Notebook
@@ -160,7 +161,7 @@ def _train(
     data, made, folds = ranks.led(lambda: _planned(dataset, options, end, weights, ranks, progress))
     config, (training, validation) = made.config, folds
     seconds: dict[str, float] = {}
-    with log_file(folder) if ranks.first else nullcontext():
+    with log_file(folder) if ranks.first else faults_told(sys.stderr):
         if ranks.first:
             _tidy(folder)
         _log_beginning(training, validation, config, options, ranks)

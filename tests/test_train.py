@@ -676,6 +676,43 @@ def test_two_trainings_into_one_folder_are_refused(tmp_path: Path) -> None:
         pass
 
 
+FAULTY = """
+import mmap, sys
+from pathlib import Path
+from medseg.logfile import faults_told, log_file
+
+def read_a_page():
+    with open("case", "w+b") as file:
+        file.truncate(mmap.PAGESIZE)
+        page = mmap.mmap(file.fileno(), 0)
+        # no disk has it any more
+        file.truncate(0)
+        return page[0]
+
+with log_file(Path("run")) if sys.argv[1] == "first" else faults_told(sys.stderr):
+    read_a_page()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such a page is another error")
+@pytest.mark.parametrize("who", ["first", "another"])
+def test_a_page_of_a_mapped_file_that_is_gone_leaves_a_word(tmp_path: Path, who: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONFAULTHANDLER"}
+    process = subprocess.run(
+        [sys.executable, "-c", FAULTY, who],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == -signal.SIGBUS
+    told = _log(tmp_path / "run") if who == "first" else process.stderr
+    assert "Fatal Python error: Bus error" in told
+    assert "in read_a_page" in told
+
+
 def test_halves_of_files_that_a_kill_left_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").mkdir()
     old = time.time() - 7200
