@@ -472,7 +472,8 @@ def _prepare(
             prepare_cached(case, config.preprocess, config.data, cache)
         except (DataError, OSError) as error:
             if is_disk_full(error):
-                raise
+                # what is asked is right, and may do better once more
+                raise TrainingError(f"{error}; what is ready in {cache} stays: then start again") from error
             failures.append(f"  {case.id}: {error}")
         except (MemoryError, RuntimeError) as error:
             if not _is_short_of_memory(error):

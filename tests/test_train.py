@@ -391,6 +391,23 @@ def test_a_case_that_dies_is_named_and_the_others_are_ready(
     assert cached == {"case0", "case2", "case3"}
 
 
+def test_a_disk_that_the_cache_fills_is_no_wrong_usage(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, prepare, full = tiny_dataset(cases=3), TRAIN.prepare_cached, [True]
+
+    def filled(case: Any, *given: Any) -> Any:
+        if full[0] and case.id == "case1":
+            raise medseg.DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return prepare(case, *given)
+
+    monkeypatch.setattr(TRAIN, "prepare_cached", filled)
+    with pytest.raises(medseg.TrainingError, match=r"cannot write; what is ready in .*cache stays: then start again"):
+        train(dataset, fold="all")
+    full[0] = False
+    assert train(dataset, fold="all").steps == 2
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_case_that_memory_does_not_hold_is_named(
     train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch, error: Exception
