@@ -34,7 +34,7 @@ def air_of(config: WindowsConfig, data: DataConfig, preprocess: PreprocessConfig
     """The air around the patient in a prepared `image` (C, *S), or None where windows are not to be skipped.
 
     `skip_air: auto` looks for it in 3D CT with fixed normalisation: those values can be traced back to Hounsfield
-    units.
+    units, but not where they are clipped above `AIR_HU`, as plans for organs without air do: then None.
     """
     how = preprocess.intensity[0]
     wanted = config.skip_air == "on" or (config.skip_air == "auto" and is_ct(data.channels[0]))

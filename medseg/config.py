@@ -337,7 +337,8 @@ class WindowsConfig(Section):
     scales: tuple[PositiveFloat, ...] = Field((1.0,), min_length=1)
     """Sizes of copies that the network sees, 1 the image itself; scores are averaged."""
     skip_air: Literal["auto", "on", "off"] = "auto"
-    """Windows outside the body are background without a look; auto: in CT only."""
+    """Windows outside the body are background without a look; auto: in CT only. None is skipped where intensities are
+    clipped above -500 HU, as plans for soft tissue do: there fat or lung may have the value of air."""
 
 
 class PostprocessConfig(Section):

@@ -39,7 +39,7 @@ from medseg.pretrained import Pretrained, load_pretrained
 from medseg.process import end_asked_by, hearing_signals
 from medseg.progress import Progress
 from medseg.ranks import Ranks
-from medseg.state import STATE, read_state, write_state
+from medseg.state import STATE, arithmetic, check_arithmetic, read_state, write_state
 from medseg.writers import is_disk_full
 
 log = logging.getLogger(__name__)
@@ -222,6 +222,7 @@ class Fit:
                 "held_back": [case.id for case in self.validation],
                 "learnt": self.learnt,
                 "meaning": self._meaning(),
+                "arithmetic": arithmetic(self.precision, self.device),
                 "pretrained": self._from,
                 "loaded": sorted(self._loaded),
                 "network": self.network.state_dict(),
@@ -276,6 +277,8 @@ class Fit:
                 f"{path}: was trained on other files under the same names (SHA-256 {state['learnt'][:12]}… there, "
                 f"{self.learnt[:12]}… now); bring them back, or train into a new folder"
             )
+        now, settings = arithmetic(self.precision, self.device), self.config.train
+        check_arithmetic(self.folder, state, now, deterministic=settings.deterministic)
 
     def _go_on(self, state: dict[str, Any]) -> None:
         try:

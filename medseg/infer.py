@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from medseg.body import air_of
 from medseg.cases import Case
-from medseg.catalogue import find_model
+from medseg.catalogue import BEST, find_model
 from medseg.config import BACKGROUND, Config, DataConfig, WindowsConfig, overlay
 from medseg.device import (
     choose_device,
@@ -31,7 +31,6 @@ from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, ModelError
 from medseg.metrics.codes import members
 from medseg.model import (
-    BEST,
     Model,
     check_choices,
     chosen_settings,
@@ -321,7 +320,7 @@ def read_quality(model: Model) -> QualityModel | None:
 def load_model(*folders: str | Path, options: InferOptions | None = None) -> Segmenter:
     """The model that `medseg train` wrote into a folder; several folders make an ensemble. Raises `ModelError`.
 
-    A name of `medseg.list_models()` stands for that model, unless a folder of that name exists; the folder of a
+    A name of `medseg.list_models()` stands for that model, unless a folder of that name holds one; the folder of a
     cross-validation, given alone, for the models and settings that it chose.
 
     What calibration chose for it on held-back cases is used unless `options` say otherwise.

@@ -16,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from medseg.errors import TrainingError
+from medseg.errors import DataError, TrainingError
 from medseg.writers import is_disk_full, write_text
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ class Row:
 
 
 class Journal:
-    """Adds rows to what a run folder has; rows beyond the first `kept`, later than the state resumed, are dropped."""
+    """Adds rows to what a run folder has; rows beyond the first `kept`, later than the state resumed, are dropped.
+
+    Raises `TrainingError` where the folder cannot be written.
+    """
 
     def __init__(self, folder: Path, labels: Sequence[str], *, kept: int) -> None:
         self._path = folder / METRICS
@@ -52,11 +55,15 @@ class Journal:
         header = ["epoch", "step", "seconds", "learning_rate", "loss", "dice", *(f"dice_{n}" for n in labels)]
         text = io.StringIO()
         csv.writer(text).writerows([header, *rows])
-        write_text(self._path, text.getvalue())
-        # written row by row: the usual writer's thread would die of a full disk without anybody's knowledge
-        self._events = EventsWriter(str(folder / "events"))
-        # later steps of an earlier file are not to be shown
-        self._happened(int(rows[-1][1]) + 1 if rows else 0, session_log=SessionLog(status=SessionLog.START))
+        try:
+            write_text(self._path, text.getvalue())
+            # written row by row: the usual writer's thread would die of a full disk without anybody's knowledge
+            self._events = EventsWriter(str(folder / "events"))
+            # later steps of an earlier file are not to be shown
+            self._happened(int(rows[-1][1]) + 1 if rows else 0, session_log=SessionLog(status=SessionLog.START))
+        except (DataError, OSError) as error:
+            # no mistake in what was asked: the same may do better once more
+            raise TrainingError(f"{folder}: no row can be written ({error}); then go on with --resume") from error
 
     def __enter__(self) -> Journal:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 def log_file(folder: Path) -> Iterator[None]:
     """Everything that is logged also goes into log.txt, which one training at a time holds.
 
-    Raises `ConfigError` where the folder cannot be written, or another training is writing into it.
+    So does where the process was when a fault ended it. Raises `ConfigError` where the folder cannot be written, or
+    another training is writing into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,11 +40,28 @@ def log_file(folder: Path) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:
-        yield
+        with faults_told(handler.stream or sys.stderr):
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
+
+
+@contextmanager
+def faults_told(file: TextIO) -> Iterator[None]:
+    """A fault that ends the process, of the memory or of a file that is mapped, leaves in `file` where it happened.
+
+    Unless that is told elsewhere already.
+    """
+    if faulthandler.is_enabled():
+        yield
+        return
+    faulthandler.enable(file)
+    try:
+        yield
+    finally:
+        faulthandler.disable()
 
 
 class _LogFile(logging.FileHandler):

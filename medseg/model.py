@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from medseg.catalogue import DESCRIPTION, WEIGHTS
+from medseg.catalogue import BEST, CROSSVAL, DESCRIPTION, WEIGHTS
 from medseg.config import COLOURS, Config, DataConfig, Section, make_config, overlay
 from medseg.errors import ConfigError, ModelError
 from medseg.networks import at_output_stride, build_network, check_settings
@@ -27,8 +27,6 @@ from medseg.writers import atomic_path, write_text
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-# what `medseg-crossval` chose, and its record: in a folder that holds run folders
-BEST, CROSSVAL = "best.json", "crossval.json"
 
 # what may be changed in a trained model: whole sections, or the keys that keep the meaning of its weights
 CHANGEABLE: dict[str, tuple[str, ...]] = {

@@ -103,10 +103,12 @@ def make_plan(
     memory_bytes: float | None = None,
     network: dict[str, Any] | None = None,
     published: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch.
 
-    So do `memory_bytes`, those that are free on a GPU; None: enough.
+    So do `memory_bytes`, those that are free on a GPU; None: enough. The batch is what one such device does at a time,
+    on each of `processes` that train together.
 
     `network` is what is given of that section: where it names another network than the usual one or another encoder,
     that is planned. `published`: with the norm, width and encoder of the paper, as weights from elsewhere need them.
@@ -119,6 +121,15 @@ def make_plan(
     usual = _usual(fingerprint, sizes)
     bounds = _bounds(fingerprint, data, usual, device, memory_bytes)
     windows, batch = _windows(shape, preprocess, bounds, device, reasons)
+    if processes > 1:
+        # a step of Muon, as one of AdamW, has one size whatever the length of the gradient
+        _add_reason(
+            reasons,
+            "train.batch_size",
+            f"so many for each of {processes} processes; the learning rate stays, since steps do not grow with the "
+            "gradient (another one for larger batches was not measured)",
+        )
+        batch *= processes
     chosen = _network(usual, preprocess, windows, sizes, reasons)
     if network and (network.get("name", chosen.name) != chosen.name or SHAPING & set(network)):
         chosen = _other_network(network, chosen, data, preprocess, windows, device, reasons, published=published)

@@ -99,11 +99,7 @@ class Ranks:
 
     def rows(self, batch_size: int) -> slice:
         """The rows of a batch that this process does. Raises `ConfigError` where one would have none."""
-        if batch_size < self.size:
-            raise ConfigError(
-                f"train.batch_size {batch_size} found for {self.size} processes, expected at least one sample for "
-                f"each: use --set train.batch_size={self.size}, or fewer --devices"
-            )
+        check_rows(batch_size, self.size)
         return slice(batch_size * self.rank // self.size, batch_size * (self.rank + 1) // self.size)
 
     def shared(self, value: Value) -> Value:
@@ -174,6 +170,15 @@ class Ranks:
             if self.size > 1:
                 self.highest(0.0)
             dist.destroy_process_group()
+
+
+def check_rows(batch_size: int, processes: int) -> None:
+    """Raises `ConfigError` where some of the `processes` would have no sample of a batch."""
+    if batch_size < processes:
+        raise ConfigError(
+            f"train.batch_size {batch_size} found for {processes} processes, expected at least one sample for "
+            f"each: use --set train.batch_size={processes}, or fewer --devices"
+        )
 
 
 class _Seat(ClusterEnvironment):  # type: ignore[misc]

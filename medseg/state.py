@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from medseg.errors import ConfigError, DataError, TrainingError
 from medseg.writers import atomic_path
+
+log = logging.getLogger(__name__)
 
 STATE = "last.pt"
 # raised whenever a state holds something else than before
@@ -43,6 +46,12 @@ def read_state(folder: Path) -> dict[str, Any]:
         # torch looks at the sums of its parts only where they do not fit together
         damaged = zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        # whoever asks for a state has been told that there is one
+        raise ConfigError(
+            f"{path}: no such file for this process, but another one of this training has it; expected a run folder on "
+            "a disk that all processes share: choose such a one with -o"
+        ) from error
     except Exception as error:
         words = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{refused} damaged ({type(error).__name__}: {words}); {anew}") from error
@@ -55,3 +64,29 @@ def read_state(folder: Path) -> dict[str, Any]:
             "new folder"
         )
     return dict(state)
+
+
+def arithmetic(precision: str, device: torch.device) -> dict[str, Any]:
+    """What a state keeps of how it was computed: other numbers of either round other sums."""
+    # on a GPU threads compute nothing that is trained with
+    return {"precision": precision, "threads": torch.get_num_threads() if device.type == "cpu" else None}
+
+
+def check_arithmetic(folder: Path, state: Mapping[str, Any], now: Mapping[str, Any], *, deterministic: bool) -> None:
+    """Warn where a fit goes on in another precision than that of the `state`; a state of an earlier medseg has none.
+
+    Raises `ConfigError` where it is `deterministic` and goes on in another precision or with other threads on a CPU.
+    """
+    ways = {"precision": "--precision {}", "threads": "OMP_NUM_THREADS={} in the environment"}
+    for key, way in ways.items():
+        was = state.get("arithmetic", now)[key]
+        if was is None or now[key] is None or was == now[key]:
+            continue
+        said = f"{folder / STATE}: was computed with {key} {was}, found {now[key]} here"
+        if deterministic:
+            raise ConfigError(
+                f"{said}; expected the same, since the weights would not be those of an undisturbed training: resume "
+                f"with {way.format(was)}, or give that up with --set train.deterministic=false"
+            )
+        if key == "precision":
+            log.warning("%s; %s keeps it as it was", said, way.format(was))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.cases import Dataset, Labels, label_values
-from medseg.catalogue import MODELS, model_names
+from medseg.catalogue import shipped_model
 from medseg.config import BACKGROUND, IGNORE, make_data_config, read_yaml
 from medseg.errors import ConfigError
 from medseg.metrics.codes import members
@@ -23,6 +23,8 @@ DESCRIBED = ("nnunet", "decathlon")
 NAMELESS = ("image",)
 # characters of labels that a message shows
 MOST_SHOWN = 200
+# of a folder, those that say what labels there are; the first one counts
+NAMING = ("config.yaml", "model.json", "dataset.json")
 
 
 def data_section(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,12 +176,10 @@ def read_labels(path: Path) -> Labels:
 
     Raises `ConfigError`.
     """
-    if not path.exists() and str(path) in model_names():
-        path = MODELS / path
+    path = shipped_model(path, NAMING) or path
     file = path
     if path.is_dir():
-        known = (path / name for name in ("config.yaml", "model.json", "dataset.json"))
-        file = next((file for file in known if file.is_file()), path / "config.yaml")
+        file = next((path / name for name in NAMING if (path / name).is_file()), path / "config.yaml")
     content = read_yaml(file)
     if file.name == "model.json" and isinstance(content.get("config"), dict):
         content = content["config"]

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,7 @@ from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
 from medseg.leaks import refuse_leaks
-from medseg.logfile import log_file
+from medseg.logfile import faults_told, log_file
 from medseg.model import DECISIVE, is_complete, read_description, record_choices, save_model
 from medseg.networks import build_bare, check_patch, check_settings
 from medseg.notebook import Notebook
@@ -49,7 +50,7 @@ from medseg.preprocess import Prepared, prepare_cached
 from medseg.pretrained import Pretrained, inherited_network, load_pretrained, read_weights
 from medseg.process import Preempted
 from medseg.progress import Progress, silent
-from medseg.ranks import Ranks
+from medseg.ranks import Ranks, check_rows
 from medseg.readers import file_sha256
 from medseg.regions import check_labels, check_regions
 from medseg.report import Report, report_pairs
@@ -157,11 +158,10 @@ def _train(
     options = ranks.led(lambda: _begun(folder, options, asked))
     resumed = options.resume and ranks.led((folder / STATE).is_file)
     weights = None if resumed else options.pretrained
-    data, made, folds = ranks.led(lambda: _planned(dataset, options, end, weights, ranks.device, progress))
+    data, made, folds = ranks.led(lambda: _planned(dataset, options, end, weights, ranks, progress))
     config, (training, validation) = made.config, folds
-    ranks.rows(config.train.batch_size)
     seconds: dict[str, float] = {}
-    with log_file(folder) if ranks.first else nullcontext():
+    with log_file(folder) if ranks.first else faults_told(sys.stderr):
         if ranks.first:
             _tidy(folder)
         _log_beginning(training, validation, config, options, ranks)
@@ -215,10 +215,17 @@ def plan(
 
 
 def plan_run(
-    data: Dataset, options: TrainOptions, end: Mapping[str, Any], *, device: torch.device, progress: Progress = silent
+    data: Dataset,
+    options: TrainOptions,
+    end: Mapping[str, Any],
+    *,
+    device: torch.device,
+    processes: int = 1,
+    progress: Progress = silent,
 ) -> Plan:
     """The configuration of a run: given whole, or planned with what is given laid over; then the options' settings.
 
+    A batch that is planned grows with `processes`, a device each; one that is given must have a sample for every one.
     Raises `ConfigError` for a wrong key or value before any file is read, `DataError` for a data set with errors.
     """
     changes = overlay(options.settings, {"train": end} if end else {})
@@ -228,7 +235,12 @@ def plan_run(
     if config is None:
         check_part(values, source=source)
         check_part(changes, source="--set")
-        _check_clock(overlay(TrainConfig().model_dump(), values.get("train", {}), changes.get("train", {})))
+        loop = overlay(values.get("train", {}), changes.get("train", {}))
+        _check_clock(overlay(TrainConfig().model_dump(), loop))
+        # one that is planned has enough
+        check_rows(TrainConfig(batch_size=loop.get("batch_size", processes)).batch_size, processes)
+    else:
+        check_rows(config.train.batch_size, processes)
     said, typed = data_section(values), data_section(changes)
     if isinstance(options.config, Path):
         refuse_other_data(data, options.config, said, typed)
@@ -260,6 +272,7 @@ def plan_run(
         measured,
         device=device.type,
         memory_bytes=free_bytes(device),
+        processes=processes,
         network=network,
         published=published,
     )
@@ -333,7 +346,7 @@ def _planned(
     options: TrainOptions,
     end: Mapping[str, Any],
     weights: Path | None,
-    device: torch.device,
+    ranks: Ranks,
     progress: Progress,
 ) -> tuple[Dataset, Plan, Folds]:
     """The cases, what is made of them, and which of them are trained on and held back."""
@@ -341,7 +354,7 @@ def _planned(
         # a file that cannot be read is told before the data set is
         read_weights(weights)
     data = read_dataset(Path(dataset))
-    made = plan_run(data, options, end, device=device, progress=progress)
+    made = plan_run(data, options, end, device=ranks.device, processes=ranks.size, progress=progress)
     folds = fold_split(data, options.fold, folds=options.folds)
     _check_network(made.config, weights)
     return data, made, folds
@@ -459,7 +472,8 @@ def _prepare(
             prepare_cached(case, config.preprocess, config.data, cache)
         except (DataError, OSError) as error:
             if is_disk_full(error):
-                raise
+                # what is asked is right, and may do better once more
+                raise TrainingError(f"{error}; what is ready in {cache} stays: then start again") from error
             failures.append(f"  {case.id}: {error}")
         except (MemoryError, RuntimeError) as error:
             if not _is_short_of_memory(error):

@@ -53,6 +53,18 @@ def _log_as_it_was() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in the same order here and in other processes of the test, and nothing of determinism left for others."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real data sets, from MEDSEG_DATA; skips where there is none."""

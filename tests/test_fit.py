@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator
@@ -263,6 +264,45 @@ def test_a_state_with_one_wrong_bit_is_refused(state: Path) -> None:
     assert f"{state}: cannot be resumed, because it is damaged" in _refusal(state.parent)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(
+    ("what", "was", "now", "way"),
+    [("precision", "32", "bf16", "--precision 32"), ("threads", "1", "2", "OMP_NUM_THREADS=1 in the environment")],
+)
+def test_a_fit_goes_on_in_another_arithmetic_with_a_word_or_not_at_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, was: str, now: str, way: str, deterministic: bool
+) -> None:
+    settings = {"deterministic": deterministic}
+    noise_fit(tmp_path, noise_config(train=settings)).save()
+    if what == "threads":
+        torch.set_num_threads(2)
+    else:
+        settings |= {"precision": now}
+    told = f"{tmp_path / STATE}: was computed with {what} {was}, found {now} here; "
+    if deterministic:
+        refused = f"{re.escape(told)}expected the same, .*: resume with {way}, or .* --set train.deterministic=false"
+        with pytest.raises(medseg.ConfigError, match=refused):
+            noise_fit(tmp_path, noise_config(train=settings), resume=True)
+        return
+    noise_fit(tmp_path, noise_config(train=settings), resume=True)
+    assert (f"{told}{way} keeps it" in caplog.text) is (what == "precision")
+
+
+def test_a_state_of_earlier_that_does_not_say_how_it_was_computed_is_gone_on_with(tmp_path: Path) -> None:
+    noise_fit(tmp_path, noise_config()).save()
+    state = read_state(tmp_path)
+    assert state.pop("arithmetic") == {"precision": "32", "threads": 1}
+    write_state(tmp_path, state)
+    fit = noise_fit(tmp_path, noise_config(), resume=True)
+    fit.run(silent)
+    assert fit.course.step == 6
+
+
+def test_a_state_that_another_machine_has_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(medseg.ConfigError, match=r"no such file for this process.* a disk that all processes share"):
+        noise_fit(tmp_path, noise_config(), resume=True)
+
+
 @pytest.mark.parametrize("version", [None, VERSION + 1])
 def test_a_state_of_another_version_is_refused(state: Path, version: int | None) -> None:
     content = torch.load(state, weights_only=True)
@@ -385,6 +425,33 @@ def test_a_full_disk_ends_the_fit_and_keeps_the_state_before(tmp_path: Path, mon
     assert [p.name for p in (tmp_path / "parts").iterdir() if p.name.startswith(".")] == []
     rest = run_noted(noise_fit(tmp_path / "parts", noise_config(), resume=True))
     assert rest.weights == whole.weights
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "events"])
+def test_a_disk_that_is_full_when_the_fit_goes_on_is_no_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    config = noise_config()
+    fit = noise_fit(tmp_path, config)
+    _before_draw(fit, 3, _raise(KeyboardInterrupt()))
+    _before_draw(fit, 3, fit.save)
+    with pytest.raises(KeyboardInterrupt):
+        fit.run(silent)
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if file == "events":
+        monkeypatch.setattr("medseg.journal.EventsWriter", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    told = r"no row can be written \(.*No space left on device.*then go on with --resume"
+    with pytest.raises(medseg.TrainingError, match=told):
+        noise_fit(tmp_path, config, resume=True).run(silent)
+    monkeypatch.undo()
+    rest = noise_fit(tmp_path, config, resume=True)
+    rest.run(silent)
+    assert [row["step"] for row in _rows(tmp_path)] == ["2", "4", "6"]
 
 
 @pytest.fixture

@@ -226,6 +226,20 @@ def test_small_patches_come_in_larger_batches_on_a_gpu() -> None:
     assert 0.8 * 128**3 < np.prod(large.windows.patch_size) <= 128**3
 
 
+@pytest.mark.parametrize(("device", "shape", "each"), [("cpu", (64, 74, 54), 4), ("cuda", (500, 500, 400), 2)])
+def test_each_of_several_devices_does_the_batch_of_one(device: str, shape: tuple[int, ...], each: int) -> None:
+    one, eight = (plan(replace(PRINT, shapes=(shape,) * 3), device=device, processes=n) for n in (1, 8))
+    assert (one.config.train.batch_size, eight.config.train.batch_size) == (each, 8 * each)
+    assert "processes" not in one.reasons["train.batch_size"]
+    assert f"{each} patches keep the gradient steady" in eight.reasons["train.batch_size"]
+    assert "so many for each of 8 processes" in eight.reasons["train.batch_size"]
+    # patch and network do not change
+    assert eight.config.model_copy(update={"train": one.config.train}) == one.config
+    # nor does the learning rate; patches centred on labels are counted in the whole batch
+    share = {"batch_size": each, "foreground_fraction": max(0.33, 1 / each)}
+    assert eight.config.train.model_copy(update=share) == one.config.train
+
+
 @pytest.mark.parametrize("fingerprint", [PRINT, PICTURES], ids=["volumes", "pictures"])
 def test_the_bytes_of_a_voxel_are_those_that_the_network_keeps(fingerprint: Fingerprint) -> None:
     config = plan(fingerprint).config

@@ -153,6 +153,7 @@ def two_devices(
     return start
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_training_on_two_devices_is_pre_empted_and_goes_on_alone(two_devices, tmp_path: Path) -> None:
     process = two_devices("--epochs", "100000")
     process.terminate()
@@ -164,6 +165,32 @@ def test_a_training_on_two_devices_is_pre_empted_and_goes_on_alone(two_devices, 
     options = medseg.TrainOptions(resume=True, folds=2, device="cpu")
     run = medseg.train(tmp_path / "tiny", tmp_path / "run", epochs=step // 2 + 1, options=options)
     assert run.steps == 2 * (step // 2 + 1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_torchrun_trains_with_a_batch_for_each_and_one_process_goes_on_with_the_same(
+    tiny_dataset: Callable[..., Path], tiny_settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
+    planned = tuple(setting for setting in tiny_settings if "batch_size" not in setting)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "medseg"]
+    command = [*_command(dataset, folder, planned), "--fold", "all", "--epochs", "1"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    training = json.loads((folder / "model.json").read_text())["training"]
+    assert (training["devices"], training["steps"]) == (2, 2)
+    # four of a device
+    assert medseg.read_config(folder / "config.yaml").train.batch_size == 8
+    options = medseg.TrainOptions(resume=True, fold="all", device="cpu")
+    run = medseg.train(dataset, folder, epochs=2, options=options)
+    assert (run.steps, run.config.train.batch_size) == (4, 8)
 
 
 def test_a_process_that_is_killed_ends_all(two_devices) -> None:

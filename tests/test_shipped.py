@@ -15,7 +15,7 @@ from tiny import AFFINE, EXACT, SHAPE, blobs, some_images, tiny_config, tiny_mod
 
 import medseg
 from medseg import catalogue, shipped
-from medseg.catalogue import find_model
+from medseg.catalogue import find_model, weights_file
 from medseg.cli import run
 from medseg.errors import ConfigError, ModelError
 from medseg.model import new_network, read_model, save_model
@@ -168,6 +168,36 @@ def test_a_folder_of_that_name_comes_first_and_is_told(
     with caplog.at_level(logging.WARNING):
         assert find_model("egg") == Path("egg")
     assert "egg: the folder of that name is taken, not the model that comes with medseg" in caplog.text
+
+
+@pytest.mark.parametrize("files", [(), ("dataset.json", "imagesTr/a.nii.gz")], ids=["empty", "a data set"])
+def test_a_folder_of_that_name_without_a_model_is_passed_over_and_told(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    files: tuple[str, ...],
+) -> None:
+    (tmp_path / "data" / "egg" / "imagesTr").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "data")
+    for name in files:
+        Path("egg", name).write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert find_model("egg") == models / "egg"
+    assert "egg: the model that comes with medseg is taken, not the folder of that name, which holds" in caplog.text
+    assert weights_file(Path("egg")) == models / "egg" / "model.safetensors"
+    assert medseg.load_model("egg").models
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.json", "best.json", "crossval.json", "config.yaml"])
+def test_a_folder_of_that_name_with_a_part_of_a_model_is_told_as_damaged(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("egg").mkdir()
+    Path("egg", file).touch()
+    assert find_model("egg") == Path("egg")
+    assert weights_file(Path("egg")) == Path("egg", "model.safetensors")
 
 
 def test_a_wrong_name_lists_the_right_ones(models: Path) -> None:

@@ -302,6 +302,20 @@ def test_labels_of_a_model_that_comes_with_medseg() -> None:
     assert set(read_labels(Path("hippocampus"))) == {"background", "anterior", "posterior"}
 
 
+def test_a_folder_of_that_name_speaks_only_if_it_says_something_of_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("hippocampus")
+    (folder / "images").mkdir(parents=True)
+    with caplog.at_level("WARNING"):
+        assert set(read_labels(folder)) == {"background", "anterior", "posterior"}
+    assert "hippocampus: the model that comes with medseg is taken, not the folder of that name" in caplog.text
+    # a data set is a source of labels, too
+    (folder / "dataset.json").write_text('{"labels": {"head": 1}}')
+    assert read_labels(folder) == {"head": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

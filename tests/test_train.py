@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
@@ -390,6 +391,23 @@ def test_a_case_that_dies_is_named_and_the_others_are_ready(
     assert cached == {"case0", "case2", "case3"}
 
 
+def test_a_disk_that_the_cache_fills_is_no_wrong_usage(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, prepare, full = tiny_dataset(cases=3), TRAIN.prepare_cached, [True]
+
+    def filled(case: Any, *given: Any) -> Any:
+        if full[0] and case.id == "case1":
+            raise medseg.DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return prepare(case, *given)
+
+    monkeypatch.setattr(TRAIN, "prepare_cached", filled)
+    with pytest.raises(medseg.TrainingError, match=r"cannot write; what is ready in .*cache stays: then start again"):
+        train(dataset, fold="all")
+    full[0] = False
+    assert train(dataset, fold="all").steps == 2
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_case_that_memory_does_not_hold_is_named(
     train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -585,16 +603,6 @@ def _after_two_epochs(folder: Path, process: subprocess.Popen[str], number: int)
     return process.communicate(timeout=240)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums in the same order here and in other processes of the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_killed_and_resumed_is_the_undisturbed_one(
     train: Train, tiny_dataset, tiny_settings: tuple[str, ...], tmp_path: Path
@@ -685,6 +693,43 @@ def test_two_trainings_into_one_folder_are_refused(tmp_path: Path) -> None:
         pass
 
 
+FAULTY = """
+import mmap, sys
+from pathlib import Path
+from medseg.logfile import faults_told, log_file
+
+def read_a_page():
+    with open("case", "w+b") as file:
+        file.truncate(mmap.PAGESIZE)
+        page = mmap.mmap(file.fileno(), 0)
+        # no disk has it any more
+        file.truncate(0)
+        return page[0]
+
+with log_file(Path("run")) if sys.argv[1] == "first" else faults_told(sys.stderr):
+    read_a_page()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere such a page is another error")
+@pytest.mark.parametrize("who", ["first", "another"])
+def test_a_page_of_a_mapped_file_that_is_gone_leaves_a_word(tmp_path: Path, who: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONFAULTHANDLER"}
+    process = subprocess.run(
+        [sys.executable, "-c", FAULTY, who],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == -signal.SIGBUS
+    told = _log(tmp_path / "run") if who == "first" else process.stderr
+    assert "Fatal Python error: Bus error" in told
+    assert "in read_a_page" in told
+
+
 def test_halves_of_files_that_a_kill_left_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").mkdir()
     old = time.time() - 7200
@@ -721,6 +766,26 @@ def test_a_budget_of_time_cannot_be_deterministic(train: Train, tiny_dataset, tm
     with pytest.raises(medseg.ConfigError, match=r"deterministic with a time budget of 60 s.*use --epochs N"):
         train(dataset, "train.deterministic=true", time_budget="60s")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["typed", "in a part", "in a whole configuration"])
+def test_a_batch_too_small_for_the_processes_is_told_before_files_are_read(
+    tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    dataset, file = tiny_dataset(cases=2), tmp_path / "some.yaml"
+    settings, whole = {"train": {"batch_size": 2}}, given == "in a whole configuration"
+    if given != "typed":
+        config = medseg.plan(dataset, settings=settings, device="cpu").config if whole else None
+        file.write_text("train: {batch_size: 2}\n" if config is None else medseg.dump_yaml(config))
+    options = medseg.TrainOptions(settings=settings) if given == "typed" else medseg.TrainOptions(config=file)
+
+    def read(*_: Any, **__: Any) -> None:
+        raise medseg.DataError("files are read")
+
+    monkeypatch.setattr(TRAIN, "check_dataset", read)
+    for processes, told in ((3, "train.batch_size 2 found for 3 processes"), (2, "files are read")):
+        with pytest.raises(medseg.MedsegError, match=told):
+            TRAIN.plan_run(read_dataset(dataset), options, {}, device=torch.device("cpu"), processes=processes)
 
 
 def test_the_run_says_what_it_was_made_of(tiny_run) -> None:
@@ -863,6 +928,44 @@ def test_what_was_done_after_training_is_not_done_again(
     longer = train(dataset, fold=0, epochs=2, resume=True)
     assert calls == ["calibrate"] * 2
     assert {result.status for result in longer.results} == {"done"}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.json", "report.html"])
+def test_a_disk_that_is_full_after_the_last_step_costs_no_step(
+    train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    dataset, folder = tiny_dataset(cases=4), tmp_path / "run"
+    name, ending = file.rsplit(".", 1)
+
+    def filling(write: Callable[..., int]) -> Callable[..., int]:
+        def full(path: Path, *given: Any, **more: Any) -> int:
+            # the temporary name of the file
+            if path.name.startswith(f".{name}.") and path.suffix == f".{ending}":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, *given, **more)
+
+        return full
+
+    for how in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, how, filling(getattr(Path, how)))
+    told = r"run.*: cannot write \S+ \(No space left on device\).*training itself is done: then finish it with --resume"
+    with pytest.raises(medseg.TrainingError, match=told):
+        train(dataset)
+    monkeypatch.undo()
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+    def learn(_: Fit) -> None:
+        raise AssertionError("a step is done again")
+
+    monkeypatch.setattr(Fit, "_learn", learn)
+    run = train(dataset, resume=True)
+    assert run.report is not None
+    assert (run.steps, [result.status for result in run.results]) == (
+        2,
+        ["skipped" if file == "report.html" else "done"] * 2,
+    )
+    assert (folder / "validation" / "report" / "report.html").is_file()
+    assert {"inference", "weights_sha256"} <= set(_description(folder))
 
 
 def test_a_calibration_goes_on_where_it_was_ended_with_the_same_cases_alone(

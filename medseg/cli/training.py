@@ -134,16 +134,23 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.", min=0)] = None,
     precision: Annotated[Precision, typer.Option(help="auto: bf16 where the hardware has it.")] = Precision.auto,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Same seed, same weights, bit for bit.")
+        bool, typer.Option("--deterministic", help="Same seed, same weights, bit for bit; needs --epochs.")
     ] = False,
     device: Device = "auto",
     devices: Annotated[
         int,
-        typer.Option(metavar="N", help="Processes that train together, each on a GPU of its own (or the CPU).", min=1),
+        typer.Option(
+            metavar="N",
+            help="Processes that train together, each on a GPU of its own (or the CPU), each with a planned batch.",
+            min=1,
+        ),
     ] = 1,
     verbose: Verbose = False,
 ) -> None:
-    """Plan, preprocess, train and validate at full resolution."""
+    """Plan, preprocess, train and validate at full resolution.
+
+    SIGTERM saves the state and ends with 75, with --devices and under srun too; torchrun ends with a code of its own.
+    """
     arguments = list(context.obj or ())
     if devices > 1 and not processes.is_one_of_several():
         raise typer.Exit(processes.start(arguments, devices))
