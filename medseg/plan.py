@@ -29,6 +29,7 @@ from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
 from medseg.findings import CaseFacts
 from medseg.fingerprint import Fingerprint
+from medseg.grid import whole_voxels
 from medseg.metrics.codes import members
 from medseg.networks import (
     build_bare,
@@ -224,7 +225,7 @@ def _preprocess(
     )
     rounded = tuple(float(f"{s:.6g}") for s in spacing)
     # 90th percentile of the shapes at the new spacing: the patch then holds most cases whole
-    shape = tuple(int(np.ceil(s)) for s in np.percentile(shapes * spacings / spacing, 90, axis=0))
+    shape = tuple(whole_voxels(float(s)) for s in np.percentile(shapes * spacings / spacing, 90, axis=0))
     return PreprocessConfig(
         crop="nonzero" if crop == "nonzero" else "none", spacing_mm=rounded, intensity=intensity
     ), shape

@@ -205,6 +205,12 @@ def test_a_case_smaller_than_a_step_gets_one_step() -> None:
     assert found.windows.patch_size == (8, 32, 16)
 
 
+@pytest.mark.parametrize("change", [-6e-8, 0, 6e-8])
+def test_a_header_that_is_rounded_makes_no_other_patch(change: float) -> None:
+    even = replace(PRINT, shapes=((24, 32, 16),) * 3, spacings_mm=((1.0, 1.0, 1.0), (1.0,) * 3, (1 + change,) * 3))
+    assert plan(even).config.windows.patch_size == (24, 32, 16)
+
+
 @pytest.mark.parametrize("memory_gb", [1, 4, 16, 80])
 @pytest.mark.parametrize("labels", [2, 117])
 def test_a_step_fits_into_the_memory_of_a_gpu(memory_gb: float, labels: int) -> None:
