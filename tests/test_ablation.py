@@ -87,6 +87,30 @@ def test_a_difference_is_paired_and_leaves_out_cases_that_one_lacks() -> None:
     assert (found.first, found.second) == (pytest.approx(0.7), pytest.approx(0.6))
 
 
+def healthy(*seeds: float | None) -> Outcome:
+    """A healthy case beside one of Dice 0.5; `seeds`: None where its mask is rightly empty, 0 where it is not."""
+    return outcome([{"rows": rows(a={"sick": 0.5, "well": dice})} for dice in seeds])
+
+
+def test_each_seed_that_rightly_leaves_a_case_empty_counts() -> None:
+    once = healthy(None, 0.0)
+    # half of two seeds less 1, over two cases of which the other does not differ
+    for other, mean in ((healthy(None, None), -0.25), (healthy(0.0, 0.0), 0.25), (healthy(0.0, None), 0.0)):
+        found = difference(once, other)
+        assert found is not None
+        assert found.mean == pytest.approx(mean)
+    # the Dice that is told is of masks and references that have something, as before
+    assert once.scores["dice"] == {"sick": 0.5, "well": 0.0}
+
+
+def test_a_seed_without_a_mask_is_no_empty_one() -> None:
+    lacks = rows(a={"well": None})
+    lacks[0]["status"] = "missing_prediction"
+    for seed in ({"rows": lacks}, {"rows": [], "failed_cases": {"well": "no memory"}}):
+        found = outcome([{"rows": rows(a={"well": None})}, seed, {"rows": rows(a={"well": 0.0})}])
+        assert found.empty_share == {"well": 0.5}
+
+
 def test_an_interval_of_a_difference_is_narrow_where_the_cases_agree() -> None:
     hard_and_easy = np.linspace(0.1, 0.9, 9)
     found = difference(scored(hard_and_easy + 0.02), scored(hard_and_easy))
