@@ -635,6 +635,18 @@ def test_cases_without_a_mask_are_told_and_the_head_is_of_the_best() -> None:
     assert "none has a mask for every case" in render(record(lacks, best=None))
 
 
+def test_variants_without_a_dice_are_counted_apart_from_cases_without_a_mask() -> None:
+    lacks = variant("lacks", 0.9, cases_held_back=11, cases_without_mask=2)
+    failed = {"name": "hdc", "data": "given", "status": "failed", "also": [], "reason": "broke"}
+    listed = [{"name": f"lacks, seed 0, case x{n}", "reason": "no memory"} for n in range(2)]
+    found = record(lacks, failures=[*listed, {"name": "hdc, seed 0", "reason": "broke"}])
+    page = render({**found, "variants": [lacks, failed, without_dice("none")]})
+    assert "<dt>Without a Dice</dt><dd>2 variants<span>all others are done, 2 cases without a mask</span>" in page
+    assert "<dd>1 variant<span>all others are done</span>" in render(record(variant("unet", 0.8), without_dice("none")))
+    waiting = {"name": "unet", "data": "given", "status": "waiting", "also": []}
+    assert "<dd>0 variants<span>1 variant still to come</span>" in render({**record(), "variants": [waiting]})
+
+
 def test_a_shared_machine_is_mentioned_beside_the_steps() -> None:
     found = record(variant("unet", 0.8))
     assert "shared the machine" in markdown(found)
