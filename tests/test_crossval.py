@@ -748,6 +748,42 @@ def test_the_best_of_two_networks_is_chosen_and_the_table_shown(
     assert (out / "reports" / "unet" / "report.html").is_file()
 
 
+def test_what_is_not_compared_any_more_is_removed(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise medseg.ModelError("no ensemble")
+
+    monkeypatch.setattr(medseg, "load_model", refuse)
+    out = left(unet=3, fcn8s=1, fcn16s=2)
+    assert run(command(dataset, out, "--networks", "unet,fcn8s,fcn16s")) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"unet", "fcn16s"}
+    assert (out / "compare" / "compare.html").is_file()
+    assert run(command(dataset, out, "--networks", "unet,fcn16s")) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"unet"}
+    assert "fcn8s" not in (out / "compare" / "comparison.csv").read_text()
+    assert run(command(dataset, out)) == OK
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"report", "unet", "fcn8s", "fcn16s"}
+    # the folds themselves stay, and are compared again where that is asked for
+    assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"unet"}
+
+
+def test_a_comparison_that_fails_leaves_none_of_before(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise medseg.ModelError("no ensemble")
+
+    monkeypatch.setattr(medseg, "load_model", refuse)
+    out = left(unet=3, fcn8s=1)
+    words = command(dataset, out, "--networks", "unet,fcn8s")
+    assert run(words) == OK
+    monkeypatch.setattr(medseg, "compare", refuse)
+    assert run(words) == SOME_FAILED
+    assert not (out / "compare").exists()
+
+
 def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
     dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
