@@ -413,6 +413,41 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
     assert "goes on from here" in capsys.readouterr().err
 
 
+def test_a_disk_that_is_full_after_the_first_run_is_no_wrong_usage(
+    command: list[str], tmp_path: Path, attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts(2, 2, 2)
+    write = medseg.write_text
+    written: list[str] = []
+
+    def full(path: Path, text: str) -> None:
+        written.append(path.name)
+        if written.count("ablation.json") > 1:
+            raise medseg.DataError(f"{path.parent}: cannot write {path.name} (No space left on device)")
+        write(path, text)
+
+    monkeypatch.setattr(medseg, "write_text", full)
+    assert run(command) == SOME_FAILED
+    told = capsys.readouterr().err
+    assert "cannot write ablation.json (No space left on device); what is finished stays" in " ".join(told.split())
+    # before the first one nothing was done
+    assert run(command) == USAGE
+
+
+@pytest.mark.parametrize("where", ["discs", "runs", "cache"])
+def test_a_folder_that_cannot_be_written_is_one_message(
+    where: str, command: list[str], tmp_path: Path, attempts: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts(2, 2, 2)
+    (tmp_path / "out").mkdir()
+    # a file in the place of a folder: the superuser is refused, too
+    (tmp_path / "out" / where).touch()
+    assert run([*command, "--claims", "small-structures"] if where == "discs" else command) == SOME_FAILED
+    last = " ".join(capsys.readouterr().err.split()).rpartition("error: ")[2]
+    assert last.startswith(str(tmp_path / "out" / where))
+    assert last.endswith("; see to it and go on")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1018,6 +1018,19 @@ def test_a_disk_that_cannot_be_written_is_one_message(
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: cv/collect.lock: Read-only file system")
 
 
+@pytest.mark.parametrize("stage", ["train", "collect"])
+def test_a_disk_that_is_full_after_hours_is_no_wrong_usage(
+    stage: str, attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> Any:
+        raise medseg.DataError("cv: cannot write job.json (No space left on device)")
+
+    _, words = attempts(0)
+    monkeypatch.setattr(crossval, "train_fold" if stage == "train" else "collect", full)
+    assert run(words) == SOME_FAILED
+    assert "(No space left on device); what is finished stays" in " ".join(capsys.readouterr().err.split())
+
+
 def test_settings_that_say_what_is_there_go_on(dataset: Path, left: Callable[..., Path]) -> None:
     out = left(unet=1)
     assert run(command(dataset, out, "--epochs", "3", "--set", "train.batch_size=4")) == OK
