@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import math
+import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,8 @@ from skimage.io import imread, imsave
 from tiny import write_two_channels
 
 import medseg
-from medseg_pipelines import trials
+from medseg_pipelines import processes, trials
+from medseg_pipelines import trial as trial_process
 from medseg_pipelines.ablation import INTERRUPTED, OK, SOME_FAILED, USAGE, run
 from medseg_pipelines.claims import CLAIMS, Claim, Contrast, Variant, choose_claims, judge
 from medseg_pipelines.compare import Outcome, difference, mean_of, outcome
@@ -267,7 +271,7 @@ class Attempts:
         self.codes = list(codes)
         self.seen: list[set[str]] = []
 
-    def __call__(self, folder: Path, limit_s: float) -> int:
+    def __call__(self, folder: Path, quiet_s: float) -> int:
         self.seen.append({p.name for p in folder.iterdir()})
         code = self.codes.pop(0)
         (folder / "last.pt").write_text("state")
@@ -354,6 +358,69 @@ def test_wrong_settings_are_tried_once(tmp_path: Path, attempts: Any) -> None:
 def test_a_killed_trial_says_that_memory_may_have_run_out(tmp_path: Path, attempts: Any) -> None:
     attempts(-9, -9)
     assert "memory" in str(run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason)
+
+
+def end_of(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, quiet_s: float) -> int:
+    """The end of a shell in the place of a trial, which has `folder` as $1."""
+    start = subprocess.Popen
+    monkeypatch.setattr(processes, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda _, **more: start(["/bin/sh", "-c", script, "sh", str(folder)], **more)
+    )
+    return processes.attempt(folder, quiet_s)
+
+
+def test_a_trial_lasts_as_long_as_it_makes_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 5 s in all; on a machine that is busy, a fortieth of it may take half
+    script = 'for n in $(seq 40); do touch "$1/output.txt"; sleep 0.125; done; exit 7'
+    assert end_of(script, tmp_path, monkeypatch, quiet_s=2.5) == 7
+
+
+def test_a_trial_without_progress_is_stopped_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = end_of("exec sleep 60", tmp_path, monkeypatch, quiet_s=0.3)
+    assert code == -signal.SIGALRM
+    told = processes.reason_of(tmp_path, code, 0.3)
+    assert told == f"made no progress for 0 s and was stopped; see {tmp_path / 'output.txt'}"
+
+
+def test_a_trial_that_hangs_is_gone_on_with_once(tmp_path: Path, attempts: Any) -> None:
+    attempts(-signal.SIGALRM, -signal.SIGALRM)
+    trial = make_trial(tmp_path, time_budget_s=1000.0, validation_share=0.05, calibration_share=0.15)
+    # an hour, and 0.2 of the training
+    assert "made no progress for 3800 s" in str(run_trial(trial, cache=tmp_path / "cache").reason)
+
+
+def test_progress_shows_and_the_same_again_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, file = [0.0], tmp_path / "output.txt"
+    monkeypatch.setattr(trial_process, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pulse = trial_process.Pulse(file)
+
+    def shows(stage: str, done: float, detail: str = "", *, after_s: float) -> bool:
+        now[0] += after_s
+        file.unlink(missing_ok=True)
+        pulse(stage, done, 9, detail)
+        return file.exists()
+
+    assert shows("check", 0, after_s=0)
+    assert not shows("check", 1, after_s=1)
+    assert shows("check", 2, after_s=6)
+    assert shows("infer", 2, "9 s left", after_s=6)
+    assert not shows("infer", 2, "8 s left", after_s=6)
+    assert shows("infer", 2.1, "8 s left", after_s=6)
+    # a disk that is away ends nothing
+    now[0] += 6
+    trial_process.Pulse(tmp_path / "away" / "output.txt")("infer", 3, 9)
+
+
+def test_a_trial_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, progress: Any, **__: object) -> None:
+        progress("check", 1, 9)
+        raise medseg.DataError("seen")
+
+    monkeypatch.setattr(medseg, "train", train)
+    (tmp_path / "job.json").write_text(json.dumps(make_trial(tmp_path).job))
+    assert trial_process.run(tmp_path) == 2
+    assert (tmp_path / "output.txt").is_file()
 
 
 def test_an_interrupted_trial_interrupts(tmp_path: Path, attempts: Any) -> None:

@@ -1171,8 +1171,8 @@ class Attempts:
         self.codes = list(codes)
         self.jobs: list[dict[str, Any]] = []
 
-    def __call__(self, folder: Path, limit_s: None, *, started: Any, forbidden: Any) -> int:
-        assert limit_s is None
+    def __call__(self, folder: Path, quiet_s: None, *, started: Any, forbidden: Any) -> int:
+        assert quiet_s is None
         started(os.getpid())
         self.jobs.append(json.loads((folder / "job.json").read_text()))
         code = self.codes.pop(0)
