@@ -267,5 +267,6 @@ DEFINITIONS = {
     "Steps": "What the time allowed, mean over seeds. Where other work shared the machine, a run took fewer of them.",
     "Step": "Seconds of the training loop by step, with the validation in it (at most a twentieth).",
     "Case": "Seconds from file to written mask.",
-    "Memory": "The most that the process of a run held, training and inference together.",
+    "Memory": "The most that the process of a run held, training and inference together; on a GPU that of its tensors, "
+    "without what the libraries and the system take beside them.",
 }

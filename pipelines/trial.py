@@ -123,7 +123,8 @@ def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "failed_cases": {r.case: r.reason for r in done.results if r.status == "failed"}
         | {f.case: f.reason for f in done.report.failures},
         "machine": platform.node(),
-        "peak_memory_mb": training.get("gpu_memory_mb") or _peak_memory_mb(),
+        # what was trained before it was ended has its own
+        "peak_memory_mb": max(done.gpu_memory_mb, training.get("gpu_memory_mb") or 0.0) or _peak_memory_mb(),
     }
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from skimage.io import imread, imsave
 from tiny import write_two_channels
@@ -421,6 +422,22 @@ def test_a_trial_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "job.json").write_text(json.dumps(make_trial(tmp_path).job))
     assert trial_process.run(tmp_path) == 2
     assert (tmp_path / "output.txt").is_file()
+
+
+@pytest.mark.parametrize(("trained", "whole", "told"), [(100.0, 250.0, 250.0), (100.0, 40.0, 100.0)])
+def test_the_memory_of_a_trial_on_a_gpu_is_the_most_of_all_stages(
+    trained: float, whole: float, told: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = make_trial(tmp_path)
+    trial.folder.mkdir()
+    (trial.folder / "job.json").write_text(json.dumps(trial.job))
+    training = {"steps": 7, "seconds": 1.0, "device": "cuda:0", "precision": "32", "gpu_memory_mb": trained}
+    (trial.folder / "model.json").write_text(json.dumps({"training": training}))
+    report = SimpleNamespace(table=pd.DataFrame(columns=["case", "name", "status", "dice"]), failures=())
+    done = SimpleNamespace(report=report, results=(), seconds={}, gpu_memory_mb=whole)
+    monkeypatch.setattr(medseg, "train", lambda *_, **__: done)
+    assert trial_process.run(trial.folder) == 0
+    assert json.loads((trial.folder / "result.json").read_text())["peak_memory_mb"] == told
 
 
 def test_an_interrupted_trial_interrupts(tmp_path: Path, attempts: Any) -> None:

@@ -835,6 +835,26 @@ def test_a_scan_that_is_held_back_in_other_bytes_is_refused(train: Train, tiny_d
         train(dataset, fold=0)
 
 
+def test_the_memory_of_a_run_is_told_of_all_its_stages(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, validate = [100 * 2**20], TRAIN._validate
+
+    def validated(*given: Any) -> Any:
+        held[0] = 250 * 2**20
+        return validate(*given)
+
+    dataset = tiny_dataset(cases=2)
+    assert train(dataset, name="cpu").gpu_memory_mb == 0
+    for module in (MODULE, TRAIN):
+        monkeypatch.setattr(module, "peak_bytes", lambda _: held[0])
+    monkeypatch.setattr(TRAIN, "_validate", validated)
+    run = train(dataset, name="gpu")
+    # model.json is written when training ends
+    assert _description(run.folder)["training"]["gpu_memory_mb"] == 100
+    assert run.gpu_memory_mb == 250
+
+
 def test_what_was_done_after_training_is_not_done_again(
     train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
