@@ -20,7 +20,7 @@ from medseg.readers import file_sha256, is_picture, read_geometry, read_images, 
 MAX_MEASURED = 100
 # voxels of each case that intensities are measured on
 SAMPLED = 5000
-# of a SHA-256, enough to tell the images of one data set from those of another
+# of a digest, enough to tell the images of one data set from those of another
 DIGITS = 16
 
 
@@ -139,6 +139,15 @@ def image_digests(cases: Sequence[Case], *, file_digest: Callable[[Path], str] =
     return {
         case.id: hashlib.sha256("".join(map(file_digest, case.images)).encode()).hexdigest()[:DIGITS] for case in cases
     }
+
+
+def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str, str]:
+    """As `image_digests`, of the numbers that were read: the same in whatever file they lie.
+
+    Only of cases whose images a look at all files has read whole.
+    """
+    named = {case.id for case in cases}
+    return {fact.case: fact.voxels[:DIGITS] for fact in facts if fact.voxels and fact.case in named}
 
 
 def _spatial_dims(cases: Sequence[Case]) -> int:

@@ -35,7 +35,7 @@ from medseg.device import choose_device, describe, free_bytes, is_out_of_memory,
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
 from medseg.findings import CaseFacts
-from medseg.fingerprint import data_sha256, image_digests, measure
+from medseg.fingerprint import data_sha256, image_digests, measure, voxel_digests
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
@@ -554,6 +554,7 @@ def _data_record(
         "data_set": data.path.resolve().name,
         "data_sha256": learnt,
         "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
+        "images_voxels": sorted(set(voxel_digests(training, facts).values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "validation_sha256": held_back,

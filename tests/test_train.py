@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import json
 import os
 import re
@@ -811,6 +812,27 @@ def test_weights_that_have_learnt_a_held_back_case_are_refused(train: Train, tin
     learnt = _description(other.folder)["training"]
     assert len(learnt["images_sha256"]) == 4
     assert set(learnt["pretrained"]["images_sha256"]) < set(learnt["images_sha256"])
+    assert len(learnt["images_voxels"]) == 4
+    assert set(learnt["pretrained"]["images_voxels"]) < set(learnt["images_voxels"])
+
+
+def test_weights_that_have_learnt_a_held_back_case_in_other_bytes_are_refused(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=4)
+    held_back = fold_split(read_dataset(dataset), 0, folds=2)[1]
+    first = train(dataset, fold=1, name="first")
+    for path in [path for case in held_back for path in case.images]:
+        # as a copy that was packed anew
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), mtime=1))
+    with pytest.raises(medseg.ConfigError, match=r"first: has learnt 2 of the 2 cases held back, first case\d"):
+        train(dataset, fold=0, name="second", pretrained=first.folder)
+    # a model of an earlier version, which tells of bytes alone, is taken
+    description = _description(first.folder)
+    assert len(description["training"].pop("images_voxels")) == 2
+    (first.folder / "model.json").write_text(json.dumps(description))
+    third = train(dataset, fold=0, name="third", pretrained=first.folder)
+    learnt = _description(third.folder)["training"]
+    assert learnt["pretrained"]["images_voxels"] == []
+    assert set(learnt["pretrained"]["images_sha256"]) == set(description["training"]["images_sha256"])
 
 
 def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset) -> None:
