@@ -248,8 +248,8 @@ def _intensity(
         _add_reason(
             reasons,
             "preprocess.intensity",
-            f"{channel}: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles {where}, "
-            "then their mean and standard deviation, every case with the same weight",
+            f"{channel}: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles "
+            f"{where}, then their mean and standard deviation, every case with the same weight",
         )
         return IntensityConfig(
             clip=(round(found["p005"], 3), round(found["p995"], 3)),

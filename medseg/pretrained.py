@@ -31,13 +31,13 @@ Outcome = Literal["loaded", "adapted", "skipped", "fresh"]
 TORCH_FILES = (".pth", ".pt", ".tar", ".ckpt", ".bin")
 # where training scripts keep the weights in a file, and what wrappers put before each key
 WRAPPERS = ("state_dict", "model_state_dict", "model", "network")
-# in model.json: the images that a run has learnt
-LEARNT = ("images_sha256", "images_voxels")
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "backbone.", "encoder.")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HEADS = ("fc.", "classifier.", "aux_classifier.", "conv_seg.", "head.", "heads.")
 # a network inside another one, such as that for several scales, has its name before each key
 ROOTS = ("", "network.")
+# where model.json tells which images a run has learnt
+LEARNT = ("images_sha256", "images_voxels")
 
 
 @dataclass(frozen=True)

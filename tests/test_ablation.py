@@ -498,7 +498,7 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
 
 
 def test_a_disk_that_is_full_after_the_first_run_is_no_wrong_usage(
-    command: list[str], tmp_path: Path, attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     attempts(2, 2, 2)
     write = medseg.write_text
