@@ -33,7 +33,7 @@ def tell(error: medseg.MedsegError | OSError) -> int:
     if isinstance(error, OSError):
         # a disk that is full, away or not to be written; what is whole is gone on from
         where = error.filename if error.filename is not None else "a file"
-        err.print(f"[red]error:[/red] {escape(str(where))}: {error.strerror or error}; see to it and go on")
+        err.print(f"[red]error:[/red] {escape(f'{where}: {error.strerror or error}')}; see to it and go on")
         return SOME_FAILED
     err.print(f"[red]error:[/red] {escape(str(error))}")
     return SOME_FAILED if isinstance(error, medseg.TrainingError) else USAGE

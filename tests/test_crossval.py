@@ -970,15 +970,18 @@ def test_what_the_command_sets_is_right_or_wrong_together_with_the_file(tmp_path
     assert asked["deeplabv3plus"]["train"] == {"time_budget_s": None, "epochs": 4}
 
 
+@pytest.mark.parametrize("told_by", ["images_sha256", "images_voxels"])
 def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_trained(
-    dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    told_by: str, dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, out = tmp_path / "learnt", tmp_path / "new"
-    cases = medseg.fold_split(medseg.check_dataset(dataset).dataset, 1, folds=2)[1]
+    before, out, findings = tmp_path / "learnt", tmp_path / "new", medseg.check_dataset(dataset)
+    cases = medseg.fold_split(findings.dataset, 1, folds=2)[1]
     case, digest = cases[0].id, hashlib.sha256(medseg.file_sha256(cases[0].images[0]).encode()).hexdigest()[:16]
+    if told_by == "images_voxels":
+        (digest,) = (fact.voxels[:16] for fact in findings.facts if fact.case == case)
     before.mkdir()
     (before / "model.safetensors").write_bytes(b"")
-    (before / "model.json").write_text(json.dumps({"schema_version": 1, "training": {"images_sha256": [digest]}}))
+    (before / "model.json").write_text(json.dumps({"schema_version": 1, "training": {told_by: [digest]}}))
     assert run(command(dataset, out, "--pretrained", str(before))) == USAGE
     told = capsys.readouterr().err
     assert "error: fold 1: " in told
