@@ -20,7 +20,7 @@ from medseg.readers import file_sha256, is_picture, read_geometry, read_images, 
 MAX_MEASURED = 100
 # voxels of each case that intensities are measured on
 SAMPLED = 5000
-# of a SHA-256, enough to tell the images of one data set from those of another
+# of a digest, enough to tell the images of one data set from those of another
 DIGITS = 16
 
 
@@ -35,7 +35,10 @@ class Fingerprint:
     spacings_mm: tuple[tuple[float, ...], ...]
     label_values: tuple[int, ...]
     foreground: tuple[dict[str, float], ...]
-    """For each channel: mean, sd and the 0.5 and 99.5 percentiles (p005, p995) inside the labels."""
+    """For each channel: mean, sd and the 0.5 and 99.5 percentiles (p005, p995) inside the labels.
+
+    Of the whole images where no measured case has a label.
+    """
     nonzero_share: float
     """Median share of voxels that are not 0 in the first channel."""
     lowest: tuple[float, ...] = ()
@@ -44,6 +47,8 @@ class Fingerprint:
     """For each case: voxels by value in the label file, without background and ignored ones."""
     coloured: int = 0
     """Pictures in colour among all cases."""
+    anywhere: tuple[dict[str, float], ...] = ()
+    """As `foreground`, of the whole images."""
 
 
 def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Progress = silent) -> Fingerprint:
@@ -90,6 +95,7 @@ def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Prog
             {v: c for v, c in found.items() if v not in (0, _ignore_value(dataset))} for found in counts
         ),
         coloured=sum(f.is_coloured for f in facts),
+        anywhere=anywhere.statistics(),
     )
 
 
@@ -133,6 +139,15 @@ def image_digests(cases: Sequence[Case], *, file_digest: Callable[[Path], str] =
     return {
         case.id: hashlib.sha256("".join(map(file_digest, case.images)).encode()).hexdigest()[:DIGITS] for case in cases
     }
+
+
+def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str, str]:
+    """As `image_digests`, of the numbers that were read: the same in whatever file they lie.
+
+    Only of cases whose images a look at all files has read whole.
+    """
+    named = {case.id for case in cases}
+    return {fact.case: fact.voxels[:DIGITS] for fact in facts if fact.voxels and fact.case in named}
 
 
 def _spatial_dims(cases: Sequence[Case]) -> int:

@@ -100,8 +100,7 @@ class Grid:
 
     def with_spacing(self, spacing_mm: Sequence[float]) -> Grid:
         """The grid of this spacing and centre that covers all of this one, so that `restore` loses nothing."""
-        # whole numbers stay, also if a float32 header puts them a hair above: copies of one scan get one shape
-        shape = tuple(max(1, math.ceil(s * a / b - 1e-3)) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm))
+        shape = tuple(whole_voxels(s * a / b) for s, a, b in zip(self.shape, self.spacing_mm, spacing_mm))
         return self._rescaled(shape, np.asarray(spacing_mm) / np.asarray(self.spacing_mm))
 
     def with_shape(self, shape: Sequence[int]) -> Grid:
@@ -118,6 +117,14 @@ class Grid:
 
     def __repr__(self) -> str:
         return f"Grid(shape={self.shape}, spacing_mm={_round(self.spacing_mm)})"
+
+
+def whole_voxels(length: float) -> int:
+    """The fewest voxels, at least one, that cover a `length` in voxels.
+
+    Whole numbers stay, also if a float32 header puts them a hair above: copies of one scan get one shape.
+    """
+    return max(1, math.ceil(length - 1e-3))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from medseg.cases import Case
 from medseg.errors import ConfigError
 from medseg.findings import CaseFacts
-from medseg.fingerprint import image_digests
+from medseg.fingerprint import image_digests, voxel_digests
 from medseg.pretrained import learnt_images
 from medseg.readers import file_sha256
 
@@ -25,16 +25,15 @@ def refuse_leaks(
 
     Either under another name in `training`, or by the run that `weights` belong to; of weights from elsewhere nobody
     knows what they have learnt. `facts`: what a look at all files found; with them the same voxels in other bytes are
-    known too.
+    known too, but not those that a run of an earlier version has learnt.
     """
     learnt, kept = (image_digests(cases, file_digest=file_digest) for cases in (training, held_back))
     files = {case.id: case.images[0] for case in (*training, *held_back)}
     _refuse_twins(learnt, kept, files)
-    voxels = {f.case: f.voxels for f in facts if f.voxels}
-    learnt_voxels, kept_voxels = ({c: voxels[c] for c in part if c in voxels} for part in (learnt, kept))
+    learnt_voxels, kept_voxels = (voxel_digests(cases, facts) for cases in (training, held_back))
     _refuse_twins(learnt_voxels, kept_voxels, files)
     if weights is not None:
-        _refuse_learnt(weights, kept)
+        _refuse_learnt(weights, {"images_sha256": kept, "images_voxels": kept_voxels})
 
 
 def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str], files: Mapping[str, Path]) -> None:
@@ -49,12 +48,13 @@ def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str], files
         )
 
 
-def _refuse_learnt(weights: Path, held_back: Mapping[str, str]) -> None:
-    learnt = learnt_images(weights)
-    known = [case for case, digest in held_back.items() if digest in learnt]
+def _refuse_learnt(weights: Path, held_back: Mapping[str, Mapping[str, str]]) -> None:
+    """`held_back`: by the key of `learnt_images`, the digest of each case; every case has one of its files."""
+    learnt, cases = learnt_images(weights), held_back["images_sha256"]
+    known = [c for c in cases if any(of.get(c) in learnt[key] for key, of in held_back.items())]
     if known:
         raise ConfigError(
-            f"{weights}: has learnt {len(known)} of the {len(held_back)} cases held back, first {known[0]}: their "
+            f"{weights}: has learnt {len(known)} of the {len(cases)} cases held back, first {known[0]}: their "
             "Dice would say nothing about new cases; begin with other weights or with none, or hold back cases that "
             "they do not know"
         )

@@ -29,6 +29,7 @@ from medseg.device import BYTES_A_SCORE, MEMORY_SHARE
 from medseg.errors import DataError
 from medseg.findings import CaseFacts
 from medseg.fingerprint import Fingerprint
+from medseg.grid import whole_voxels
 from medseg.metrics.codes import members
 from medseg.networks import (
     build_bare,
@@ -56,6 +57,9 @@ STEP_VOXELS = {3: 2 * 128**3, 2: 6 * 512**2}
 BYTES_A_VOXEL = {3: 550, 2: 700}
 # lowest number of an image in Hounsfield units with air in it, which has −1000; some scanners pad with up to −3024
 AIR = -3100.0, -900.0
+# where the labels span less of what the images do, nothing would be left of an image that is clipped to them: in CT it
+# is a few Hounsfield units, and the narrowest tissue spans tens of them
+NARROW = 0.002
 # below this share of the image labels are like points: a patch cut anywhere hardly ever has one
 RARE = 0.001
 # and then no more than this share of the batches shall be without any label
@@ -207,7 +211,8 @@ def _preprocess(
     fingerprint: Fingerprint, data: DataConfig, device: str, reasons: dict[str, str]
 ) -> tuple[PreprocessConfig, tuple[int, ...]]:
     shapes, spacings = np.array(fingerprint.shapes), np.array(fingerprint.spacings_mm)
-    intensity = tuple(_intensity(c, s, reasons) for c, s in zip(data.channels, fingerprint.foreground))
+    measured = zip(data.channels, fingerprint.foreground, fingerprint.anywhere or fingerprint.foreground)
+    intensity = tuple(_intensity(*of_channel, reasons) for of_channel in measured)
     if fingerprint.pictures:
         median = np.median(shapes, axis=0)
         side = PICTURE_SIDE[device]
@@ -235,19 +240,27 @@ def _preprocess(
     )
     rounded = tuple(float(f"{s:.6g}") for s in spacing)
     # 90th percentile of the shapes at the new spacing: the patch then holds most cases whole
-    shape = tuple(int(np.ceil(s)) for s in np.percentile(shapes * spacings / spacing, 90, axis=0))
+    shape = tuple(whole_voxels(float(s)) for s in np.percentile(shapes * spacings / spacing, 90, axis=0))
     return PreprocessConfig(
         crop="nonzero" if crop == "nonzero" else "none", spacing_mm=rounded, intensity=intensity
     ), shape
 
 
-def _intensity(channel: str, found: dict[str, float], reasons: dict[str, str]) -> IntensityConfig:
+def _intensity(
+    channel: str, inside: dict[str, float], anywhere: dict[str, float], reasons: dict[str, str]
+) -> IntensityConfig:
     if is_ct(channel):
+        found, where = inside, "in the labels"
+        if inside["p995"] - inside["p005"] <= NARROW * (anywhere["p995"] - anywhere["p005"]):
+            found, where = (
+                anywhere,
+                f"of the whole images (in the labels they are {inside['p005']:g} and {inside['p995']:g})",
+            )
         _add_reason(
             reasons,
             "preprocess.intensity",
-            f"{channel}: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles in the "
-            "labels, then their mean and standard deviation, every case with the same weight",
+            f"{channel}: Hounsfield units mean the same in every scan; clipped to the 0.5 and 99.5 percentiles "
+            f"{where}, then their mean and standard deviation, every case with the same weight",
         )
         return IntensityConfig(
             clip=(round(found["p005"], 3), round(found["p995"], 3)),

@@ -36,6 +36,8 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HEADS = ("fc.", "classifier.", "aux_classifier.", "conv_seg.", "head.", "heads.")
 # a network inside another one, such as that for several scales, has its name before each key
 ROOTS = ("", "network.")
+# where model.json tells which images a run has learnt
+LEARNT = ("images_sha256", "images_voxels")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Pretrained:
             "file": self.path.name,
             "sha256": self.sha256,
             **{name: counts[name] for name in get_args(Outcome)},
-            "images_sha256": sorted(learnt_images(self.path)),
+            **{key: sorted(digests) for key, digests in learnt_images(self.path).items()},
         }
 
     def summary(self) -> str:
@@ -233,18 +235,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _unwrap(file, content)
 
 
-def learnt_images(path: Path) -> frozenset[str]:
-    """What a medseg run was trained on, digests as `image_digests` gives them, and what its own first weights were.
+def learnt_images(path: Path) -> dict[str, frozenset[str]]:
+    """What a medseg run was trained on, and what its own first weights were.
 
-    Empty for weights from elsewhere: nobody knows. Raises `ModelError` where the run's description is damaged.
+    `images_sha256`: digests as `image_digests` gives them; `images_voxels`: as `voxel_digests`, empty for runs of
+    earlier versions. Both are for weights from elsewhere: nobody knows. Raises `ModelError` where the run's description
+    is damaged.
     """
-    file, learnt = weights_file(path), frozenset[str]()
+    file, learnt = weights_file(path), {key: frozenset[str]() for key in LEARNT}
     # a link to weights may lie in a run folder, or outside of it
     for folder in {file.parent, file.resolve().parent}:
         if (folder / DESCRIPTION).is_file():
             training = read_description(folder).get("training", {})
             before = training.get("pretrained") or {}
-            learnt |= frozenset(training.get("images_sha256", ())) | frozenset(before.get("images_sha256", ()))
+            learnt = {key: found | {*training.get(key, ()), *before.get(key, ())} for key, found in learnt.items()}
     return learnt
 
 

@@ -32,11 +32,11 @@ from medseg.config import (
     read_yaml,
 )
 from medseg.datasets import read_dataset
-from medseg.device import choose_device, describe, free_bytes, is_out_of_memory
+from medseg.device import choose_device, describe, free_bytes, is_out_of_memory, peak_bytes
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
 from medseg.findings import CaseFacts
-from medseg.fingerprint import data_sha256, image_digests, measure
+from medseg.fingerprint import data_sha256, image_digests, measure, voxel_digests
 from medseg.fit import Fit
 from medseg.folder import CaseResult, segment_cases
 from medseg.infer import InferOptions, load_model
@@ -101,7 +101,8 @@ class Run:
 
     `report` is None where no case was held back, or none of them could be segmented. `pretrained` tells what became of
     the weights that training began with. `waiting_share`: of the time of the steps, the share that they waited for
-    data. `rank`: of several processes only the first, 0, validates and reports.
+    data. `rank`: of several processes only the first, 0, validates and reports. `gpu_memory_mb`: the most that tensors
+    of this process have held on a GPU until the end; 0 on a CPU.
     """
 
     folder: Path
@@ -113,6 +114,7 @@ class Run:
     pretrained: Pretrained | None = None
     waiting_share: float = 0.0
     rank: int = 0
+    gpu_memory_mb: float = 0.0
 
 
 def train(
@@ -198,7 +200,8 @@ def _train(
                     report, results = _validate(folder, validation, how, progress)
         log.info("seconds: %s", json.dumps(seconds))
         (folder / PREEMPTED).unlink(missing_ok=True)
-    return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting)
+    held = round(peak_bytes(fit.device) / 2**20, 1)
+    return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting, gpu_memory_mb=held)
 
 
 def plan(
@@ -565,6 +568,7 @@ def _data_record(
         "data_set": data.path.resolve().name,
         "data_sha256": learnt,
         "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
+        "images_voxels": sorted(set(voxel_digests(training, facts).values())),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "validation_sha256": held_back,

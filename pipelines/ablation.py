@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 import time
@@ -23,15 +22,14 @@ from medseg.terminal import err, out
 from medseg_pipelines.claims import Claim, choose_claims
 from medseg_pipelines.digest import checked, data_sha256
 from medseg_pipelines.discs import FOLDS, make_discs
+from medseg_pipelines.endings import SOME_FAILED, USAGE, tell, work
 from medseg_pipelines.lineup import BASELINE, LIBRARY, Entry, EqualTo, Planner, line_up, structure
 from medseg_pipelines.markdown import markdown
 from medseg_pipelines.page import render
 from medseg_pipelines.results import Setup, make_record, table_text
 from medseg_pipelines.trials import Trial, TrialResult, refuse_other_settings, run_trial
 
-log = logging.getLogger("medseg.ablation")
-
-OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, INTERRUPTED = 0, 130
 NAME = "ablation"
 GENERAL = ("network", "loss", "train")
 # settings of the training that have an option of their own
@@ -114,7 +112,7 @@ def ablation(
 def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     """Run what is not done yet and write the results into `folder` after every run; the record of ablation.json.
 
-    Raises `ConfigError` or `DataError` before anything is trained.
+    Raises `ConfigError` or `DataError` before anything is trained, `TrainingError` for what breaks all off later.
     """
     settings, names = _settings(options), _networks(options)
     planners = {"given": _planner(dataset, settings, options)}
@@ -150,12 +148,13 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     done: dict[str, list[TrialResult]] = {}
     record = _save(folder, setup, entries, done, options, groups)
     _announce(trials, setup)
-    for number, trial in enumerate(trials, start=1):
-        start = time.monotonic()
-        result = run_trial(trial, cache=folder / "cache")
-        done.setdefault(trial.variant, []).append(result)
-        record = _save(folder, setup, entries, done, options, groups)
-        _tell(number, len(trials), result, record, time.monotonic() - start)
+    with work():
+        for number, trial in enumerate(trials, start=1):
+            start = time.monotonic()
+            result = run_trial(trial, cache=folder / "cache")
+            done.setdefault(trial.variant, []).append(result)
+            record = _save(folder, setup, entries, done, options, groups)
+            _tell(number, len(trials), result, record, time.monotonic() - start)
     return record
 
 
@@ -174,10 +173,8 @@ def run(arguments: list[str]) -> int:
         if code == INTERRUPTED:
             err.print("interrupted; the same command goes on from here")
         return code
-    except medseg.MedsegError as error:
-        log.debug("traceback", exc_info=True)
-        err.print(f"[red]error:[/red] {escape(str(error))}")
-        return USAGE
+    except (medseg.MedsegError, OSError) as error:
+        return tell(error)
     finally:
         signal.signal(signal.SIGTERM, before)
     return OK

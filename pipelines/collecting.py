@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def collect(
     """Judge, choose and write everything into `folder`: the record, and the method whose report is in report/.
 
     A network without all of its folds is judged on those that are there, and not chosen from. What fails is in the
-    record by name, and costs nothing else.
+    record by name, and costs nothing else. Reports of an earlier collection that this one does not write are removed.
     """
     judge = Judge(folder, groups, device, progress)
     failures = [_failure(n.name, fold, reason) for n in networks for fold, reason in n.failures.items()]
@@ -81,6 +82,7 @@ def collect(
     for judged in (decided.methods if decided else plain.values()) if shown else ():
         failures += [{"name": f"{judged.method.name}, case {c}", "reason": r} for c, r in judged.failures.items()]
     records = [network_record(n.name, n.folds, plain.get(n.name), n.failures, groups) for n in networks]
+    _remove_earlier(folder, shown, decided)
     if shown is not None:
         shown.report.save(folder / REPORT)
     if decided is not None and len(decided.methods) > 1:
@@ -145,6 +147,19 @@ def _mean(judged: Judged) -> float:
 
 def _of(judged: Sequence[Judged], method: Any) -> Judged:
     return next(j for j in judged if j.method is method)
+
+
+def _remove_earlier(folder: Path, shown: Judged | None, decided: _Decided | None) -> None:
+    """What an earlier collection wrote of methods that are not in this one would be taken for its result."""
+    others = [j for j in decided.methods if j is not decided.judged] if decided else []
+    again = {folder / OTHERS / judged.method.name for judged in others}
+    if shown is not None:
+        again.add(folder / REPORT)
+    for place in (folder / REPORT, folder / COMPARISON, *(folder / OTHERS).glob("*")):
+        if place.is_dir() and place not in again:
+            shutil.rmtree(place)
+    if not others and (folder / OTHERS).is_dir():
+        shutil.rmtree(folder / OTHERS)
 
 
 def _compare(folder: Path, decided: _Decided, failures: Failures) -> None:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import medseg
@@ -21,7 +21,8 @@ class Outcome:
 
     `scores` maps a measure (`dice`: mean over the labels of a case) to its value for each case, mean over seeds;
     `labels` does so for the Dice of each label; `by_seed` has the mean Dice of each seed. `cases` were held back, and
-    those `without_mask` lack one in some seed.
+    those `without_mask` lack one in some seed. `empty_share`: of a case that has a Dice in some seeds alone, the share
+    of seeds in which neither its mask nor its reference has any label.
     """
 
     scores: Mapping[str, Scores]
@@ -31,6 +32,7 @@ class Outcome:
     spurious: float
     cases: tuple[str, ...] = ()
     without_mask: tuple[str, ...] = ()
+    empty_share: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def empty(self) -> frozenset[str]:
@@ -55,6 +57,7 @@ def outcome(results: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Sc
     dice = [_mean_over(list(of.values())) for of in labels]
     events = [[row["status"] for row in result["rows"]] for result in results]
     scores = {"dice": _mean_over(dice)}
+    empty = [_empty(result, of) for result, of in zip(results, dice)]
     rows = [row for result in results for row in result["rows"]]
     without = {row["case"] for row in rows if row["status"] == NO_MASK}
     without |= {case for result in results for case in result.get("failed_cases", {})}
@@ -71,6 +74,11 @@ def outcome(results: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Sc
         spurious=statistics.fmean(e.count("spurious") for e in events),
         cases=tuple(sorted({row["case"] for row in rows} | without)),
         without_mask=tuple(sorted(without)),
+        empty_share={
+            case: times / (times + sum(case in of for of in dice))
+            for case in scores["dice"]
+            if (times := sum(case in cases for cases in empty))
+        },
     )
 
 
@@ -110,13 +118,19 @@ def comparable(outcomes: Sequence[Outcome], measure: str = "dice") -> list[Score
     """The scores of each over the cases that all have.
 
     Where one is rightly empty and another has painted something, that one's Dice is 1: else nobody would be worse for
-    what is found in healthy cases.
+    what is found in healthy cases. Of several seeds, each that is rightly empty counts so.
     """
-    scores = [outcome.scores.get(measure, {}) for outcome in outcomes]
+    scores = [_with_empty(outcome) if measure == "dice" else outcome.scores.get(measure, {}) for outcome in outcomes]
     empty = [outcome.empty if measure == "dice" else frozenset() for outcome in outcomes]
     named = dict.fromkeys(case for found in scores for case in found)
     common = [case for case in named if all(case in found or case in none for found, none in zip(scores, empty))]
     return [{case: found.get(case, 1.0) for case in common} for found in scores]
+
+
+def _with_empty(outcome: Outcome) -> Scores:
+    """The Dice of the cases that have one, in which each seed that is rightly empty counts 1."""
+    shares = {case: outcome.empty_share.get(case, 0.0) for case in outcome.scores.get("dice", {})}
+    return {case: share + (1 - share) * outcome.scores["dice"][case] for case, share in shares.items()}
 
 
 def _or_none(value: float) -> float | None:
@@ -131,6 +145,13 @@ def _by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         if row["dice"] is not None and row["status"] != NO_MASK:
             of_label[row["case"]] = row["dice"]
     return found
+
+
+def _empty(result: Mapping[str, Any], dice: Scores) -> set[str]:
+    """The cases of one seed with a mask and without a Dice: neither map has any label."""
+    without = {row["case"] for row in result["rows"] if row["status"] == NO_MASK} | set(result.get("failed_cases", {}))
+    cases: set[str] = {row["case"] for row in result["rows"]}
+    return cases - without - set(dice)
 
 
 def _mean_over(parts: Sequence[Scores]) -> dict[str, float]:

@@ -212,4 +212,6 @@ DEFINITIONS = {
     "Choice": "The chosen was chosen on the cases whose Dice is told: where several are nearly equal, that of the "
     "best flatters a little.",
     "Seconds": "Of training: the training loop alone. Of a case: from file to written mask, one model.",
+    "MB": "The most memory that the process of a fold held, training and inference together; on a GPU that of its "
+    "tensors. Not known of a fold that was trained by hand.",
 }

@@ -24,6 +24,7 @@ from medseg.terminal import err, out, show_any_name, shown_progress
 from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
 from medseg_pipelines.crossrecord import PAGE, RECORD, methods_table
 from medseg_pipelines.digest import checked
+from medseg_pipelines.endings import SOME_FAILED, USAGE, tell, work
 from medseg_pipelines.folds import CONFIG, Fold, Found, Weights, failure_of, look, train_fold
 from medseg_pipelines.judging import CLEANED, JUDGED
 from medseg_pipelines.locks import UNTIL_STALE_S, held, holder_of, publish
@@ -32,7 +33,7 @@ from medseg_pipelines.trials import first_difference
 
 log = logging.getLogger("medseg.crossval")
 
-OK, SOME_FAILED, USAGE, TERMINATED, INTERRUPTED = 0, 1, 2, 75, 130
+OK, TERMINATED, INTERRUPTED = 0, 75, 130
 
 CACHE = "cache"
 # beside the folders of the networks
@@ -118,7 +119,8 @@ def crossval(
 def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     """Train what is missing and nobody else trains, and collect once all is there.
 
-    Raises `ConfigError` or `DataError` before anything is trained, `KeyboardInterrupt` once the state is saved.
+    Raises `ConfigError` or `DataError` before anything is trained, `TrainingError` for what breaks all off later,
+    `KeyboardInterrupt` once the state is saved.
     """
     asked = _asked(options)
     weights = None if options.pretrained is None else _weights(options.pretrained)
@@ -151,7 +153,8 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     asked_for = [f for f in folds if options.only_fold in (None, f[1].number)]
     # a task that is queued again may come before the lock of its killed predecessor is stale
     patience_s = 0.0 if options.only_fold is None else UNTIL_STALE_S
-    failed = _train(asked_for, folder, patience_s)
+    with work():
+        failed = _train(asked_for, folder, patience_s)
     judged = {case.id for _, held_back in splits for case in held_back}
     setup = {
         "dataset": dataset.resolve().name,
@@ -164,7 +167,8 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
         "pretrained": None if options.pretrained is None else options.pretrained.name,
     }
     groups = {case.id: case.group for case in data.cases}
-    return _collect(folder, folds, failed, setup, groups, options.device, patience_s)
+    with work():
+        return _collect(folder, folds, failed, setup, groups, options.device, patience_s)
 
 
 def main() -> None:
@@ -184,16 +188,8 @@ def run(arguments: list[str]) -> int:
                 err.print("interrupted; the same command goes on from here")
                 return TERMINATED if signal.SIGTERM in came() else INTERRUPTED
             return code
-        except medseg.MedsegError as error:
-            log.debug("traceback", exc_info=True)
-            err.print(f"[red]error:[/red] {escape(str(error))}")
-            return USAGE
-        except OSError as error:
-            # a disk that is full, away or not to be written; what is whole is gone on from
-            log.debug("traceback", exc_info=True)
-            where = error.filename if error.filename is not None else "a file"
-            err.print(f"[red]error:[/red] {escape(str(where))}: {error.strerror or error}; see to it and go on")
-            return SOME_FAILED
+        except (medseg.MedsegError, OSError) as error:
+            return tell(error)
     return OK
 
 

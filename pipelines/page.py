@@ -69,6 +69,8 @@ def render(record: Mapping[str, Any]) -> str:
         setup=record["setup"],
         rows=done,
         waiting=[v for v in record["variants"] if v["status"] == "waiting"],
+        without=sum(v["status"] != "waiting" and not _has_dice(v) for v in record["variants"]),
+        cases_without_mask=sum(v.get("cases_without_mask", 0) for v in record["variants"]),
         best=next((v for v in done if v["name"] == record["best"]), None),
         discs=discs,
         diameters=list(dict.fromkeys(diameter for v in discs for diameter in v["diameters"])),
@@ -119,6 +121,10 @@ def field(variant: Mapping[str, Any], *, whole_image: str) -> str:
     if not variant["field_is_exact"]:
         return "not known"
     return " × ".join(map(str, variant["receptive_field"])) + (whole_image if variant["sees_whole_image"] else "")
+
+
+def _has_dice(variant: Mapping[str, Any]) -> bool:
+    return (variant.get("dice") or {}).get("mean") is not None
 
 
 def _ends(variant: Mapping[str, Any]) -> tuple[float, float]:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medseg_pipelines.trial import FAILURE, INTERRUPTED
+from medseg_pipelines.trial import FAILURE, INTERRUPTED, OUTPUT
 
-OUTPUT = "output.txt"
 SECONDS_TO_STOP = 120.0
 SECONDS_BETWEEN_LOOKS = 0.5
 # what torchrun and srun tell a process of the others that were started with it
@@ -25,15 +24,16 @@ TOGETHER = ("TORCHELASTIC_", "SLURM_", "MASTER_", "WORLD_SIZE", "LOCAL_WORLD_SIZ
 
 def attempt(
     folder: Path,
-    limit_s: float | None,
+    quiet_s: float | None,
     *,
     started: Callable[[int], None] | None = None,
     forbidden: threading.Event | None = None,
 ) -> int:
     """The exit code of the process that does what job.json in `folder` asks; negative: killed by that signal.
 
-    −SIGALRM: it took longer than `limit_s`. `started` gets its number. Once `forbidden` is set the folder is another's:
-    the process is killed and nothing more is written. Ctrl-C, and whatever else is raised here, lets it save its state.
+    −SIGALRM: it was stopped because it showed no progress for `quiet_s`. `started` gets its number. Once `forbidden` is
+    set the folder is another's: the process is killed and nothing more is written. Ctrl-C, and whatever else is raised
+    here, lets it save its state.
     """
     command = [sys.executable, "-m", "medseg_pipelines.trial", str(folder)]
     with (folder / OUTPUT).open("ab") as output:
@@ -44,18 +44,18 @@ def attempt(
         try:
             if started is not None:
                 started(process.pid)
-            return _watch(process, limit_s, forbidden)
+            return _watch(process, folder / OUTPUT, quiet_s, forbidden)
         except BaseException:
             _stop(process)
             raise
 
 
-def reason_of(folder: Path, code: int, limit_s: float | None = None) -> str:
+def reason_of(folder: Path, code: int, quiet_s: float | None = None) -> str:
     """Why the process ended with `code`, in words. Raises `KeyboardInterrupt` where somebody stopped it."""
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code == -signal.SIGALRM:
-        return f"took more than {limit_s:.0f} s and was stopped; see {folder / OUTPUT}"
+        return f"made no progress for {quiet_s:.0f} s and was stopped; see {folder / OUTPUT}"
     written = read_json(folder / FAILURE)
     if written is not None:
         return str(written["reason"])
@@ -87,17 +87,30 @@ def _environment_of_one() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(TOGETHER)}
 
 
-def _watch(process: subprocess.Popen[bytes], limit_s: float | None, forbidden: threading.Event | None) -> int:
-    end = None if limit_s is None else time.monotonic() + limit_s
+def _watch(
+    process: subprocess.Popen[bytes], output: Path, quiet_s: float | None, forbidden: threading.Event | None
+) -> int:
+    changed, since = _changed_at(output), time.monotonic()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(SECONDS_BETWEEN_LOOKS)
         if forbidden is not None and forbidden.is_set():
             process.kill()
             return process.wait()
-        if end is not None and time.monotonic() > end:
+        # by our own clock: that of the disk may differ
+        if (now := _changed_at(output)) != changed:
+            changed, since = now, time.monotonic()
+        if quiet_s is not None and time.monotonic() - since > quiet_s:
             _stop(process)
             return -signal.SIGALRM
+
+
+def _changed_at(path: Path) -> int | None:
+    """When the file was changed; None: it is not there, or its disk is away."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

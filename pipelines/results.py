@@ -256,7 +256,8 @@ DEFINITIONS = {
     "95 % interval": "Bootstrap over cases (patients, where the data set names them), BCa. It holds the luck of the "
     "cases; the luck of training shows in the seeds.",
     "Differences": "Of the mean Dice of the same cases, paired; an interval that leaves out 0 decides. A case that one "
-    "rightly leaves empty, and another does not, counts 1 for the first.",
+    "rightly leaves empty, and another does not, counts 1 for the first; of several seeds, each that leaves it empty "
+    "counts 1.",
     "Missed, spurious": "Labels that only the reference or only the mask has, summed over cases, mean over seeds.",
     "Inference": "Windows, copies and cleaning are those that each training chose on its own held-back cases, in the "
     "time that its calibration had, as `medseg train` does; a slow network has less time to choose in.",
@@ -266,5 +267,6 @@ DEFINITIONS = {
     "Steps": "What the time allowed, mean over seeds. Where other work shared the machine, a run took fewer of them.",
     "Step": "Seconds of the training loop by step, with the validation in it (at most a twentieth).",
     "Case": "Seconds from file to written mask.",
-    "Memory": "The most that the process of a run held, training and inference together.",
+    "Memory": "The most that the process of a run held, training and inference together; on a GPU that of its tensors, "
+    "without what the libraries and the system take beside them.",
 }

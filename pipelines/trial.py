@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -20,7 +21,8 @@ from medseg_pipelines.compare import rows_of
 
 log = logging.getLogger("medseg.trial")
 
-JOB, RESULT, FAILURE = "job.json", "result.json", "failure.json"
+# the last also shows by its time that there was progress
+JOB, RESULT, FAILURE, OUTPUT = "job.json", "result.json", "failure.json", "output.txt"
 STATE, DESCRIPTION = "last.pt", "model.json"
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 SECONDS_BETWEEN_LOOKS = 5.0
@@ -48,6 +50,27 @@ def make_job(
         "folds": folds,
         "device": device,
     }
+
+
+class Pulse:
+    """Progress that shows in the time of a file, every few seconds at most: whoever watches it knows of a hang."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._shown_at = -math.inf
+        self._last: tuple[str, float] | None = None
+
+    def __call__(self, stage: str, done: float, total: float, detail: str = "") -> None:
+        """The same again is no progress, and the time that is left in a `detail` changes by itself."""
+        now = time.monotonic()
+        if (stage, done) == self._last or now - self._shown_at < SECONDS_BETWEEN_LOOKS:
+            return
+        self._last, self._shown_at = (stage, done), now
+        try:
+            self._file.touch()
+        except OSError as error:
+            # a disk that is away: what is to be written there ends the training, not this
+            log.debug("%s: no progress can be shown (%s)", self._file, error.strerror)
 
 
 def run(folder: Path) -> int:
@@ -83,7 +106,7 @@ def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         resume=(folder / STATE).is_file(),
         pretrained=None if job.get("pretrained") is None else Path(job["pretrained"]),
     )
-    done = medseg.train(job["dataset"], folder, options=options)
+    done = medseg.train(job["dataset"], folder, options=options, progress=Pulse(folder / OUTPUT))
     if done.report is None:
         reasons = "; ".join(f"{r.case}: {r.reason}" for r in done.results[:3])
         raise medseg.DataError(f"{folder}: not one held-back case could be judged: {reasons}")
@@ -100,7 +123,8 @@ def _train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "failed_cases": {r.case: r.reason for r in done.results if r.status == "failed"}
         | {f.case: f.reason for f in done.report.failures},
         "machine": platform.node(),
-        "peak_memory_mb": training.get("gpu_memory_mb") or _peak_memory_mb(),
+        # what was trained before it was ended has its own
+        "peak_memory_mb": max(done.gpu_memory_mb, training.get("gpu_memory_mb") or 0.0) or _peak_memory_mb(),
     }
 
 

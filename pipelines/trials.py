@@ -15,8 +15,8 @@ from medseg_pipelines.processes import link_cache, read_json, reason_of
 from medseg_pipelines.trial import FAILURE, JOB, OK, RESULT, STATE, WRONG, make_job
 
 ATTEMPTS = 2
-# a trial that takes this many times its training time, and the pause on top, hangs
-PATIENCE, PAUSE_S = 4.0, 1800.0
+# a trial that shows no progress for so long hangs: it shows it case by case, and none takes an hour
+QUIET_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ class Trial:
         )
 
     @property
-    def limit_s(self) -> float:
-        """Longer than this no healthy trial takes."""
-        return PATIENCE * (self.config.train.time_budget_s or 0.0) + PAUSE_S
+    def quiet_s(self) -> float:
+        """So long no healthy trial is without progress, however many cases it has and however large they are."""
+        train = self.config.train
+        # a look at held-back cases, and a way to infer that is tried on one, take up to their share of the training
+        return QUIET_S + (train.validation_share + train.calibration_share) * (train.time_budget_s or 0.0)
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,12 @@ def run_trial(trial: Trial, *, cache: Path) -> TrialResult:
     reason = ""
     for _ in range(ATTEMPTS):
         (folder / FAILURE).unlink(missing_ok=True)
-        code = _attempt(folder, trial.limit_s)
+        code = _attempt(folder, trial.quiet_s)
         found = read_json(folder / RESULT) if code == OK else None
         if found is not None:
             _tidy(folder)
             return TrialResult(trial, found)
-        reason = reason_of(folder, code, trial.limit_s)
+        reason = reason_of(folder, code, trial.quiet_s)
         if code == WRONG:
             break
         if not (folder / STATE).is_file():

@@ -6,18 +6,23 @@ import csv
 import io
 import json
 import math
+import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from skimage.io import imread, imsave
 from tiny import write_two_channels
 
 import medseg
-from medseg_pipelines import trials
+from medseg_pipelines import processes, trials
+from medseg_pipelines import trial as trial_process
 from medseg_pipelines.ablation import INTERRUPTED, OK, SOME_FAILED, USAGE, run
 from medseg_pipelines.claims import CLAIMS, Claim, Contrast, Variant, choose_claims, judge
 from medseg_pipelines.compare import Outcome, difference, mean_of, outcome
@@ -85,6 +90,30 @@ def test_a_difference_is_paired_and_leaves_out_cases_that_one_lacks() -> None:
     assert found is not None
     assert (found.n, found.mean) == (2, pytest.approx(0.1))
     assert (found.first, found.second) == (pytest.approx(0.7), pytest.approx(0.6))
+
+
+def healthy(*seeds: float | None) -> Outcome:
+    """A healthy case beside one of Dice 0.5; `seeds`: None where its mask is rightly empty, 0 where it is not."""
+    return outcome([{"rows": rows(a={"sick": 0.5, "well": dice})} for dice in seeds])
+
+
+def test_each_seed_that_rightly_leaves_a_case_empty_counts() -> None:
+    once = healthy(None, 0.0)
+    # half of two seeds less 1, over two cases of which the other does not differ
+    for other, mean in ((healthy(None, None), -0.25), (healthy(0.0, 0.0), 0.25), (healthy(0.0, None), 0.0)):
+        found = difference(once, other)
+        assert found is not None
+        assert found.mean == pytest.approx(mean)
+    # the Dice that is told is of masks and references that have something, as before
+    assert once.scores["dice"] == {"sick": 0.5, "well": 0.0}
+
+
+def test_a_seed_without_a_mask_is_no_empty_one() -> None:
+    lacks = rows(a={"well": None})
+    lacks[0]["status"] = "missing_prediction"
+    for seed in ({"rows": lacks}, {"rows": [], "failed_cases": {"well": "no memory"}}):
+        found = outcome([{"rows": rows(a={"well": None})}, seed, {"rows": rows(a={"well": 0.0})}])
+        assert found.empty_share == {"well": 0.5}
 
 
 def test_an_interval_of_a_difference_is_narrow_where_the_cases_agree() -> None:
@@ -243,7 +272,7 @@ class Attempts:
         self.codes = list(codes)
         self.seen: list[set[str]] = []
 
-    def __call__(self, folder: Path, limit_s: float) -> int:
+    def __call__(self, folder: Path, quiet_s: float) -> int:
         self.seen.append({p.name for p in folder.iterdir()})
         code = self.codes.pop(0)
         (folder / "last.pt").write_text("state")
@@ -332,6 +361,85 @@ def test_a_killed_trial_says_that_memory_may_have_run_out(tmp_path: Path, attemp
     assert "memory" in str(run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason)
 
 
+def end_of(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, quiet_s: float) -> int:
+    """The end of a shell in the place of a trial, which has `folder` as $1."""
+    start = subprocess.Popen
+    monkeypatch.setattr(processes, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda _, **more: start(["/bin/sh", "-c", script, "sh", str(folder)], **more)
+    )
+    return processes.attempt(folder, quiet_s)
+
+
+def test_a_trial_lasts_as_long_as_it_makes_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 5 s in all; on a machine that is busy, a fortieth of it may take half
+    script = 'for n in $(seq 40); do touch "$1/output.txt"; sleep 0.125; done; exit 7'
+    assert end_of(script, tmp_path, monkeypatch, quiet_s=2.5) == 7
+
+
+def test_a_trial_without_progress_is_stopped_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = end_of("exec sleep 60", tmp_path, monkeypatch, quiet_s=0.3)
+    assert code == -signal.SIGALRM
+    told = processes.reason_of(tmp_path, code, 0.3)
+    assert told == f"made no progress for 0 s and was stopped; see {tmp_path / 'output.txt'}"
+
+
+def test_a_trial_that_hangs_is_gone_on_with_once(tmp_path: Path, attempts: Any) -> None:
+    attempts(-signal.SIGALRM, -signal.SIGALRM)
+    trial = make_trial(tmp_path, time_budget_s=1000.0, validation_share=0.05, calibration_share=0.15)
+    # an hour, and 0.2 of the training
+    assert "made no progress for 3800 s" in str(run_trial(trial, cache=tmp_path / "cache").reason)
+
+
+def test_progress_shows_and_the_same_again_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, file = [0.0], tmp_path / "output.txt"
+    monkeypatch.setattr(trial_process, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pulse = trial_process.Pulse(file)
+
+    def shows(stage: str, done: float, detail: str = "", *, after_s: float) -> bool:
+        now[0] += after_s
+        file.unlink(missing_ok=True)
+        pulse(stage, done, 9, detail)
+        return file.exists()
+
+    assert shows("check", 0, after_s=0)
+    assert not shows("check", 1, after_s=1)
+    assert shows("check", 2, after_s=6)
+    assert shows("infer", 2, "9 s left", after_s=6)
+    assert not shows("infer", 2, "8 s left", after_s=6)
+    assert shows("infer", 2.1, "8 s left", after_s=6)
+    # a disk that is away ends nothing
+    now[0] += 6
+    trial_process.Pulse(tmp_path / "away" / "output.txt")("infer", 3, 9)
+
+
+def test_a_trial_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, progress: Any, **__: object) -> None:
+        progress("check", 1, 9)
+        raise medseg.DataError("seen")
+
+    monkeypatch.setattr(medseg, "train", train)
+    (tmp_path / "job.json").write_text(json.dumps(make_trial(tmp_path).job))
+    assert trial_process.run(tmp_path) == 2
+    assert (tmp_path / "output.txt").is_file()
+
+
+@pytest.mark.parametrize(("trained", "whole", "told"), [(100.0, 250.0, 250.0), (100.0, 40.0, 100.0)])
+def test_the_memory_of_a_trial_on_a_gpu_is_the_most_of_all_stages(
+    trained: float, whole: float, told: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = make_trial(tmp_path)
+    trial.folder.mkdir()
+    (trial.folder / "job.json").write_text(json.dumps(trial.job))
+    training = {"steps": 7, "seconds": 1.0, "device": "cuda:0", "precision": "32", "gpu_memory_mb": trained}
+    (trial.folder / "model.json").write_text(json.dumps({"training": training}))
+    report = SimpleNamespace(table=pd.DataFrame(columns=["case", "name", "status", "dice"]), failures=())
+    done = SimpleNamespace(report=report, results=(), seconds={}, gpu_memory_mb=whole)
+    monkeypatch.setattr(medseg, "train", lambda *_, **__: done)
+    assert trial_process.run(trial.folder) == 0
+    assert json.loads((trial.folder / "result.json").read_text())["peak_memory_mb"] == told
+
+
 def test_an_interrupted_trial_interrupts(tmp_path: Path, attempts: Any) -> None:
     attempts(130)
     with pytest.raises(KeyboardInterrupt):
@@ -387,6 +495,41 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
     monkeypatch.setattr(trials, "_attempt", interrupt)
     assert run(command) == INTERRUPTED
     assert "goes on from here" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_after_the_first_run_is_no_wrong_usage(
+    command: list[str], attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts(2, 2, 2)
+    write = medseg.write_text
+    written: list[str] = []
+
+    def full(path: Path, text: str) -> None:
+        written.append(path.name)
+        if written.count("ablation.json") > 1:
+            raise medseg.DataError(f"{path.parent}: cannot write {path.name} (No space left on device)")
+        write(path, text)
+
+    monkeypatch.setattr(medseg, "write_text", full)
+    assert run(command) == SOME_FAILED
+    told = capsys.readouterr().err
+    assert "cannot write ablation.json (No space left on device); what is finished stays" in " ".join(told.split())
+    # before the first one nothing was done
+    assert run(command) == USAGE
+
+
+@pytest.mark.parametrize("where", ["discs", "runs", "cache"])
+def test_a_folder_that_cannot_be_written_is_one_message(
+    where: str, command: list[str], tmp_path: Path, attempts: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts(2, 2, 2)
+    (tmp_path / "out").mkdir()
+    # a file in the place of a folder: the superuser is refused, too
+    (tmp_path / "out" / where).touch()
+    assert run([*command, "--claims", "small-structures"] if where == "discs" else command) == SOME_FAILED
+    last = " ".join(capsys.readouterr().err.split()).rpartition("error: ")[2]
+    assert last.startswith(str(tmp_path / "out" / where))
+    assert last.endswith("; see to it and go on")
 
 
 @pytest.mark.parametrize(
@@ -609,6 +752,18 @@ def test_cases_without_a_mask_are_told_and_the_head_is_of_the_best() -> None:
     assert "<dd>whole<span>0.800," in page
     assert "9 of 11 cases, 2 without a mask |" in markdown(both)
     assert "none has a mask for every case" in render(record(lacks, best=None))
+
+
+def test_variants_without_a_dice_are_counted_apart_from_cases_without_a_mask() -> None:
+    lacks = variant("lacks", 0.9, cases_held_back=11, cases_without_mask=2)
+    failed = {"name": "hdc", "data": "given", "status": "failed", "also": [], "reason": "broke"}
+    listed = [{"name": f"lacks, seed 0, case x{n}", "reason": "no memory"} for n in range(2)]
+    found = record(lacks, failures=[*listed, {"name": "hdc, seed 0", "reason": "broke"}])
+    page = render({**found, "variants": [lacks, failed, without_dice("none")]})
+    assert "<dt>Without a Dice</dt><dd>2 variants<span>all others are done, 2 cases without a mask</span>" in page
+    assert "<dd>1 variant<span>all others are done</span>" in render(record(variant("unet", 0.8), without_dice("none")))
+    waiting = {"name": "unet", "data": "given", "status": "waiting", "also": []}
+    assert "<dd>0 variants<span>1 variant still to come</span>" in render({**record(), "variants": [waiting]})
 
 
 def test_a_shared_machine_is_mentioned_beside_the_steps() -> None:

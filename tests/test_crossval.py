@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -748,6 +749,51 @@ def test_the_best_of_two_networks_is_chosen_and_the_table_shown(
     assert (out / "reports" / "unet" / "report.html").is_file()
 
 
+def refuse_to_load(*_: object, **__: object) -> Any:
+    raise medseg.ModelError("no ensemble")
+
+
+def compare_names(places: Mapping[str, Path]) -> Any:
+    """A comparison that only says of what it is."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "compare.html").write_text(" ".join(places))
+
+    return SimpleNamespace(save=save)
+
+
+def test_what_is_not_compared_any_more_is_removed(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medseg, "load_model", refuse_to_load)
+    monkeypatch.setattr(medseg, "compare", compare_names)
+    out = left(unet=3, fcn8s=1, fcn16s=2)
+    assert run(command(dataset, out, "--networks", "unet,fcn8s,fcn16s")) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"unet", "fcn16s"}
+    assert run(command(dataset, out, "--networks", "unet,fcn16s")) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"unet"}
+    assert (out / "compare" / "compare.html").read_text() == "unet fcn16s"
+    assert run(command(dataset, out)) == OK
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"report", "unet", "fcn8s", "fcn16s"}
+    # the folds themselves stay, and are compared again where that is asked for
+    assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"unet"}
+
+
+def test_a_comparison_that_fails_leaves_none_of_before(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medseg, "load_model", refuse_to_load)
+    monkeypatch.setattr(medseg, "compare", compare_names)
+    out = left(unet=3, fcn8s=1)
+    words = command(dataset, out, "--networks", "unet,fcn8s")
+    assert run(words) == OK
+    monkeypatch.setattr(medseg, "compare", refuse_to_load)
+    assert run(words) == SOME_FAILED
+    assert not (out / "compare").exists()
+
+
 def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
     dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -924,15 +970,18 @@ def test_what_the_command_sets_is_right_or_wrong_together_with_the_file(tmp_path
     assert asked["deeplabv3plus"]["train"] == {"time_budget_s": None, "epochs": 4}
 
 
+@pytest.mark.parametrize("told_by", ["images_sha256", "images_voxels"])
 def test_weights_that_have_learnt_the_cases_are_refused_before_anything_is_trained(
-    dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    told_by: str, dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, out = tmp_path / "learnt", tmp_path / "new"
-    cases = medseg.fold_split(medseg.check_dataset(dataset).dataset, 1, folds=2)[1]
+    before, out, findings = tmp_path / "learnt", tmp_path / "new", medseg.check_dataset(dataset)
+    cases = medseg.fold_split(findings.dataset, 1, folds=2)[1]
     case, digest = cases[0].id, hashlib.sha256(medseg.file_sha256(cases[0].images[0]).encode()).hexdigest()[:16]
+    if told_by == "images_voxels":
+        (digest,) = (fact.voxels[:16] for fact in findings.facts if fact.case == case)
     before.mkdir()
     (before / "model.safetensors").write_bytes(b"")
-    (before / "model.json").write_text(json.dumps({"schema_version": 1, "training": {"images_sha256": [digest]}}))
+    (before / "model.json").write_text(json.dumps({"schema_version": 1, "training": {told_by: [digest]}}))
     assert run(command(dataset, out, "--pretrained", str(before))) == USAGE
     told = capsys.readouterr().err
     assert "error: fold 1: " in told
@@ -980,6 +1029,19 @@ def test_a_disk_that_cannot_be_written_is_one_message(
     monkeypatch.setattr("medseg_pipelines.locks.take", refuse)
     assert run(command(dataset, out)) == SOME_FAILED
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: cv/collect.lock: Read-only file system")
+
+
+@pytest.mark.parametrize("stage", ["train", "collect"])
+def test_a_disk_that_is_full_after_hours_is_no_wrong_usage(
+    stage: str, attempts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> Any:
+        raise medseg.DataError("cv: cannot write job.json (No space left on device)")
+
+    _, words = attempts(0)
+    monkeypatch.setattr(crossval, "train_fold" if stage == "train" else "collect", full)
+    assert run(words) == SOME_FAILED
+    assert "(No space left on device); what is finished stays" in " ".join(capsys.readouterr().err.split())
 
 
 def test_settings_that_say_what_is_there_go_on(dataset: Path, left: Callable[..., Path]) -> None:
@@ -1122,8 +1184,8 @@ class Attempts:
         self.codes = list(codes)
         self.jobs: list[dict[str, Any]] = []
 
-    def __call__(self, folder: Path, limit_s: None, *, started: Any, forbidden: Any) -> int:
-        assert limit_s is None
+    def __call__(self, folder: Path, quiet_s: None, *, started: Any, forbidden: Any) -> int:
+        assert quiet_s is None
         started(os.getpid())
         self.jobs.append(json.loads((folder / "job.json").read_text()))
         code = self.codes.pop(0)

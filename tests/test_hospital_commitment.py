@@ -246,6 +246,29 @@ def test_silence_is_asked_about_again_until_it_is_given_up(tmp_path: Path, seg: 
     assert "never confirmed" in audit_events(node, "dead")[0]["reason"]
 
 
+def test_what_was_sent_and_cannot_be_read_any_more_is_asked_about_once_it_can(tmp_path: Path, seg: Path) -> None:
+    got, port, commits = Received(), free_port(), Committing(on_the_same)
+    node = new_node(tmp_path, **settings(port))
+    job = finish_job(node, {"dicom-seg": seg})
+    file = node.store.results / job / "dicom-seg.dcm"
+
+    def take(event: evt.Event) -> int:
+        file.unlink()
+        # a folder in its place, which the superuser cannot read either
+        file.mkdir()
+        return got(event)
+
+    with store_scp(port, take, **commits.offered), publishing(node):
+        sent = wait_until(node, job, "sent")
+        row = wait_for(lambda: (row := state_of(node, job)).not_before > sent.not_before and row)
+        assert row.state == "sent"
+        assert commits.requests == []
+        file.rmdir()
+        file.write_bytes(seg.read_bytes())
+        wait_until(node, job, "done")
+    assert len(got.at) == 1
+
+
 @pytest.mark.parametrize(("offered", "told"), [(False, "does not offer storage commitment"), (True, "status 0x0110")])
 def test_a_peer_without_commitment_still_gets_all(tmp_path: Path, seg: Path, offered: bool, told: str) -> None:
     got, port, commits = Received(), free_port(), Committing(never, status=0x0110)

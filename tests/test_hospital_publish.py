@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -233,6 +235,64 @@ def test_a_file_that_is_not_what_it_was_is_never_sent(tmp_path: Path, seg: Path,
     assert row.attempts == 1
     assert len(got.at) == 1
     assert [event["job"] for event in audit_events(node, "dead")] == [job]
+
+
+def unreadable(node: Node, job: str) -> Path:
+    """Puts a folder in the place of a file, which the superuser cannot read either; the file's path."""
+    file = node.store.results / job / "dicom-seg.dcm"
+    file.unlink()
+    file.mkdir()
+    return file
+
+
+def test_a_file_that_cannot_be_read_waits_by_itself(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    job, *others = (finish_job(node, {"dicom-seg": seg}, number=number) for number in range(4))
+    file = unreadable(node, job)
+    with store_scp(port, got), publishing(node):
+        for other in others:
+            wait_until(node, other, "done")
+        # in less time than two leases of four seconds
+        row = wait_for(lambda: (row := state_of(node, job)).attempts >= 2 and row, seconds=7)
+        assert row.reason == "its file in the results of the job cannot be read (Is a directory); check the disk"
+        assert row.first_tried_at is not None
+        # the peer is not to blame
+        assert rests(node).failures == 0
+        file.rmdir()
+        file.write_bytes(seg.read_bytes())
+        wait_until(node, job, "done")
+    assert {event["job"] for event in audit_events(node, "failed")} == {job}
+
+
+def test_a_file_that_cannot_be_read_is_given_up_and_says_nothing_of_the_peer(tmp_path: Path, seg: Path) -> None:
+    values = to_peer(free_port())
+    values["publish"]["give_up_h"] = 0.5 / 3600
+    node = new_node(tmp_path, **values)
+    job = finish_job(node, {"dicom-seg": seg})
+    unreadable(node, job)
+    held = open_deliveries(node)
+    held.prepare(["out"])
+    batch = held.claim("out", "another", most=8)
+    assert batch is not None
+    # that the peer is down was found by another
+    held.down(batch, batch.deliveries, "nothing answers", during=None)
+    before = rests(node).failures
+    with publishing(node):
+        wait_until(node, job, "dead")
+    assert rests(node).failures == before == 1
+    assert [event["job"] for event in audit_events(node, "dead")] == [job]
+
+
+def test_a_store_whose_disk_gives_errors_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    node = new_node(tmp_path)
+    assert node.store.is_here()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "stat", stale)
+        assert not node.store.is_here()
 
 
 @pytest.mark.parametrize("how", ["status", "context"])

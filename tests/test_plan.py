@@ -24,6 +24,7 @@ from medseg.model import new_network
 from medseg.networks import build_bare, list_networks
 from medseg.networks.receptive import count
 from medseg.plan import BYTES_A_VOXEL, VOXELS, Plan, make_plan, voxels_that_fit
+from medseg.preprocess import prepare
 
 MakeDataset = Callable[..., Path]
 
@@ -205,6 +206,12 @@ def test_a_case_smaller_than_a_step_gets_one_step() -> None:
     assert found.windows.patch_size == (8, 32, 16)
 
 
+@pytest.mark.parametrize("change", [-6e-8, 0, 6e-8])
+def test_a_header_that_is_rounded_makes_no_other_patch(change: float) -> None:
+    even = replace(PRINT, shapes=((24, 32, 16),) * 3, spacings_mm=((1.0, 1.0, 1.0), (1.0,) * 3, (1 + change,) * 3))
+    assert plan(even).config.windows.patch_size == (24, 32, 16)
+
+
 @pytest.mark.parametrize("memory_gb", [1, 4, 16, 80])
 @pytest.mark.parametrize("labels", [2, 117])
 def test_a_step_fits_into_the_memory_of_a_gpu(memory_gb: float, labels: int) -> None:
@@ -272,6 +279,36 @@ def test_small_cases_fit_whole_into_a_patch() -> None:
 def test_ct_is_clipped_to_the_percentiles_and_fixed(channel: str) -> None:
     how = plan(channel=channel).config.preprocess.intensity[0]
     assert (how.clip, how.normalise, how.mean, how.sd) == ((-60, 180), "fixed", 40, 20)
+
+
+AIR = {"mean": -1023.0, "sd": 1.0, "p005": -1024.0, "p995": -1022.0}
+WHOLE = {"mean": -500.0, "sd": 300.0, "p005": -1024.0, "p995": 976.0}
+
+
+def test_ct_is_not_clipped_to_labels_that_are_all_alike() -> None:
+    found = plan(replace(PRINT, foreground=(AIR,), anywhere=(WHOLE,)), channel="CT")
+    how = found.config.preprocess.intensity[0]
+    assert (how.clip, how.mean, how.sd) == ((-1024, 976), -500, 300)
+    assert "of the whole images (in the labels they are -1024 and -1022)" in found.reasons["preprocess.intensity"]
+    # a tissue of few Hounsfield units is a tissue all the same
+    fluid = {"mean": 5.0, "sd": 2.0, "p005": 0.0, "p995": 10.0}
+    kept = plan(replace(PRINT, foreground=(fluid,), anywhere=(WHOLE,)), channel="CT").config.preprocess.intensity[0]
+    assert (kept.clip, kept.mean, kept.sd) == ((0, 10), 5, 2)
+
+
+def test_a_label_of_the_air_around_a_patient_leaves_the_image_its_contrast(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    image = np.full((10, 11, 12), -1024, np.int16)
+    image[2:8, 2:8, 2:8] = np.arange(216).reshape(6, 6, 6)
+    save(tmp_path / "images" / "c.nii.gz", image, np.eye(4))
+    save(tmp_path / "labels" / "c.nii.gz", (image == -1024).astype(np.uint8), np.eye(4))
+    dataset = read_dataset(tmp_path)
+    config = make_plan(dataset, measure(dataset)).config
+    assert config.data.channels == ("CT",)
+    prepared = prepare(dataset.cases[0], config.preprocess, config.data, with_label=True)
+    # nearly all of 0 to 215 is within the 99.5th percentile
+    assert len(np.unique(np.asarray(prepared.image))) > 200
 
 
 @pytest.mark.parametrize("channel", ["MRI", "T2", "octave", "contrast", "PET"])

@@ -548,6 +548,7 @@ def test_the_table_has_a_line_for_every_key(tmp_path: Path) -> None:
         "adapted": 1,
         "skipped": 1,
         "images_sha256": [],
+        "images_voxels": [],
         "fresh": 1,
     }
 

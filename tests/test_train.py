@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import gzip
 import json
 import os
 import re
@@ -876,6 +877,27 @@ def test_weights_that_have_learnt_a_held_back_case_are_refused(train: Train, tin
     learnt = _description(other.folder)["training"]
     assert len(learnt["images_sha256"]) == 4
     assert set(learnt["pretrained"]["images_sha256"]) < set(learnt["images_sha256"])
+    assert len(learnt["images_voxels"]) == 4
+    assert set(learnt["pretrained"]["images_voxels"]) < set(learnt["images_voxels"])
+
+
+def test_weights_that_have_learnt_a_held_back_case_in_other_bytes_are_refused(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=4)
+    held_back = fold_split(read_dataset(dataset), 0, folds=2)[1]
+    first = train(dataset, fold=1, name="first")
+    for path in [path for case in held_back for path in case.images]:
+        # as a copy that was packed anew
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), mtime=1))
+    with pytest.raises(medseg.ConfigError, match=r"first: has learnt 2 of the 2 cases held back, first case\d"):
+        train(dataset, fold=0, name="second", pretrained=first.folder)
+    # a model of an earlier version, which tells of bytes alone, is taken
+    description = _description(first.folder)
+    assert len(description["training"].pop("images_voxels")) == 2
+    (first.folder / "model.json").write_text(json.dumps(description))
+    third = train(dataset, fold=0, name="third", pretrained=first.folder)
+    learnt = _description(third.folder)["training"]
+    assert learnt["pretrained"]["images_voxels"] == []
+    assert set(learnt["pretrained"]["images_sha256"]) == set(description["training"]["images_sha256"])
 
 
 def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset) -> None:
@@ -898,6 +920,26 @@ def test_a_scan_that_is_held_back_in_other_bytes_is_refused(train: Train, tiny_d
         nib.save(nib.load(first), dataset / part / "case1.nii")
     with pytest.raises(medseg.ConfigError, match="1 of the 1 cases held back are trained on under another name"):
         train(dataset, fold=0)
+
+
+def test_the_memory_of_a_run_is_told_of_all_its_stages(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, validate = [100 * 2**20], TRAIN._validate
+
+    def validated(*given: Any) -> Any:
+        held[0] = 250 * 2**20
+        return validate(*given)
+
+    dataset = tiny_dataset(cases=2)
+    assert train(dataset, name="cpu").gpu_memory_mb == 0
+    for module in (MODULE, TRAIN):
+        monkeypatch.setattr(module, "peak_bytes", lambda _: held[0])
+    monkeypatch.setattr(TRAIN, "_validate", validated)
+    run = train(dataset, name="gpu")
+    # model.json is written when training ends
+    assert _description(run.folder)["training"]["gpu_memory_mb"] == 100
+    assert run.gpu_memory_mb == 250
 
 
 def test_what_was_done_after_training_is_not_done_again(

@@ -120,11 +120,15 @@ class Deliveries:
                 values |= {"state": "done", "confirmed_at": now}
             return self._settled(connection, batch, delivery, **values)
 
-    def later(self, batch: Batch, delivery: Delivery, reason: str) -> str:
-        """The destination works but does not take it now; the state it has: `waiting`, `dead`, or `lost` to another."""
+    def later(self, batch: Batch, delivery: Delivery, reason: str, *, reached: bool = True) -> str:
+        """The destination works but does not take it now; the state it has: `waiting`, `dead`, or `lost` to another.
+
+        Not `reached`: the destination was not asked, so that nothing is known of it.
+        """
         with self._database.writing() as connection:
             now = self._locked(connection, batch.destination)
-            self._works(connection, batch.destination)
+            if reached:
+                self._works(connection, batch.destination)
             return self._postponed(connection, batch, delivery, reason, now)
 
     def never(self, batch: Batch, delivery: Delivery, reason: str) -> bool:

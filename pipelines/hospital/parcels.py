@@ -61,7 +61,7 @@ class Sender(Protocol):
 
 
 def open_parcel(store: Store, delivery: Delivery) -> Parcel:
-    """The file of a delivery, checked against the job's record. Raises `UnsendableError`."""
+    """The file of a delivery, checked against the job's record. Raises `UnsendableError`, `OSError` for a bad disk."""
     name, sha256 = delivery.record.get("file"), delivery.record.get("sha256")
     if not isinstance(name, str) or not isinstance(sha256, str) or Path(name).name != name:
         raise UnsendableError(f"the job's record names no file of format {delivery.format}; replay the job")

@@ -135,7 +135,10 @@ class Publisher:
             if self._stop.is_set():
                 raise _StoppedError
 
-        parcels = self._opened(batch, left)
+        parcels, unread = self._opened(batch, left)
+        for delivery, reason in unread.items():
+            left.remove(delivery)
+            self._put_off(batch, delivery, reason, reached=False)
         try:
             if parcels:
                 sender_to(destination, self._node.settings).send(parcels, tell)
@@ -153,9 +156,13 @@ class Publisher:
         if left or not works:
             self._deliveries.put_back(batch, left)
 
-    def _opened(self, batch: Batch, left: list[Delivery]) -> list[Parcel]:
-        """The files of a batch; what cannot be sent at all is dead, and taken out of `left`."""
-        parcels = []
+    def _opened(self, batch: Batch, left: list[Delivery]) -> tuple[list[Parcel], dict[Delivery, str]]:
+        """The files of a batch, and why some of them cannot be read at the moment.
+
+        What cannot be sent at all is dead, and taken out of `left`.
+        """
+        parcels: list[Parcel] = []
+        unread: dict[Delivery, str] = {}
         for delivery in batch.deliveries:
             try:
                 parcels.append(open_parcel(self._node.store, delivery))
@@ -165,7 +172,11 @@ class Publisher:
                 left.remove(delivery)
                 if self._deliveries.never(batch, delivery, str(error)):
                     self._tell("dead", delivery, str(error))
-        return parcels
+            except OSError as error:
+                if self._node.store.is_here():
+                    why = error.strerror or type(error).__name__
+                    unread[delivery] = f"its file in the results of the job cannot be read ({why}); check the disk"
+        return parcels, unread
 
     def _write_down(
         self, destination: DestinationSettings, batch: Batch, parcel: Parcel, said: Said, reason: str
@@ -177,12 +188,15 @@ class Publisher:
                 if not destination.commitment:
                     self._tell("confirmed", delivery, "")
         elif said is Said.LATER:
-            state = self._deliveries.later(batch, delivery, reason)
-            if state != "lost":
-                self._tell("failed", delivery, reason)
-            if state == "dead":
-                self._tell("dead", delivery, reason)
+            self._put_off(batch, delivery, reason)
         elif self._deliveries.never(batch, delivery, reason):
+            self._tell("dead", delivery, reason)
+
+    def _put_off(self, batch: Batch, delivery: Delivery, reason: str, *, reached: bool = True) -> None:
+        state = self._deliveries.later(batch, delivery, reason, reached=reached)
+        if state != "lost":
+            self._tell("failed", delivery, reason)
+        if state == "dead":
             self._tell("dead", delivery, reason)
 
     def _write_down_failure(
@@ -219,9 +233,13 @@ class Publisher:
     def _ask(self, destination: DestinationSettings, batch: Batch) -> None:
         """Asks for storage commitment of a batch."""
         left = list(batch.deliveries)
-        parcels = {parcel.delivery: parcel for parcel in self._opened(batch, left)}
+        opened, unread = self._opened(batch, left)
+        parcels = {parcel.delivery: parcel for parcel in opened}
         peer = self._node.settings.peers[destination.peer or ""]
         uids = {delivery: parcel.sop_instance_uid for delivery, parcel in parcels.items()}
+        for delivery, why in unread.items():
+            # it was sent: like what the peer does not answer for, it is asked about again
+            log.warning("%s of job %s to %s: %s", delivery.format, delivery.job_id, delivery.destination, why)
         reason = ""
         if parcels:
             try:

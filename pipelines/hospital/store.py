@@ -34,8 +34,12 @@ class Store:
         return shutil.disk_usage(self.folder).free
 
     def is_here(self) -> bool:
-        """Whether the folder is that of the node; where its disk is not mounted any more, an empty one lies there."""
-        return (self.folder / MARK).is_file()
+        """Whether the folder is that of the node; where its disk is not mounted any more, an empty one lies there.
+
+        One whose disk gives errors is not there either.
+        """
+        # that of Path raises for most errors
+        return os.path.isfile(self.folder / MARK)
 
     def has_room(self, size: int = 0) -> bool:
         """Whether `size` bytes more leave what must stay free."""
