@@ -1344,3 +1344,42 @@ def test_a_run_on_the_sample_that_is_told_to_end_goes_on_from_its_state(
     assert run([*words[:7], "--only-fold", "0"]) == OK
     assert "resumed at step" in log.read_text()
     assert "not trained yet" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_real_networks_is_made_fold_by_fold(tiny_dataset: Any, tmp_path: Path) -> None:
+    dataset, out = tiny_dataset(spatial_dims=2), tmp_path / "out"
+    changes = (
+        "network.channels=[4,8]",
+        "network.aspp_channels=4",
+        "network.skip_channels=4",
+        "network.decoder_channels=4",
+        "network.output_stride=4",
+        "windows.patch_size=[32,32]",
+        "train.batch_size=2",
+        "train.steps_per_epoch=2",
+        "train.precision='32'",
+    )
+    words = [str(dataset), "-o", str(out), "--folds", "2", "--device", "cpu", "--epochs", "1"]
+    words += ["--networks", "deeplabv3plus,unet", *(word for change in changes for word in ("--set", change))]
+    assert run(words) == OK
+    record = record_of(out)
+    assert record["complete"]
+    name = "deeplabv3plus+unet"
+    methods = {method["name"]: method for method in record["methods"]}
+    assert methods.keys() == {"deeplabv3plus", "unet", name}
+    assert methods[name]["dice"]["n"] == 4
+    assert (out / "compare" / "compare.html").is_file()
+    # each mask is that of both models of the fold that held the case back, of no others, and of neither alone
+    options = medseg.InferOptions(device="cpu", precision="32", settings={"postprocess": {}})
+    pairs = [[out / network / f"fold_{n}" for network in ("deeplabv3plus", "unet")] for n in range(2)]
+    together = [medseg.load_model(*pair, options=options) for pair in pairs]
+    alone = [[medseg.load_model(folder, options=options) for folder in pair] for pair in pairs]
+    for fold in record["networks"][0]["folds"]:
+        number = fold["fold"]
+        for case in fold["cases"]:
+            image = dataset / "images" / f"{case}.png"
+            made = imread(out / "judged" / name / f"fold_{number}" / f"{case}.png")
+            assert np.array_equal(made, together[number].segment(image))
+            for other in (together[1 - number], *alone[number]):
+                assert not np.array_equal(made, other.segment(image))

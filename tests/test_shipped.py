@@ -21,6 +21,7 @@ from medseg.errors import ConfigError, ModelError
 from medseg.model import new_network, read_model, save_model
 from medseg.pretrained import load_pretrained
 from medseg.shipped import ModelCard, halved, list_models, make_card, ship_model
+from medseg_pipelines.ship import page
 
 FIGURE = {"mean": 0.9, "low": 0.88, "high": 0.91, "cases": 12}
 WORDS: dict[str, Any] = {
@@ -294,6 +295,12 @@ def test_every_model_that_ships_is_whole() -> None:
         assert model.card.licence in (model.folder / "README.md").read_text()
 
 
+def test_the_cards_that_ship_say_what_their_models_say() -> None:
+    for model in list_models(Path(medseg.__file__).parent / "models"):
+        description = json.loads((model.folder / "model.json").read_text(encoding="utf-8"))
+        assert (model.folder / "README.md").read_text(encoding="utf-8") == page(model, description), model.name
+
+
 def test_the_hippocampus_model_finds_the_hippocampus_of_the_sample_data(tmp_path: Path) -> None:
     # it has learnt these cases: a mask out of place, mirrored or of other labels would fall far below
     sample = Path(medseg.__file__).parent / "sample"
@@ -307,6 +314,7 @@ def test_the_hippocampus_model_finds_the_hippocampus_of_the_sample_data(tmp_path
     assert all(q["expected"] is not None for r in results for q in r.quality.values())
 
 
+@pytest.mark.shared_data
 def test_the_nerve_model_finds_what_it_has_learnt(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "us_nerve_2d"
     images = sorted((folder / "imagesTr").iterdir())[:6]

@@ -3,10 +3,12 @@
     python tests/benchmarks/training.py DATASET --schedule medseg:3.33 monai:10 nnunet:10 --environment FOLDER \
         -o RESULT.json
 
-In turn: medseg trains with its defaults through its command line with that time budget, MONAI trains with a schedule
-that ends then, and nnU-Net's one training goes on until then. The held-back cases of fold 0 are segmented by each,
-which is not counted, and judged by `medseg evaluate`. Kept are Dice, samples per second, the share of waiting for
-data, the seconds beside training, and the first of the scheduled moments at which each mean Dice was there.
+In turn: medseg trains with its defaults through its command line with that time budget, MONAI trains its UNet (`monai`)
+or its SegResNet (`monai_segresnet`) with a schedule that ends then, and nnU-Net's one training goes on until then. The
+held-back cases of fold 0 are segmented by each, which is not counted, and judged by `medseg evaluate`. Kept are Dice,
+samples per second, the share of waiting for data, the seconds beside training, and in `minutes_to` between which of its
+moments each way came to a mean Dice: how long that takes is known only where a way has moments before and after it, as
+in `--schedule medseg:1 medseg:2 medseg:4`. One moment a way, as above, compares Dice and gives bounds.
 DATASET is in nnU-Net's form with one file per case and `splits_final.json`, of three dimensions. FOLDER is where
 nnU-Net's environment is made, with the torch of this one. Run it on an idle machine.
 """
@@ -35,8 +37,9 @@ import medseg
 from medseg.datasets import read_dataset
 
 WAYS = Path(__file__).parent / "training_ways"
-WHO = ("medseg", "monai", "nnunet")
+WHO = ("medseg", "monai", "monai_segresnet", "nnunet")
 NNUNET = "2.8.1"
+MONAI_NETWORKS = {"monai": "unet", "monai_segresnet": "segresnet"}
 TARGETS = (0.80, 0.85, 0.87)
 POLL_S = 0.2
 FOLD = 0
@@ -49,7 +52,7 @@ def main() -> None:
         bench = Bench(arguments, Path(temporary))
         with bench.nnunet() if any(who == "nnunet" for who, _ in arguments.schedule) else nothing():
             for who, minutes in arguments.schedule:
-                bench.curves[who].append({"minutes": minutes} | getattr(bench, f"train_{who}")(minutes * 60))
+                bench.curves[who].append({"minutes": minutes} | bench.train(who, minutes * 60))
                 print(who, json.dumps(bench.curves[who][-1]), flush=True)
                 bench.write(arguments.output)
 
@@ -73,6 +76,8 @@ def read_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if any(who == "nnunet" for who, _ in arguments.schedule) and arguments.environment is None:
         parser.error("nnunet needs --environment FOLDER")
+    if wrong := out_of_order(arguments.schedule):
+        parser.error(wrong)
     return arguments
 
 
@@ -82,6 +87,19 @@ def scheduled(text: str) -> tuple[str, float]:
     if who not in WHO:
         raise argparse.ArgumentTypeError(f"{text}: expected WHO:MINUTES, WHO one of {', '.join(WHO)}")
     return who, float(minutes)
+
+
+def out_of_order(schedule: Sequence[tuple[str, float]]) -> str:
+    """What is wrong with a schedule in which a way's moments do not grow; nothing where they do."""
+    last: dict[str, float] = {}
+    for who, minutes in schedule:
+        if minutes <= last.get(who, 0.0):
+            return (
+                f"{who}:{minutes:g}: expected more than {last.get(who, 0.0):g} minutes, its moment before; each is a "
+                "point of its own, and nnU-Net's training goes on from the one before"
+            )
+        last[who] = minutes
+    return ""
 
 
 class Bench:
@@ -103,35 +121,36 @@ class Bench:
             (self.references / f"{case}.nii.gz").symlink_to(label)
         self._process: subprocess.Popen[str] | None = None
 
-    def train_medseg(self, seconds: float) -> dict[str, Any]:
+    def train(self, who: str, seconds: float) -> dict[str, Any]:
+        """What became of one way in that time."""
+        if who == "medseg":
+            return self._train_medseg(seconds)
+        if who == "nnunet":
+            return self._train_nnunet(seconds)
+        return self._train_monai(who, seconds)
+
+    def _train_medseg(self, seconds: float) -> dict[str, Any]:
         """With its defaults, as a user would."""
         run = self.work / f"medseg_{seconds:.0f}"
         command = [sys.executable, "-m", "medseg", "train", str(self.dataset), "-o", str(run), "--fold", str(FOLD)]
         began = time.perf_counter()
         self._run([*command, "--time-budget", f"{seconds:.0f}s", "--device", "cpu"], run.with_suffix(".log"))
         whole = time.perf_counter() - began
-        model = json.loads((run / "model.json").read_text())
-        told, batch = model["training"], model["config"]["train"]["batch_size"]
         judged = run / "judged"
         judged.mkdir()
         predictions = {path.name: path for path in (run / "validation").rglob("*.nii.gz")}
         for case, _, _ in self.held_back:
             (judged / f"{case}.nii.gz").symlink_to(predictions[f"{case}.nii.gz"])
-        return self._judge(judged) | {
-            "training_s": told["seconds"],
-            "beside_s": round(whole - told["seconds"], 2),
-            "steps": told["steps"],
-            "samples_per_s": round(told["steps"] * batch / told["seconds"], 3),
-            "precision": told["precision"],
-        }
+        return self._judge(judged) | told_by(run, whole)
 
-    def train_monai(self, seconds: float) -> dict[str, Any]:
+    def _train_monai(self, who: str, seconds: float) -> dict[str, Any]:
         """Caching, training, prediction in one process."""
-        out = self.work / f"monai_{seconds:.0f}"
+        out = self.work / f"{who}_{seconds:.0f}"
         result = out.with_suffix(".json")
         job = {
             "training": self.training,
             "validation": self.held_back,
+            "network": MONAI_NETWORKS[who],
             "patch": self.patch,
             "classes": len(self.labels) + 1,
             "seconds": seconds,
@@ -139,10 +158,10 @@ class Bench:
             "out": str(out),
             "result": str(result),
         }
-        self._run([sys.executable, str(WAYS / "monai_way.py"), self._job("monai", job)], out.with_suffix(".log"))
+        self._run([sys.executable, str(WAYS / "monai_way.py"), self._job(who, job)], out.with_suffix(".log"))
         return self._judge(out) | json.loads(result.read_text())
 
-    def train_nnunet(self, seconds: float) -> dict[str, Any]:
+    def _train_nnunet(self, seconds: float) -> dict[str, Any]:
         """The training that is there goes on until then."""
         if self._process is None or self._process.stdin is None:
             raise RuntimeError("nnU-Net was not started")
@@ -195,7 +214,7 @@ class Bench:
             "held_back_cases": len(self.held_back),
             "threads": self.threads,
             "curves": self.curves,
-            "first_minutes_at": {who: first_at(curve) for who, curve in self.curves.items()},
+            "minutes_to": {who: minutes_to(curve) for who, curve in self.curves.items()},
             "machine": machine(),
             "versions": {name: version(name) for name in ("medseg", "torch", "monai")} | {"nnunetv2": NNUNET},
             "date": date.today().isoformat(),
@@ -240,12 +259,33 @@ def named(found: Mapping[str, Any], labels: Mapping[int, str]) -> list[dict[str,
     return [row | {"name": labels.get(int(key), key) if key.isdecimal() else key} for key, row in found.items()]
 
 
-def first_at(curve: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """For each target the least of the measured times at which the mean Dice was there."""
+def told_by(run: Path, whole_s: float) -> dict[str, Any]:
+    """What a run folder of medseg tells of a training that took `whole_s` seconds with all that comes with it."""
+    model = json.loads((run / "model.json").read_text())
+    told, batch = model["training"], model["config"]["train"]["batch_size"]
     return {
-        f"{target:.2f}": next((point["minutes"] for point in curve if point["mean_dice"] >= target), None)
-        for target in TARGETS
+        "training_s": told["seconds"],
+        "beside_s": round(whole_s - told["seconds"], 2),
+        "steps": told["steps"],
+        "samples_per_s": round(told["steps"] * batch / told["seconds"], 3),
+        "waiting_share": told["waiting_share"],
+        "precision": told["precision"],
     }
+
+
+def minutes_to(curve: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Between which of the measured moments the mean Dice came to each target.
+
+    `at_most` is the first moment at which it was there, `later_than` the moment before, at which it was not; null where
+    none was measured, so that a way with one moment has one of the two.
+    """
+    points = sorted(curve, key=lambda point: point["minutes"])
+    moments = [None, *(point["minutes"] for point in points), None]
+    found = {}
+    for target in TARGETS:
+        first = next((n for n, point in enumerate(points) if point["mean_dice"] >= target), len(points))
+        found[f"{target:.2f}"] = {"later_than": moments[first], "at_most": moments[first + 1]}
+    return found
 
 
 def build_environment(folder: Path) -> Path:
