@@ -5,10 +5,11 @@
 VARIANTS.yaml maps a name to settings (`section.key=value`); `usual` has none and is what the others are compared with.
 All of them lie over the plan of the data set, or over what `--base` makes of it.
 Each variant is trained by `medseg.train` on every fold and judged on the fold's held-back cases at full resolution,
-without copies and with those mirrored along the axes that training mirrors. Steps, not seconds, end a training, so that
-other work on the machine changes nothing but its duration; the processor time of each, validation included, stands
-beside. What the output holds already is not trained again, and several of these may fill one output side by side;
-`--again` takes up what a killed one had begun.
+without copies and with those mirrored along the axes that training mirrors; the weights of its last step, in place of
+the average of all, are judged without copies too (`last_cases`; `usual, last weights` in the table). Steps, not
+seconds, end a training, so that other work on the machine changes nothing but its duration; the processor time of each,
+validation included, stands beside. What the output holds already is not trained again, and several of these may fill
+one output side by side; `--again` takes up what a killed one had begun.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ import yaml
 from machine import machine
 
 import medseg
+from medseg.cases import Case
 from medseg.datasets import read_dataset
+from medseg.model import new_network, save_model
+from medseg.state import read_state
 
 USUAL = "usual"
+LAST = f"{USUAL}, last weights"
 
 
 def main() -> None:
@@ -61,7 +66,7 @@ def main() -> None:
             with result_of(arguments.output) as result:
                 result["runs"][f"{name}, fold {fold}"] = {"variant": name, "fold": fold, **run}
                 result["table"] = table(result["runs"], variants)
-            print(name, fold, {k: v for k, v in run.items() if k not in ("cases", "mirrored_cases")}, flush=True)
+            print(name, fold, {k: v for k, v in run.items() if not k.endswith("cases")}, flush=True)
 
 
 def claim(arguments: argparse.Namespace, variants: dict[str, list[str]]) -> tuple[str, int] | None:
@@ -95,21 +100,34 @@ def run_one(arguments: argparse.Namespace, settings: list[str], fold: int, cache
         run = medseg.train(arguments.dataset, folder, epochs=1, options=options)
         seconds = time.process_time() - start
         training = json.loads((folder / "model.json").read_text())["training"]
+        held_back = set(training["validation_cases"])
+        cases = [c for c in read_dataset(arguments.dataset).cases if c.id in held_back]
         mirrored = None
         if run.config.augment.flip_axes:
-            masks, held_back = Path(temporary) / "masks", set(training["validation_cases"])
-            cases = [c for c in read_dataset(arguments.dataset).cases if c.id in held_back]
-            segmenter = medseg.load_model(folder, options=medseg.InferOptions(device="cpu", tta="flip"))
-            results = medseg.segment_cases(segmenter, cases, masks)
-            outputs = {r.case: masks / r.output for r in results if r.output}
-            pairs = [(c.id, outputs.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None]
-            mirrored = dice_of(medseg.report_pairs(pairs, medseg.EvaluateOptions(run.config.data.labels)))
+            mirrored = judge(folder, run.config, cases, tta="flip")
+        network = new_network(run.config)
+        network.load_state_dict(read_state(folder)["network"])
+        last = Path(temporary) / "last"
+        last.mkdir()
+        save_model(network, run.config, last, training=training, licence="a benchmark's")
+        last_cases = judge(last, run.config, cases, tta="none")
     return {
         "steps": run.steps,
         "processor_seconds": round(seconds, 1),
         "cases": dice_of(run.report),
         "mirrored_cases": mirrored,
+        "last_cases": last_cases,
     }
+
+
+def judge(folder: Path, config: Any, cases: Sequence[Case], *, tta: str) -> dict[str, dict[str, float | None]]:
+    """Dice of the masks that the model in `folder` makes of `cases`."""
+    masks = folder / f"masks_{tta}"
+    segmenter = medseg.load_model(folder, options=medseg.InferOptions(device="cpu", tta=tta))
+    results = medseg.segment_cases(segmenter, cases, masks)
+    outputs = {r.case: masks / r.output for r in results if r.output}
+    pairs = [(c.id, outputs.get(c.id), c.label, c.images[0]) for c in cases if c.label is not None]
+    return dice_of(medseg.report_pairs(pairs, medseg.EvaluateOptions(config.data.labels)))
 
 
 def dice_of(report: Any) -> dict[str, dict[str, float | None]]:
@@ -144,12 +162,20 @@ def table(runs: dict[str, dict[str, Any]], variants: dict[str, list[str]]) -> di
             row["processor_seconds"] = round(float(np.mean([r["processor_seconds"] for r in done])), 1)
             row["folds"] = sorted(r["fold"] for r in done)
         made[name] = row
+    last = merged(runs, USUAL, "last_cases")
+    if last:
+        found = medseg.summarise([mean(last[c]) - mean(usual[c]) for c in last])
+        against = {"mean": found.mean, "ci95": found.ci95, "cases": len(last)}
+        made[LAST] = {
+            "dice_mean": round(float(np.mean([mean(v) for v in last.values()])), 4),
+            "dice_against_usual": against,
+        }
     return made
 
 
 def merged(runs: dict[str, dict[str, Any]], variant: str, key: str) -> dict[str, dict[str, float | None]]:
     """Cases of all folds of a variant."""
-    return {c: v for r in runs.values() if r.get("variant") == variant for c, v in (r[key] or {}).items()}
+    return {c: v for r in runs.values() if r.get("variant") == variant for c, v in (r.get(key) or {}).items()}
 
 
 def mean(values: dict[str, float | None]) -> float:
