@@ -376,8 +376,10 @@ def dice(one: Any, other: Any, value: int) -> float:
 def test_monais_command_gives_the_masks_of_infer_without_medseg(tmp_path: Path) -> None:
     images, folder = tmp_path / "images", tmp_path / "hippocampus"
     images.mkdir()
-    for path in sorted(SAMPLES.iterdir())[:2]:
-        (images / path.name).symlink_to(path)
+    same, sample = "case_0000.nii.gz", nib.load(sorted(SAMPLES.iterdir())[1])
+    resampled = "stretched_0000.nii.gz"
+    for name, zooms in ((same, (1, 1, 1)), (resampled, (0.8, 1.25, 1.6))):
+        save(images / name, np.asarray(sample.dataobj), sample.affine @ np.diag([*zooms, 1]))
     medseg.export_model("hippocampus", folder, to="bundle")
     # whoever has this bundle need not have medseg
     code = "import sys, runpy; sys.modules['medseg'] = None; runpy.run_module('monai.bundle', run_name='__main__')"
@@ -392,13 +394,15 @@ def test_monais_command_gives_the_masks_of_infer_without_medseg(tmp_path: Path) 
     ]
     subprocess.run([sys.executable, "-c", code, *map(str, line)], cwd=folder, check=True, capture_output=True)
     ours = our_masks("hippocampus", images, tmp_path / "ours")
-    for name in sorted(path.name for path in images.iterdir()):
+    # where the voxels are the network's own the masks were equal, and a close call may go either way; else MONAI
+    # resamples linearly and medseg not: 0.976 was measured, and 0.92 at most with one of the masks a voxel aside
+    for name, least in ((same, 0.999), (resampled, 0.96)):
         mask, reference = nib.load(tmp_path / "monai" / name), nib.load(ours[name.replace("_0000", "")])
         assert mask.shape == reference.shape
         np.testing.assert_allclose(mask.affine, reference.affine, atol=1e-5)
         assert mask.get_data_dtype() == np.uint8
         for value in (1, 2):
-            assert dice(np.asarray(mask.dataobj), np.asarray(reference.dataobj), value) > 0.99
+            assert dice(np.asarray(mask.dataobj), np.asarray(reference.dataobj), value) >= least
 
 
 def test_a_bundle_holds_what_the_specification_asks_for(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ Free = Literal["batch and sizes", "batch", "nothing"]
 """Which axes of an image may have another length than in the image that a network was written with."""
 
 FREEDOMS: tuple[Free, ...] = ("batch and sizes", "batch", "nothing")
-# share of the largest logit. float32 has 24 bits, 6e-8 a step; sums of thousands of products in another order, through
-# some thirty layers whose norms divide by small standard deviations, differ by a hundred times that
+# share of the largest logit. float32 has 24 bits, 6e-8 a step; sums in another order, through layers whose norms divide
+# by small standard deviations, differed by 1e-6 (hippocampus) to 2e-5 (the worst of all networks, tiny and random)
 TOLERANCE = 1e-4
 
 

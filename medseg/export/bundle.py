@@ -54,7 +54,7 @@ def write_bundle(model: Model, output: Path, progress: Progress) -> Checked[None
     """
     if model.config.data.spatial_dims == 1:
         raise ConfigError(f"{output}: a model of signals (1D) found, which no bundle reads; use --to onnx")
-    zipped = output.suffix.lower() == ZIP
+    zipped, output = output.suffix.lower() == ZIP, output.resolve()
     name = output.stem if zipped else output.name
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name[:40]}.", dir=output.parent) as temporary:
@@ -64,8 +64,8 @@ def write_bundle(model: Model, output: Path, progress: Progress) -> Checked[None
             write_text(bundle / path, content)
         if zipped:
             with atomic_path(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
-                for path in sorted(p for p in bundle.rglob("*") if p.is_file()):
-                    archive.write(path, path.relative_to(temporary))
+                for part in sorted(part for part in bundle.rglob("*") if part.is_file()):
+                    archive.write(part, part.relative_to(temporary))
         else:
             bundle.replace(output)
     return checked
@@ -82,7 +82,7 @@ def _write_network(model: Model, folder: Path, progress: Progress) -> Checked[No
             traced = torch.jit.trace(model.network, example, check_trace=False)  # type: ignore[no-untyped-call]
             # MONAI's `load_net_with_metadata` finds them there
             inside = {"metadata.json": _json(_metadata(model, free))}
-            torch.jit.save(traced, folder / "model.ts", _extra_files=inside)  # type: ignore[no-untyped-call]
+            torch.jit.save(traced, folder / "model.ts", _extra_files=inside)
             loaded = torch.jit.load(folder / "model.ts", map_location="cpu")  # type: ignore[no-untyped-call]
         return None, loaded
 
@@ -317,7 +317,7 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 - The image alone is looked at, as with `--tta none`; no Dice is estimated.
 - MONAI resamples linearly; medseg with a cubic kernel that is smooth where voxels become larger.
 - Windows share {config.windows.overlap:g} of their size and have the same Gaussian weights, but lie in other places.
-- All probabilities are brought back to the image's grid at once: memory for {config.data.out_channels} volumes of its size.
+- The probabilities of all {config.data.out_channels} channels are brought back to the image's grid at once: memory.
 - Masks are not cleaned{f"; medseg does it by {json.dumps(cleaning)}" if cleaning else ""}.
 - Files are read by MONAI, without medseg's checks of geometry, channels and units.
 
