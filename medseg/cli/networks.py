@@ -144,7 +144,8 @@ def export(
         "batch": f"any number of images of {size} voxels, no other size",
         "nothing": f"one image of {size} voxels at a time, no other size",
     }[done.free]
-    finish(f"{done.path}: {takes}; logits within {done.difference:.1e} of PyTorch's on {done.images} batches")
+    near = f"within {done.difference:.1e} of" if done.difference else "equal to"
+    finish(f"{done.path}: {takes}; logits of {done.images} batches {near} PyTorch's")
 
 
 def _patch(text: str | None) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import torch
 
@@ -83,12 +83,22 @@ def _write_network(model: Model, folder: Path, progress: Progress) -> Checked[No
             # MONAI's `load_net_with_metadata` finds them there
             inside = {"metadata.json": _json(_metadata(model, free))}
             torch.jit.save(traced, folder / "model.ts", _extra_files=inside)
+            _forget_paths(folder / "model.ts")
             loaded = torch.jit.load(folder / "model.ts", map_location="cpu")  # type: ignore[no-untyped-call]
         return None, loaded
 
     checked = make_and_check(model, make, name=folder.parent.name, progress=progress)
     torch.save({k: v.contiguous() for k, v in model.network.state_dict().items()}, folder / "model.pt")
     return checked
+
+
+def _forget_paths(script: Path) -> None:
+    """Leave out the lines of code that each step comes from: they tell the folders of this machine."""
+    with ZipFile(script) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist() if not name.endswith(".debug_pkl")}
+    with ZipFile(script, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(ZipInfo(name), content)
 
 
 def _texts(model: Model, free: Free, name: str) -> dict[str, str]:
@@ -174,7 +184,7 @@ def _preprocessing(config: Config) -> list[Json]:
     if how.crop == "nonzero":
         chain.append(_step("CropForegroundd", source_key="image", select_fn="$lambda image: image != 0"))
     if how.shape is not None:
-        chain.append(_step("Resized", spatial_size=list(how.shape), mode="trilinear" if dims == 3 else "bicubic"))
+        chain.append(_step("Resized", spatial_size=list(how.shape), mode="trilinear" if dims == 3 else "bilinear"))
     if how.spacing_mm is not None:
         chain.append(_step("Spacingd", pixdim=list(how.spacing_mm), mode="bilinear"))
     return [*chain, *_intensity(how, dims)]
