@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from medseg.evaluate import EvaluateOptions
+    from medseg.export import Exported, export_model
     from medseg.findings import Finding
     from medseg.fingerprint import data_sha256
     from medseg.folder import CaseResult, infer, segment_cases
@@ -72,6 +73,7 @@ _HOME = {
     "DeidentifyOptions": "writers.deidentify",
     "DicomFacts": "readers.dicom_facts",
     "EvaluateOptions": "evaluate",
+    "Exported": "export",
     "Finding": "findings",
     "Findings": "check",
     "GeometryError": "errors",
@@ -110,6 +112,7 @@ _HOME = {
     "dump_yaml": "config",
     "each_unpacked": "readers.archive",
     "evaluate": "report",
+    "export_model": "export",
     "file_sha256": "readers",
     "fit_width": "networks.receptive",
     "fold_split": "cases",
@@ -157,6 +160,7 @@ __all__ = [
     "DeidentifyOptions",
     "DicomFacts",
     "EvaluateOptions",
+    "Exported",
     "Finding",
     "Findings",
     "GeometryError",
@@ -196,6 +200,7 @@ __all__ = [
     "dump_yaml",
     "each_unpacked",
     "evaluate",
+    "export_model",
     "file_sha256",
     "fit_width",
     "fold_split",

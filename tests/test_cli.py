@@ -27,7 +27,7 @@ from medseg import terminal
 from medseg.cli import run
 from medseg.writers import formats
 
-VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "deidentify", "inspect", "models")
+VERBS = ("demo", "check", "plan", "train", "infer", "evaluate", "compare", "deidentify", "inspect", "models", "export")
 OPTIONS = {
     "demo": ("--output", "--time-budget", "--device"),
     "check": ("DATASET", "--verbose"),
@@ -45,6 +45,7 @@ OPTIONS = {
         *("SOURCE", "--output", "--keep-interval", "--retain-patient-characteristics", "--retain-device"),
         *("--retain-uids", "--salt-file", "--allow-burned-in", "--verbose"),
     ),
+    "export": ("RUN|NAME", "--output", "--to", "--device", "--verbose"),
     "inspect": ("NETWORK|FILE.yaml|RUN", "--list", "--spatial-dims", "--patch", "--json", "--png"),
     "models": ("--json",),
     "evaluate": (
@@ -376,6 +377,7 @@ def test_train_refuses(
         ("convert", "scan", "-o", "scan.nii.gz"),
         ("deidentify", "scans", "-o", "out"),
         ("models",),
+        ("export", "run", "-o", "a.onnx", "--to", "onnx"),
     ],
     ids=lambda line: line[0],
 )

@@ -61,6 +61,7 @@ _VERBS = (
     (conversion.deidentify, "medseg deidentify dicom/ -o research/ --keep-interval --salt-file project.salt"),
     (networks.inspect, "medseg inspect deeplabv3plus --spatial-dims 2 --patch 256,256 --png network.png"),
     (networks.models, "medseg models"),
+    (networks.export, "medseg export hippocampus -o hippocampus.onnx --to onnx"),
 )
 for _verb, _example in _VERBS:
     app.command(epilog=f"Example: {_example}")(_verb)

@@ -1,8 +1,9 @@
-"""The verbs inspect and models: what a network is made of and sees, and which trained ones there are."""
+"""The verbs inspect, models and export: what a network sees, which trained ones there are, and how one is handed on."""
 
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,13 @@ from medseg.cli.shared import (
     settings_of,
 )
 from medseg.terminal import err, network_line, out, print_network, shown_progress
+
+
+class Form(str, Enum):
+    """What a model may become."""
+
+    bundle = "bundle"
+    onnx = "onnx"
 
 
 def inspect(
@@ -97,6 +105,47 @@ def models(
             out.print(f"  {what:<9}{text}", markup=False)
     if found:
         finish(f"{len(found)} models; use one as `medseg infer IMAGE -m {found[0].name} -o OUT`")
+
+
+def export(
+    run: Annotated[
+        list[Path], typer.Argument(metavar="RUN|NAME", help="A run folder, or a name of `medseg models`; one alone.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="onnx: a file.onnx. bundle: a new folder, or a file.zip of it."
+        ),
+    ],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="onnx: the network as one file, labels and preprocessing in its metadata (pip install '.[onnx]'). "
+            "bundle: a MONAI Bundle, from files to masks, that needs no medseg."
+        ),
+    ],
+    device: AnyDevice = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Hand a trained model to ONNX Runtime or to MONAI's bundle tools.
+
+    The network in its new form is compared with PyTorch, label by label, before anything is written.
+    """
+    log(verbose)
+    if len(run) > 1:
+        raise medseg.ConfigError(
+            f"{len(run)} models found, expected one network; export them one by one and average their probabilities"
+        )
+    with shown_progress() as progress:
+        done = medseg.export_model(run[0], output, to=to.value, progress=progress)
+    size = " × ".join(map(str, done.patch_size))
+    takes = {
+        "batch and sizes": f"any number and size of images, trained on {size} voxels",
+        "batch": f"any number of images of {size} voxels, no other size",
+        "nothing": f"one image of {size} voxels at a time, no other size",
+    }[done.free]
+    near = f"within {done.difference:.1e} of" if done.difference else "equal to"
+    finish(f"{done.path}: {takes}; logits of {done.images} batches {near} PyTorch's")
 
 
 def _patch(text: str | None) -> tuple[int, ...] | None:
