@@ -65,7 +65,7 @@ PROFILED = 100
 WORSE: tuple[tuple[Degradation, float], ...] = tuple((kind, s) for s in (0.2, 0.6) for kind in DEGRADATIONS)
 # share of the time that the first look at the cases, with the windows of training, may take of the whole
 FIRST_SHARE = 0.15
-# what takes no longer than this is done however short a training was
+# the least of each part is done where it takes no longer than this, however short a training was
 LEAST_S = 20.0
 
 Settings = Mapping[str, Any]
@@ -125,10 +125,11 @@ def calibrate(
 
     And `quality`, the way to an expected Dice, which knows what the images of `training` are like.
 
-    Takes about `budget_s` seconds, or the few that the least of it takes. What there was no time to try is not chosen:
-    nothing at all with fewer than `LEAST_CASES` cases, with a budget of 0, and where one look at so many cases would
-    take longer. None: the clock decides nothing, so that the same network and cases have the same choices; everything
-    is tried on all cases, and of equals the plainest is taken, not the fastest.
+    Takes about `budget_s` seconds; where that is little, the least of each part is done nevertheless if it takes no
+    more than `LEAST_S`. What there was no time to try is not chosen: nothing at all with fewer than `LEAST_CASES`
+    cases, with a budget of 0, and where one look at so many cases would take longer. None: the clock decides nothing,
+    so that the same network and cases have the same choices; everything is tried on all cases, and of equals the
+    plainest is taken, not the fastest.
 
     `notes` keep what was found for each case, so that a calibration that was ended goes on; they must be about this
     very network, these cases and this device.
@@ -223,6 +224,10 @@ def ignored(data: DataConfig) -> int | None:
     return data.ignore_value if data.is_regions else IGNORE_INDEX
 
 
+class _NoTimeError(Exception):
+    """Cases take too long to choose anything by them."""
+
+
 class _Bench:
     """The cases to judge by, as many as the time allows, and the clock."""
 
@@ -251,8 +256,10 @@ class _Bench:
     def first(self) -> Trial | None:
         """The way of training, on as many cases, spread evenly, as leave time for the others; None: on too few."""
         if self._budget_s is not None:
-            chosen = set(self._notes.once(["cases"], partial(self._affordable, self._budget_s)))
-            if not chosen:
+            try:
+                chosen = set(self._notes.once(["cases"], partial(self._affordable, self._budget_s)))
+            except _NoTimeError as error:
+                log.warning("%s", error)
                 return None
             if self._notes.goes_on:
                 # somebody has to pay for caches again, and no case that is timed
@@ -264,30 +271,29 @@ class _Bench:
         return trial
 
     def _affordable(self, budget_s: float) -> list[str]:
-        """Ids of the cases to choose by; none where there is no time for `LEAST_CASES`."""
-        start = time.perf_counter()
+        """Ids of the cases to choose by. Raises `_NoTimeError` where there is no time for `LEAST_CASES`."""
+        start, most_s = time.perf_counter(), max(LEAST_S, budget_s)
         scorer = self._scorer({})
         # the first case pays for caches too; the second tells the time
-        for case in self.cases[:2]:
+        for number, case in enumerate(self.cases[:2], start=1):
             begun = time.perf_counter()
             label_case(self.config, case, scorer, self.device)
             each = time.perf_counter() - begun
-            if LEAST_CASES * each > max(LEAST_S, budget_s):
-                log.warning(
-                    "windows, copies and post-processing are not chosen, and no Dice is expected of a case: %s took "
-                    "%.0f s, and there are %.0f s to try %d cases; a larger train.calibration_share gives more",
-                    *(case.id, each, budget_s, LEAST_CASES),
+            if each * (LEAST_CASES if number == 2 else 1) > most_s:
+                raise _NoTimeError(
+                    "windows, copies and post-processing are not chosen, and no Dice is expected of a case: "
+                    f"{case.id} took {each:.0f} s, and there are {most_s:.0f} s to try {LEAST_CASES} cases; a larger "
+                    "train.calibration_share gives more"
                 )
-                return []
         affordable = int(FIRST_SHARE * budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))
         picked = np.unique(np.linspace(0, len(self.cases) - 1, wanted).round().astype(int))
         log.debug("%.1f s to see what a case takes: %d cases to choose by", time.perf_counter() - start, len(picked))
         return [self.cases[i].id for i in picked]
 
-    def _left(self) -> float:
+    def left(self) -> float:
         """Seconds that are left to try something."""
-        return math.inf if self._budget_s is None else self._budget_s - (self._notes.clock() - self._began)
+        return math.inf if self._budget_s is None else max(0.0, self._budget_s - (self._notes.clock() - self._began))
 
     @property
     def is_timed(self) -> bool:
@@ -298,7 +304,7 @@ class _Bench:
         """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
         # what is known already takes none
         unknown = sum(not self._notes.knows(["trial", settings, case.id]) for case in self.cases)
-        if expected * unknown > max(0.0, self._left()):
+        if expected * unknown > self.left():
             log.info("no time left to try %s", name)
             return None
         config, scorer = self._changed(settings), self._scorer(settings)
@@ -306,7 +312,8 @@ class _Bench:
         for number, case in enumerate(self.cases):
             self._progress("calibrate", number, len(self.cases), name)
             try:
-                make = partial(self._try, config, scorer, case, keep=not settings)
+                # nobody cleans regions
+                make = partial(self._try, config, scorer, case, keep=not settings and not config.data.is_regions)
                 dices, took = self._notes.once(["trial", settings, case.id], make)
             except (DataError, RuntimeError) as error:
                 # too small for the network, or too large for the memory: not this way. The way of training must work
@@ -330,7 +337,7 @@ class _Bench:
 
     def has_time_for(self, trial: Trial) -> bool:
         """Whether there is time to see the cases in a way that has been tried once more."""
-        return trial.seconds * len(self.cases) <= max(0.0, self._left())
+        return trial.seconds * len(self.cases) <= self.left()
 
     def labels(self, trial: Trial) -> Iterator[tuple[Labels, Prepared]]:
         """The labels of every case, in a way that has been tried; those of the first way are kept, and given away."""
@@ -339,6 +346,10 @@ class _Bench:
             self._progress("calibrate", number, len(self.cases), "post-processing")
             known = None if trial.settings else self._masks.pop(case.id, None)
             yield label_case(config, case, scorer, self.device) if known is None else known, case
+
+    def forget_masks(self) -> None:
+        """Nobody will ask for the labels of the first way again."""
+        self._masks.clear()
 
     def teaching(self, seconds: float, budget_s: float | None) -> list[Prepared]:
         """As many cases, spread evenly, as can each be seen twice in the time, `seconds` a look; none for too few."""
@@ -492,7 +503,7 @@ def _copies(config: Config, settings: Settings) -> int:
 def _choose_postprocess(bench: _Bench, base: Trial, usual: Trial) -> dict[str, Any]:
     """What helped on the cases, tried together once more before it is used.
 
-    Where there is no time for the masks of `base`, by those of the `usual` way.
+    Where there is no time for the masks of `base`, by those of the `usual` way, which are forgotten then.
     """
     data = bench.config.data
     if data.is_regions:
@@ -501,6 +512,7 @@ def _choose_postprocess(bench: _Bench, base: Trial, usual: Trial) -> dict[str, A
     if base is not usual and not bench.has_time_for(base):
         base = usual
     seen = list(bench.labels(base))
+    bench.forget_masks()
     found = choose(
         ((labels, _reference(case), case.grid.spacing_mm) for labels, case in seen), values, ignore_value=ignored(data)
     )
@@ -522,11 +534,16 @@ def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], bud
     """The estimate of Dice, from the cases as they are and worse; with mirrored copies too, where sides are alike."""
     data = bench.config.data
     axes = [] if sided_label(data) else list(bench.config.augment.flip_axes)[:1]
-    plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
-    cases = bench.teaching(base.seconds, plain_s)
+    # what choosing has left over may go into the least of it
+    spare_s = None if budget_s is None else budget_s + bench.left()
+    cases = bench.teaching(base.seconds, spare_s / 3 if axes and spare_s is not None else spare_s)
+    if axes and not cases:
+        # better an estimate from the plain image than none
+        axes, cases = [], bench.teaching(base.seconds, spare_s)
     if not cases:
-        log.info("no time to learn what Dice to expect of a case: a larger train.calibration_share gives more")
+        log.warning("no time to learn what Dice to expect of a case; a larger train.calibration_share gives more")
         return {"settings": {}, "measured": []}
+    plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
     picked = np.unique(np.linspace(0, len(training) - 1, PROFILED).round().astype(int))
     profile = profile_of((training[i] for i in picked), data)
     plain = bench.samples(base.settings, cases, profile, plain_s)

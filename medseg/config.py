@@ -298,8 +298,8 @@ class TrainConfig(Section):
     deterministic: bool = False
     save_every_s: PositiveFloat = 120.0
     validation_share: Fraction = 0.05
-    """Largest share of a time budget that validation while training may take; where one case takes more, none is
-    looked at."""
+    """Largest share of a time budget that validation while training may take, but for an eighth of it more at the end;
+    where there is no time for one case, none is looked at."""
     calibration_share: Fraction = 0.15
     """Time after training, as a share of it, in which windows, copies and post-processing are chosen, and what Dice to
     expect of a case is learnt; 0: none of it. What there is no time for is not chosen."""

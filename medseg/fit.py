@@ -57,8 +57,8 @@ class Course:
     """How far a fit is, all of it kept in the state. Seconds are those of the loop; `losses` those of this epoch.
 
     `rows`: how many metrics.csv has. `skipped`: batches without a finite loss or gradient; `bad`: the last of them in a
-    row. `watched`: held-back cases that are validated on; `dice`: of the last time, None before the first; `look_s`:
-    seconds that such a look takes, 0 before the first.
+    row. `watched`: held-back cases that are validated on, `look_s`: seconds to have for that, None and 0 before it is
+    known in this process; `dice`: of the last time, None before the first, and where there was no time for a last one.
     """
 
     step: int = 0
@@ -277,13 +277,15 @@ class Fit:
                 f"{path}: was trained on other files under the same names (SHA-256 {state['learnt'][:12]}… there, "
                 f"{self.learnt[:12]}… now); bring them back, or train into a new folder"
             )
-        now, settings = arithmetic(self.precision, self.device), self.config.train
-        check_arithmetic(self.folder, state, now, deterministic=settings.deterministic)
+        now, deterministic = arithmetic(self.precision, self.device), self.config.train.deterministic
+        # the state has the threads of the first process
+        self.ranks.led(lambda: check_arithmetic(self.folder, state, now, deterministic=deterministic))
 
     def _go_on(self, state: dict[str, Any]) -> None:
         try:
             # a batch that ended the fit is not to end it again at once
-            self.course = replace(Course(**state["course"]), bad=0)
+            # nor is another machine, or another end of the schedule, to look as often as that one could
+            self.course = replace(Course(**state["course"]), bad=0, watched=None, look_s=0.0)
             self.network.load_state_dict(state["network"])
             asked = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
@@ -474,23 +476,29 @@ class Fit:
             due = self._left_for_looks() >= course.look_s
         else:
             due = MOMENTS * course.step // self.total > MOMENTS * max(0, course.validated_at) // self.total
-        if not due and self.progress < 1:
+        last = self.progress >= 1
+        if not due and not last:
             return {}
-        most_s = max(LEAST_S, settings.validation_share * self.total) if by_clock else math.inf
-        if not self.validation or course.look_s > most_s:
+        # beyond its share the last look may take a moment more
+        limit_s = max(LEAST_S, self._left_for_looks() + (self._moment_s if last else 0.0)) if by_clock else math.inf
+        if not self.validation or course.look_s > limit_s:
             course.validated_at = course.step
+            # what is known is of other weights
+            course.dice = None
             return {}
         if not course.look_s or course.look_s > settings.save_every_s:
             # a kill within a long look is not to cost the steps before it as well
             self._save_on_the_way()
         start = time.perf_counter()
-        scores = self.ranks.led(lambda: self._validate(by_clock, told))
+        scores = self.ranks.led(lambda: self._validate(limit_s, told))
         if scores is None:
             return None
         spent = time.perf_counter() - start
         course.validated_at = course.step
+        # a look that failed tells no time, but is not to be taken for none
+        look_s = max(1e-3, course.look_s) if by_clock else spent
         course.validating, course.elapsed, course.look_s = self.ranks.shared(
-            (course.validating + spent, course.elapsed + spent, course.look_s if by_clock else spent)
+            (course.validating + spent, course.elapsed + spent, look_s)
         )
         return scores
 
@@ -498,10 +506,21 @@ class Fit:
         """Seconds of what has passed of a time budget that looks at held-back cases may still take."""
         return self.config.train.validation_share * self.course.elapsed - self.course.validating
 
-    def _validate(self, by_clock: bool, told: Callable[[], int]) -> dict[str, float] | None:
+    @property
+    def _moment_s(self) -> float:
+        """Seconds for each of some looks that are to fit into their share of the time budget."""
+        return self.config.train.validation_share * self.total / MOMENTS
+
+    def _validate(self, limit_s: float, told: Callable[[], int]) -> dict[str, float] | None:
+        """Dice by label of a look of at most `limit_s`; with all time there is, of all cases."""
         course = self.course
         try:
-            scores = self._look_by_clock(told) if by_clock else self._dice(self.validation, Ear(told))
+            if math.isinf(limit_s):
+                scores = self._dice(self.validation, Ear(told))
+            else:
+                moment_s, watched = self._moment_s, course.watched
+                found = look(self._dice, self.validation, told, watched=watched, limit_s=limit_s, moment_s=moment_s)
+                scores, course.watched, course.look_s = found.scores, found.watched, found.seconds
         except ToldToEndError:
             return None
         except DataError as error:
@@ -516,14 +535,6 @@ class Fit:
             )
         course.dice = float(np.mean(list(scores.values()))) if scores else None
         return scores
-
-    def _look_by_clock(self, told: Callable[[], int]) -> dict[str, float]:
-        course = self.course
-        moment_s = self.config.train.validation_share * self.total / MOMENTS
-        left_s = self._left_for_looks()
-        found = look(self._dice, self.validation, told, watched=course.watched, left_s=left_s, moment_s=moment_s)
-        course.watched, course.look_s = found.watched, found.seconds
-        return found.scores
 
     def _dice(self, cases: Sequence[Prepared], ear: Ear) -> dict[str, float]:
         one_by_one = cast(Sequence[Prepared], ear.before_each(cases))

@@ -14,7 +14,7 @@ from medseg.preprocess import Prepared
 
 log = logging.getLogger(__name__)
 
-# what a case may take at the first look, however little has passed
+# what a look may take however little has passed
 LEAST_S = 2.0
 
 
@@ -23,46 +23,46 @@ class ToldToEndError(Exception):
 
 
 class TooLongError(Exception):
-    """A case takes longer than there is time for, about so many `seconds`."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"{seconds:.0f} s")
-        self.seconds = seconds
+    """A look has taken the time that there was for it."""
 
 
 class Ear:
-    """Hears between cases and between their windows what ends a look: a signal, or a case of more than `limit_s`."""
+    """Hears between cases and between their windows what ends a look: a signal, or `limit_s` seconds that are over."""
 
     def __init__(self, told: Callable[[], int], limit_s: float = math.inf) -> None:
         self._told = told
         self._limit_s = limit_s
-        self._began = 0.0
+        self._began = time.perf_counter()
 
     def before_each(self, cases: Sequence[Prepared]) -> Iterator[Prepared]:
         """The cases, one by one."""
         for case in cases:
-            if self._told():
-                raise ToldToEndError
-            self._began = time.perf_counter()
+            self._listen()
             yield case
 
     def tick(self, share: float) -> None:
-        """After each window, with the share of the case that is done."""
+        """After some windows, with the share of the case that is done."""
+        # what is done need not be broken off
+        if share < 1:
+            self._listen()
+
+    def _listen(self) -> None:
         if self._told():
             raise ToldToEndError
-        seconds = (time.perf_counter() - self._began) / share
-        # what is done need not be broken off
-        if share < 1 and seconds > self._limit_s:
-            raise TooLongError(seconds)
+        if time.perf_counter() - self._began > self._limit_s:
+            raise TooLongError
 
 
 @dataclass(frozen=True)
 class Look:
-    """What came of one: Dice by label, the seconds that one takes, and how many cases one sees; None: not yet known."""
+    """What came of one: Dice by label, empty where not one case could be seen.
+
+    For the next one: how many cases it sees, `watched`, None where that is not known; the `seconds` to have for it.
+    """
 
     scores: dict[str, float]
-    seconds: float
     watched: int | None
+    seconds: float
 
 
 def look(
@@ -71,26 +71,47 @@ def look(
     told: Callable[[], int],
     *,
     watched: int | None,
-    left_s: float,
+    limit_s: float,
     moment_s: float,
 ) -> Look:
-    """Let `judge` say the Dice of as many of the `cases`, spread evenly, as can be seen in `moment_s`; at least one.
+    """Let `judge` say the Dice of `watched` of the `cases`, spread evenly; None: of as many as fit into `moment_s`.
 
-    The first look, `watched` None, begins with one case, which tells how long one takes. It is broken off, and says
-    nothing, where that is more than the `left_s` that looks may take so far.
+    At most `limit_s` seconds long: of cases that take more, those that were seen till then count. Where that was none,
+    the next look is to have twice the time.
     """
     start = time.perf_counter()
-    if watched is None:
-        try:
-            scores = judge(cases[:1], Ear(told, max(LEAST_S, left_s)))
-        except TooLongError as error:
-            log.info("a held-back case takes about %.0f s: there is no time to look at one yet", error.seconds)
-            return Look({}, error.seconds, None)
-        each = time.perf_counter() - start
-        watched = max(1, min(len(cases), int(moment_s / max(1e-6, each))))
-        if watched == 1:
-            return Look(scores, each, 1)
-        start = time.perf_counter()
-    picked = np.unique(np.linspace(0, len(cases) - 1, watched).round().astype(int))
-    scores = judge([cases[i] for i in picked], Ear(told))
-    return Look(scores, time.perf_counter() - start, watched)
+    ear = Ear(told, limit_s)
+    found: list[dict[str, float]] = []
+    try:
+        if watched is None:
+            found.append(judge(cases[:1], ear))
+            # caches are warm from the second on, so that more may fit than this says
+            watched = _fitting(len(cases), moment_s, time.perf_counter() - start)
+        for case in _spread(cases, watched)[len(found) :]:
+            found.append(judge([case], ear))
+    except TooLongError:
+        log.info("a look at held-back cases is broken off after %.0f s, with %d judged", limit_s, len(found))
+    seconds = time.perf_counter() - start
+    if not found:
+        return Look({}, None, 2 * limit_s)
+    each = seconds / len(found)
+    fitting = _fitting(len(cases), moment_s, each)
+    # the cases stay the same unless their number is far off, so that one look can be put beside the next
+    if watched is None or not watched <= 2 * fitting or not fitting <= 2 * watched:
+        watched = fitting
+    return Look(_means(found), watched, each * watched)
+
+
+def _fitting(count: int, moment_s: float, each_s: float) -> int:
+    return max(1, min(count, int(moment_s / max(1e-6, each_s))))
+
+
+def _spread(cases: Sequence[Prepared], number: int) -> list[Prepared]:
+    """So many of the cases, the first among them."""
+    return [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, number).round().astype(int))]
+
+
+def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each label over the cases that have it."""
+    names = dict.fromkeys(name for scores in found for name in scores)
+    return {name: float(np.mean([scores[name] for scores in found if name in scores])) for name in names}

@@ -111,8 +111,8 @@ def make_plan(
 ) -> Plan:
     """The configuration that `train` uses for a data set. `device`, `cpu` or `cuda`, bounds the size of a patch.
 
-    So do `memory_bytes`, those that are free on a GPU; None: enough. The batch is what one such device does at a time,
-    on each of `processes` that train together.
+    So do `memory_bytes`, those that are free on a GPU; None: enough. The batch is what one device does at a time; on
+    GPUs each of `processes` that train together does so many, on CPUs they share it: most often it is one machine's.
 
     `network` is what is given of that section: where it names another network than the usual one or another encoder,
     that is planned. `published`: with the norm, width and encoder of the paper, as weights from elsewhere need them.
@@ -125,7 +125,10 @@ def make_plan(
     usual = _usual(fingerprint, sizes)
     bounds = _bounds(fingerprint, data, usual, device, memory_bytes)
     windows, batch = _windows(shape, preprocess, bounds, device, reasons)
-    if processes > 1:
+    if device == "cpu" and batch < processes:
+        _add_reason(reasons, "train.batch_size", f"one for each of {processes} processes")
+        batch = processes
+    elif device != "cpu" and processes > 1:
         # a step of Muon, as one of AdamW, has one size whatever the length of the gradient
         _add_reason(
             reasons,

@@ -17,7 +17,7 @@ from medseg.writers import atomic_path
 log = logging.getLogger(__name__)
 
 STATE = "last.pt"
-# raised whenever a state holds something else than before
+# raised whenever a state of before can no longer be gone on with
 VERSION = 3
 
 

@@ -182,7 +182,10 @@ def _train(
         ranks.part()
         steps, waiting = fit.course.step, fit.waiting_share
         if not ranks.first:
-            return Run(folder, config, None, (), seconds, steps, waiting_share=waiting, rank=ranks.rank)
+            held = _held_mb(fit.device)
+            return Run(
+                folder, config, None, (), seconds, steps, waiting_share=waiting, rank=ranks.rank, gpu_memory_mb=held
+            )
         with _training_is_done():
             # what was chosen and segmented before it was ended need not be again: a slot of a cluster may be short
             anew = not (resumed and is_complete(network, config, folder, judged_by=record["validation_sha256"]))
@@ -200,8 +203,12 @@ def _train(
                     report, results = _validate(folder, validation, how, progress)
         log.info("seconds: %s", json.dumps(seconds))
         (folder / PREEMPTED).unlink(missing_ok=True)
-    held = round(peak_bytes(fit.device) / 2**20, 1)
+    held = _held_mb(fit.device)
     return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting, gpu_memory_mb=held)
+
+
+def _held_mb(device: torch.device) -> float:
+    return round(peak_bytes(device) / 2**20, 1)
 
 
 def plan(

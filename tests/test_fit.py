@@ -627,30 +627,69 @@ def clocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float]
     return made
 
 
-def test_a_look_that_would_take_more_than_its_share_is_broken_off_and_never_tried_again(clocked: Any) -> None:
-    fit, validate_at = clocked(95.0)
-    # after a quarter of it, it is plain that 60 s will never do
-    assert validate_at(40.0) == {}
-    assert fit.course.validating == pytest.approx(95 / 4)
-    for elapsed in (600.0, 1190.0, 1201.0):
-        assert validate_at(elapsed) == {}
-    assert fit.course.validating == pytest.approx(95 / 4)
+def test_looks_at_a_case_that_takes_too_long_keep_to_their_share(clocked: Any) -> None:
+    fit, validate_at = clocked(200.0)
+    fit.course.dice = 0.4
+    spent = 0.0
+    for elapsed in range(40, 1201, 20):
+        assert validate_at(float(elapsed)) == {}
+        # what is broken off ends with the window, here 50 s long, in which its time is over
+        assert fit.course.validating <= 0.05 * elapsed + 50
+        spent = max(spent, fit.course.validating)
+    assert spent <= 60 + 50
+    assert validate_at(1201.0) == {}
     assert fit.course.validated_at == 1201
+    # a Dice of weights that are no more is not told of those that are kept
+    assert fit.record()["dice_while_training"] is None
 
 
 def test_a_look_waits_until_its_share_of_what_has_passed_is_enough(clocked: Any) -> None:
-    fit, validate_at = clocked(20.0)
+    fit, validate_at = clocked(10.0)
+    # 2 s are there: it is broken off after the first window
     assert validate_at(40.0) == {}
-    assert fit.course.validating == pytest.approx(5.0)
-    # a twentieth of 499 s is 24.95 s, less the 5 s of the attempt
-    assert validate_at(499.0) == {}
-    assert validate_at(501.0) == {"label_1": 0.5}
-    # the case that told how long one takes is the look
-    assert fit.course.validating == pytest.approx(25.0)
-    # looks stay within their share but for the last, which says how the weights that are kept do
-    assert validate_at(1199.0) == {"label_1": 0.5}
-    assert fit.course.validating == pytest.approx(45.0)
+    assert fit.course.validating == pytest.approx(2.5)
+    # twice the time of that, beside what has been spent: a twentieth of 129 s is 6.45 s
+    assert validate_at(129.0) == {}
+    assert fit.course.validating == pytest.approx(2.5)
+    assert validate_at(131.0) == {}
+    assert fit.course.validating == pytest.approx(7.5)
+    # whatever time there is may be used, and is
+    assert validate_at(600.0) == {"label_1": 0.5}
+    assert fit.course.validating == pytest.approx(17.5)
+    assert validate_at(549.0) == {}
+    assert validate_at(551.0) == {"label_1": 0.5}
+    # the last look says how the weights that are kept do
+    fit.course.validating = 60.0
+    assert validate_at(1201.0) == {}
+    fit.course.validating = 52.0
     assert validate_at(1201.0) == {"label_1": 0.5}
+    assert fit.course.validating == pytest.approx(62.0)
+
+
+def test_what_a_look_takes_is_learnt_anew_on_another_machine(tmp_path: Path) -> None:
+    fit = noise_fit(tmp_path, noise_config())
+    fit.course = dataclasses.replace(fit.course, look_s=1000.0, watched=1)
+    fit.save()
+    again = noise_fit(tmp_path, noise_config(), resume=True)
+    assert (again.course.look_s, again.course.watched) == (0.0, None)
+
+
+def test_a_look_that_fails_writes_no_state_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> dict[str, float]:
+        raise medseg.DataError("case0: the network gave scores that are no numbers")
+
+    settings = {"epochs": None, "time_budget_s": 1200.0, "deterministic": False}
+    fit = noise_fit(tmp_path, noise_config(train=settings))
+    states: list[int] = []
+    monkeypatch.setattr(fit, "_save_on_the_way", lambda: states.append(fit.course.step))
+    monkeypatch.setattr(module, "quick_dice", refuse)
+    for step in (10, 20, 30):
+        fit.course.elapsed, fit.course.step = 10.0 * step, step
+        assert fit._validate_if_time(lambda: 0) == {}
+    assert caplog.text.count("held-back cases are not judged") == 3
+    assert states == [10]
 
 
 def test_a_label_that_no_held_back_case_has_is_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

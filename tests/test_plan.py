@@ -233,18 +233,24 @@ def test_small_patches_come_in_larger_batches_on_a_gpu() -> None:
     assert 0.8 * 128**3 < np.prod(large.windows.patch_size) <= 128**3
 
 
-@pytest.mark.parametrize(("device", "shape", "each"), [("cpu", (64, 74, 54), 4), ("cuda", (500, 500, 400), 2)])
-def test_each_of_several_devices_does_the_batch_of_one(device: str, shape: tuple[int, ...], each: int) -> None:
-    one, eight = (plan(replace(PRINT, shapes=(shape,) * 3), device=device, processes=n) for n in (1, 8))
-    assert (one.config.train.batch_size, eight.config.train.batch_size) == (each, 8 * each)
+def test_each_of_several_gpus_does_the_batch_of_one() -> None:
+    one, eight = (plan(replace(PRINT, shapes=((500, 500, 400),) * 3), device="cuda", processes=n) for n in (1, 8))
+    assert (one.config.train.batch_size, eight.config.train.batch_size) == (2, 16)
     assert "processes" not in one.reasons["train.batch_size"]
-    assert f"{each} patches keep the gradient steady" in eight.reasons["train.batch_size"]
+    assert "2 patches keep the gradient steady" in eight.reasons["train.batch_size"]
     assert "so many for each of 8 processes" in eight.reasons["train.batch_size"]
     # patch and network do not change
     assert eight.config.model_copy(update={"train": one.config.train}) == one.config
     # nor does the learning rate; patches centred on labels are counted in the whole batch
-    share = {"batch_size": each, "foreground_fraction": max(0.33, 1 / each)}
+    share = {"batch_size": 2, "foreground_fraction": 0.5}
     assert eight.config.train.model_copy(update=share) == one.config.train
+
+
+def test_processes_on_a_cpu_share_the_batch_and_each_has_something_of_it() -> None:
+    one, two, eight = (plan(replace(PRINT, shapes=((64, 74, 54),) * 3), processes=n) for n in (1, 2, 8))
+    assert one.config == two.config
+    assert eight.config.train.batch_size == 8
+    assert "one for each of 8 processes" in eight.reasons["train.batch_size"]
 
 
 @pytest.mark.parametrize("fingerprint", [PRINT, PICTURES], ids=["volumes", "pictures"])

@@ -168,7 +168,7 @@ def test_a_training_on_two_devices_is_pre_empted_and_goes_on_alone(two_devices, 
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_torchrun_trains_with_a_batch_for_each_and_one_process_goes_on_with_the_same(
+def test_torchrun_trains_with_a_planned_batch_and_one_process_goes_on_with_the_same(
     tiny_dataset: Callable[..., Path], tiny_settings: tuple[str, ...], tmp_path: Path
 ) -> None:
     dataset, folder = tiny_dataset(cases=2), tmp_path / "run"
@@ -186,11 +186,11 @@ def test_torchrun_trains_with_a_batch_for_each_and_one_process_goes_on_with_the_
     assert done.returncode == 0, done.stderr
     training = json.loads((folder / "model.json").read_text())["training"]
     assert (training["devices"], training["steps"]) == (2, 2)
-    # four of a device
-    assert medseg.read_config(folder / "config.yaml").train.batch_size == 8
+    # that of a CPU, which both share
+    assert medseg.read_config(folder / "config.yaml").train.batch_size == 4
     options = medseg.TrainOptions(resume=True, fold="all", device="cpu")
     run = medseg.train(dataset, folder, epochs=2, options=options)
-    assert (run.steps, run.config.train.batch_size) == (4, 8)
+    assert (run.steps, run.config.train.batch_size) == (4, 4)
 
 
 def test_a_process_that_is_killed_ends_all(two_devices) -> None:
