@@ -23,7 +23,7 @@ from medseg.infer import InferOptions, Segmenter, load_model, timed
 from medseg.preprocess import Prepared
 from medseg.process import PeakMemory, heeding_signals
 from medseg.progress import Pace, Progress, silent
-from medseg.readers import file_sha256
+from medseg.readers import file_sha256, stored_in
 from medseg.readers.series import SourceImages
 from medseg.record import CaseResult, Record, open_record
 from medseg.writers import held_room, is_disk_full, remove_stale_temporaries
@@ -533,10 +533,13 @@ def _files(case: Case) -> tuple[Path, ...]:
 
 
 def _digests(case: Case) -> dict[str, str]:
-    """SHA-256 by file; of a series one for all its files. A folder without a series has none: reading says why."""
+    """SHA-256 by file; of a series one for all its files. A folder without a series has none: reading says why.
+
+    The voxels of a header that names other files lie in these.
+    """
     if case.series is not None:
         return {str(case.series.source): case.series.sha256()}
-    return {str(p): file_sha256(p) for p in case.images if not p.is_dir()}
+    return {str(file): file_sha256(file) for p in case.images if not p.is_dir() for file in stored_in(p)}
 
 
 def _why(case: Case, error: Exception) -> tuple[str, str]:

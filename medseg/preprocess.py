@@ -25,7 +25,7 @@ from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.metrics.codes import members
-from medseg.readers import read_images, read_label, same_kind_or_raise
+from medseg.readers import read_images, read_label, same_kind_or_raise, stored_in
 from medseg.writers import atomic_path
 
 log = logging.getLogger(__name__)
@@ -286,8 +286,11 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
 
 
 def cache_key(case: Case, config: PreprocessConfig, data: DataConfig) -> str:
-    """20 hexadecimal digits that change with every setting and source file that matters for the result."""
-    files = [p for p in (*case.images, case.label) if p is not None]
+    """20 hexadecimal digits that change with every setting and source file that matters for the result.
+
+    The files that a header names count as it does.
+    """
+    files = [file for p in (*case.images, case.label) if p is not None for file in stored_in(p)]
     sources = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     what = [VERSION, config.model_dump(mode="json"), data.model_dump(mode="json"), sources]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]

@@ -18,6 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from geometry import oblique, save
 from tiny import AFFINE, EXACT, SHAPE, blobs, some_images
@@ -572,6 +573,22 @@ def test_a_changed_input_is_done_again_and_only_that(tmp_path: Path, model: Path
     run(tmp_path, model)
     save(images[1], blobs(SHAPE, seed=9), AFFINE)
     assert run(tmp_path, model) == ["skipped", "done"]
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_voxels_beside_a_header_are_of_the_input(tmp_path: Path, model: Path, ending: str) -> None:
+    first, second = (tmp_path / name / f"ct{ending}" for name in ("in", "next"))
+    for seed, path in enumerate((first, second)):
+        path.parent.mkdir()
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(blobs(SHAPE, seed=seed)), str(path))
+    assert first.read_bytes() == second.read_bytes()
+    (result,) = infer([first], [model], tmp_path / "out", EXACT)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (first, first.with_suffix(".raw"))]
+    assert list(result.inputs.values()) == digests
+    before = masks(tmp_path / "out")
+    assert statuses(infer([second], [model], tmp_path / "out", EXACT)) == ["done"]
+    assert masks(tmp_path / "out") != before
+    assert statuses(infer([second], [model], tmp_path / "out", EXACT)) == ["skipped"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "elsewhere"])

@@ -377,3 +377,20 @@ def test_a_case_whose_name_is_no_text_is_kept_too(tmp_path: Path) -> None:
     case = replace(a_case(tmp_path), id="caf\udce9")
     assert prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache").id == case.id
     assert [file.name[:5] for file in (tmp_path / "cache").iterdir()] == ["caf?-"]
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+@pytest.mark.parametrize("which", ["image", "label"])
+def test_the_voxels_beside_a_header_are_sources_too(tmp_path: Path, ending: str, which: str) -> None:
+    image, label = (tmp_path / f"{name}{ending}" for name in ("image", "label"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.ones((4, 5, 6), np.float32)), str(image))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.full((4, 5, 6), 3, np.uint8)), str(label))
+    case = Case("one", (image,), label, "one")
+    prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache")
+    raw, (value, dtype) = tmp_path / f"{which}.raw", {"image": (2, np.float32), "label": (7, np.uint8)}[which]
+    time = raw.stat().st_mtime_ns
+    raw.write_bytes(np.full(120, value, dtype).tobytes())
+    os.utime(raw, ns=(time, time + 1))
+    found = prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache")
+    assert (found.image == (2 if which == "image" else 1)).all()
+    assert (found.label == (2 if which == "label" else 1)).all()

@@ -44,6 +44,7 @@ __all__ = [
     "read_label",
     "same_kind_or_raise",
     "split_ending",
+    "stored_in",
     "why_absent",
 ]
 
@@ -114,6 +115,20 @@ def why_absent(path: Path) -> str:
 def holds_colour(path: Path) -> bool:
     """Whether a file is a picture that shows colours; not where that cannot be read."""
     return is_picture(path) and image2d.is_colour(path)
+
+
+def stored_in(path: Path) -> tuple[Path, ...]:
+    """The files that an image is stored in: `path` itself, and those of the voxels that its header names.
+
+    Of a header that cannot be read it is `path` alone: reading it says why.
+    """
+    if split_ending(path.name)[1].lower() not in itk.ENDINGS:
+        return (path,)
+    try:
+        return (path, *itk.data_files(path))
+    except OSError as error:
+        log.debug("%s: %s", path, error)
+        return (path,)
 
 
 def file_sha256(path: Path) -> str:
