@@ -312,6 +312,10 @@ class _Tiles(_Plan):
             halo = self._margin
         self._tile = tile
         for index in self._in_order([-(-s // t) for s, t in zip(self.padded, tile)]):
+            inside = zip(index, tile, self.offset, self.shape)
+            if not all(i * t < o + s and o < (i + 1) * t for i, t, o, s in inside):
+                # in the padding alone, where nothing is asked
+                continue
             first = [max(0, i * t - h) for i, t, h in zip(index, tile, halo)]
             last = [min(s, (i + 1) * t + h) for i, t, h, s in zip(index, tile, halo, self.padded)]
             self.windows.append(_Window(tuple(first), tuple(b - a for a, b in zip(first, last)), index))
@@ -345,7 +349,7 @@ def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
     voxels = image[0].numel()
     if config.mode == "whole" and voxels > (config.whole_voxels or voxels):
         log.info("%d voxels are more than whole volumes were judged on (%s): blended", voxels, config.whole_voxels)
-        return _Blend(config, image)
+        return _Blend(config.model_copy(update={"mode": "blend"}), image)
     return _Blend(config, image) if config.mode == "blend" else _Tiles(config, image)
 
 
