@@ -230,13 +230,13 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[CaseResult]:
 
     Raises `_ForeignError` where it never was a record, `ValueError` where it is damaged or of another version.
     """
-    text = path.read_text(encoding="utf-8")
-    told = json.loads(text)
+    told = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict) or "schema_version" not in told:
         raise _ForeignError
     if told["schema_version"] != SCHEMA_VERSION:
         raise _VersionError(f"is of another version of medseg (schema {told['schema_version']})")
-    record = _RECORD.validate_json(text)
+    # not as JSON: the name of a file may be no text, and is there as the codes that Python has for its bytes
+    record = _RECORD.validate_python(told)
     return list(record.cases) if record.settings == settings else []
 
 

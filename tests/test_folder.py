@@ -677,6 +677,17 @@ def test_what_a_killed_run_has_left_is_cleared_away(
     assert masks(tmp_path / "out").keys() == {"case0.nii.gz"}
 
 
+def test_names_that_are_no_text_are_read_back_from_a_record(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = some_images(tmp_path / "in", 1)
+    path.rename(path.with_name("caf\udce9.nii.gz"))
+    assert run(tmp_path, model) == ["done"]
+    with caplog.at_level(logging.WARNING):
+        assert run(tmp_path, model) == ["skipped"]
+    assert not caplog.text
+
+
 def test_a_damaged_record_is_named_and_its_cases_done_again(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
