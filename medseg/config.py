@@ -400,6 +400,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _known_air(self) -> Config:
+        dims, how = self.data.spatial_dims, self.preprocess.intensity[0].normalise
+        if self.windows.skip_air == "on" and (dims != 3 or how != "fixed"):
+            raise ValueError(
+                f"windows.skip_air: on found with {dims} dimensions and preprocess.intensity[0].normalise: {how}, "
+                "expected 3 and fixed: elsewhere it is not known what is air; use auto or off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lengths(self) -> Config:
         dims = self.data.spatial_dims
         for where, value in (
