@@ -45,9 +45,10 @@ from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
-from medseg.readers import SeriesOptions
+from medseg.readers import SeriesOptions, is_series
 from medseg.readers.probabilities import Channels
 from medseg.readers.segments import SegmentInfo
+from medseg.readers.series import choose_series
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
 from medseg.versions import versions
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
@@ -192,12 +193,14 @@ class Segmenter:
     def segment(self, *files: str | Path) -> MetaTensor:
         """Label map (I, J[, K]) uint8 (uint16 above 255) of one case on its own grid; several files are its channels.
 
-        Raises `DataError` or `GeometryError` naming the file.
+        For one folder, archive or file of DICOM `options.series` holds. Raises `DataError` or `GeometryError` naming
+        the file.
         """
         paths = tuple(Path(f) for f in files)
         if not paths:
             raise ConfigError("no file given, expected one, or one for each channel")
-        prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name))
+        series = choose_series(paths[0], self.options.series) if len(paths) == 1 and is_series(paths[0]) else None
+        prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name, series=series))
         found = self.segment_prepared(prepared)
         for warning in (*prepared.notes, *found.warnings):
             log.warning("%s: %s", prepared.id, warning)

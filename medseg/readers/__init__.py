@@ -38,6 +38,7 @@ __all__ = [
     "holds_colour",
     "is_image_file",
     "is_picture",
+    "is_series",
     "read_geometry",
     "read_image",
     "read_images",
@@ -83,6 +84,14 @@ def is_image_file(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture (PNG, TIFF, JPEG, BMP), which has pixels but no millimetres."""
     return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
+
+
+def is_series(path: Path) -> bool:
+    """Whether `path` is read as a DICOM series: a folder, or a file of no other known ending that holds DICOM.
+
+    Raises `DataError` where it cannot be read.
+    """
+    return path.is_dir() or (path.is_file() and not split_ending(path.name)[1] and holds_dicom(path))
 
 
 def same_kind_or_raise(path: Path, like: Path) -> None:
