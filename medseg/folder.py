@@ -423,7 +423,7 @@ class _Run:
             if self._saves_probabilities and outcome.scores is not None:
                 probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
             # what earlier runs have made of the same input is of the same mask
-            files = {**labelled.kept, **write_files(self._folder, outcome)}
+            files = {**labelled.kept, **write_files(self._folder, outcome, labelled.kept)}
         others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]
         mask = files.pop(NIFTI, None)
         stale = self._stale([*others, *(() if probabilities else [beside])], "mask")

@@ -273,6 +273,19 @@ def test_where_one_file_cannot_be_written_none_stays(
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_where_one_file_cannot_be_written_those_that_were_there_stay(
+    scan: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise DataError("no luck")
+
+    one(scan, model, tmp_path, EXACT)
+    before = files(tmp_path)
+    monkeypatch.setitem(FORMATS, "rtstruct", replace(FORMATS["rtstruct"], write=fails))
+    assert one(scan, model, tmp_path, asking("nifti", "picture", "rtstruct")).status == "failed"
+    assert files(tmp_path) == before
+
+
 def test_a_full_disk_leaves_no_file_half(
     scan: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ def test_what_may_be_done_to_a_series_holds_for_one_alone_too(tmp_path: Path, mo
         segmenter.segment(tmp_path / "both")
     chosen = segmenter.with_options(replace(EXACT, series=SeriesOptions(uid="1.2.3.99")))
     assert chosen.segment(tmp_path / "both").shape == (14, 10, 12)
-    with pytest.raises(GeometryError, match="a gap of 5.00 mm"):
+    with pytest.raises(GeometryError, match=r"a gap of 5\.00 mm"):
         segmenter.segment(tmp_path / "both" / "gap")
     resampling = segmenter.with_options(replace(EXACT, series=SeriesOptions(resample_gaps=True)))
     assert resampling.segment(tmp_path / "both" / "gap").shape == (14, 10, 13)

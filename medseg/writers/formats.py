@@ -150,22 +150,33 @@ def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     return images
 
 
-def write_files(folder: Path, outcome: Outcome) -> dict[str, WrittenFile]:
+def write_files(
+    folder: Path, outcome: Outcome, kept: Mapping[str, WrittenFile] | None = None
+) -> dict[str, WrittenFile]:
     """Writes a case in all its formats into `folder`, each file whole or not at all; gives what was written, by format.
 
-    Where one cannot be written none stays: a case is done or it is not. Raises `DataError` or `GeometryError`.
+    Where one cannot be written none stays but those that were there before, `kept`: a case is done or it is not. Raises
+    `DataError` or `GeometryError`.
     """
     written: dict[str, WrittenFile] = {}
-    try:
+    with all_or_none(folder, written, kept or {}):
         for name in outcome.formats:
             called = file_name(outcome.case, name)
             FORMATS[name].write(folder / called, outcome)
             written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
+    return written
+
+
+@contextmanager
+def all_or_none(folder: Path, written: Mapping[str, WrittenFile], kept: Mapping[str, WrittenFile]) -> Iterator[None]:
+    """Where the block fails, the files `written` are removed from `folder`, but for those that are as they were."""
+    try:
+        yield
     except BaseException:
         for file in written.values():
-            (folder / file["name"]).unlink(missing_ok=True)
+            if file not in kept.values():
+                (folder / file["name"]).unlink(missing_ok=True)
         raise
-    return written
 
 
 def _nifti(path: Path, outcome: Outcome) -> None:
