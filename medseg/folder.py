@@ -33,6 +33,7 @@ from medseg.writers.formats import (
     REGIONS,
     Outcome,
     WrittenFile,
+    all_or_none,
     file_name,
     file_names,
     source_for,
@@ -420,10 +421,12 @@ class _Run:
         outcome, case = labelled.outcome, labelled.outcome.case
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
+            written = write_files(self._folder, outcome, labelled.kept)
             if self._saves_probabilities and outcome.scores is not None:
-                probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
+                with all_or_none(self._folder, written, labelled.kept):
+                    probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
             # what earlier runs have made of the same input is of the same mask
-            files = {**labelled.kept, **write_files(self._folder, outcome, labelled.kept)}
+            files = {**labelled.kept, **written}
         others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]
         mask = files.pop(NIFTI, None)
         stale = self._stale([*others, *(() if probabilities else [beside])], "mask")
