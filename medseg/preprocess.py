@@ -22,6 +22,7 @@ from safetensors.torch import save as save_safetensors
 
 from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
+from medseg.device import beyond_memory
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.metrics.codes import members
@@ -137,7 +138,8 @@ class ResampleToGridd(MapTransform):
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """A case that is on the grid already stays there; the image becomes float32.
 
-        Raises `DataError` naming the file, before memory is taken, where it would grow beyond `MOST_VOXELS`.
+        Raises `DataError` naming the file, before memory is taken, where it would grow beyond `MOST_VOXELS`, or beyond
+        what this machine can hold.
         """
         result = dict(item)
         here = grid_of(result["image"])
@@ -146,11 +148,13 @@ class ResampleToGridd(MapTransform):
             # a copy of what may be the reader's own memory, since it is normalised in place
             result["image"] = _meta_tensor(result["image"].as_tensor().to(torch.float32, copy=True), here)
             return result
-        if math.prod(there.shape) > max(MOST_VOXELS, math.prod(here.shape)):
+        voxels, channels = math.prod(there.shape), len(result["image"])
+        taken = beyond_memory(channels * voxels)
+        if taken or voxels > max(MOST_VOXELS, math.prod(here.shape)):
+            wrong = f"which take {taken}" if taken else f"expected at most {MOST_VOXELS:,}"
             raise DataError(
                 f"{item['image_file']}: spacing {_times(here.spacing_mm)} mm found; at the {_times(there.spacing_mm)} "
-                f"mm that the network sees this is {_times(there.shape)} voxels, expected at most {MOST_VOXELS:,}; "
-                "correct the header"
+                f"mm that the network sees this is {_times(there.shape)} voxels, {wrong}; correct the header"
             )
         for key in self.key_iterator(result):
             values = result[key].as_tensor()

@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from medseg.body import Air
 from medseg.config import WindowsConfig
-from medseg.device import batch_that_fits, check_held, forget_peak, is_out_of_memory, most_voxels, release_memory
+from medseg.device import (
+    batch_that_fits,
+    beyond_memory,
+    check_held,
+    forget_peak,
+    is_out_of_memory,
+    most_voxels,
+    release_memory,
+)
 from medseg.errors import DataError
 from medseg.patches import cut
 from medseg.restore import Piece
@@ -145,11 +153,20 @@ def predict(
 
 
 def assemble(pieces: Iterable[Piece], shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """All scores (K, *shape) of the `pieces` of a volume, on `device`."""
+    """All scores (K, *shape) of the `pieces` of a volume, on `device`.
+
+    Raises `MemoryError` where they are more than this machine can hold: there they come in the end, from any device.
+    """
     total: torch.Tensor | None = None
     for piece in pieces:
         if total is None:
-            total = torch.zeros((piece.scores.shape[-1], *shape), device=device)
+            channels, voxels = piece.scores.shape[-1], math.prod(shape)
+            if taken := beyond_memory(channels * voxels):
+                raise MemoryError(
+                    f"{channels} scores of {voxels:,} voxels at once, as postprocess.crf needs them, take {taken}; "
+                    "leave it out"
+                )
+            total = torch.zeros((channels, *shape), device=device)
         total[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0).to(device)
     if total is None:
         raise ValueError("no window in an empty volume")

@@ -559,6 +559,20 @@ def test_a_random_field_is_one_setting_away_and_makes_masks_of_its_own(tmp_path:
     assert "postprocess" in record(tmp_path / "out")["cases"][0]["seconds"]
 
 
+def test_a_random_field_whose_scores_no_memory_holds_is_the_failure_of_its_case(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    loaded = load_model(model, options=replace(EXACT, settings={"postprocess": {"crf": True}}))
+    # three scores of the 1,020 voxels of the grid of the network
+    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers >= 3 * 1020 else "")
+    (result,) = infer([tmp_path / "in"], loaded, tmp_path / "out")
+    assert (result.status, result.cause) == ("failed", "MemoryError")
+    assert "the memory of this machine does not hold it (3 scores of 1,020 voxels at once" in str(result.reason)
+    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers > 3 * 1020 else "")
+    assert infer([tmp_path / "in"], loaded, tmp_path / "out")[0].status == "done"
+
+
 @pytest.mark.parametrize(
     "change", [{"tta": "flip"}, {"window": (8, 8, 8)}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}]
 )
