@@ -20,7 +20,7 @@ from medseg.model import DECISIVE
 from medseg.readers import file_sha256
 from medseg.versions import versions
 from medseg.writers import write_text
-from medseg.writers.formats import NIFTI, WrittenFile
+from medseg.writers.formats import NIFTI, WrittenFile, references
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +76,22 @@ class CaseResult:
         """
         if self.status not in ("done", "skipped") or list(self.inputs.values()) != list(inputs.values()):
             return {}
-        known = {format_: file["sha256"] for format_, file in self.files.items()}
-        if self.output_sha256 is not None:
-            known[NIFTI] = self.output_sha256
+        known = dict(self.files)
+        if self.output is not None and self.output_sha256 is not None:
+            known[NIFTI] = WrittenFile(name=self.output, sha256=self.output_sha256)
         return {
-            format_: WrittenFile(name=name, sha256=known[format_])
+            format_: {**known[format_], "name": name}
             for format_, name in names.items()
-            if format_ in known and (folder / name).is_file() and file_sha256(folder / name) == known[format_]
+            if format_ in known and (folder / name).is_file() and file_sha256(folder / name) == known[format_]["sha256"]
         }
+
+    def refers_to_all(self, formats: Iterable[str]) -> bool:
+        """Whether each file refers to all of `formats` that it would refer to if it were written with them."""
+        return all(
+            set(references(name, formats)) <= set(self.files[name].get("refers_to", ()))
+            for name in formats
+            if name in self.files
+        )
 
     def has_probabilities(self, path: Path) -> bool:
         """Whether `path` holds the bytes of the probabilities that were written with the mask."""
@@ -131,7 +139,8 @@ class Record:
         `names`: of the files that have to be there, by format. `probabilities`: a file that has to be there too.
         """
         folder = self.path.parent
-        known = [r for r in self.earlier.get(case, ()) if r.whole_files(folder, names, inputs).keys() == names.keys()]
+        found = [r for r in self.earlier.get(case, ()) if r.refers_to_all(names)]
+        known = [r for r in found if r.whole_files(folder, names, inputs).keys() == names.keys()]
         return next((r for r in known if probabilities is None or r.has_probabilities(probabilities)), None)
 
     def whole_files(self, case: str, names: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, WrittenFile]:
