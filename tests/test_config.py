@@ -435,6 +435,14 @@ def test_overlay_replaces_labels_and_lists_as_a_whole() -> None:
     assert overlay(base, change) == change
 
 
+@pytest.mark.parametrize(("section", "key"), [("postprocess", "min_size_mm3"), ("network", "arguments")])
+def test_an_empty_mapping_takes_away_what_is_there(section: str, key: str) -> None:
+    base = {section: {key: {"a": 5.0}}}
+    assert overlay(base, {section: {key: {"b": 3.0}}}) == {section: {key: {"a": 5.0, "b": 3.0}}}
+    assert overlay(base, settings_from([f"{section}.{key}={{}}"])) == {section: {key: {}}}
+    assert overlay(base, {section: {}}) == base
+
+
 def test_overlay_over_null_takes_the_change() -> None:
     assert overlay({"train": None}, {"train": {"seed": 1}}) == {"train": {"seed": 1}}
 
