@@ -74,10 +74,11 @@ class InferOptions:
 
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
-    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those, and copies moved within
-    the network's stride, that surely helped when training ended. `series`: which of several DICOM series, and whether a
-    tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders of cases:
-    `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
+    axis. `tta`: `none`, the image alone; `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those,
+    and copies moved within the network's stride, that surely helped when training ended, beside those of the
+    configuration. Other copies are only seen where `settings` ask for them. `series`: which of several DICOM series,
+    and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders
+    of cases: `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
     `writers.formats`; `revision`, which attempt at a series DICOM objects are of, from 1: another has other UIDs.
     `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and
     postprocess. Raises `ConfigError` for a wrong format or revision.
@@ -407,6 +408,11 @@ def _windows(config: Config, options: InferOptions, mirrored: tuple[int, ...]) -
         if len(options.window) != dims:
             raise ConfigError(f"--window: {len(options.window)} numbers found, expected {dims}, or auto or whole")
         changes |= {"mode": "blend", "tile_size": tuple(options.window)}
+    if options.tta != "auto":
+        # what is asked for, and not what the configuration has beside
+        given = options.settings.get("windows", {})
+        without = {"flip_axes": (), "shifts": (), "scales": (1.0,)}
+        changes |= {key: value for key, value in without.items() if key not in given}
     if options.tta in ("flip", "scale"):
         # mirrored, a left kidney is a right one: whatever the configuration says
         sided = sided_label(config.data)
