@@ -28,7 +28,7 @@ from medseg.device import (
     choose_precision,
 )
 from medseg.engines import Engine, prepare_network
-from medseg.errors import ConfigError, ModelError
+from medseg.errors import ConfigError, DataError, ModelError
 from medseg.metrics.codes import members
 from medseg.model import (
     BEST,
@@ -232,7 +232,8 @@ class Segmenter:
 
         `seconds` takes the time by stage. `tick` is called between two batches of windows with the share of the case
         that is done, 0–1; what it raises drops the case. `keep` gets the probabilities, as they are before the
-        mask is cleaned; after a random field, where there is one.
+        mask is cleaned; after a random field, where there is one. Raises `DataError` naming the case where the network
+        gives NaN.
         """
         seconds = {} if seconds is None else seconds
         decision, evidence = decision_of(self.config.data), Evidence(self.config.data)
@@ -280,7 +281,10 @@ class Segmenter:
         )
         while True:
             with timed(seconds, "network"):
-                piece = next(pieces, None)
+                try:
+                    piece = next(pieces, None)
+                except DataError as error:
+                    raise DataError(f"{prepared.id}: {error}") from error
             if piece is None:
                 return
             if self._quality is not None:

@@ -85,6 +85,16 @@ def test_channels_are_given_in_order(tmp_path: Path) -> None:
         segmenter.segment(t1)
 
 
+def test_a_file_of_which_the_network_says_nothing_is_named(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m")
+    segmenter = load_model(folder, options=EXACT)
+    for parameter in segmenter.models[0].network.parameters():
+        parameter.data.fill_(torch.nan)
+    (path,) = some_images(tmp_path / "in", 1)
+    with pytest.raises(DataError, match=r"^case0\.nii\.gz: the network gave scores that are no numbers"):
+        segmenter.segment(path)
+
+
 # ---- several models, and turned views
 
 
