@@ -132,7 +132,15 @@ def segment_cases(
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
         log.info("removed %s, which a killed run has left", name)
-    run = _Run(segmenters, tuple(cases), folder, open_record(folder, segmenters), forget_peak=forget_peak)
+    record, again = open_record(folder, segmenters), {case.id for case in cases}
+    left = [name for case, name in record.others.items() if case not in again]
+    if left:
+        log.warning(
+            "%s: %d masks of another model or other settings stay, such as %s, and %s will say nothing of them; choose "
+            "another -o to keep them apart, or remove them",
+            *(folder, len(left), left[0], record.path.name),
+        )
+    run = _Run(segmenters, tuple(cases), folder, record, forget_peak=forget_peak)
     with heeding_signals(run.interrupt):
         results = run.to_the_end(progress)
         if run.interrupted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,13 +124,15 @@ class Record:
     """The record of a run: where it is, what it says beside the cases, and what earlier runs left.
 
     `own`: cases of the same file, by name; `earlier`: what all records in the folder say of a case, shards included.
-    Both only of runs with the same models and settings.
+    Both only of runs with the same models and settings. `others`: the masks of other ones that are still there, by
+    case, which the next record will say nothing of.
     """
 
     path: Path
     head: Mapping[str, Any]
     own: Mapping[str, CaseResult]
     earlier: Mapping[str, Sequence[CaseResult]]
+    others: Mapping[str, str]
 
     def finished(
         self, case: str, names: Mapping[str, str], inputs: Mapping[str, str], probabilities: Path | None = None
@@ -178,9 +181,10 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
     path = folder / _name(first.options)
     earlier: dict[str, list[CaseResult]] = {}
     own: dict[str, CaseResult] = {}
+    others: dict[str, str] = {}
     for file in sorted(folder.glob("run*.json")):
         try:
-            found = _read(file, settings)
+            found = _read(file)
         except _ForeignError as error:
             # a file of somebody else is no record that could be written over
             if file == path:
@@ -189,10 +193,14 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
         except (OSError, ValueError) as error:
             log.warning("%s %s: its cases are done again", file.name, _why_not(error))
             continue
-        for result in found:
+        if found.settings != settings:
+            made = {r.case: r.output for r in found.cases if r.status in ("done", "skipped") and r.output is not None}
+            others |= {case: name for case, name in made.items() if file == path and os.path.exists(folder / name)}
+            continue
+        for result in found.cases:
             earlier.setdefault(result.case, []).append(result)
         if file == path:
-            own = {r.case: r for r in found}
+            own = {r.case: r for r in found.cases}
     head = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings,
@@ -200,7 +208,7 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
         "versions": versions(*DECISIVE),
         "labels": {str(v): n for v, n in first.label_names.items()},
     }
-    return Record(path, head, own, earlier)
+    return Record(path, head, own, earlier, others)
 
 
 def _name(options: InferOptions) -> str:
@@ -234,19 +242,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> list[CaseResult]:
-    """Cases of a record with the same settings, none of one with others.
-
-    Raises `_ForeignError` where it never was a record, `ValueError` where it is damaged or of another version.
-    """
+def _read(path: Path) -> _Told:
+    """A record. Raises `_ForeignError` where it never was one, `ValueError` where it is damaged or of another version."""
     told = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict) or "schema_version" not in told:
         raise _ForeignError
     if told["schema_version"] != SCHEMA_VERSION:
         raise _VersionError(f"is of another version of medseg (schema {told['schema_version']})")
     # not as JSON: the name of a file may be no text, and is there as the codes that Python has for its bytes
-    record = _RECORD.validate_python(told)
-    return list(record.cases) if record.settings == settings else []
+    return _RECORD.validate_python(told)
 
 
 def _why_not(error: OSError | ValueError) -> str:

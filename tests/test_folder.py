@@ -534,6 +534,22 @@ def test_another_model_does_everything_again(tmp_path: Path, model: Path, other_
     assert run(tmp_path, other_model, model) == ["done", "done"]
 
 
+def test_masks_of_another_model_that_stay_are_told(
+    tmp_path: Path, model: Path, other_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = some_images(tmp_path / "in", 3)
+    infer([first, second, third], [model], tmp_path / "out", EXACT)
+    (tmp_path / "out" / "case2.nii.gz").unlink()
+    with caplog.at_level(logging.WARNING):
+        infer([first], [other_model], tmp_path / "out", EXACT)
+    assert "out: 1 masks of another model or other settings stay, such as case1.nii.gz, and run.json" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        infer([first, second], [other_model], tmp_path / "out", EXACT)
+        infer([first], [other_model], tmp_path / "out", EXACT)
+    assert not caplog.text
+
+
 def test_a_mask_that_another_model_left_in_between_is_done_again(
     tmp_path: Path, model: Path, other_model: Path
 ) -> None:
