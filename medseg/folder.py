@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from medseg.progress import Pace, Progress, silent
 from medseg.readers import file_sha256, stored_in
 from medseg.readers.series import SourceImages
 from medseg.record import CaseResult, Record, open_record
-from medseg.writers import held_room, is_disk_full, remove_stale_temporaries
+from medseg.writers import held_room, ignores_case, is_disk_full, remove_stale_temporaries
 from medseg.writers.formats import (
     FORMATS,
     NIFTI,
@@ -132,6 +133,7 @@ def segment_cases(
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
         log.info("removed %s, which a killed run has left", name)
+    _refuse_namesakes(cases, folder, segmenter.options.formats)
     record, again = open_record(folder, segmenters), {case.id for case in cases}
     left = [name for case, name in record.others.items() if case not in again]
     if left:
@@ -525,6 +527,19 @@ def _refuse_clashes(cases: Sequence[Case], folder: Path, formats: Sequence[str])
         if owners.setdefault(path, case) is not case:
             raise ConfigError(
                 f"{path}: both {owners[path].images[0]} and {case.images[0]} would become it; rename one, or run apart"
+            )
+
+
+def _refuse_namesakes(cases: Sequence[Case], folder: Path, formats: Sequence[str]) -> None:
+    """Raises `ConfigError` where the disk of `folder` would take the names of two files to be written for one."""
+    owners: dict[str, Case] = {}
+    for called, case in ((file_name(case, name), case) for case in cases for name in formats):
+        # there two spellings of an accent may be the same as well
+        other = owners.setdefault(unicodedata.normalize("NFC", called).casefold(), case)
+        if other is not case and ignores_case(folder):
+            raise ConfigError(
+                f"{folder / called}: both {other.images[0]} and {case.images[0]} would become it, since this disk "
+                "takes small and capital letters for the same; rename one, or run apart"
             )
 
 

@@ -243,7 +243,7 @@ def _digest(text: str) -> str:
 
 
 def _read(path: Path) -> _Told:
-    """A record. Raises `_ForeignError` where it never was one, `ValueError` where it is damaged or of another version."""
+    """A record. Raises `_ForeignError` where it never was one, `ValueError` for one damaged or of another version."""
     told = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict) or "schema_version" not in told:
         raise _ForeignError

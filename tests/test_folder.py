@@ -31,7 +31,7 @@ from medseg.folder import CaseResult, infer, segment_cases
 from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
 from medseg.writers import formats as formats_module
-from medseg.writers import write_label, write_text
+from medseg.writers import ignores_case, write_label, write_text
 
 
 def statuses(results: tuple[CaseResult, ...]) -> list[str]:
@@ -772,6 +772,23 @@ def test_masks_do_not_go_among_the_images(tmp_path: Path, model: Path) -> None:
     with pytest.raises(ConfigError, match="images to segment are there"):
         infer([tmp_path / "in"], [model], tmp_path / "in", EXACT)
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
+
+
+@pytest.mark.parametrize("names", [("Case", "case"), ("caf\u00e9", "CAFE\u0301")])
+def test_names_that_the_disk_takes_for_one_are_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    images = []
+    for name, part in zip(names, ("one", "two")):
+        (tmp_path / part).mkdir()
+        images.append(save(tmp_path / part / f"{name}.nii.gz", blobs(SHAPE), AFFINE))
+    monkeypatch.setattr(folder_module, "ignores_case", lambda folder: True)
+    with pytest.raises(ConfigError, match=f"both {images[0]} and {images[1]} would become it, since this disk"):
+        infer(images, [model], tmp_path / "out", EXACT)
+    assert not masks(tmp_path / "out")
+    monkeypatch.undo()
+    if not ignores_case(tmp_path):
+        assert statuses(infer(images, [model], tmp_path / "out", EXACT)) == ["done", "done"]
 
 
 def test_a_failed_case_is_tried_again(tmp_path: Path, model: Path) -> None:
