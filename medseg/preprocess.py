@@ -39,6 +39,9 @@ VERSION = 7
 PERCENTILES = (0.0, 0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5, 100.0)
 MEASURED_VOXELS = 100_000
 
+# bytes of a case's name in that of its cache file; with key and ending a disk takes 255
+LONGEST_NAME = 200
+
 # 8.6 GB of float32 in a channel: no scan is so large at a spacing that a network sees, but one whose header errs is
 MOST_VOXELS = 2**31
 
@@ -271,8 +274,8 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
 
     A changed setting or source has another key, so nothing stale is ever read. A damaged cache file is made anew.
     """
-    # safetensors opens no name that is not UTF-8; the key alone tells cases apart
-    name = case.id.encode("utf-8", "replace").decode()
+    # safetensors opens no name that is not UTF-8, and no disk takes a longer one; the key alone tells cases apart
+    name = case.id.encode("utf-8", "replace")[:LONGEST_NAME].decode("utf-8", "ignore")
     path = folder / f"{name}-{cache_key(case, config, data)}.safetensors"
     there = path.is_file()
     if there:

@@ -395,6 +395,16 @@ def test_a_case_whose_name_is_no_text_is_kept_too(tmp_path: Path) -> None:
     assert [file.name[:5] for file in (tmp_path / "cache").iterdir()] == ["caf?-"]
 
 
+@pytest.mark.parametrize("letter", ["a", "é", "骨"])
+def test_a_case_whose_name_is_as_long_as_a_disk_takes_is_kept_too(tmp_path: Path, letter: str) -> None:
+    case = a_case(tmp_path)
+    names = [letter * ((255 - len(".nii.gz")) // len(letter.encode()) - 1) + end for end in ("x", "y")]
+    found = [prepare_cached(replace(case, id=name), AS_IT_IS, DATA, tmp_path / "cache") for name in names]
+    assert [f.id for f in found] == names
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.name.startswith(letter * 60)
+
+
 @pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
 @pytest.mark.parametrize("which", ["image", "label"])
 def test_the_voxels_beside_a_header_are_sources_too(tmp_path: Path, ending: str, which: str) -> None:
