@@ -22,6 +22,8 @@ OUT_OF_MEMORY = ("not enough memory", "can't allocate", "CUDA error: out of memo
 # share of the free memory of a GPU that a batch may take
 MEMORY_SHARE = 0.7
 
+PRECISIONS = ("32", "bf16")
+
 _peaks: dict[torch.device, int] = {}
 
 
@@ -43,7 +45,12 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """`bf16` or `32`: `auto` takes bf16 where the hardware computes it, not merely emulates it."""
+    """`bf16` or `32`: `auto` takes bf16 where the hardware computes it, not merely emulates it.
+
+    Raises `ConfigError` for another word.
+    """
+    if wanted not in ("auto", *PRECISIONS):
+        raise ConfigError(f"--precision {wanted}: expected auto, {' or '.join(PRECISIONS)}")
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
