@@ -118,11 +118,12 @@ def stream(
     air: Air | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> Iterator[Piece]:
-    """Final scores of `image` (C, *S), wherever it lies, as pieces in the order of `stream_order`, on `device`.
+    """Final scores of `image` (C, *S), wherever it lies, as pieces in the order of `stream_order`.
 
-    A volume smaller than a patch is padded with 0, as in training. What is held at a time grows with the section of the
-    volume across its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the
-    share that is done after each window; what it raises ends the work.
+    They lie on `device`, or on the CPU where the memory of the device ran out or a window was divided. A volume smaller
+    than a patch is padded with 0, as in training. What is held at a time grows with the section of the volume across
+    its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the share that is
+    done after each window; what it raises ends the work.
 
     Where memory runs out, the batch is halved, then sums are kept on the CPU, and nothing is computed twice. A tile or
     a whole volume that does not fit is divided into parts that see a margin of each other; a CPU tells it beforehand,
