@@ -165,14 +165,14 @@ class Segmenter:
         return Algorithm(
             name if count == 1 else f"{name}, ensemble of {count}",
             versions("medseg")["medseg"],
-            weights[0] if count == 1 else _digest("\n".join(weights)),
-            _digest(json.dumps([self.config_sha256, described], sort_keys=True)),
+            weights[0] if count == 1 else text_sha256("\n".join(weights)),
+            text_sha256(json.dumps([self.config_sha256, described], sort_keys=True)),
         )
 
     @property
     def config_sha256(self) -> str:
         """SHA-256 of the sections of the configuration that decide a mask, as this run has them."""
-        return _digest(self.config.model_dump_json(include=DECIDING))
+        return text_sha256(self.config.model_dump_json(include=DECIDING))
 
     def with_options(self, options: InferOptions) -> Segmenter:
         """The same loaded model under other `options`, which may differ in `FREE_OPTIONS`.
@@ -446,7 +446,8 @@ def _common_config(models: Sequence[Model]) -> Config:
     return first
 
 
-def _digest(text: str) -> str:
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing_extensions import TypedDict
 
 from medseg.device import describe
 from medseg.errors import ConfigError
-from medseg.infer import InferOptions, Segmenter
+from medseg.infer import InferOptions, Segmenter, text_sha256
 from medseg.model import DECISIVE
 from medseg.readers import file_sha256
 from medseg.versions import versions
@@ -222,7 +221,7 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     told = {
         "models": [m.sha256 for m in segmenter.models],
         # what training has found out about windows, copies and masks stands beside the weights
-        "descriptions": [_digest(json.dumps(dict(m.description), sort_keys=True)) for m in segmenter.models],
+        "descriptions": [text_sha256(json.dumps(dict(m.description), sort_keys=True)) for m in segmenter.models],
         "window": options.window,
         "tta": options.tta,
         "overlap": options.overlap,
@@ -236,10 +235,6 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     if options.revision > 1:
         asked["revision"] = options.revision
     return dict(json.loads(json.dumps(told | asked)))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(path: Path) -> _Told:
