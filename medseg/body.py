@@ -10,7 +10,6 @@ import torch
 from scipy import ndimage
 
 from medseg.config import DataConfig, PreprocessConfig, WindowsConfig
-from medseg.errors import ConfigError
 from medseg.units import AIR_HU, is_ct
 
 # cells of so many voxels along an edge are looked at as one: outlines need not be exact, and large volumes are cheap
@@ -39,8 +38,6 @@ def air_of(config: WindowsConfig, data: DataConfig, preprocess: PreprocessConfig
     how = preprocess.intensity[0]
     wanted = config.skip_air == "on" or (config.skip_air == "auto" and is_ct(data.channels[0]))
     known = data.spatial_dims == 3 and how.normalise == "fixed"
-    if config.skip_air == "on" and not known:
-        raise ConfigError("windows.skip_air=on: air is known in 3D images of fixed normalisation only; use auto or off")
     # clipped above what air is told from, soft tissue and air may have one value
     if not wanted or not known or (how.clip is not None and how.clip[0] > AIR_HU):
         return None

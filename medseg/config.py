@@ -25,6 +25,9 @@ from medseg.region_order import larger_first, own_values
 BACKGROUND = "background"
 IGNORE = "ignore"
 
+# mappings that are no sections: an empty one, laid over another, clears it
+CLEARED = ("arguments", "min_size_mm3")
+
 # the 256th value of a byte marks ignored voxels
 MAX_CHANNELS = 255
 
@@ -402,6 +405,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _known_air(self) -> Config:
+        dims, how = self.data.spatial_dims, self.preprocess.intensity[0].normalise
+        if self.windows.skip_air == "on" and (dims != 3 or how != "fixed"):
+            raise ValueError(
+                f"windows.skip_air: on found with {dims} dimensions and preprocess.intensity[0].normalise: {how}, "
+                "expected 3 and fixed: elsewhere it is not known what is air; use auto or off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lengths(self) -> Config:
         dims = self.data.spatial_dims
         for where, value in (
@@ -466,12 +479,16 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def overlay(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with each of `changes` laid over it, section by section; lists and labels are replaced as a whole."""
+    """`base` with each of `changes` laid over it, section by section; lists and labels are replaced as a whole.
+
+    Of `CLEARED`, which hold what they like by name, an empty one takes all away that is there.
+    """
     result = dict(base)
     for change in changes:
         for key, value in change.items():
             old = result.get(key)
             whole = key in ("labels",) or not (isinstance(old, Mapping) and isinstance(value, Mapping))
+            whole = whole or (key in CLEARED and not value)
             result[key] = value if whole else overlay(old or {}, value)
     return result
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from medseg.config import BACKGROUND
 from medseg.errors import ConfigError, DataError
 from medseg.progress import Progress, silent
-from medseg.readers import Geometry, SeriesOptions, nifti, read_image, read_images, read_label, split_ending
+from medseg.readers import Geometry, SeriesOptions, is_series, nifti, read_image, read_images, read_label, split_ending
 from medseg.readers.dicom_files import holds_dicom
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.readers.series import SourceImages, choose_series, source_images
@@ -86,7 +86,7 @@ def _to_nifti(source: Path, output: Path, options: ConvertOptions, progress: Pro
         return _segmentation_to_nifti(source, output, options)
     if options.source is not None or options.labels is not None:
         raise ConfigError(f"{source}: no DICOM SEG; --source and --labels are for label maps that become DICOM")
-    if _is_series(source):
+    if is_series(source):
         chosen = choose_series(source, options.series)
         image = read_images((source,), series=chosen, tick=lambda done, total: progress("read", done, total, ""))
     elif options.series != SeriesOptions():
@@ -126,7 +126,7 @@ def _to_dicom(
     from medseg.writers.dicom_source import labelled_series
     from medseg.writers.provenance import Algorithm
 
-    if _is_series(source):
+    if is_series(source):
         raise ConfigError(f"{source}: DICOM found, expected a label map such as mask.nii.gz, to be written as DICOM")
     if options.source is None:
         raise ConfigError(
@@ -166,10 +166,6 @@ def _source_images(source: Path, output: Path, options: ConvertOptions) -> Sourc
             "and --resample-gaps, and use a label map on the planes as they are"
         )
     return images
-
-
-def _is_series(source: Path) -> bool:
-    return source.is_dir() or (not split_ending(source.name)[1] and holds_dicom(source))
 
 
 def _is_segmentation(source: Path) -> bool:

@@ -22,6 +22,8 @@ OUT_OF_MEMORY = ("not enough memory", "can't allocate", "CUDA error: out of memo
 # share of the free memory of a GPU that a batch may take
 MEMORY_SHARE = 0.7
 
+PRECISIONS = ("32", "bf16")
+
 _peaks: dict[torch.device, int] = {}
 
 
@@ -43,7 +45,12 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """`bf16` or `32`: `auto` takes bf16 where the hardware computes it, not merely emulates it."""
+    """`bf16` or `32`: `auto` takes bf16 where the hardware computes it, not merely emulates it.
+
+    Raises `ConfigError` for another word.
+    """
+    if wanted not in ("auto", *PRECISIONS):
+        raise ConfigError(f"--precision {wanted}: expected auto, {' or '.join(PRECISIONS)}")
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -123,17 +130,21 @@ def most_voxels(device: torch.device, channels: int) -> float:
     return CPU_MEMORY_SHARE * memory / (BYTES_A_VOXEL + BYTES_A_SCORE * channels)
 
 
-def check_held(scores: int, voxels: int) -> None:
-    """Raises `OutOfMemoryError` where that many float32 `scores` of each voxel are more than this machine can hold.
+def beyond_memory(numbers: int) -> str:
+    """What that many numbers in float32 take, in words, where it is more than this machine can hold; else empty.
 
     As `most_voxels`, by all of its memory: a process that asks for too much is killed without a word.
     """
-    memory, wanted = machine_memory_bytes(), 4 * scores * voxels
-    if memory is not None and wanted > CPU_MEMORY_SHARE * memory:
-        raise torch.OutOfMemoryError(
-            f"{scores} scores of {voxels:,} voxels take {wanted / 1e9:.1f} GB, more than {CPU_MEMORY_SHARE:g} of this "
-            "machine's memory; use smaller windows"
-        )
+    memory, wanted = machine_memory_bytes(), 4 * numbers
+    if memory is None or wanted <= CPU_MEMORY_SHARE * memory:
+        return ""
+    return f"{wanted / 1e9:.1f} GB, more than {CPU_MEMORY_SHARE:g} of this machine's memory"
+
+
+def check_held(scores: int, voxels: int) -> None:
+    """Raises `OutOfMemoryError` where that many float32 `scores` of each voxel are `beyond_memory`."""
+    if taken := beyond_memory(scores * voxels):
+        raise torch.OutOfMemoryError(f"{scores} scores of {voxels:,} voxels take {taken}; use smaller windows")
 
 
 def forget_peak(device: torch.device) -> None:

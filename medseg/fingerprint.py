@@ -14,7 +14,7 @@ from medseg.config import IGNORE
 from medseg.errors import DataError
 from medseg.findings import CaseFacts, is_flat
 from medseg.progress import Progress, silent
-from medseg.readers import file_sha256, is_picture, read_geometry, read_images, read_label
+from medseg.readers import file_sha256, is_picture, read_geometry, read_images, read_label, stored_in
 
 # above this many cases an even selection is measured: medians have settled long before
 MAX_MEASURED = 100
@@ -123,10 +123,12 @@ def data_sha256(
 ) -> str:
     """SHA-256 over those of the files of `cases`, images before label, in the order of the cases' names.
 
-    The same files at another place are the same data. Raises `DataError` for a file that cannot be read.
+    The same files at another place are the same data; the files that a header names count as it does. Raises
+    `DataError` for a file that cannot be read.
     """
     ordered = sorted(cases, key=lambda case: case.id)
-    files = [path for case in ordered for path in (*case.images, case.label) if path is not None]
+    images = [path for case in ordered for path in (*case.images, case.label) if path is not None]
+    files = [file for path in images for file in stored_in(path)]
     digest = hashlib.sha256()
     for n, path in enumerate(files):
         progress("hash", n, len(files), path.name)
@@ -135,10 +137,12 @@ def data_sha256(
 
 
 def image_digests(cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256) -> dict[str, str]:
-    """A digest of the image files of each of `cases` by its name: the same image has the same under any name."""
-    return {
-        case.id: hashlib.sha256("".join(map(file_digest, case.images)).encode()).hexdigest()[:DIGITS] for case in cases
-    }
+    """A digest of the image files of each of `cases` by its name: the same image has the same under any name.
+
+    The files that a header names count as it does.
+    """
+    digests = {case.id: [file_digest(file) for path in case.images for file in stored_in(path)] for case in cases}
+    return {name: hashlib.sha256("".join(found).encode()).hexdigest()[:DIGITS] for name, found in digests.items()}
 
 
 def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -23,16 +24,17 @@ from medseg.infer import InferOptions, Segmenter, load_model, timed
 from medseg.preprocess import Prepared
 from medseg.process import PeakMemory, heeding_signals
 from medseg.progress import Pace, Progress, silent
-from medseg.readers import file_sha256
+from medseg.readers import file_sha256, stored_in
 from medseg.readers.series import SourceImages
 from medseg.record import CaseResult, Record, open_record
-from medseg.writers import held_room, is_disk_full, remove_stale_temporaries
+from medseg.writers import held_room, ignores_case, is_disk_full, remove_stale_temporaries
 from medseg.writers.formats import (
     FORMATS,
     NIFTI,
     REGIONS,
     Outcome,
     WrittenFile,
+    all_or_none,
     file_name,
     file_names,
     source_for,
@@ -131,7 +133,16 @@ def segment_cases(
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
         log.info("removed %s, which a killed run has left", name)
-    run = _Run(segmenters, tuple(cases), folder, open_record(folder, segmenters), forget_peak=forget_peak)
+    _refuse_namesakes(cases, folder, segmenter.options.formats)
+    record, again = open_record(folder, segmenters), {case.id for case in cases}
+    left = [name for case, name in record.others.items() if case not in again]
+    if left:
+        log.warning(
+            "%s: %d masks of another model or other settings stay, such as %s, and %s will say nothing of them; choose "
+            "another -o to keep them apart, or remove them",
+            *(folder, len(left), left[0], record.path.name),
+        )
+    run = _Run(segmenters, tuple(cases), folder, record, forget_peak=forget_peak)
     with heeding_signals(run.interrupt):
         results = run.to_the_end(progress)
         if run.interrupted:
@@ -420,10 +431,12 @@ class _Run:
         outcome, case = labelled.outcome, labelled.outcome.case
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
+            written = write_files(self._folder, outcome, labelled.kept)
             if self._saves_probabilities and outcome.scores is not None:
-                probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
+                with all_or_none(self._folder, written, labelled.kept):
+                    probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
             # what earlier runs have made of the same input is of the same mask
-            files = {**labelled.kept, **write_files(self._folder, outcome)}
+            files = {**labelled.kept, **written}
         others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]
         mask = files.pop(NIFTI, None)
         stale = self._stale([*others, *(() if probabilities else [beside])], "mask")
@@ -517,6 +530,19 @@ def _refuse_clashes(cases: Sequence[Case], folder: Path, formats: Sequence[str])
             )
 
 
+def _refuse_namesakes(cases: Sequence[Case], folder: Path, formats: Sequence[str]) -> None:
+    """Raises `ConfigError` where the disk of `folder` would take the names of two files to be written for one."""
+    owners: dict[str, Case] = {}
+    for called, case in ((file_name(case, name), case) for case in cases for name in formats):
+        # there two spellings of an accent may be the same as well
+        other = owners.setdefault(unicodedata.normalize("NFC", called).casefold(), case)
+        if other is not case and ignores_case(folder):
+            raise ConfigError(
+                f"{folder / called}: both {other.images[0]} and {case.images[0]} would become it, since this disk "
+                "takes small and capital letters for the same; rename one, or run apart"
+            )
+
+
 def _device(name: str) -> str:
     """`cuda:1` for 1. Raises `ConfigError`, with the option as it was given, where there is no such device."""
     device = f"cuda:{name}" if name.isdecimal() else name
@@ -533,10 +559,13 @@ def _files(case: Case) -> tuple[Path, ...]:
 
 
 def _digests(case: Case) -> dict[str, str]:
-    """SHA-256 by file; of a series one for all its files. A folder without a series has none: reading says why."""
+    """SHA-256 by file; of a series one for all its files. A folder without a series has none: reading says why.
+
+    The voxels of a header that names other files lie in these.
+    """
     if case.series is not None:
         return {str(case.series.source): case.series.sha256()}
-    return {str(p): file_sha256(p) for p in case.images if not p.is_dir()}
+    return {str(file): file_sha256(file) for p in case.images if not p.is_dir() for file in stored_in(p)}
 
 
 def _why(case: Case, error: Exception) -> tuple[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 Kernel = Literal["nearest", "linear", "cubic"]
 
 # an axis is parallel to another if the rest of its direction is below this share: 0.06 degrees
@@ -23,6 +25,8 @@ PARALLEL_TOLERANCE = 1e-3
 # headers of one scan written by two programs differ by rounding: up to this share of a voxel they are one grid
 ROUNDING_TOLERANCE = 0.1
 SLAB_BYTES = 2**26
+# of one axis, weights that are made at once (134 MB), and else the rows of which they are
+MOST_WEIGHTS, ROWS = 2**24, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,28 +175,78 @@ def turned(array: npt.NDArray[Any], grid: Grid, like: Grid) -> tuple[npt.NDArray
     return moved, Grid(moved.shape, grid.affine @ change)
 
 
-def axis_weights(size_from: int, size_to: int, *, scale: float, offset: float, kernel: Kernel) -> Array:
+@dataclass(frozen=True)
+class AxisWeights:
     """Interpolation weights (size_to, size_from) of one axis: row t reads the source at scale·t + offset.
 
     Outside the source the nearest edge voxel is used. When shrinking, `linear` and `cubic` are stretched by the step,
     which removes what the coarser grid cannot hold (as in antialiased image resizing); rows sum to 1.
-    `cubic` is the convolution kernel of Keys 1981 with a = −1/2.
+    `cubic` is the convolution kernel of Keys 1981 with a = −1/2. Of a long axis nearly all weights are 0, and more than
+    a memory holds: they are made where they are asked for.
     """
-    at = np.clip(scale * np.arange(size_to) + offset, 0, size_from - 1)
-    if kernel == "nearest":
-        weights = np.zeros((size_to, size_from))
+
+    size_from: int
+    size_to: int
+    scale: float
+    offset: float
+    kernel: Kernel
+
+    @cached_property
+    def whole(self) -> Array | None:
+        """All weights; None where these are more than `MOST_WEIGHTS`."""
+        if self.size_from * self.size_to > MOST_WEIGHTS:
+            return None
+        return self._made(slice(0, self.size_to), slice(0, self.size_from))
+
+    @cached_property
+    def reach(self) -> tuple[Indices, Indices]:
+        """The first and the last source voxel that each row reads: (size_to,) each."""
+        if self.kernel == "nearest":
+            index = self._nearest
+            return index, index
+        support = (2 if self.kernel == "cubic" else 1) * self._stretch
+        first, last = np.floor(self._at - support) + 1, np.ceil(self._at + support) - 1
+        return first.clip(0).astype(int), last.clip(max=self.size_from - 1).astype(int)
+
+    def block(self, rows: slice, columns: slice) -> Array:
+        """The weights of some rows on the source voxels `columns`, which hold all that these rows read."""
+        return self._made(rows, columns) if self.whole is None else self.whole[rows, columns]
+
+    def parts(self) -> Iterator[tuple[slice, Array]]:
+        """All weights, some rows after the other: the source voxels that these read, and their weights."""
+        first, last = self.reach
+        step = self.size_to if self.whole is not None else ROWS
+        for start in range(0, self.size_to, step):
+            rows = slice(start, min(start + step, self.size_to))
+            columns = slice(int(first[rows].min()), int(last[rows].max()) + 1)
+            yield columns, self.block(rows, columns)
+
+    @property
+    def _stretch(self) -> float:
+        return max(1.0, abs(self.scale))
+
+    @cached_property
+    def _at(self) -> Array:
+        return np.asarray(np.clip(self.scale * np.arange(self.size_to) + self.offset, 0, self.size_from - 1))
+
+    @property
+    def _nearest(self) -> Indices:
         # ties go down: the snap keeps 0.4999999 and 0.5 on one side
-        weights[np.arange(size_to), np.ceil(at - 0.5 - 1e-6).astype(int)] = 1
-        return weights
-    stretch = max(1.0, abs(scale))
-    distance = np.abs(at[:, None] - np.arange(size_from)[None, :]) / stretch
-    weights = _KERNELS[kernel](distance)
-    # the edge voxel stands for everything beyond it
-    if kernel == "cubic":
-        beyond = np.arange(1, int(np.ceil(2 * stretch)) + 1)
-        weights[:, 0] += _KERNELS[kernel](np.abs(at[:, None] + beyond) / stretch).sum(axis=1)
-        weights[:, -1] += _KERNELS[kernel](np.abs(size_from - 1 + beyond - at[:, None]) / stretch).sum(axis=1)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+        return np.ceil(self._at - 0.5 - 1e-6).astype(int)
+
+    def _made(self, rows: slice, columns: slice) -> Array:
+        at, voxels, kernel = self._at[rows, None], np.arange(columns.start, columns.stop), _KERNELS.get(self.kernel)
+        if kernel is None:
+            return np.asarray(self._nearest[rows, None] == voxels, dtype=np.float64)
+        weights = kernel(np.abs(at - voxels) / self._stretch)
+        # the edge voxel stands for everything beyond it
+        if self.kernel == "cubic":
+            beyond, end = np.arange(1, int(np.ceil(2 * self._stretch)) + 1), self.size_from - 1
+            if columns.start == 0:
+                weights[:, 0] += kernel(np.abs(at + beyond) / self._stretch).sum(axis=1)
+            if columns.stop > end:
+                weights[:, -1] += kernel(np.abs(end + beyond - at) / self._stretch).sum(axis=1)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
 def resample(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, *, kernel: Kernel = "linear") -> torch.Tensor:
@@ -206,8 +260,8 @@ def resample(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, *, kernel: Ke
         raise GeometryError(f"volume of shape {tuple(volume.shape[1:])} on a grid of {from_grid.shape}")
     maps = axis_maps(from_grid, to_grid)
     turned = volume.permute(0, *(m.source + 1 for m in maps))
-    matrices = [
-        axis_weights(size, target, scale=m.scale, offset=m.offset, kernel=kernel)
+    weights = [
+        AxisWeights(size, target, m.scale, m.offset, kernel)
         for m, size, target in zip(maps, turned.shape[1:], to_grid.shape)
     ]
     # axes that shrink most go first; along the last one, slabs are taken one by one, so that a volume of small integers
@@ -218,11 +272,11 @@ def resample(volume: torch.Tensor, from_grid: Grid, to_grid: Grid, *, kernel: Ke
     for start in range(0, turned.shape[last + 1], step):
         slab = turned.narrow(last + 1, start, min(step, turned.shape[last + 1] - start)).float()
         for axis in first:
-            slab = apply_weights(slab, matrices[axis], axis + 1)
+            slab = _apply_all(slab, weights[axis], axis + 1)
         slabs.append(slab)
     whole = torch.cat(slabs, dim=last + 1) if len(slabs) > 1 else slabs[0]
     del slabs
-    return apply_weights(whole, matrices[last], last + 1).contiguous()
+    return _apply_all(whole, weights[last], last + 1).contiguous()
 
 
 def resample_labels(labels: torch.Tensor, from_grid: Grid, to_grid: Grid) -> torch.Tensor:
@@ -264,6 +318,15 @@ def apply_weights(volume: torch.Tensor, weights: Array, axis: int) -> torch.Tens
     # all axes behind are one: a product of matrices, without turning the volume
     lead, tail = volume.shape[:axis], volume.shape[axis + 1 :]
     return (matrix @ volume.flatten(axis + 1)).reshape(*lead, len(matrix), *tail)
+
+
+def _apply_all(volume: torch.Tensor, weights: AxisWeights, axis: int) -> torch.Tensor:
+    """`volume` with its `axis` resampled by all of `weights`."""
+    import torch
+
+    read = ((volume.narrow(axis, c.start, c.stop - c.start), part) for c, part in weights.parts())
+    parts = [apply_weights(source, part, axis) for source, part in read]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _linear(distance: Array) -> Array:

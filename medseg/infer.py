@@ -28,7 +28,7 @@ from medseg.device import (
     choose_precision,
 )
 from medseg.engines import Engine, prepare_network
-from medseg.errors import ConfigError, ModelError
+from medseg.errors import ConfigError, DataError, ModelError
 from medseg.metrics.codes import members
 from medseg.model import (
     Model,
@@ -44,9 +44,10 @@ from medseg.plan import sided_label
 from medseg.postprocess import clean, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
-from medseg.readers import SeriesOptions
+from medseg.readers import SeriesOptions, is_series
 from medseg.readers.probabilities import Channels
 from medseg.readers.segments import SegmentInfo
+from medseg.readers.series import choose_series
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
 from medseg.versions import versions
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
@@ -72,10 +73,11 @@ class InferOptions:
 
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
-    axis. `tta`: `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those, and copies moved within
-    the network's stride, that surely helped when training ended. `series`: which of several DICOM series, and whether a
-    tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders of cases:
-    `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
+    axis. `tta`: `none`, the image alone; `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those,
+    and copies moved within the network's stride, that surely helped when training ended, beside those of the
+    configuration. Other copies are only seen where `settings` ask for them. `series`: which of several DICOM series,
+    and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders
+    of cases: `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
     `writers.formats`; `revision`, which attempt at a series DICOM objects are of, from 1: another has other UIDs.
     `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and
     postprocess. Raises `ConfigError` for a wrong format or revision.
@@ -162,14 +164,14 @@ class Segmenter:
         return Algorithm(
             name if count == 1 else f"{name}, ensemble of {count}",
             versions("medseg")["medseg"],
-            weights[0] if count == 1 else _digest("\n".join(weights)),
-            _digest(json.dumps([self.config_sha256, described], sort_keys=True)),
+            weights[0] if count == 1 else text_sha256("\n".join(weights)),
+            text_sha256(json.dumps([self.config_sha256, described], sort_keys=True)),
         )
 
     @property
     def config_sha256(self) -> str:
         """SHA-256 of the sections of the configuration that decide a mask, as this run has them."""
-        return _digest(self.config.model_dump_json(include=DECIDING))
+        return text_sha256(self.config.model_dump_json(include=DECIDING))
 
     def with_options(self, options: InferOptions) -> Segmenter:
         """The same loaded model under other `options`, which may differ in `FREE_OPTIONS`.
@@ -191,12 +193,14 @@ class Segmenter:
     def segment(self, *files: str | Path) -> MetaTensor:
         """Label map (I, J[, K]) uint8 (uint16 above 255) of one case on its own grid; several files are its channels.
 
-        Raises `DataError` or `GeometryError` naming the file.
+        For one folder, archive or file of DICOM `options.series` holds. Raises `DataError` or `GeometryError` naming
+        the file.
         """
         paths = tuple(Path(f) for f in files)
         if not paths:
             raise ConfigError("no file given, expected one, or one for each channel")
-        prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name))
+        series = choose_series(paths[0], self.options.series) if len(paths) == 1 and is_series(paths[0]) else None
+        prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name, series=series))
         found = self.segment_prepared(prepared)
         for warning in (*prepared.notes, *found.warnings):
             log.warning("%s: %s", prepared.id, warning)
@@ -227,7 +231,8 @@ class Segmenter:
 
         `seconds` takes the time by stage. `tick` is called between two batches of windows with the share of the case
         that is done, 0–1; what it raises drops the case. `keep` gets the probabilities, as they are before the
-        mask is cleaned; after a random field, where there is one.
+        mask is cleaned; after a random field, where there is one. Raises `DataError` naming the case where the network
+        gives NaN.
         """
         seconds = {} if seconds is None else seconds
         decision, evidence = decision_of(self.config.data), Evidence(self.config.data)
@@ -275,7 +280,10 @@ class Segmenter:
         )
         while True:
             with timed(seconds, "network"):
-                piece = next(pieces, None)
+                try:
+                    piece = next(pieces, None)
+                except DataError as error:
+                    raise DataError(f"{prepared.id}: {error}") from error
             if piece is None:
                 return
             if self._quality is not None:
@@ -403,6 +411,11 @@ def _windows(config: Config, options: InferOptions, mirrored: tuple[int, ...]) -
         if len(options.window) != dims:
             raise ConfigError(f"--window: {len(options.window)} numbers found, expected {dims}, or auto or whole")
         changes |= {"mode": "blend", "tile_size": tuple(options.window)}
+    if options.tta != "auto":
+        # what is asked for, and not what the configuration has beside
+        given = options.settings.get("windows", {})
+        without = {"flip_axes": (), "shifts": (), "scales": (1.0,)}
+        changes |= {key: value for key, value in without.items() if key not in given}
     if options.tta in ("flip", "scale"):
         # mirrored, a left kidney is a right one: whatever the configuration says
         sided = sided_label(config.data)
@@ -432,7 +445,8 @@ def _common_config(models: Sequence[Model]) -> Config:
     return first
 
 
-def _digest(text: str) -> str:
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

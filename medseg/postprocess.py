@@ -34,6 +34,7 @@ from scipy.sparse.csgraph import connected_components
 
 from medseg.config import PostprocessConfig
 from medseg.metrics import Counts, Labels, Mask, dice
+from medseg.metrics.codes import Box, union
 from medseg.statistics import summarise
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,6 @@ LEAST_DIFFERENCE = 5e-4
 SIZE_SHARES = (0.125, 0.25, 0.5, 1.0)
 
 Integers = npt.NDArray[np.intp]
-Box = tuple[slice, ...]
 # (K, *S) → (K, *S): the sum over all other voxels in reach, each times its kernel
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -246,7 +246,7 @@ def _look(
             truth, part = flat[parts.voxels()], np.repeat(parts.part, parts.stop - parts.start)
             hits = np.bincount(part[truth == value], minlength=len(sizes))
             counted = sizes if ignore_value is None else np.bincount(part[truth != ignore_value], minlength=len(sizes))
-            box = _around(parts.boxes())
+            box = union(parts.boxes())
             if (enclosed := _find_holes(prediction[box], value)) is not None:
                 truth = reference[box][enclosed]
                 hole, hole_hits = int((truth != ignore_value).sum()), int((truth == value).sum())
@@ -389,10 +389,6 @@ def _ranges(start: Integers, stop: Integers) -> Integers:
     length = stop - start
     ends = np.cumsum(length)
     return np.asarray(np.repeat(start - ends + length, length) + np.arange(ends[-1] if len(ends) else 0))
-
-
-def _around(boxes: Sequence[Box]) -> Box:
-    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes))
 
 
 def _find_holes(labels: Labels, value: int) -> Mask | None:

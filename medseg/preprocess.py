@@ -22,10 +22,11 @@ from safetensors.torch import save as save_safetensors
 
 from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
+from medseg.device import beyond_memory
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.metrics.codes import members
-from medseg.readers import read_images, read_label, same_kind_or_raise
+from medseg.readers import read_images, read_label, same_kind_or_raise, stored_in
 from medseg.writers import atomic_path
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ VERSION = 7
 # of the intensities in a file, measured on up to a hundred thousand voxels spread evenly
 PERCENTILES = (0.0, 0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5, 100.0)
 MEASURED_VOXELS = 100_000
+
+# bytes of a case's name in that of its cache file; with key and ending a disk takes 255
+LONGEST_NAME = 200
 
 # 8.6 GB of float32 in a channel: no scan is so large at a spacing that a network sees, but one whose header errs is
 MOST_VOXELS = 2**31
@@ -137,7 +141,8 @@ class ResampleToGridd(MapTransform):
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """A case that is on the grid already stays there; the image becomes float32.
 
-        Raises `DataError` naming the file, before memory is taken, where it would grow beyond `MOST_VOXELS`.
+        Raises `DataError` naming the file, before memory is taken, where it would grow beyond `MOST_VOXELS`, or beyond
+        what this machine can hold.
         """
         result = dict(item)
         here = grid_of(result["image"])
@@ -146,11 +151,13 @@ class ResampleToGridd(MapTransform):
             # a copy of what may be the reader's own memory, since it is normalised in place
             result["image"] = _meta_tensor(result["image"].as_tensor().to(torch.float32, copy=True), here)
             return result
-        if math.prod(there.shape) > max(MOST_VOXELS, math.prod(here.shape)):
+        voxels, channels = math.prod(there.shape), len(result["image"])
+        taken = beyond_memory(channels * voxels)
+        if taken or voxels > max(MOST_VOXELS, math.prod(here.shape)):
+            wrong = f"which take {taken}" if taken else f"expected at most {MOST_VOXELS:,}"
             raise DataError(
                 f"{item['image_file']}: spacing {_times(here.spacing_mm)} mm found; at the {_times(there.spacing_mm)} "
-                f"mm that the network sees this is {_times(there.shape)} voxels, expected at most {MOST_VOXELS:,}; "
-                "correct the header"
+                f"mm that the network sees this is {_times(there.shape)} voxels, {wrong}; correct the header"
             )
         for key in self.key_iterator(result):
             values = result[key].as_tensor()
@@ -267,8 +274,8 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
 
     A changed setting or source has another key, so nothing stale is ever read. A damaged cache file is made anew.
     """
-    # safetensors opens no name that is not UTF-8; the key alone tells cases apart
-    name = case.id.encode("utf-8", "replace").decode()
+    # safetensors opens no name that is not UTF-8, and no disk takes a longer one; the key alone tells cases apart
+    name = case.id.encode("utf-8", "replace")[:LONGEST_NAME].decode("utf-8", "ignore")
     path = folder / f"{name}-{cache_key(case, config, data)}.safetensors"
     there = path.is_file()
     if there:
@@ -286,8 +293,11 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
 
 
 def cache_key(case: Case, config: PreprocessConfig, data: DataConfig) -> str:
-    """20 hexadecimal digits that change with every setting and source file that matters for the result."""
-    files = [p for p in (*case.images, case.label) if p is not None]
+    """20 hexadecimal digits that change with every setting and source file that matters for the result.
+
+    The files that a header names count as it does.
+    """
+    files = [file for p in (*case.images, case.label) if p is not None for file in stored_in(p)]
     sources = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     what = [VERSION, config.model_dump(mode="json"), data.model_dump(mode="json"), sources]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]

@@ -473,8 +473,10 @@ class _Match:
             here = f"{self.names[key].removesuffix('.weight')}.bias"
             if f"{norm}.weight" in self.names or here not in self.here:
                 continue
-            scale = self.there[f"{norm}.weight"] / (variance + nn.BatchNorm2d(1).eps).sqrt()
-            shift = self.there[f"{norm}.bias"] - mean * scale
+            # a norm without weights of its own has none in the file
+            weight = self.there.get(f"{norm}.weight", torch.ones_like(variance))
+            scale = weight / (variance + nn.BatchNorm2d(1).eps).sqrt()
+            shift = self.there.get(f"{norm}.bias", torch.zeros_like(mean)) - mean * scale
             self.there[key] = self.there[key] * scale.reshape(-1, *(1,) * (self.there[key].ndim - 1))
             self.there[f"{layer}.bias"] = shift if bias is None else shift + bias * scale
             self.names[f"{layer}.bias"] = here

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing_extensions import TypedDict
 
 from medseg.device import describe
 from medseg.errors import ConfigError
-from medseg.infer import InferOptions, Segmenter
+from medseg.infer import InferOptions, Segmenter, text_sha256
 from medseg.model import DECISIVE
 from medseg.readers import file_sha256
 from medseg.versions import versions
 from medseg.writers import write_text
-from medseg.writers.formats import NIFTI, WrittenFile
+from medseg.writers.formats import NIFTI, WrittenFile, references
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +76,22 @@ class CaseResult:
         """
         if self.status not in ("done", "skipped") or list(self.inputs.values()) != list(inputs.values()):
             return {}
-        known = {format_: file["sha256"] for format_, file in self.files.items()}
-        if self.output_sha256 is not None:
-            known[NIFTI] = self.output_sha256
+        known = dict(self.files)
+        if self.output is not None and self.output_sha256 is not None:
+            known[NIFTI] = WrittenFile(name=self.output, sha256=self.output_sha256)
         return {
-            format_: WrittenFile(name=name, sha256=known[format_])
+            format_: {**known[format_], "name": name}
             for format_, name in names.items()
-            if format_ in known and (folder / name).is_file() and file_sha256(folder / name) == known[format_]
+            if format_ in known and (folder / name).is_file() and file_sha256(folder / name) == known[format_]["sha256"]
         }
+
+    def refers_to_all(self, formats: Iterable[str]) -> bool:
+        """Whether each file refers to all of `formats` that it would refer to if it were written with them."""
+        return all(
+            set(references(name, formats)) <= set(self.files[name].get("refers_to", ()))
+            for name in formats
+            if name in self.files
+        )
 
     def has_probabilities(self, path: Path) -> bool:
         """Whether `path` holds the bytes of the probabilities that were written with the mask."""
@@ -115,13 +123,15 @@ class Record:
     """The record of a run: where it is, what it says beside the cases, and what earlier runs left.
 
     `own`: cases of the same file, by name; `earlier`: what all records in the folder say of a case, shards included.
-    Both only of runs with the same models and settings.
+    Both only of runs with the same models and settings. `others`: the masks of other ones that are still there, by
+    case, which the next record will say nothing of.
     """
 
     path: Path
     head: Mapping[str, Any]
     own: Mapping[str, CaseResult]
     earlier: Mapping[str, Sequence[CaseResult]]
+    others: Mapping[str, str]
 
     def finished(
         self, case: str, names: Mapping[str, str], inputs: Mapping[str, str], probabilities: Path | None = None
@@ -131,7 +141,8 @@ class Record:
         `names`: of the files that have to be there, by format. `probabilities`: a file that has to be there too.
         """
         folder = self.path.parent
-        known = [r for r in self.earlier.get(case, ()) if r.whole_files(folder, names, inputs).keys() == names.keys()]
+        found = [r for r in self.earlier.get(case, ()) if r.refers_to_all(names)]
+        known = [r for r in found if r.whole_files(folder, names, inputs).keys() == names.keys()]
         return next((r for r in known if probabilities is None or r.has_probabilities(probabilities)), None)
 
     def whole_files(self, case: str, names: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, WrittenFile]:
@@ -169,9 +180,10 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
     path = folder / _name(first.options)
     earlier: dict[str, list[CaseResult]] = {}
     own: dict[str, CaseResult] = {}
+    others: dict[str, str] = {}
     for file in sorted(folder.glob("run*.json")):
         try:
-            found = _read(file, settings)
+            found = _read(file)
         except _ForeignError as error:
             # a file of somebody else is no record that could be written over
             if file == path:
@@ -180,10 +192,14 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
         except (OSError, ValueError) as error:
             log.warning("%s %s: its cases are done again", file.name, _why_not(error))
             continue
-        for result in found:
+        if found.settings != settings:
+            made = {r.case: r.output for r in found.cases if r.status in ("done", "skipped") and r.output is not None}
+            others |= {case: name for case, name in made.items() if file == path and os.path.exists(folder / name)}
+            continue
+        for result in found.cases:
             earlier.setdefault(result.case, []).append(result)
         if file == path:
-            own = {r.case: r for r in found}
+            own = {r.case: r for r in found.cases}
     head = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings,
@@ -191,7 +207,7 @@ def open_record(folder: Path, segmenters: Sequence[Segmenter]) -> Record:
         "versions": versions(*DECISIVE),
         "labels": {str(v): n for v, n in first.label_names.items()},
     }
-    return Record(path, head, own, earlier)
+    return Record(path, head, own, earlier, others)
 
 
 def _name(options: InferOptions) -> str:
@@ -205,7 +221,7 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     told = {
         "models": [m.sha256 for m in segmenter.models],
         # what training has found out about windows, copies and masks stands beside the weights
-        "descriptions": [_digest(json.dumps(dict(m.description), sort_keys=True)) for m in segmenter.models],
+        "descriptions": [text_sha256(json.dumps(dict(m.description), sort_keys=True)) for m in segmenter.models],
         "window": options.window,
         "tta": options.tta,
         "overlap": options.overlap,
@@ -221,23 +237,15 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     return dict(json.loads(json.dumps(told | asked)))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path, settings: Mapping[str, Any]) -> list[CaseResult]:
-    """Cases of a record with the same settings, none of one with others.
-
-    Raises `_ForeignError` where it never was a record, `ValueError` where it is damaged or of another version.
-    """
-    text = path.read_text(encoding="utf-8")
-    told = json.loads(text)
+def _read(path: Path) -> _Told:
+    """A record. Raises `_ForeignError` where it never was one, `ValueError` for one damaged or of another version."""
+    told = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict) or "schema_version" not in told:
         raise _ForeignError
     if told["schema_version"] != SCHEMA_VERSION:
         raise _VersionError(f"is of another version of medseg (schema {told['schema_version']})")
-    record = _RECORD.validate_json(text)
-    return list(record.cases) if record.settings == settings else []
+    # not as JSON: the name of a file may be no text, and is there as the codes that Python has for its bytes
+    return _RECORD.validate_python(told)
 
 
 def _why_not(error: OSError | ValueError) -> str:

@@ -18,7 +18,7 @@ import torch
 from medseg.config import DataConfig
 from medseg.device import is_out_of_memory, release_memory
 from medseg.errors import GeometryError
-from medseg.grid import Array, AxisMap, Grid, apply_weights, axis_maps, axis_weights
+from medseg.grid import AxisMap, AxisWeights, Grid, apply_weights, axis_maps
 from medseg.readers.probabilities import STEPS
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class Restorer:
         if len(channels) < around.shape[-1]:
             around = around[..., list(channels)]
         for number, (axis, b, s) in enumerate(zip(self._axes, block, sources)):
-            around = apply_weights(around, axis.weights[b, s], number)
+            around = apply_weights(around, axis.weights.block(b, s), number)
         return around
 
     def _with_margin(self, piece: Piece) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -295,20 +295,19 @@ class _Axis:
     """One axis of the source: `weights` (T, size) of the target's voxels, and the source voxels that each reads."""
 
     size: int
-    weights: Array
+    weights: AxisWeights
     first: np.ndarray
     last: np.ndarray
     inside: range
 
     @staticmethod
     def of(axis: AxisMap, size: int, target: int) -> _Axis:
-        weights = axis_weights(size, target, scale=axis.scale, offset=axis.offset, kernel="linear")
-        used = weights != 0
+        weights = AxisWeights(size, target, axis.scale, axis.offset, "linear")
         at = axis.scale * np.arange(target) + axis.offset
         # half a source voxel beyond the last centre still belongs to that voxel
         within = np.flatnonzero((at >= -0.5 - 1e-6) & (at <= size - 0.5 + 1e-6))
         inside = range(int(within[0]), int(within[-1]) + 1) if len(within) else range(0)
-        return _Axis(size, weights, used.argmax(axis=1), size - 1 - used[:, ::-1].argmax(axis=1), inside)
+        return _Axis(size, weights, *weights.reach, inside)
 
     @property
     def margin(self) -> int:

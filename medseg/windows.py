@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from medseg.body import Air
 from medseg.config import WindowsConfig
-from medseg.device import batch_that_fits, check_held, forget_peak, is_out_of_memory, most_voxels, release_memory
+from medseg.device import (
+    batch_that_fits,
+    beyond_memory,
+    check_held,
+    forget_peak,
+    is_out_of_memory,
+    most_voxels,
+    release_memory,
+)
 from medseg.errors import DataError
 from medseg.patches import cut
 from medseg.restore import Piece
@@ -110,11 +118,12 @@ def stream(
     air: Air | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> Iterator[Piece]:
-    """Final scores of `image` (C, *S), wherever it lies, as pieces in the order of `stream_order`, on `device`.
+    """Final scores of `image` (C, *S), wherever it lies, as pieces in the order of `stream_order`.
 
-    A volume smaller than a patch is padded with 0, as in training. What is held at a time grows with the section of the
-    volume across its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the
-    share that is done after each window; what it raises ends the work.
+    They lie on `device`, or on the CPU where the memory of the device ran out or a window was divided. A volume smaller
+    than a patch is padded with 0, as in training. What is held at a time grows with the section of the volume across
+    its first axis in `stream_order` times the number of channels, not with the volume. `tick` hears the share that is
+    done after each window; what it raises ends the work.
 
     Where memory runs out, the batch is halved, then sums are kept on the CPU, and nothing is computed twice. A tile or
     a whole volume that does not fit is divided into parts that see a margin of each other; a CPU tells it beforehand,
@@ -145,11 +154,20 @@ def predict(
 
 
 def assemble(pieces: Iterable[Piece], shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """All scores (K, *shape) of the `pieces` of a volume, on `device`."""
+    """All scores (K, *shape) of the `pieces` of a volume, on `device`.
+
+    Raises `MemoryError` where they are more than this machine can hold: there they come in the end, from any device.
+    """
     total: torch.Tensor | None = None
     for piece in pieces:
         if total is None:
-            total = torch.zeros((piece.scores.shape[-1], *shape), device=device)
+            channels, voxels = piece.scores.shape[-1], math.prod(shape)
+            if taken := beyond_memory(channels * voxels):
+                raise MemoryError(
+                    f"{channels} scores of {voxels:,} voxels at once, as postprocess.crf needs them, take {taken}; "
+                    "leave it out"
+                )
+            total = torch.zeros((channels, *shape), device=device)
         total[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0).to(device)
     if total is None:
         raise ValueError("no window in an empty volume")
@@ -312,6 +330,10 @@ class _Tiles(_Plan):
             halo = self._margin
         self._tile = tile
         for index in self._in_order([-(-s // t) for s, t in zip(self.padded, tile)]):
+            inside = zip(index, tile, self.offset, self.shape)
+            if not all(i * t < o + s and o < (i + 1) * t for i, t, o, s in inside):
+                # in the padding alone, where nothing is asked
+                continue
             first = [max(0, i * t - h) for i, t, h in zip(index, tile, halo)]
             last = [min(s, (i + 1) * t + h) for i, t, h, s in zip(index, tile, halo, self.padded)]
             self.windows.append(_Window(tuple(first), tuple(b - a for a, b in zip(first, last)), index))
@@ -345,7 +367,7 @@ def _plan(config: WindowsConfig, image: torch.Tensor) -> _Plan:
     voxels = image[0].numel()
     if config.mode == "whole" and voxels > (config.whole_voxels or voxels):
         log.info("%d voxels are more than whole volumes were judged on (%s): blended", voxels, config.whole_voxels)
-        return _Blend(config, image)
+        return _Blend(config.model_copy(update={"mode": "blend"}), image)
     return _Blend(config, image) if config.mode == "blend" else _Tiles(config, image)
 
 

@@ -234,11 +234,25 @@ def test_a_wrong_value_is_named_with_what_was_found(section: str, key: str, valu
         ({"data": {"labels": {"a": -1}}}, "outside 0..65535"),
         ({"data": {"labels": {"a": [1, 2], "b": 2}, "region_values": [1]}}, "2 regions need"),
         ({"data": {"labels": {f"l{n}": n for n in range(1, 256)}}}, "255 labels found, expected at most 254"),
+        ({"windows": {"skip_air": "on"}}, r"windows\.skip_air: on found with 3 dimensions and .*normalise: image"),
+        (
+            {
+                "data": {"spatial_dims": 2},
+                "preprocess": {"intensity": [{"normalise": "fixed"}]},
+                "windows": {"skip_air": "on"},
+            },
+            "on found with 2 dimensions and .*: fixed, expected 3",
+        ),
     ],
 )
 def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_config(values)
+
+
+def test_air_may_be_skipped_where_it_is_known() -> None:
+    how = {"intensity": [{"normalise": "fixed", "sd": 200.0}]}
+    assert make_config({"preprocess": how, "windows": {"skip_air": "on"}}).windows.skip_air == "on"
 
 
 def test_values_are_frozen() -> None:
@@ -419,6 +433,14 @@ def test_overlay_replaces_labels_and_lists_as_a_whole() -> None:
     base = {"data": {"labels": {"a": 1, "b": 2}, "channels": ["t1", "t2"]}}
     change = {"data": {"labels": {"c": 3}, "channels": ["ct"]}}
     assert overlay(base, change) == change
+
+
+@pytest.mark.parametrize(("section", "key"), [("postprocess", "min_size_mm3"), ("network", "arguments")])
+def test_an_empty_mapping_takes_away_what_is_there(section: str, key: str) -> None:
+    base = {section: {key: {"a": 5.0}}}
+    assert overlay(base, {section: {key: {"b": 3.0}}}) == {section: {key: {"a": 5.0, "b": 3.0}}}
+    assert overlay(base, settings_from([f"{section}.{key}={{}}"])) == {section: {key: {}}}
+    assert overlay(base, {section: {}}) == base
 
 
 def test_overlay_over_null_takes_the_change() -> None:

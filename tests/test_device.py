@@ -42,6 +42,12 @@ def test_a_precision_that_is_asked_for_is_taken(wanted: str) -> None:
     assert choose_precision(wanted, torch.device("cpu")) == wanted
 
 
+@pytest.mark.parametrize("wanted", ["fp16", "16", ""])
+def test_another_precision_is_refused_with_those_there_are(wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"--precision {wanted}: expected auto, 32 or bf16"):
+        choose_precision(wanted, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("avx512", "amx", "expected"), [(False, False, "32"), (True, False, "bf16"), (False, True, "bf16")]
 )

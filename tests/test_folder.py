@@ -18,6 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from geometry import oblique, save
 from tiny import AFFINE, EXACT, SHAPE, blobs, some_images
@@ -30,7 +31,7 @@ from medseg.folder import CaseResult, infer, segment_cases
 from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
 from medseg.writers import formats as formats_module
-from medseg.writers import write_label, write_text
+from medseg.writers import ignores_case, write_label, write_text
 
 
 def statuses(results: tuple[CaseResult, ...]) -> list[str]:
@@ -533,6 +534,22 @@ def test_another_model_does_everything_again(tmp_path: Path, model: Path, other_
     assert run(tmp_path, other_model, model) == ["done", "done"]
 
 
+def test_masks_of_another_model_that_stay_are_told(
+    tmp_path: Path, model: Path, other_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = some_images(tmp_path / "in", 3)
+    infer([first, second, third], [model], tmp_path / "out", EXACT)
+    (tmp_path / "out" / "case2.nii.gz").unlink()
+    with caplog.at_level(logging.WARNING):
+        infer([first], [other_model], tmp_path / "out", EXACT)
+    assert "out: 1 masks of another model or other settings stay, such as case1.nii.gz, and run.json" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        infer([first, second], [other_model], tmp_path / "out", EXACT)
+        infer([first], [other_model], tmp_path / "out", EXACT)
+    assert not caplog.text
+
+
 def test_a_mask_that_another_model_left_in_between_is_done_again(
     tmp_path: Path, model: Path, other_model: Path
 ) -> None:
@@ -558,6 +575,20 @@ def test_a_random_field_is_one_setting_away_and_makes_masks_of_its_own(tmp_path:
     assert "postprocess" in record(tmp_path / "out")["cases"][0]["seconds"]
 
 
+def test_a_random_field_whose_scores_no_memory_holds_is_the_failure_of_its_case(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    loaded = load_model(model, options=replace(EXACT, settings={"postprocess": {"crf": True}}))
+    # three scores of the 1,020 voxels of the grid of the network
+    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers >= 3 * 1020 else "")
+    (result,) = infer([tmp_path / "in"], loaded, tmp_path / "out")
+    assert (result.status, result.cause) == ("failed", "MemoryError")
+    assert "the memory of this machine does not hold it (3 scores of 1,020 voxels at once" in str(result.reason)
+    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers > 3 * 1020 else "")
+    assert infer([tmp_path / "in"], loaded, tmp_path / "out")[0].status == "done"
+
+
 @pytest.mark.parametrize(
     "change", [{"tta": "flip"}, {"window": (8, 8, 8)}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}]
 )
@@ -572,6 +603,22 @@ def test_a_changed_input_is_done_again_and_only_that(tmp_path: Path, model: Path
     run(tmp_path, model)
     save(images[1], blobs(SHAPE, seed=9), AFFINE)
     assert run(tmp_path, model) == ["skipped", "done"]
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_voxels_beside_a_header_are_of_the_input(tmp_path: Path, model: Path, ending: str) -> None:
+    first, second = (tmp_path / name / f"ct{ending}" for name in ("in", "next"))
+    for seed, path in enumerate((first, second)):
+        path.parent.mkdir()
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(blobs(SHAPE, seed=seed)), str(path))
+    assert first.read_bytes() == second.read_bytes()
+    (result,) = infer([first], [model], tmp_path / "out", EXACT)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (first, first.with_suffix(".raw"))]
+    assert list(result.inputs.values()) == digests
+    before = masks(tmp_path / "out")
+    assert statuses(infer([second], [model], tmp_path / "out", EXACT)) == ["done"]
+    assert masks(tmp_path / "out") != before
+    assert statuses(infer([second], [model], tmp_path / "out", EXACT)) == ["skipped"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "elsewhere"])
@@ -660,6 +707,17 @@ def test_what_a_killed_run_has_left_is_cleared_away(
     assert masks(tmp_path / "out").keys() == {"case0.nii.gz"}
 
 
+def test_names_that_are_no_text_are_read_back_from_a_record(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = some_images(tmp_path / "in", 1)
+    path.rename(path.with_name("caf\udce9.nii.gz"))
+    assert run(tmp_path, model) == ["done"]
+    with caplog.at_level(logging.WARNING):
+        assert run(tmp_path, model) == ["skipped"]
+    assert not caplog.text
+
+
 def test_a_damaged_record_is_named_and_its_cases_done_again(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -714,6 +772,23 @@ def test_masks_do_not_go_among_the_images(tmp_path: Path, model: Path) -> None:
     with pytest.raises(ConfigError, match="images to segment are there"):
         infer([tmp_path / "in"], [model], tmp_path / "in", EXACT)
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
+
+
+@pytest.mark.parametrize("names", [("Case", "case"), ("caf\u00e9", "CAFE\u0301")])
+def test_names_that_the_disk_takes_for_one_are_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    images = []
+    for name, part in zip(names, ("one", "two")):
+        (tmp_path / part).mkdir()
+        images.append(save(tmp_path / part / f"{name}.nii.gz", blobs(SHAPE), AFFINE))
+    monkeypatch.setattr(folder_module, "ignores_case", lambda folder: True)
+    with pytest.raises(ConfigError, match=f"both {images[0]} and {images[1]} would become it, since this disk"):
+        infer(images, [model], tmp_path / "out", EXACT)
+    assert not masks(tmp_path / "out")
+    monkeypatch.undo()
+    if not ignores_case(tmp_path):
+        assert statuses(infer(images, [model], tmp_path / "out", EXACT)) == ["done", "done"]
 
 
 def test_a_failed_case_is_tried_again(tmp_path: Path, model: Path) -> None:

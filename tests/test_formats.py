@@ -91,7 +91,9 @@ def test_all_files_are_there_and_on_record(made: Path) -> None:
     (case,) = json.loads((made / "run.json").read_text())["cases"]
     digests = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in NAMES.values()}
     assert (case["output"], case["output_sha256"]) == ("scan.nii.gz", digests["scan.nii.gz"])
-    assert case["files"] == {f: {"name": n, "sha256": digests[n]} for f, n in NAMES.items() if f != "nifti"}
+    known = {f: {"name": n, "sha256": digests[n]} for f, n in NAMES.items() if f != "nifti"}
+    known["dicom-sr"]["refers_to"] = ["dicom-seg"]
+    assert case["files"] == known
 
 
 def test_the_dicom_seg_is_the_mask(made: Path) -> None:
@@ -204,6 +206,21 @@ def test_a_format_that_is_asked_for_later_joins_the_others(scan: Path, tmp_path:
     assert one(scan, model, tmp_path, asking("nifti", "rtstruct")).status == "skipped"
 
 
+def test_measurements_refer_to_a_segmentation_that_is_asked_for_with_them(
+    scan: Path, tmp_path: Path, model: Path
+) -> None:
+    both = asking("dicom-sr", "dicom-seg")
+    for options in (asking("dicom-sr"), asking("dicom-seg")):
+        assert one(scan, model, tmp_path, options).status == "done"
+    uid = str(pydicom.dcmread(tmp_path / "scan.seg.dcm").SOPInstanceUID)
+    alone = (tmp_path / "scan.sr.dcm").read_bytes()
+    assert uid.encode() not in alone
+    assert one(scan, model, tmp_path, both).status == "done"
+    assert uid.encode() in (tmp_path / "scan.sr.dcm").read_bytes()
+    for options in (both, asking("dicom-sr"), asking("dicom-seg")):
+        assert one(scan, model, tmp_path, options).status == "skipped"
+
+
 def test_without_nifti_there_is_none(scan: Path, tmp_path: Path, model: Path) -> None:
     result = one(scan, model, tmp_path, asking("dicom-seg"))
     assert (result.status, result.output, result.output_sha256) == ("done", None, None)
@@ -271,6 +288,19 @@ def test_where_one_file_cannot_be_written_none_stays(
     result = one(scan, model, tmp_path, asking(*ALL))
     assert (result.status, result.reason) == ("failed", "no luck")
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_where_one_file_cannot_be_written_those_that_were_there_stay(
+    scan: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise DataError("no luck")
+
+    one(scan, model, tmp_path, EXACT)
+    before = files(tmp_path)
+    monkeypatch.setitem(FORMATS, "rtstruct", replace(FORMATS["rtstruct"], write=fails))
+    assert one(scan, model, tmp_path, asking("nifti", "picture", "rtstruct")).status == "failed"
+    assert files(tmp_path) == before
 
 
 def test_a_full_disk_leaves_no_file_half(

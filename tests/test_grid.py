@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from geometry import oblique, orientations, reorient
 
 from medseg import grid as grid_module
 from medseg.errors import GeometryError
-from medseg.grid import Grid, axis_weights, resample, resample_labels, turned
+from medseg.grid import AxisWeights, Grid, resample, resample_labels, turned
 
 SPACING = (0.9, 1.7, 3.1)
 
@@ -190,23 +191,69 @@ def test_a_ramp_stays_a_ramp_when_spacing_changes(kernel: grid_module.Kernel, sp
 
 
 def test_keys_cubic_reproduces_a_parabola() -> None:
-    weights = axis_weights(12, 40, scale=0.3, offset=-0.1, kernel="cubic")
+    weights = AxisWeights(12, 40, 0.3, -0.1, "cubic").whole
     at = 0.3 * np.arange(40) - 0.1
     inside = (at > 1) & (at < 10)
     np.testing.assert_allclose((weights @ (np.arange(12.0) ** 2))[inside], at[inside] ** 2, atol=1e-12)
 
 
 def test_keys_cubic_half_way_has_the_weights_of_the_paper() -> None:
-    assert axis_weights(4, 1, scale=1, offset=1.5, kernel="cubic")[0] == pytest.approx(
-        [-1 / 16, 9 / 16, 9 / 16, -1 / 16]
-    )
+    assert AxisWeights(4, 1, 1.0, 1.5, "cubic").whole[0] == pytest.approx([-1 / 16, 9 / 16, 9 / 16, -1 / 16])
 
 
 @pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
 @pytest.mark.parametrize(("scale", "offset"), [(0.3, -2.0), (1.0, 0.5), (2.7, 0.4), (-2.7, 25.0), (8.0, 3.5)])
 def test_weights_of_every_row_sum_to_one(kernel: grid_module.Kernel, scale: float, offset: float) -> None:
-    weights = axis_weights(11, 13, scale=scale, offset=offset, kernel=kernel)
+    weights = AxisWeights(11, 13, scale, offset, kernel).whole
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize(
+    ("scale", "offset"), [(1.0, 0.0), (0.3, -2.0), (1.0, 0.5), (-1.0, 10.0), (2.7, 0.4), (-2.7, 25.0), (8.0, 3.5)]
+)
+def test_some_rows_after_the_other_have_the_weights_of_the_whole(
+    kernel: grid_module.Kernel, scale: float, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = AxisWeights(11, 13, scale, offset, kernel).whole
+    monkeypatch.setattr(grid_module, "MOST_WEIGHTS", 11 * 13 - 1)
+    monkeypatch.setattr(grid_module, "ROWS", 4)
+    weights = AxisWeights(11, 13, scale, offset, kernel)
+    assert weights.whole is None
+    found, row = np.zeros((13, 11)), 0
+    for columns, part in weights.parts():
+        found[row : row + len(part), columns] = part
+        row += len(part)
+    # rows are divided by their sum, which is rounded by the order of what is added
+    np.testing.assert_allclose(found, whole, atol=1e-15)
+    first, last = weights.reach
+    assert all(not row[:a].any() and not row[b + 1 :].any() for row, a, b in zip(whole, first, last))
+    assert row == 13
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
+def test_long_axes_are_read_as_short_ones_are(kernel: grid_module.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = source((18, 21, 24))
+    there, volume = here.with_spacing((1.1, 0.7, 4.0)), torch.randn(2, *here.shape)
+    whole = resample(volume, here, there, kernel=kernel)
+    monkeypatch.setattr(grid_module, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(grid_module, "ROWS", 5)
+    # products of float32 are added in another order
+    assert torch.allclose(resample(volume, here, there, kernel=kernel), whole, atol=1e-6)
+    assert torch.equal(resample(volume, here, here, kernel=kernel), volume)
+
+
+def test_what_a_long_signal_takes_does_not_grow_with_its_square() -> None:
+    # all weights of it would be 288 MB
+    here, signal = Grid((6000,), np.eye(2)), torch.arange(6000.0)[None]
+    tracemalloc.start()
+    same, halved = (resample(signal, here, grid) for grid in (here, here.with_spacing((2.0,))))
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 20e6
+    assert torch.equal(same, signal)
+    # voxel 100 lies between 200 and 201, and reads as much on either side
+    assert float(halved[0, 100]) == 200.5
 
 
 def test_shrinking_averages_instead_of_skipping() -> None:

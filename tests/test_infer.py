@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -84,7 +85,43 @@ def test_channels_are_given_in_order(tmp_path: Path) -> None:
         segmenter.segment(t1)
 
 
+def test_a_file_of_which_the_network_says_nothing_is_named(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m")
+    segmenter = load_model(folder, options=EXACT)
+    for parameter in segmenter.models[0].network.parameters():
+        parameter.data.fill_(torch.nan)
+    (path,) = some_images(tmp_path / "in", 1)
+    with pytest.raises(DataError, match=r"^case0\.nii\.gz: the network gave scores that are no numbers"):
+        segmenter.segment(path)
+
+
 # ---- several models, and turned views
+
+
+@pytest.mark.parametrize(
+    ("tta", "expected"),
+    [
+        ("none", ((), (), (1.0,))),
+        ("flip", ((0, 2), (), (1.0,))),
+        ("scale", ((0, 2), (), (1.0, 0.75, 1.25))),
+        ("auto", ((1,), ((1, 0, 1),), (1.0, 0.5))),
+    ],
+)
+def test_the_copies_are_those_that_are_asked_for(
+    tmp_path: Path, tta: Literal["none", "flip", "scale", "auto"], expected: tuple[Any, ...]
+) -> None:
+    windows = {"patch_size": [8, 8, 8], "flip_axes": [1], "shifts": [[1, 0, 1]], "scales": [1.0, 0.5]}
+    folder = tiny_model(tmp_path / "m", tiny_config(windows=windows, augment={"flip_axes": [0, 2]}))
+    found = load_model(folder, options=replace(EXACT, tta=tta)).config.windows
+    assert (found.flip_axes, found.shifts, found.scales) == expected
+
+
+def test_copies_that_are_set_are_seen_whatever_else_is_asked_for(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", tiny_config(augment={"flip_axes": [0, 2]}))
+    moved = replace(EXACT, settings={"windows": {"shifts": [[1, 0, 1]]}})
+    for tta, axes in (("none", ()), ("flip", (0, 2))):
+        found = load_model(folder, options=replace(moved, tta=tta)).config.windows
+        assert (found.flip_axes, found.shifts, found.scales) == (axes, ((1, 0, 1),), (1.0,))
 
 
 def test_an_ensemble_is_the_mean_of_probabilities(tmp_path: Path, model: Path, other_model: Path) -> None:

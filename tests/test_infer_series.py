@@ -15,7 +15,7 @@ import pytest
 from phantom import every, series
 from tiny import EXACT
 
-from medseg.errors import ConfigError
+from medseg.errors import ConfigError, DataError, GeometryError
 from medseg.folder import infer
 from medseg.infer import load_model
 from medseg.readers import SeriesOptions
@@ -82,6 +82,20 @@ def test_resampling_is_on_request_and_on_record(tmp_path: Path, model: Path) -> 
     assert record["settings"]["resample_gaps"] is True
     # a mask that was made so is not taken for one that was not
     assert infer([folder], [model], tmp_path / "out", EXACT)[0].status == "failed"
+
+
+def test_what_may_be_done_to_a_series_holds_for_one_alone_too(tmp_path: Path, model: Path) -> None:
+    series(tmp_path / "both" / "gap", voxels=VOXELS, at=GAP)
+    series(tmp_path / "both" / "good", every(SeriesInstanceUID="1.2.3.99"), voxels=VOXELS)
+    segmenter = load_model(model, options=EXACT)
+    with pytest.raises(DataError, match="2 series found"):
+        segmenter.segment(tmp_path / "both")
+    chosen = segmenter.with_options(replace(EXACT, series=SeriesOptions(uid="1.2.3.99")))
+    assert chosen.segment(tmp_path / "both").shape == (14, 10, 12)
+    with pytest.raises(GeometryError, match=r"a gap of 5\.00 mm"):
+        segmenter.segment(tmp_path / "both" / "gap")
+    resampling = segmenter.with_options(replace(EXACT, series=SeriesOptions(resample_gaps=True)))
+    assert resampling.segment(tmp_path / "both" / "gap").shape == (14, 10, 13)
 
 
 def test_records_of_before_stay_good(tmp_path: Path, model: Path) -> None:

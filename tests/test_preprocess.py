@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from geometry import oblique, orientations, reorient, save
 from PIL import Image as Picture
 from tiny import blobs
 
-from medseg import preprocess
+from medseg import device, preprocess
 from medseg.cases import Case
 from medseg.config import DataConfig, IntensityConfig, PreprocessConfig
 from medseg.errors import DataError, GeometryError
@@ -96,12 +97,27 @@ def test_spacing_is_what_was_asked(tmp_path: Path) -> None:
     assert found.grid.spacing_mm == pytest.approx((0.5, 3.0, 2.5), abs=1e-5)
 
 
-def test_a_grid_that_no_memory_holds_is_refused_with_the_file_named(tmp_path: Path) -> None:
+def test_a_grid_that_no_memory_holds_is_refused_with_the_file_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(tmp_path / "i.nii", np.zeros((4, 5, 6), np.float32), np.diag([500, 400, 600, 1]))
     config = PreprocessConfig(spacing_mm=(1.0, 1.0, 0.5))
     # 2,000 × 2,000 × 7,200 voxels are 13 times the most
+    monkeypatch.setattr(device, "machine_memory_bytes", lambda: None)
     expected = r"i\.nii: spacing 500 × 400 × 600 mm found; at the 1 × 1 × 0\.5 mm .* 2000 × 2000 × 7200 voxels"
     with pytest.raises(DataError, match=expected):
+        prepare(Case("c", (path,), None, "c"), config, DATA, with_label=False)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_a_grid_that_this_machine_cannot_hold_is_refused_with_the_file_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, fits: bool
+) -> None:
+    path = save(tmp_path / "i.nii", np.zeros((4, 4, 4), np.float32), np.eye(4))
+    config = PreprocessConfig(spacing_mm=(1.0, 1.0, 0.5))
+    # 4 × 4 × 8 voxels of four bytes, of which half the memory may hold no more
+    monkeypatch.setattr(device, "machine_memory_bytes", lambda: 2 * 4 * 4 * 4 * 8 + spare)
+    with nullcontext() if fits else pytest.raises(DataError, match=r"i\.nii: .* 4 × 4 × 8 voxels, which take 0\.0 GB"):
         prepare(Case("c", (path,), None, "c"), config, DATA, with_label=False)
 
 
@@ -377,3 +393,30 @@ def test_a_case_whose_name_is_no_text_is_kept_too(tmp_path: Path) -> None:
     case = replace(a_case(tmp_path), id="caf\udce9")
     assert prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache").id == case.id
     assert [file.name[:5] for file in (tmp_path / "cache").iterdir()] == ["caf?-"]
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "骨"])
+def test_a_case_whose_name_is_as_long_as_a_disk_takes_is_kept_too(tmp_path: Path, letter: str) -> None:
+    case = a_case(tmp_path)
+    names = [letter * ((255 - len(".nii.gz")) // len(letter.encode()) - 1) + end for end in ("x", "y")]
+    found = [prepare_cached(replace(case, id=name), AS_IT_IS, DATA, tmp_path / "cache") for name in names]
+    assert [f.id for f in found] == names
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.name.startswith(letter * 60)
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+@pytest.mark.parametrize("which", ["image", "label"])
+def test_the_voxels_beside_a_header_are_sources_too(tmp_path: Path, ending: str, which: str) -> None:
+    image, label = (tmp_path / f"{name}{ending}" for name in ("image", "label"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.ones((4, 5, 6), np.float32)), str(image))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.full((4, 5, 6), 3, np.uint8)), str(label))
+    case = Case("one", (image,), label, "one")
+    prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache")
+    raw, (value, dtype) = tmp_path / f"{which}.raw", {"image": (2, np.float32), "label": (7, np.uint8)}[which]
+    time = raw.stat().st_mtime_ns
+    raw.write_bytes(np.full(120, value, dtype).tobytes())
+    os.utime(raw, ns=(time, time + 1))
+    found = prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache")
+    assert (found.image == (2 if which == "image" else 1)).all()
+    assert (found.label == (2 if which == "label" else 1)).all()

@@ -303,6 +303,20 @@ def test_batch_norms_are_folded_into_kernels_where_there_is_no_norm(tmp_path: Pa
     assert row(found, there="features.1.running_var").why == "into features.0, which has no norm after it here"
 
 
+def test_batch_norms_without_weights_of_their_own_are_folded_as_ones_and_zeros(tmp_path: Path) -> None:
+    state = vgg_keys(VGG_BN_CONVS, norm=True)
+    norms = [key.removesuffix(".running_mean") for key in state if key.endswith(".running_mean")]
+    for norm in norms:
+        width = state[f"{norm}.running_mean"].shape
+        state[f"{norm}.weight"], state[f"{norm}.bias"] = torch.ones(width), torch.zeros(width)
+    expected, bare = (deeplab(2, 3, encoder="vgg16", norm="none") for _ in range(2))
+    load(expected, state, tmp_path, spatial_dims=2)
+    own = {f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")}
+    load(bare, {key: value for key, value in state.items() if key not in own}, tmp_path, spatial_dims=2)
+    images = torch.randn(1, 3, 64, 50)
+    assert torch.equal(last_map(bare, images), last_map(expected, images))
+
+
 # ---- other dimensions
 
 

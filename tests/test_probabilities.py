@@ -31,6 +31,7 @@ from medseg.readers import Geometry, read_geometry
 from medseg.readers.probabilities import STEPS, Channels, read_probabilities
 from medseg.restore import Regions, Strongest, restore
 from medseg.writers import probabilities as probabilities_module
+from medseg.writers.formats import FORMATS
 from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
 
 SAVING = replace(EXACT, save_probabilities=True)
@@ -476,6 +477,19 @@ def test_a_case_whose_probabilities_cannot_be_written_has_failed_and_has_no_mask
     monkeypatch.setattr(folder_module, "write_probabilities", broken)
     assert [r.status for r in saved(tmp_path, model)] == ["failed", "done"]
     assert not (tmp_path / "out" / "case0.nii.gz").exists()
+
+
+def test_a_case_whose_mask_cannot_be_written_has_no_probabilities(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise DataError("no luck")
+
+    some_images(tmp_path / "in", 1)
+    monkeypatch.setitem(FORMATS, "nifti", replace(FORMATS["nifti"], write=fails))
+    (result,) = saved(tmp_path, model)
+    assert (result.status, result.reason, result.warnings) == ("failed", "no luck", ())
+    assert not list((tmp_path / "out/probabilities").iterdir())
 
 
 def test_the_folder_is_refused_where_images_are(tmp_path: Path, model: Path) -> None:

@@ -22,6 +22,7 @@ from medseg.readers import (
     read_images,
     read_label,
     split_ending,
+    stored_in,
 )
 
 # 3 × 4 × 5 voxels of 0.5 × 1 × 2 mm, turned by 20° about z and sheared by nothing
@@ -573,3 +574,45 @@ def test_what_is_no_picture_holds_no_colour(tmp_path: Path) -> None:
     assert not holds_colour(tmp_path / "a.png")
     assert not holds_colour(tmp_path / "gone.png")
     assert not holds_colour(tmp_path / "a.nii")
+
+
+# ---- the files of a header
+
+
+HEADERS = {
+    "one.mhd": ("ObjectType = Image\nNDims = 3\nElementDataFile = a.raw\n", ["a.raw"]),
+    "spaces.mhd": ("NDims = 3\r\nElementDataFile =  the voxels.raw \r\n", ["the voxels.raw"]),
+    "below.mhd": ("NDims = 3\nElementDataFile = sub/b.raw\n", ["sub/b.raw"]),
+    "local.mha": ("NDims = 3\nElementDataFile = LOCAL\nElementDataFile = a.raw\n", []),
+    "list.mhd": ("NDims = 3\nElementDataFile = LIST 2D\ns2.raw\ns10.raw\n", ["s2.raw", "s10.raw"]),
+    "many.mhd": ("NDims = 3\nElementDataFile = s%d.raw 2 10 8\n", ["s10.raw", "s2.raw"]),
+    "padded.mhd": ("NDims = 3\nElementDataFile = sub/p%03d.raw 1 2 1\n", ["sub/p001.raw", "sub/p002.raw"]),
+    "one.nhdr": ("NRRD0005\ntype: short\ndata file: ./a.raw\n\n", ["a.raw"]),
+    "old.nhdr": ("NRRD0001\ntype: short\ndatafile: a.raw\n", ["a.raw"]),
+    "list.nhdr": ("NRRD0005\n# data file: a.raw\ndata file: LIST 2\ns2.raw\ns10.raw\n", ["s2.raw", "s10.raw"]),
+    "many.nhdr": ("NRRD0005\ndata file: s%d.raw 2 10 8 2\n\n", ["s10.raw", "s2.raw"]),
+    "inside.nrrd": ("NRRD0005\ntype: short\n\ndata file: a.raw\n", []),
+    "lost.mhd": ("NDims = 3\nElementDataFile = not there.raw\n", []),
+    "cut.mhd": ("NDims = 3\n", []),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_the_files_of_the_voxels_are_those_that_the_header_names(tmp_path: Path, name: str) -> None:
+    for file in ("a.raw", "the voxels.raw", "sub/b.raw", "s2.raw", "s10.raw", "s.raw", "sub/p001.raw", "sub/p002.raw"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"\0")
+    header, named = HEADERS[name]
+    (tmp_path / name).write_bytes(header.encode())
+    assert stored_in(tmp_path / name) == (tmp_path / name, *(tmp_path / file for file in named))
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.mhd", "a.nhdr", "a.nii.gz"])
+@pytest.mark.parametrize("compress", [True, False])
+def test_no_file_that_is_written_is_missed(tmp_path: Path, name: str, compress: bool) -> None:
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(VOXELS), str(tmp_path / name), useCompression=compress)
+    assert sorted(stored_in(tmp_path / name)) == sorted(tmp_path.iterdir())
+
+
+def test_a_header_that_is_not_there_is_stored_in_itself(tmp_path: Path) -> None:
+    assert stored_in(tmp_path / "a.mhd") == (tmp_path / "a.mhd",)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from geometry import oblique, orientations, reorient
 
+from medseg import grid as grid_module
 from medseg.config import DataConfig
 from medseg.errors import GeometryError
 from medseg.grid import Grid, resample
@@ -119,6 +120,15 @@ def test_one_and_two_dimensions(shape: tuple[int, ...]) -> None:
     expected = resample(scores, here, there).argmax(dim=0).to(torch.uint8)
     order = tuple(reversed(range(len(shape))))
     assert torch.equal(in_pieces(scores, here, there, Strongest((0, 1, 2, 3)), 2, order), expected)
+
+
+def test_labels_on_long_axes_are_those_on_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Grid((12, 9, 20), oblique((1.0, 1.5, 2.5)))
+    there, scores = here.with_spacing((0.7, 2.0, 2.5)), random_scores(4, here.shape)
+    expected = restore(scores, here, there, Strongest((0, 1, 2, 3)))
+    monkeypatch.setattr(grid_module, "MOST_WEIGHTS", 1)
+    # a label would differ where two scores are equal to rounding alone
+    assert torch.equal(restore(scores, here, there, Strongest((0, 1, 2, 3))), expected)
 
 
 def test_later_regions_overwrite_earlier_ones_also_between_voxels() -> None:

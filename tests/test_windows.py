@@ -199,6 +199,28 @@ def test_tiles_whose_margin_holds_the_field_of_view_equal_the_whole(shape: tuple
     assert torch.allclose(predict(config, volume, scorer), scorer(volume[None])[0], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "patch", "tiles"), [((20,), 40, 1), ((10, 70), 160, 3), ((20, 41, 20), 40, 2), ((3,), 69, 1)]
+)
+def test_no_tile_lies_in_the_padding_alone(shape: tuple[int, ...], patch: int, tiles: int) -> None:
+    # in a patch of 40 the tiles are 0–31 and 32–39, and 20 voxels lie at 10–29
+    dims = len(shape)
+    scorer, volume = a_network(dims, kernel=7), a_volume(*shape)
+    tile = (min(patch, 63),) * dims
+    config = WindowsConfig(patch_size=(patch,) * dims, mode="halo", tile_size=tile, halo=(3,) * dims)
+    pieces = list(stream(config, volume, scorer, device=CPU))
+    assert len(pieces) == tiles
+    assert all(piece.scores.numel() for piece in pieces)
+    assert torch.allclose(predict(config, volume, scorer), scorer(volume[None])[0], atol=1e-6)
+
+
+def test_what_is_too_large_to_be_done_whole_is_blended_also_where_an_axis_is_smaller_than_a_patch() -> None:
+    scorer, volume = a_network(2), a_volume(20, 90)
+    config = WindowsConfig(patch_size=(40, 40), tile_size=(8, 8))
+    whole = config.model_copy(update={"mode": "whole", "whole_voxels": 1000})
+    assert torch.equal(predict(whole, volume, scorer), predict(config, volume, scorer))
+
+
 def test_tiles_of_a_strided_network_lie_on_its_grid() -> None:
     def strided(windows: torch.Tensor) -> torch.Tensor:
         return windows[..., ::16].repeat_interleave(16, dim=-1)[..., : windows.shape[-1]]

@@ -23,6 +23,7 @@ from medseg.writers import (
     STALE_AFTER_S,
     atomic_path,
     held_room,
+    ignores_case,
     is_disk_full,
     label_ending,
     remove_stale_temporaries,
@@ -257,6 +258,24 @@ def test_a_disk_that_can_only_be_read_is_named_though_nothing_can_be_removed(
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(DataError, match=r"cannot write a\.nii \(Read-only file system\)"):
         write_half(tmp_path / "a.nii", OSError(errno.EROFS, os.strerror(errno.EROFS)))
+
+
+@pytest.mark.parametrize("ignores", [True, False])
+def test_a_disk_that_ignores_case_is_told_by_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignores: bool
+) -> None:
+    there: set[str] = set()
+
+    def exists(path: Path) -> bool:
+        names = os.listdir(path.parent)
+        there.update(names)
+        return path.name.lower() in map(str.lower, names) if ignores else path.name in names
+
+    monkeypatch.setattr(os.path, "exists", exists)
+    assert ignores_case(tmp_path) is ignores
+    assert len(there) == 1
+    assert not os.listdir(tmp_path)
+    assert not ignores_case(tmp_path / "none")
 
 
 def test_room_is_held_until_the_block_ends(tmp_path: Path) -> None:

@@ -38,12 +38,14 @@ __all__ = [
     "holds_colour",
     "is_image_file",
     "is_picture",
+    "is_series",
     "read_geometry",
     "read_image",
     "read_images",
     "read_label",
     "same_kind_or_raise",
     "split_ending",
+    "stored_in",
     "why_absent",
 ]
 
@@ -84,6 +86,14 @@ def is_picture(path: Path) -> bool:
     return split_ending(path.name)[1].lower() in PICTURE_ENDINGS
 
 
+def is_series(path: Path) -> bool:
+    """Whether `path` is read as a DICOM series: a folder, or a file of no other known ending that holds DICOM.
+
+    Raises `DataError` where it cannot be read.
+    """
+    return path.is_dir() or (path.is_file() and not split_ending(path.name)[1] and holds_dicom(path))
+
+
 def same_kind_or_raise(path: Path, like: Path) -> None:
     """Raises `GeometryError` where one of two files that must share a grid is a picture and the other is not.
 
@@ -114,6 +124,20 @@ def why_absent(path: Path) -> str:
 def holds_colour(path: Path) -> bool:
     """Whether a file is a picture that shows colours; not where that cannot be read."""
     return is_picture(path) and image2d.is_colour(path)
+
+
+def stored_in(path: Path) -> tuple[Path, ...]:
+    """The files that an image is stored in: `path` itself, and those of the voxels that its header names.
+
+    Of a header that cannot be read it is `path` alone: reading it says why.
+    """
+    if split_ending(path.name)[1].lower() not in itk.ENDINGS:
+        return (path,)
+    try:
+        return (path, *itk.data_files(path))
+    except OSError as error:
+        log.debug("%s: %s", path, error)
+        return (path,)
 
 
 def file_sha256(path: Path) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +18,12 @@ from medseg.readers._axes import LPS_TO_RAS, channels_first, place, plane, spati
 from medseg.readers._image import Geometry
 
 ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+
+# of MetaImage and NRRD: the field that names the files of the voxels
+_DATA_FIELD = re.compile(rb"(?:elementdatafile\s*=\s*|data ?file:\s+)(.*)", re.IGNORECASE)
+_NUMBER = re.compile(r"%[-+ #0]*\d*[diu]")
+# of a header, bytes in a line and lines; what is longer is no text
+_LINE, _LINES = 2**16, 2**16
 
 
 def read(
@@ -46,6 +57,53 @@ def read_geometry(path: Path, *, spatial_dims: int | None) -> Geometry:
     except RuntimeError as error:
         raise _refusal(path, error) from error
     return _geometry(path, reader, spatial_dims)
+
+
+def data_files(path: Path) -> tuple[Path, ...]:
+    """The files that the header in `path` names for its voxels, as far as they are there; none where it holds them.
+
+    Of numbered ones (`slice%03d.raw 1 90 1`) all that the pattern fits. Raises `OSError`.
+    """
+    with path.open("rb") as file:
+        named = list(_named_files(file))
+    found: list[Path] = []
+    for name in named:
+        pattern = name.split(" ")[0]
+        if _NUMBER.search(pattern):
+            folder, fits = path.parent / os.path.dirname(pattern), _numbered(os.path.basename(pattern))
+            there = sorted(folder.iterdir()) if folder.is_dir() else []
+            found += [file for file in there if fits.fullmatch(file.name)]
+        else:
+            found.append(path.parent / name)
+    # what is not there reading tells of
+    return tuple(file for file in dict.fromkeys(found) if file.is_file())
+
+
+def _named_files(header: BinaryIO) -> Iterator[str]:
+    """What the data field of a header says, or the lines behind it where that is LIST."""
+    lines, is_nrrd = islice(iter(partial(header.readline, _LINE), b""), _LINES), False
+    for line in lines:
+        found = _DATA_FIELD.fullmatch(line.strip())
+        if found is None:
+            is_nrrd = is_nrrd or line.startswith(b"NRRD")
+            # there the header ends, that of a MetaImage with the field
+            if not line.strip() and is_nrrd:
+                return
+            continue
+        word = os.fsdecode(found[1])
+        if word.upper() == "LOCAL":
+            return
+        if word.upper().split(" ")[0] != "LIST":
+            yield word
+            return
+        yield from (os.fsdecode(name.strip()) for name in lines if name.strip())
+        return
+
+
+def _numbered(pattern: str) -> re.Pattern[str]:
+    """What a name with a number in it, as C's printf writes it, may be."""
+    before, after = _NUMBER.split(pattern, maxsplit=1)
+    return re.compile(rf"{re.escape(before)}[-+ ]*\d+ *{re.escape(after)}")
 
 
 def _reader(path: Path) -> Any:

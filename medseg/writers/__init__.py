@@ -26,6 +26,7 @@ from medseg.writers import image2d, nifti
 __all__ = [
     "atomic_path",
     "held_room",
+    "ignores_case",
     "is_disk_full",
     "label_ending",
     "remove_stale_temporaries",
@@ -161,6 +162,22 @@ def remove_stale_temporaries(folder: Path) -> list[str]:
         if _removed(path):
             removed.append(path.name)
     return removed
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether the disk of `folder` takes small and capital letters in names for the same, as those of a Mac or Windows.
+
+    False too where nothing can be written there: whoever writes next tells why.
+    """
+    probe = _temporary(folder / "name")
+    try:
+        probe.touch()
+        return os.path.exists(probe.with_name(probe.name.upper()))
+    except OSError as error:
+        log.debug("%s: %s", folder, error)
+        return False
+    finally:
+        _removed(probe)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydicom import Dataset
 
 from medseg.writers import atomic_path
-from medseg.writers.dicom_source import LabelledSeries, Source, long_string, repeatable, written_as
+from medseg.writers.dicom_source import LabelledSeries, Source, long_string, reference_to, repeatable, written_as
 
 SERIES_NUMBER = 4000
 _DERIVATION = "Montage with outlines of segments and their measurements"
@@ -65,11 +65,5 @@ def _capture(source: Source, picture: npt.NDArray[np.uint8]) -> Dataset:
     made.SecondaryCaptureDeviceManufacturer = "medseg"
     made.BurnedInAnnotation = "NO"
     made.DerivationDescription = _DERIVATION
-    made.SourceImageSequence = [_reference(header) for header in source.headers]
+    made.SourceImageSequence = [reference_to(header) for header in source.headers]
     return repeatable(made)
-
-
-def _reference(header: Dataset) -> Dataset:
-    made = Dataset()
-    made.ReferencedSOPClassUID, made.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
-    return made

@@ -226,6 +226,13 @@ def coded(meaning: str) -> Code:
     return Code(CODES[meaning], "SCT", meaning[0].upper() + meaning[1:])
 
 
+def reference_to(header: Dataset) -> Dataset:
+    """An item that refers to the object with this `header`."""
+    made = Dataset()
+    made.ReferencedSOPClassUID, made.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+    return made
+
+
 def repeatable(made: Dataset) -> Dataset:
     """`made` without what highdicom takes from the clock."""
     del made.InstanceCreationDate, made.InstanceCreationTime

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from medseg.cases import Case
 from medseg.errors import ConfigError, DataError, MedsegError
@@ -30,10 +30,14 @@ NIFTI, DICOM_SEG, REGIONS = "nifti", "dicom-seg", "regions"
 
 
 class WrittenFile(TypedDict):
-    """A file beside a mask: its name in the folder, and the SHA-256 of its bytes."""
+    """A file beside a mask: its name in the folder, and the SHA-256 of its bytes.
+
+    `refers_to`: other formats of the case that it refers to, where it does.
+    """
 
     name: str
     sha256: str
+    refers_to: NotRequired[list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +133,11 @@ def file_names(case: Case) -> dict[str, str]:
     return {name: file_name(case, name) for name in FORMATS}
 
 
+def references(name: str, formats: Iterable[str]) -> list[str]:
+    """Those of `formats` that a file in the format `name` refers to when they are written with it."""
+    return [other for other in FORMATS[name].refers_to if other in formats]
+
+
 def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     """The headers that DICOM objects of a case refer to; None where no such format is asked for.
 
@@ -150,22 +159,35 @@ def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     return images
 
 
-def write_files(folder: Path, outcome: Outcome) -> dict[str, WrittenFile]:
+def write_files(
+    folder: Path, outcome: Outcome, kept: Mapping[str, WrittenFile] | None = None
+) -> dict[str, WrittenFile]:
     """Writes a case in all its formats into `folder`, each file whole or not at all; gives what was written, by format.
 
-    Where one cannot be written none stays: a case is done or it is not. Raises `DataError` or `GeometryError`.
+    Where one cannot be written none stays but those that were there before, `kept`: a case is done or it is not. Raises
+    `DataError` or `GeometryError`.
     """
     written: dict[str, WrittenFile] = {}
-    try:
+    with all_or_none(folder, written, kept or {}):
         for name in outcome.formats:
             called = file_name(outcome.case, name)
             FORMATS[name].write(folder / called, outcome)
             written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
+            if others := references(name, outcome.formats):
+                written[name]["refers_to"] = others
+    return written
+
+
+@contextmanager
+def all_or_none(folder: Path, written: Mapping[str, WrittenFile], kept: Mapping[str, WrittenFile]) -> Iterator[None]:
+    """Where the block fails, the files `written` are removed from `folder`, but for those that are as they were."""
+    try:
+        yield
     except BaseException:
         for file in written.values():
-            (folder / file["name"]).unlink(missing_ok=True)
+            if file not in kept.values():
+                (folder / file["name"]).unlink(missing_ok=True)
         raise
-    return written
 
 
 def _nifti(path: Path, outcome: Outcome) -> None:
@@ -187,7 +209,7 @@ def _rtstruct(path: Path, outcome: Outcome) -> None:
 def _dicom_sr(path: Path, outcome: Outcome) -> None:
     from medseg.writers.dicom_sr import write_dicom_sr
 
-    with_segmentation = DICOM_SEG in outcome.formats
+    with_segmentation = DICOM_SEG in references("dicom-sr", outcome.formats)
     write_dicom_sr(path, outcome.labelled, quality=outcome.quality, with_segmentation=with_segmentation)
 
 
@@ -214,7 +236,8 @@ def _regions(path: Path, outcome: Outcome) -> None:
 class _Format:
     """`ending`: what follows the name of the case; empty: that of a mask. `needs_series`: it refers to DICOM images.
 
-    `needs_scores`: it says more than the mask does. `folder`: where it lies beside the mask, with a slash.
+    `needs_scores`: it says more than the mask does. `folder`: where it lies beside the mask, with a slash. `refers_to`:
+    formats that it refers to where they are asked for too.
     """
 
     ending: str
@@ -222,13 +245,14 @@ class _Format:
     needs_series: bool = False
     needs_scores: bool = False
     folder: str = ""
+    refers_to: tuple[str, ...] = ()
 
 
 FORMATS: dict[str, _Format] = {
     NIFTI: _Format("", _nifti),
     DICOM_SEG: _Format(".seg.dcm", _dicom_seg, needs_series=True),
     "rtstruct": _Format(".rtstruct.dcm", _rtstruct, needs_series=True),
-    "dicom-sr": _Format(".sr.dcm", _dicom_sr, needs_series=True),
+    "dicom-sr": _Format(".sr.dcm", _dicom_sr, needs_series=True, refers_to=(DICOM_SEG,)),
     "dicom-sc": _Format(".summary.dcm", _dicom_sc, needs_series=True),
     "picture": _Format(".picture.png", _picture),
     # a mask of its own name and grid, with a channel for each: not to be taken for one more case

@@ -16,7 +16,7 @@ from pydicom.uid import UID, ImplicitVRLittleEndian
 
 from medseg.readers.segments import SegmentInfo
 from medseg.writers import atomic_path
-from medseg.writers.dicom_source import LabelledSeries, Plane, Source, long_string, written_as
+from medseg.writers.dicom_source import LabelledSeries, Plane, Source, long_string, reference_to, written_as
 from medseg.writers.outlines import outlines
 from medseg.writers.provenance import IMPLEMENTATION_UID
 
@@ -102,7 +102,7 @@ def _frame_of_reference(series: Source) -> Dataset:
     images = Dataset()
     images.SeriesInstanceUID = first.SeriesInstanceUID
     # of a multi-frame object each frame that is drawn on is told with its contour
-    images.ContourImageSequence = [_reference(header) for header in series.headers]
+    images.ContourImageSequence = [reference_to(header) for header in series.headers]
     study = Dataset()
     study.ReferencedSOPClassUID = DETACHED_STUDY_MANAGEMENT
     study.ReferencedSOPInstanceUID = first.StudyInstanceUID
@@ -155,7 +155,7 @@ def _roi_contour(segment: SegmentInfo, contours: list[Dataset]) -> Dataset:
 
 def _contour(plane: Plane, points: npt.NDArray[np.float64], number: int) -> Dataset:
     made = Dataset()
-    image = _reference(plane.header)
+    image = reference_to(plane.header)
     if "PerFrameFunctionalGroupsSequence" in plane.header:
         image.ReferencedFrameNumber = plane.frame
     made.ContourImageSequence = [image]
@@ -173,10 +173,3 @@ def _decimals(points: npt.NDArray[np.float64]) -> Iterator[str]:
     """Numbers in tenths of a micrometre, in at most the 16 characters of a DS."""
     # adding 0 makes −0 a 0
     return (f"{value:.4f}" for value in (np.round(points.ravel(), 4) + 0.0).tolist())
-
-
-def _reference(header: Dataset) -> Dataset:
-    made = Dataset()
-    made.ReferencedSOPClassUID = header.SOPClassUID
-    made.ReferencedSOPInstanceUID = header.SOPInstanceUID
-    return made
