@@ -123,6 +123,8 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     `KeyboardInterrupt` once the state is saved.
     """
     asked = _asked(options)
+    # also where all is trained: without it no network could be judged
+    medseg.choose_device(options.device)
     weights = None if options.pretrained is None else _weights(options.pretrained)
     data = medseg.read_dataset(dataset)
     _refuse_other_data(data, asked, folder, options)

@@ -794,6 +794,33 @@ def test_a_comparison_that_fails_leaves_none_of_before(
     assert not (out / "compare").exists()
 
 
+@pytest.mark.parametrize("breaks", ["judging", "the disk", "the device"])
+def test_reports_of_before_stay_where_no_others_are_written(
+    breaks: str, dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Path:
+        raise medseg.DataError("cv/report: cannot write report.html (No space left on device)")
+
+    monkeypatch.setattr(medseg, "load_model", refuse_to_load)
+    monkeypatch.setattr(medseg, "compare", compare_names)
+    out = left(unet=3, fcn8s=1)
+    words = command(dataset, out, "--networks", "unet,fcn8s")
+    assert run(words) == OK
+    before = sorted(path for path in out.rglob("*") if path.is_dir())
+    assert {out / "report", out / "reports" / "unet", out / "compare"} <= set(before)
+    if breaks == "judging":
+        monkeypatch.setattr(Judge, "plain", refuse_to_load)
+    elif breaks == "the disk":
+        monkeypatch.setattr(medseg.Report, "save", full)
+        words = command(dataset, out)
+    else:
+        words += ["--device", "cuda:99"]
+    assert run(words) == (USAGE if breaks == "the device" else SOME_FAILED)
+    assert sorted(path for path in out.rglob("*") if path.is_dir()) == before
+    if breaks == "the device":
+        assert record_of(out)["complete"]
+
+
 def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
     dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -811,7 +838,7 @@ def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
 
     monkeypatch.setattr(medseg, "load_model", load)
     monkeypatch.setattr(medseg, "segment_cases", segment)
-    monkeypatch.setattr(collecting, "_compare", lambda *_: None)
+    monkeypatch.setattr(collecting, "_compare", lambda *_: set())
     out = left(unet=1, fcn8s=2)
     assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
     assert sorted(loaded) == [["unet/fold_0", "fcn8s/fold_0"], ["unet/fold_1", "fcn8s/fold_1"]]
@@ -825,7 +852,7 @@ def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
 def test_what_folds_chose_for_themselves_and_is_not_chosen_is_taken_back(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "_compare", lambda *_: None)
+    monkeypatch.setattr(collecting, "_compare", lambda *_: set())
     monkeypatch.setattr(medseg.Report, "save", save_table)
     monkeypatch.setattr(Judge, "_segment", Bench._segment)
     monkeypatch.setattr(Judge, "asked", [], raising=False)
