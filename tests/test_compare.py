@@ -293,6 +293,38 @@ def test_other_references_of_missing_predictions_are_refused(report):
         medseg.compare([a, b])
 
 
+EARLIER = {"volumes": "from the voxel spacing"}
+PRESENT = {"volumes": "from the volume of a voxel"}
+
+
+def skewed(rows, *, share=0.95):
+    """The same rows where the axes of the image are no right angles: a voxel is smaller than its spacing tells."""
+    return [{**r, **{c: r[c] * share for c in ("reference_ml", "prediction_ml", "volume_difference_ml")}} for r in rows]
+
+
+@pytest.mark.parametrize("status", ["ok", "missing_prediction"])
+def test_the_same_references_in_another_definition_of_volume_are_compared(report, status):
+    rows = [row("c0", 0.5), row("c1", 0.5, status=status)]
+    a = report("a", rows, definitions={**DEFINITIONS, **EARLIER})
+    b = report("b", skewed([row("c0", 0.5), row("c1", 0.5)]), definitions={**DEFINITIONS, **PRESENT})
+    told = medseg.compare([a, b]).warnings
+    assert any(
+        text.startswith("a and b measure other volumes of the same reference in 2 cases: c0, c1; ") for text in told
+    )
+
+
+def test_other_words_for_equal_volumes_are_no_warning(report):
+    a, b = (report(n, cases([0.5]), definitions={**DEFINITIONS, **w}) for n, w in (("a", EARLIER), ("b", PRESENT)))
+    assert medseg.compare([a, b]).warnings == ()
+
+
+def test_other_voxels_are_other_references_whatever_their_volume(report):
+    a = report("a", [row("c0", 0.5)], definitions={**DEFINITIONS, **EARLIER})
+    b = report("b", skewed([row("c0", 0.5, n=120)], share=100 / 120), definitions={**DEFINITIONS, **PRESENT})
+    with pytest.raises(DataError, match="120 voxels .*expected 100 voxels "):
+        medseg.compare([a, b])
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
