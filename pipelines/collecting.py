@@ -60,8 +60,8 @@ def collect(
     """Judge, choose and write everything into `folder`: the record, and the method whose report is in report/.
 
     A network without all of its folds is judged on those that are there, and not chosen from. What fails is in the
-    record by name, and costs nothing else. Reports of an earlier collection that this one does not write are removed once
-    its own are written; where no network could be judged, they stay.
+    record by name, and costs nothing else. Reports of an earlier collection that this one does not write are removed
+    once its own are written; where no network could be judged, they stay.
     """
     judge = Judge(folder, groups, device, progress)
     failures = [_failure(n.name, fold, reason) for n in networks for fold, reason in n.failures.items()]

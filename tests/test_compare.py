@@ -321,7 +321,7 @@ def test_other_words_for_equal_volumes_are_no_warning(report):
 def test_other_voxels_are_other_references_whatever_their_volume(report):
     a = report("a", [row("c0", 0.5)], definitions={**DEFINITIONS, **EARLIER})
     b = report("b", skewed([row("c0", 0.5, n=120)], share=100 / 120), definitions={**DEFINITIONS, **PRESENT})
-    with pytest.raises(DataError, match="120 voxels .*expected 100 voxels "):
+    with pytest.raises(DataError, match=r"120 voxels .*expected 100 voxels "):
         medseg.compare([a, b])
 
 

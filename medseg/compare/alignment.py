@@ -75,8 +75,8 @@ def align(methods: Sequence[Method]) -> Aligned:
     """Put `methods` side by side. Raises `DataError` where they cannot be compared, and says why.
 
     Cases are paired by name; labels by name, or by value as soon as one report has no names. Surface, tolerance of the
-    NSD and ignored value must be the same, and so must the size of every reference, in voxels where they were counted; a
-    warning names reports that do not tell their settings or measure the volume of a voxel otherwise.
+    NSD and ignored value must be the same, and so must the size of every reference: in voxels, where they were counted.
+    A warning names reports that do not tell their settings, or measure other volumes of the same voxels.
     """
     cases, left_out = _common_cases(methods)
     warnings = _by_text(
