@@ -1071,6 +1071,55 @@ def test_a_disk_that_is_full_after_hours_is_no_wrong_usage(
     assert "(No space left on device); what is finished stays" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("trained", "error", "code", "said"),
+    [
+        (False, medseg.ConfigError("cv: other data; choose another -o"), USAGE, "cv: other data; choose another -o"),
+        (
+            True,
+            medseg.ConfigError("cv: other data; choose another -o"),
+            SOME_FAILED,
+            "cv: other data; choose another -o",
+        ),
+        (False, medseg.ModelError("cv: damaged; delete it"), SOME_FAILED, "cv: damaged; delete it"),
+        (True, medseg.DataError("cv: cannot be read"), SOME_FAILED, "cv: cannot be read; what is finished stays, and"),
+        (True, OSError(errno.EIO, "Input/output error", "cv"), SOME_FAILED, "cv: Input/output error; what is finished"),
+    ],
+)
+def test_what_ends_all_is_told_with_what_is_true_of_it(
+    trained: bool,
+    error: Exception,
+    code: int,
+    said: str,
+    attempts: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise error
+
+    _, words = attempts(0)
+    if not trained:
+        assert run(words) == OK
+    monkeypatch.setattr(crossval, "_collect", refuse)
+    assert run(words) == code
+    told = " ".join(capsys.readouterr().err.split()).rpartition("error: ")[2]
+    assert told.startswith(said)
+    assert ("what is finished" in told) == ("what is finished" in said)
+
+
+def test_a_file_that_cannot_be_read_before_anything_is_trained_is_wrong_usage(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), "data/dataset.json")
+
+    out = left(unet=1)
+    monkeypatch.setattr(medseg, "read_dataset", refuse)
+    assert run(command(dataset, out)) == USAGE
+    assert capsys.readouterr().err.splitlines()[-1].endswith("Permission denied; see to it and try again")
+
+
 def test_settings_that_say_what_is_there_go_on(dataset: Path, left: Callable[..., Path]) -> None:
     out = left(unet=1)
     assert run(command(dataset, out, "--epochs", "3", "--set", "train.batch_size=4")) == OK
