@@ -646,9 +646,10 @@ def test_the_folder_holds_strict_json_tables_and_a_page(report, tmp_path):
         ('{"metric_per_case": []}', "written by another program"),
         ('{"schema_version": 2, "labels": {}}', "that of a report found"),
         ("[]", "written by another program"),
-        ("no JSON", "written by another program"),
+        ("no JSON", "no whole JSON found"),
+        ('{"schema_version": 1, "compari', "no whole JSON found"),
     ],
-    ids=["nnU-Net", "report", "list", "text"],
+    ids=["nnU-Net", "report", "list", "text", "cut off"],
 )
 def test_a_summary_that_no_comparison_wrote_is_not_replaced(report, tmp_path, theirs, found):
     comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
@@ -657,6 +658,16 @@ def test_a_summary_that_no_comparison_wrote_is_not_replaced(report, tmp_path, th
     with pytest.raises(DataError, match=rf"summary\.json: {found}, expected a folder for the comparison alone"):
         comparison.save(tmp_path / "out")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"summary.json": theirs}
+
+
+def test_a_summary_that_cannot_be_read_is_not_called_that_of_another_program(report, tmp_path):
+    comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
+    # a folder in its place: the superuser cannot read it either
+    (tmp_path / "out" / "summary.json").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"summary\.json: cannot be read \(Is a directory\), .* give another folder"):
+        comparison.save(tmp_path / "out")
+    with pytest.raises(DataError, match=r"summary\.json: cannot be read \(File name too long\)"):
+        comparison.save(tmp_path / ("a" * 300))
 
 
 def test_an_earlier_comparison_is_replaced(report, tmp_path):
