@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,11 +151,27 @@ def _of(judged: Sequence[Judged], method: Any) -> Judged:
 
 def _remove_earlier(folder: Path, written: Set[Path]) -> None:
     """What an earlier collection wrote beside the chosen, unless `written` now, would be taken for its result."""
-    for place in (folder / COMPARISON, *(folder / OTHERS).glob("*")):
-        if place.is_dir() and place not in written:
+    places = [(folder / COMPARISON, medseg.Comparison.check_folder)]
+    places += [(place, medseg.Report.check_folder) for place in sorted((folder / OTHERS).glob("*"))]
+    for place, check in places:
+        if place in written or not _is_earlier(place, check):
+            continue
+        if place.is_symlink():
+            # what it points to is elsewhere, and perhaps the only one
+            place.unlink()
+        else:
             shutil.rmtree(place)
     if (folder / OTHERS).is_dir() and not any((folder / OTHERS).iterdir()):
         (folder / OTHERS).rmdir()
+
+
+def _is_earlier(place: Path, check: Callable[[Path], None]) -> bool:
+    """Whether a folder holds a report or comparison, as `check` refuses others; what a user has put there stays."""
+    try:
+        check(place)
+    except medseg.DataError:
+        return False
+    return (place / "summary.json").is_file()
 
 
 def _compare(folder: Path, decided: _Decided, failures: Failures) -> set[Path]:

@@ -666,6 +666,7 @@ def save_table(report: medseg.Report, folder: Path) -> Path:
     """The report without its page, which takes seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     report.table.to_csv(folder / "metrics.csv", index=False)
+    (folder / "summary.json").write_text('{"schema_version": 2}')
     return folder
 
 
@@ -759,6 +760,7 @@ def compare_names(places: Mapping[str, Path]) -> Any:
     def save(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "compare.html").write_text(" ".join(places))
+        (folder / "summary.json").write_text('{"schema_version": 1, "comparisons": []}')
 
     return SimpleNamespace(save=save)
 
@@ -779,6 +781,25 @@ def test_what_is_not_compared_any_more_is_removed(
     # the folds themselves stay, and are compared again where that is asked for
     assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
     assert {p.name for p in (out / "reports").iterdir()} == {"unet"}
+
+
+def test_what_is_not_of_an_earlier_collection_is_not_removed(
+    dataset: Path, left: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medseg, "load_model", refuse_to_load)
+    monkeypatch.setattr(medseg, "compare", compare_names)
+    out, elsewhere = left(unet=3, fcn8s=1), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (out / "compare").symlink_to(elsewhere)
+    assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
+    (out / "reports" / "notes").mkdir()
+    (out / "reports" / "nnunet").mkdir()
+    (out / "reports" / "nnunet" / "summary.json").write_text('{"metric_per_case": []}')
+    assert run(command(dataset, out)) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"notes", "nnunet"}
+    # of a link the link goes alone
+    assert not (out / "compare").is_symlink()
+    assert (elsewhere / "compare.html").read_text() == "unet fcn8s"
 
 
 def test_a_comparison_that_fails_leaves_none_of_before(
