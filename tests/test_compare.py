@@ -586,7 +586,9 @@ def test_where_nothing_is_shown_the_cases_needed_are_told(report):
     # differences ±0.1 and one of 0.1 more: mean 0.02, SD √0.012
     a, b = report("a", cases([0.6, 0.5, 0.6, 0.5, 0.6])), report("b", cases([0.5, 0.6, 0.5, 0.6, 0.5]))
     needed = math.ceil(((1.959964 + 0.841621) * math.sqrt(0.012) / 0.02) ** 2)
-    (finding,) = medseg.compare([a, b]).findings
+    found = medseg.compare([a, b])
+    assert set(found.table["needed_of"]) == {"cases"}
+    (finding,) = found.findings
     assert finding.startswith("No difference in Dice was shown between a and b over 5 cases: a − b = 0.020 [")
     assert finding.endswith(f"about {needed} cases would be needed to show such a difference.")
 
@@ -597,7 +599,9 @@ def test_where_patients_are_known_the_patients_needed_are_told(report):
     a = report("a", cases([0.6, 0.5, 0.6, 0.5, 0.6] * 2), groups=groups)
     b = report("b", cases([0.5, 0.6, 0.5, 0.6, 0.5] * 2), groups=groups)
     needed = math.ceil(((1.959964 + 0.841621) * math.sqrt(0.012) / 0.02) ** 2)
-    (finding,) = medseg.compare([a, b]).findings
+    found = medseg.compare([a, b])
+    assert set(found.table["needed_of"]) == {"patients"}
+    (finding,) = found.findings
     assert "over 10 cases of 5 patients" in finding
     assert finding.endswith(f"about {needed} patients would be needed to show such a difference.")
 

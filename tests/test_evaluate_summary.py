@@ -238,8 +238,9 @@ def test_where_patients_are_known_patients_are_needed(judge) -> None:
 def test_patients_that_have_a_label_are_counted(judge) -> None:
     found = judge({**SIX, "none": (EMPTY, EMPTY)}, TABLE + "none,y,4\n")
     dice = found.summary["labels"]["1"]["dice"]
-    assert (found.summary["n_groups"], dice["n"], dice["n_groups"]) == (4, 6, 3)
-    assert judge(SIX).summary["labels"]["1"]["dice"]["n_groups"] is None
+    assert (found.summary["n_groups"], dice["n"], dice["n_groups"], dice["needed_of"]) == (4, 6, 3, "patients")
+    scans = judge(SIX).summary["labels"]["1"]["dice"]
+    assert (scans["n_groups"], scans["needed_of"]) == (None, "cases")
 
 
 def test_volumes_agree_as_bland_and_altman_have_it(judge) -> None:

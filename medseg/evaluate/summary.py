@@ -157,6 +157,7 @@ def _label(judged: Judged, name: str, n_missing_prediction: int) -> dict[str, An
     found["dice"] |= {
         "n_groups": judged.n_patients(list(rows.loc[rows["dice"].notna(), "case"])),
         "cases_needed": _cases_needed(judged, rows),
+        "needed_of": "cases" if judged.groups is None else "patients",
     }
     return found
 
