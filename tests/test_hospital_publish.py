@@ -265,6 +265,23 @@ def test_a_file_that_cannot_be_read_waits_by_itself(tmp_path: Path, seg: Path) -
     assert {event["job"] for event in audit_events(node, "failed")} == {job}
 
 
+def test_results_whose_disk_is_away_wait(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    job = finish_job(node, {"dicom-seg": seg})
+    # as an unmounted share: its mount point is there, and empty
+    results, away = node.store.results, tmp_path / "away"
+    results.rename(away)
+    results.mkdir()
+    with store_scp(port, got), publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job)).attempts and row)
+        assert row.state in ("waiting", "sending")
+        assert "cannot be read (No such file or directory)" in row.reason
+        results.rmdir()
+        away.rename(results)
+        wait_until(node, job, "done")
+
+
 def test_a_file_that_cannot_be_read_is_given_up_and_says_nothing_of_the_peer(tmp_path: Path, seg: Path) -> None:
     values = to_peer(free_port())
     values["publish"]["give_up_h"] = 0.5 / 3600
