@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from medseg.convert import Converted, ConvertOptions, convert
     from medseg.datasets import read_dataset
     from medseg.demo import demo
+    from medseg.device import choose_device
     from medseg.errors import (
         CasesError,
         ConfigError,
@@ -102,6 +103,7 @@ _HOME = {
     "check_series": "check",
     "check_part": "config",
     "check_settings": "networks",
+    "choose_device": "device",
     "compare": "compare",
     "convert": "convert",
     "data_sha256": "fingerprint",
@@ -190,6 +192,7 @@ __all__ = [
     "check_part",
     "check_series",
     "check_settings",
+    "choose_device",
     "compare",
     "convert",
     "data_sha256",

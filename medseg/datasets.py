@@ -148,7 +148,8 @@ def _from_decathlon(description: Path, content: Mapping[str, Any]) -> Dataset:
     problems: list[Problem] = []
     for number, entry in enumerate(content["training"]):
         if not isinstance(entry, dict) or "image" not in entry:
-            raise DataError(f"{description}: training[{number}] is {entry!r}, expected an object with image and label")
+            found = f"has {', '.join(entry) or 'nothing'}" if isinstance(entry, dict) else f"is {entry!r}"
+            raise DataError(f"{description}: training[{number}] {found}, expected an object with image and label")
         names = _names(entry["image"])
         stem = split_ending(Path(names[0]).name)[0] if names else ""
         row = {
@@ -223,7 +224,8 @@ def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]
     """The case of one row; without it where an image file is missing."""
     name = "" if row.get("case") is None else str(row["case"])
     if not name:
-        raise DataError(f"{source}: a row without case name found ({dict(row)}); fill the column case")
+        # the rest of the row may tell whose it is
+        raise DataError(f"{source}: a row without case name found (of {', '.join(names) or 'no image'}); name the case")
     if name in (".", "..") or "/" in name or "\\" in name:
         # names become file names: such a one would leave the output folder
         raise DataError(f"{source}: case name {name!r} found, expected one without / and \\; rename it")
@@ -420,7 +422,7 @@ def _refuse_leak(path: Path, number: int, fold: Fold, known: Mapping[str, Case])
         if name in known and known[name].group in train:
             raise DataError(
                 f"{path}: fold {number} trains on {train[known[name].group]} and validates on {name}, which are of one "
-                f"group ({known[name].group}); keep a group in one fold"
+                "group; keep a group in one fold"
             )
 
 

@@ -262,7 +262,8 @@ class _Page:
         else:
             side = " × ".join(f"{mm:.3g}" for mm in grid.spacing_mm)
             words = f"Volume: voxels of {side} mm, counted."
-        words += "  Expected Dice: estimated without a reference; in brackets the central 90 % of it."
+        words += "  Expected Dice: estimated without a reference; "
+        words += "in brackets about 90 % of it, less if fewer than 19 cases taught it."
         self._write(words, _MARGIN, HEIGHT - 18, size=10, colour=_FAINT)
 
     def show(self, cut: _Cut, box: _Box, style: _Style) -> None:

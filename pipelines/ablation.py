@@ -112,7 +112,8 @@ def ablation(
 def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     """Run what is not done yet and write the results into `folder` after every run; the record of ablation.json.
 
-    Raises `ConfigError` or `DataError` before anything is trained, `TrainingError` for what breaks all off later.
+    Raises `ConfigError`, `DataError` or `OSError` before anything is trained, `TrainingError` for what breaks all off
+    later.
     """
     settings, names = _settings(options), _networks(options)
     planners = {"given": _planner(dataset, settings, options)}
@@ -148,10 +149,11 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     done: dict[str, list[TrialResult]] = {}
     record = _save(folder, setup, entries, done, options, groups)
     _announce(trials, setup)
-    with work():
+    with work() as so_far:
         for number, trial in enumerate(trials, start=1):
             start = time.monotonic()
             result = run_trial(trial, cache=folder / "cache")
+            so_far.trained = True
             done.setdefault(trial.variant, []).append(result)
             record = _save(folder, setup, entries, done, options, groups)
             _tell(number, len(trials), result, record, time.monotonic() - start)

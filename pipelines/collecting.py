@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def collect(
     """Judge, choose and write everything into `folder`: the record, and the method whose report is in report/.
 
     A network without all of its folds is judged on those that are there, and not chosen from. What fails is in the
-    record by name, and costs nothing else. Reports of an earlier collection that this one does not write are removed.
+    record by name, and costs nothing else. Reports of an earlier collection that this one does not write are removed
+    once its own are written; where no network could be judged, they stay.
     """
     judge = Judge(folder, groups, device, progress)
     failures = [_failure(n.name, fold, reason) for n in networks for fold, reason in n.failures.items()]
@@ -82,11 +83,10 @@ def collect(
     for judged in (decided.methods if decided else plain.values()) if shown else ():
         failures += [{"name": f"{judged.method.name}, case {c}", "reason": r} for c, r in judged.failures.items()]
     records = [network_record(n.name, n.folds, plain.get(n.name), n.failures, groups) for n in networks]
-    _remove_earlier(folder, shown, decided)
     if shown is not None:
         shown.report.save(folder / REPORT)
-    if decided is not None and len(decided.methods) > 1:
-        _compare(folder, decided, failures)
+        written = _compare(folder, decided, failures) if decided is not None and len(decided.methods) > 1 else set()
+        _remove_earlier(folder, written)
     record = make_record(setup, records, rows, best, failures)
     write(folder, record)
     return record, shown
@@ -149,31 +149,46 @@ def _of(judged: Sequence[Judged], method: Any) -> Judged:
     return next(j for j in judged if j.method is method)
 
 
-def _remove_earlier(folder: Path, shown: Judged | None, decided: _Decided | None) -> None:
-    """What an earlier collection wrote of methods that are not in this one would be taken for its result."""
-    others = [j for j in decided.methods if j is not decided.judged] if decided else []
-    again = {folder / OTHERS / judged.method.name for judged in others}
-    if shown is not None:
-        again.add(folder / REPORT)
-    for place in (folder / REPORT, folder / COMPARISON, *(folder / OTHERS).glob("*")):
-        if place.is_dir() and place not in again:
+def _remove_earlier(folder: Path, written: Set[Path]) -> None:
+    """What an earlier collection wrote beside the chosen, unless `written` now, would be taken for its result."""
+    places = [(folder / COMPARISON, medseg.Comparison.check_folder)]
+    places += [(place, medseg.Report.check_folder) for place in sorted((folder / OTHERS).glob("*"))]
+    for place, check in places:
+        if place in written or not _is_earlier(place, check):
+            continue
+        if place.is_symlink():
+            # what it points to is elsewhere, and perhaps the only one
+            place.unlink()
+        else:
             shutil.rmtree(place)
-    if not others and (folder / OTHERS).is_dir():
-        shutil.rmtree(folder / OTHERS)
+    if (folder / OTHERS).is_dir() and not any((folder / OTHERS).iterdir()):
+        (folder / OTHERS).rmdir()
 
 
-def _compare(folder: Path, decided: _Decided, failures: Failures) -> None:
-    """A report of every method beside that of the chosen one, and their paired statistics."""
+def _is_earlier(place: Path, check: Callable[[Path], None]) -> bool:
+    """Whether a folder holds a report or comparison, as `check` refuses others; what a user has put there stays."""
+    try:
+        check(place)
+    except medseg.DataError:
+        return False
+    return (place / "summary.json").is_file()
+
+
+def _compare(folder: Path, decided: _Decided, failures: Failures) -> set[Path]:
+    """A report of every method beside that of the chosen one, and their paired statistics: the folders written."""
     places = {}
     for judged in decided.methods:
         place = folder / REPORT
         if judged is not decided.judged:
             place = judged.report.save(folder / OTHERS / judged.method.name)
         places[judged.method.name] = place
+    written = set(places.values())
     try:
         medseg.compare(places).save(folder / COMPARISON)
+        written.add(folder / COMPARISON)
     except medseg.MedsegError as error:
         failures.append({"name": COMPARISON, "reason": str(error)})
+    return written
 
 
 def _failure(network: str, fold: str, reason: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from medseg.terminal import err, out, show_any_name, shown_progress
 from medseg_pipelines.collecting import COMPARISON, OTHERS, REPORT, Network, collect
 from medseg_pipelines.crossrecord import PAGE, RECORD, methods_table
 from medseg_pipelines.digest import checked
-from medseg_pipelines.endings import SOME_FAILED, USAGE, tell, work
+from medseg_pipelines.endings import SOME_FAILED, USAGE, Work, tell, work
 from medseg_pipelines.folds import CONFIG, Fold, Found, Weights, failure_of, look, train_fold
 from medseg_pipelines.judging import CLEANED, JUDGED
 from medseg_pipelines.locks import UNTIL_STALE_S, held, holder_of, publish
@@ -119,10 +119,12 @@ def crossval(
 def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     """Train what is missing and nobody else trains, and collect once all is there.
 
-    Raises `ConfigError` or `DataError` before anything is trained, `TrainingError` for what breaks all off later,
-    `KeyboardInterrupt` once the state is saved.
+    Raises `ConfigError`, `DataError` or `OSError` before anything is trained, `TrainingError` for what breaks all off
+    later, `KeyboardInterrupt` once the state is saved.
     """
     asked = _asked(options)
+    # also where all is trained: without it no network could be judged
+    medseg.choose_device(options.device)
     weights = None if options.pretrained is None else _weights(options.pretrained)
     data = medseg.read_dataset(dataset)
     _refuse_other_data(data, asked, folder, options)
@@ -153,8 +155,6 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     asked_for = [f for f in folds if options.only_fold in (None, f[1].number)]
     # a task that is queued again may come before the lock of its killed predecessor is stale
     patience_s = 0.0 if options.only_fold is None else UNTIL_STALE_S
-    with work():
-        failed = _train(asked_for, folder, patience_s)
     judged = {case.id for _, held_back in splits for case in held_back}
     setup = {
         "dataset": dataset.resolve().name,
@@ -167,7 +167,8 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
         "pretrained": None if options.pretrained is None else options.pretrained.name,
     }
     groups = {case.id: case.group for case in data.cases}
-    with work():
+    with work() as so_far:
+        failed = _train(asked_for, folder, patience_s, so_far)
         return _collect(folder, folds, failed, setup, groups, options.device, patience_s)
 
 
@@ -354,7 +355,7 @@ def _refuse_other_settings(file: Path, ask: Mapping[str, Any]) -> medseg.Config:
     return found
 
 
-def _train(folds: Sequence[tuple[str, Fold]], folder: Path, patience_s: float) -> dict[Path, str]:
+def _train(folds: Sequence[tuple[str, Fold]], folder: Path, patience_s: float, so_far: Work) -> dict[Path, str]:
     """Train what is missing and free, one after the other; why folds failed, by their folders."""
     failed: dict[Path, str] = {}
     for number, (name, fold) in enumerate(folds, start=1):
@@ -369,6 +370,7 @@ def _train(folds: Sequence[tuple[str, Fold]], folder: Path, patience_s: float) -
                 out.print(escape(f"{place}: training; its log is {fold.folder / 'log.txt'}"))
                 start = time.monotonic()
                 reason = train_fold(fold, lock, cache=folder / CACHE)
+                so_far.trained = True
                 if reason is not None:
                     failed[fold.folder] = reason
                     err.print(f"{place}: [red]failed:[/red] {escape(reason)}")

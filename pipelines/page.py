@@ -70,7 +70,10 @@ def render(record: Mapping[str, Any]) -> str:
         rows=done,
         waiting=[v for v in record["variants"] if v["status"] == "waiting"],
         without=sum(v["status"] != "waiting" and not _has_dice(v) for v in record["variants"]),
-        cases_without_mask=sum(v.get("cases_without_mask", 0) for v in record["variants"]),
+        lacking=[v for v in record["variants"] if v.get("without_mask")],
+        # the cases of discs are others than those that are given
+        cases_lacking=len({(v["data"], case) for v in record["variants"] for case in v.get("without_mask", ())}),
+        seeds_failed=sum(v["seeds_failed"] for v in record["variants"] if v["status"] == "partial"),
         best=next((v for v in done if v["name"] == record["best"]), None),
         discs=discs,
         diameters=list(dict.fromkeys(diameter for v in discs for diameter in v["diameters"])),

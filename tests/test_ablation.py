@@ -526,10 +526,14 @@ def test_a_folder_that_cannot_be_written_is_one_message(
     (tmp_path / "out").mkdir()
     # a file in the place of a folder: the superuser is refused, too
     (tmp_path / "out" / where).touch()
-    assert run([*command, "--claims", "small-structures"] if where == "discs" else command) == SOME_FAILED
+    words = [*command, "--claims", "small-structures"] if where == "discs" else command
+    # the pictures of discs are made before anything is trained
+    assert run(words) == (USAGE if where == "discs" else SOME_FAILED)
     last = " ".join(capsys.readouterr().err.split()).rpartition("error: ")[2]
     assert last.startswith(str(tmp_path / "out" / where))
-    assert last.endswith("; see to it and go on")
+    assert last.endswith(
+        "; see to it and try again" if where == "discs" else "; what is finished stays, and the same command goes on"
+    )
 
 
 @pytest.mark.parametrize(
@@ -615,6 +619,15 @@ def test_a_variant_without_a_mask_of_every_case_is_never_the_best() -> None:
     assert found["best"] == "whole"
     counts = [(v["dice"]["n"], v["cases_held_back"], v["cases_without_mask"]) for v in found["variants"]]
     assert counts == [(1, 2, 1), (2, 2, 0)]
+    assert [v["without_mask"] for v in found["variants"]] == [["x"], []]
+
+
+def test_seeds_that_failed_are_counted_beside_those_that_are_done() -> None:
+    done = result("net", rows=rows(a={"x": 0.2}))
+    setup = Setup("data", 60.0, 2, 0, 5, "none", False, "cpu", {"name": "unet"})
+    failed = TrialResult(make_trial(Path("net")), reason="broke")
+    (found,) = make_record(setup, [entry("net", "given")], {"net": [done, failed]}, ())["variants"]
+    assert (found["status"], found["seeds_failed"], len(found["by_seed"])) == ("partial", 1, 1)
 
 
 def test_a_case_where_both_are_empty_keeps_none_from_being_the_best() -> None:
@@ -755,15 +768,29 @@ def test_cases_without_a_mask_are_told_and_the_head_is_of_the_best() -> None:
 
 
 def test_variants_without_a_dice_are_counted_apart_from_cases_without_a_mask() -> None:
-    lacks = variant("lacks", 0.9, cases_held_back=11, cases_without_mask=2)
+    lacks = variant("lacks", 0.9, cases_held_back=11, cases_without_mask=2, without_mask=["x0", "x1"])
     failed = {"name": "hdc", "data": "given", "status": "failed", "also": [], "reason": "broke"}
     listed = [{"name": f"lacks, seed 0, case x{n}", "reason": "no memory"} for n in range(2)]
     found = record(lacks, failures=[*listed, {"name": "hdc, seed 0", "reason": "broke"}])
     page = render({**found, "variants": [lacks, failed, without_dice("none")]})
-    assert "<dt>Without a Dice</dt><dd>2 variants<span>all others are done, 2 cases without a mask</span>" in page
+    assert (
+        "<dt>Without a Dice</dt><dd>2 variants<span>all others are done, 2 cases without a mask in 1 variant</span>"
+        in page
+    )
     assert "<dd>1 variant<span>all others are done</span>" in render(record(variant("unet", 0.8), without_dice("none")))
     waiting = {"name": "unet", "data": "given", "status": "waiting", "also": []}
     assert "<dd>0 variants<span>1 variant still to come</span>" in render({**record(), "variants": [waiting]})
+
+
+def test_a_case_that_many_variants_lack_is_one_case() -> None:
+    lacking = [variant(f"net{n}", 0.8, cases_without_mask=1, without_mask=["x0"]) for n in range(13)]
+    page = render(record(*lacking))
+    assert "<dd>0 variants<span>all are done, 1 case without a mask in 13 variants</span>" in page
+
+
+def test_a_seed_that_failed_is_told_beside_the_variants() -> None:
+    partial = variant("unet", 0.8, status="partial", seeds_failed=1)
+    assert "<dd>0 variants<span>all are done, but 1 seed that failed</span>" in render(record(partial))
 
 
 def test_a_shared_machine_is_mentioned_beside_the_steps() -> None:

@@ -210,9 +210,26 @@ def test_json_list(tmp_path: Path) -> None:
 
 def test_fold_column_that_parts_a_group_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii", "b.nii")
-    (tmp_path / "l.csv").write_text("case,image,label,fold,group\na,a.nii,a.nii,0,p\nb,b.nii,b.nii,1,p\n")
-    with pytest.raises(DataError, match=r"one group \(p\)"):
+    (tmp_path / "l.csv").write_text("case,image,label,fold,group\na,a.nii,a.nii,0,Smith\nb,b.nii,b.nii,1,Smith\n")
+    with pytest.raises(DataError, match="trains on b and validates on a, which are of one group; keep") as caught:
         read_dataset(tmp_path / "l.csv")
+    assert "Smith" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("l.csv", "case,image,label,group\n,a.nii,b.nii,Smith\n", r"without case name found \(of a.nii\); name"),
+        ("l.csv", "case,image,label,group\n,,b.nii,Smith\n", r"without case name found \(of no image\)"),
+        ("dataset.json", '{"training": [{"group": "Smith", "label": "b.nii"}]}', "has group, label, expected"),
+        ("dataset.json", '{"training": ["a.nii"]}', "is 'a.nii', expected"),
+    ],
+)
+def test_what_is_wrong_in_a_row_is_told_without_its_patient(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said) as caught:
+        read_dataset(tmp_path / name)
+    assert "Smith" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

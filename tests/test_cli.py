@@ -1101,6 +1101,14 @@ def test_evaluate_says_before_any_work_that_it_cannot_write(
     assert f"nothing can be written in {tmp_path.resolve()}" in shown.err
 
 
+def test_a_folder_that_cannot_be_looked_at_is_refused(cli: Medseg, folders, tmp_path: Path) -> None:
+    # as in a closed folder, but for the superuser too
+    for line in (("evaluate", *folders), ("compare", "a", "b")):
+        shown = cli(*line, "-o", tmp_path / ("a" * 300) / "report")
+        assert shown.code == 2
+        assert "/report: cannot be looked at (File name too long); " in shown.err
+
+
 def test_evaluate_cannot_write_below_a_file(cli: Medseg, folders, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     shown = cli("evaluate", *folders, "-o", tmp_path / "file" / "report")

@@ -293,6 +293,38 @@ def test_other_references_of_missing_predictions_are_refused(report):
         medseg.compare([a, b])
 
 
+EARLIER = {"volumes": "from the voxel spacing"}
+PRESENT = {"volumes": "from the volume of a voxel"}
+
+
+def skewed(rows, *, share=0.95):
+    """The same rows where the axes of the image are no right angles: a voxel is smaller than its spacing tells."""
+    return [{**r, **{c: r[c] * share for c in ("reference_ml", "prediction_ml", "volume_difference_ml")}} for r in rows]
+
+
+@pytest.mark.parametrize("status", ["ok", "missing_prediction"])
+def test_the_same_references_in_another_definition_of_volume_are_compared(report, status):
+    rows = [row("c0", 0.5), row("c1", 0.5, status=status)]
+    a = report("a", rows, definitions={**DEFINITIONS, **EARLIER})
+    b = report("b", skewed([row("c0", 0.5), row("c1", 0.5)]), definitions={**DEFINITIONS, **PRESENT})
+    told = medseg.compare([a, b]).warnings
+    assert any(
+        text.startswith("a and b measure other volumes of the same reference in 2 cases: c0, c1; ") for text in told
+    )
+
+
+def test_other_words_for_equal_volumes_are_no_warning(report):
+    a, b = (report(n, cases([0.5]), definitions={**DEFINITIONS, **w}) for n, w in (("a", EARLIER), ("b", PRESENT)))
+    assert medseg.compare([a, b]).warnings == ()
+
+
+def test_other_voxels_are_other_references_whatever_their_volume(report):
+    a = report("a", [row("c0", 0.5)], definitions={**DEFINITIONS, **EARLIER})
+    b = report("b", skewed([row("c0", 0.5, n=120)], share=100 / 120), definitions={**DEFINITIONS, **PRESENT})
+    with pytest.raises(DataError, match=r"120 voxels .*expected 100 voxels "):
+        medseg.compare([a, b])
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
@@ -554,7 +586,9 @@ def test_where_nothing_is_shown_the_cases_needed_are_told(report):
     # differences ±0.1 and one of 0.1 more: mean 0.02, SD √0.012
     a, b = report("a", cases([0.6, 0.5, 0.6, 0.5, 0.6])), report("b", cases([0.5, 0.6, 0.5, 0.6, 0.5]))
     needed = math.ceil(((1.959964 + 0.841621) * math.sqrt(0.012) / 0.02) ** 2)
-    (finding,) = medseg.compare([a, b]).findings
+    found = medseg.compare([a, b])
+    assert set(found.table["needed_of"]) == {"cases"}
+    (finding,) = found.findings
     assert finding.startswith("No difference in Dice was shown between a and b over 5 cases: a − b = 0.020 [")
     assert finding.endswith(f"about {needed} cases would be needed to show such a difference.")
 
@@ -565,7 +599,9 @@ def test_where_patients_are_known_the_patients_needed_are_told(report):
     a = report("a", cases([0.6, 0.5, 0.6, 0.5, 0.6] * 2), groups=groups)
     b = report("b", cases([0.5, 0.6, 0.5, 0.6, 0.5] * 2), groups=groups)
     needed = math.ceil(((1.959964 + 0.841621) * math.sqrt(0.012) / 0.02) ** 2)
-    (finding,) = medseg.compare([a, b]).findings
+    found = medseg.compare([a, b])
+    assert set(found.table["needed_of"]) == {"patients"}
+    (finding,) = found.findings
     assert "over 10 cases of 5 patients" in finding
     assert finding.endswith(f"about {needed} patients would be needed to show such a difference.")
 
@@ -614,9 +650,10 @@ def test_the_folder_holds_strict_json_tables_and_a_page(report, tmp_path):
         ('{"metric_per_case": []}', "written by another program"),
         ('{"schema_version": 2, "labels": {}}', "that of a report found"),
         ("[]", "written by another program"),
-        ("no JSON", "written by another program"),
+        ("no JSON", "no whole JSON found"),
+        ('{"schema_version": 1, "compari', "no whole JSON found"),
     ],
-    ids=["nnU-Net", "report", "list", "text"],
+    ids=["nnU-Net", "report", "list", "text", "cut off"],
 )
 def test_a_summary_that_no_comparison_wrote_is_not_replaced(report, tmp_path, theirs, found):
     comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
@@ -625,6 +662,16 @@ def test_a_summary_that_no_comparison_wrote_is_not_replaced(report, tmp_path, th
     with pytest.raises(DataError, match=rf"summary\.json: {found}, expected a folder for the comparison alone"):
         comparison.save(tmp_path / "out")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"summary.json": theirs}
+
+
+def test_a_summary_that_cannot_be_read_is_not_called_that_of_another_program(report, tmp_path):
+    comparison = medseg.compare([report(name, cases([0.5, 0.6])) for name in "ab"])
+    # a folder in its place: the superuser cannot read it either
+    (tmp_path / "out" / "summary.json").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"summary\.json: cannot be read \(Is a directory\), .* give another folder"):
+        comparison.save(tmp_path / "out")
+    with pytest.raises(DataError, match=r"summary\.json: cannot be read \(File name too long\)"):
+        comparison.save(tmp_path / ("a" * 300))
 
 
 def test_an_earlier_comparison_is_replaced(report, tmp_path):

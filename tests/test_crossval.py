@@ -666,6 +666,7 @@ def save_table(report: medseg.Report, folder: Path) -> Path:
     """The report without its page, which takes seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     report.table.to_csv(folder / "metrics.csv", index=False)
+    (folder / "summary.json").write_text('{"schema_version": 2}')
     return folder
 
 
@@ -759,6 +760,7 @@ def compare_names(places: Mapping[str, Path]) -> Any:
     def save(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "compare.html").write_text(" ".join(places))
+        (folder / "summary.json").write_text('{"schema_version": 1, "comparisons": []}')
 
     return SimpleNamespace(save=save)
 
@@ -781,6 +783,25 @@ def test_what_is_not_compared_any_more_is_removed(
     assert {p.name for p in (out / "reports").iterdir()} == {"unet"}
 
 
+def test_what_is_not_of_an_earlier_collection_is_not_removed(
+    dataset: Path, left: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medseg, "load_model", refuse_to_load)
+    monkeypatch.setattr(medseg, "compare", compare_names)
+    out, elsewhere = left(unet=3, fcn8s=1), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (out / "compare").symlink_to(elsewhere)
+    assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
+    (out / "reports" / "notes").mkdir()
+    (out / "reports" / "nnunet").mkdir()
+    (out / "reports" / "nnunet" / "summary.json").write_text('{"metric_per_case": []}')
+    assert run(command(dataset, out)) == OK
+    assert {p.name for p in (out / "reports").iterdir()} == {"notes", "nnunet"}
+    # of a link the link goes alone
+    assert not (out / "compare").is_symlink()
+    assert (elsewhere / "compare.html").read_text() == "unet fcn8s"
+
+
 def test_a_comparison_that_fails_leaves_none_of_before(
     dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -792,6 +813,33 @@ def test_a_comparison_that_fails_leaves_none_of_before(
     monkeypatch.setattr(medseg, "compare", refuse_to_load)
     assert run(words) == SOME_FAILED
     assert not (out / "compare").exists()
+
+
+@pytest.mark.parametrize("breaks", ["judging", "the disk", "the device"])
+def test_reports_of_before_stay_where_no_others_are_written(
+    breaks: str, dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Path:
+        raise medseg.DataError("cv/report: cannot write report.html (No space left on device)")
+
+    monkeypatch.setattr(medseg, "load_model", refuse_to_load)
+    monkeypatch.setattr(medseg, "compare", compare_names)
+    out = left(unet=3, fcn8s=1)
+    words = command(dataset, out, "--networks", "unet,fcn8s")
+    assert run(words) == OK
+    before = sorted(path for path in out.rglob("*") if path.is_dir())
+    assert {out / "report", out / "reports" / "unet", out / "compare"} <= set(before)
+    if breaks == "judging":
+        monkeypatch.setattr(Judge, "plain", refuse_to_load)
+    elif breaks == "the disk":
+        monkeypatch.setattr(medseg.Report, "save", full)
+        words = command(dataset, out)
+    else:
+        words += ["--device", "cuda:99"]
+    assert run(words) == (USAGE if breaks == "the device" else SOME_FAILED)
+    assert sorted(path for path in out.rglob("*") if path.is_dir()) == before
+    if breaks == "the device":
+        assert record_of(out)["complete"]
 
 
 def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
@@ -811,7 +859,7 @@ def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
 
     monkeypatch.setattr(medseg, "load_model", load)
     monkeypatch.setattr(medseg, "segment_cases", segment)
-    monkeypatch.setattr(collecting, "_compare", lambda *_: None)
+    monkeypatch.setattr(collecting, "_compare", lambda *_: set())
     out = left(unet=1, fcn8s=2)
     assert run(command(dataset, out, "--networks", "unet,fcn8s")) == OK
     assert sorted(loaded) == [["unet/fold_0", "fcn8s/fold_0"], ["unet/fold_1", "fcn8s/fold_1"]]
@@ -825,7 +873,7 @@ def test_an_ensemble_is_judged_fold_by_fold_and_used_where_it_pays(
 def test_what_folds_chose_for_themselves_and_is_not_chosen_is_taken_back(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "_compare", lambda *_: None)
+    monkeypatch.setattr(collecting, "_compare", lambda *_: set())
     monkeypatch.setattr(medseg.Report, "save", save_table)
     monkeypatch.setattr(Judge, "_segment", Bench._segment)
     monkeypatch.setattr(Judge, "asked", [], raising=False)
@@ -1042,6 +1090,55 @@ def test_a_disk_that_is_full_after_hours_is_no_wrong_usage(
     monkeypatch.setattr(crossval, "train_fold" if stage == "train" else "collect", full)
     assert run(words) == SOME_FAILED
     assert "(No space left on device); what is finished stays" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("trained", "error", "code", "said"),
+    [
+        (False, medseg.ConfigError("cv: other data; choose another -o"), USAGE, "cv: other data; choose another -o"),
+        (
+            True,
+            medseg.ConfigError("cv: other data; choose another -o"),
+            SOME_FAILED,
+            "cv: other data; choose another -o",
+        ),
+        (False, medseg.ModelError("cv: damaged; delete it"), SOME_FAILED, "cv: damaged; delete it"),
+        (True, medseg.DataError("cv: cannot be read"), SOME_FAILED, "cv: cannot be read; what is finished stays, and"),
+        (True, OSError(errno.EIO, "Input/output error", "cv"), SOME_FAILED, "cv: Input/output error; what is finished"),
+    ],
+)
+def test_what_ends_all_is_told_with_what_is_true_of_it(
+    trained: bool,
+    error: Exception,
+    code: int,
+    said: str,
+    attempts: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise error
+
+    _, words = attempts(0)
+    if not trained:
+        assert run(words) == OK
+    monkeypatch.setattr(crossval, "_collect", refuse)
+    assert run(words) == code
+    told = " ".join(capsys.readouterr().err.split()).rpartition("error: ")[2]
+    assert told.startswith(said)
+    assert ("what is finished" in told) == ("what is finished" in said)
+
+
+def test_a_file_that_cannot_be_read_before_anything_is_trained_is_wrong_usage(
+    dataset: Path, left: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), "data/dataset.json")
+
+    out = left(unet=1)
+    monkeypatch.setattr(medseg, "read_dataset", refuse)
+    assert run(command(dataset, out)) == USAGE
+    assert capsys.readouterr().err.splitlines()[-1].endswith("Permission denied; see to it and try again")
 
 
 def test_settings_that_say_what_is_there_go_on(dataset: Path, left: Callable[..., Path]) -> None:

@@ -75,6 +75,15 @@ def test_volume_and_expected_dice_of_every_label(tmp_path: Path) -> None:
     assert tumour == {"118565006": (pytest.approx(VOXEL_ML, rel=1e-6), "mL")}
 
 
+def test_the_ends_of_an_interval_are_not_called_what_few_cases_cannot_give(tmp_path: Path) -> None:
+    liver = write(tmp_path / "sr.dcm").content.get_volumetric_roi_measurement_groups()[0]
+    meanings = {m.name.value: m.name.meaning for m in liver.get_measurements() if m.name.value.startswith("EXPDICE-")}
+    assert meanings == {
+        "EXPDICE-LOW": "Expected Dice coefficient, lower end of its interval",
+        "EXPDICE-HIGH": "Expected Dice coefficient, upper end of its interval",
+    }
+
+
 def test_groups_refer_to_the_segments_of_the_dicom_seg(tmp_path: Path) -> None:
     document = write(tmp_path / "sr.dcm")
     seg = pydicom.dcmread(tmp_path / "sr.seg")

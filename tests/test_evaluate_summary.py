@@ -235,6 +235,14 @@ def test_where_patients_are_known_patients_are_needed(judge) -> None:
     assert "How many cases" in scans.summary["definitions"]["cases_needed"]
 
 
+def test_patients_that_have_a_label_are_counted(judge) -> None:
+    found = judge({**SIX, "none": (EMPTY, EMPTY)}, TABLE + "none,y,4\n")
+    dice = found.summary["labels"]["1"]["dice"]
+    assert (found.summary["n_groups"], dice["n"], dice["n_groups"], dice["needed_of"]) == (4, 6, 3, "patients")
+    scans = judge(SIX).summary["labels"]["1"]["dice"]
+    assert (scans["n_groups"], scans["needed_of"]) == (None, "cases")
+
+
 def test_volumes_agree_as_bland_and_altman_have_it(judge) -> None:
     found = judge({"a": (FULL, FULL), "b": (FULL, FULL), "c": (HALF, FULL), "none": (EMPTY, EMPTY)})
     # differences 0, 0 and −2 voxels of 2 mm³; where neither has the label there is no volume to agree on

@@ -265,6 +265,23 @@ def test_a_file_that_cannot_be_read_waits_by_itself(tmp_path: Path, seg: Path) -
     assert {event["job"] for event in audit_events(node, "failed")} == {job}
 
 
+def test_results_whose_disk_is_away_wait(tmp_path: Path, seg: Path) -> None:
+    got, port = Received(), free_port()
+    node = new_node(tmp_path, **to_peer(port))
+    job = finish_job(node, {"dicom-seg": seg})
+    # as an unmounted share: its mount point is there, and empty
+    results, away = node.store.results, tmp_path / "away"
+    results.rename(away)
+    results.mkdir()
+    with store_scp(port, got), publishing(node):
+        row = wait_for(lambda: (row := state_of(node, job)).attempts and row)
+        assert row.state in ("waiting", "sending")
+        assert "cannot be read (No such file or directory)" in row.reason
+        results.rmdir()
+        away.rename(results)
+        wait_until(node, job, "done")
+
+
 def test_a_file_that_cannot_be_read_is_given_up_and_says_nothing_of_the_peer(tmp_path: Path, seg: Path) -> None:
     values = to_peer(free_port())
     values["publish"]["give_up_h"] = 0.5 / 3600
@@ -282,6 +299,30 @@ def test_a_file_that_cannot_be_read_is_given_up_and_says_nothing_of_the_peer(tmp
         wait_until(node, job, "dead")
     assert rests(node).failures == before == 1
     assert [event["job"] for event in audit_events(node, "dead")] == [job]
+
+
+def test_what_was_sent_and_cannot_be_read_says_so_and_nothing_of_the_peer(tmp_path: Path, seg: Path) -> None:
+    values = to_peer(free_port(), commitment=True)
+    values["publish"] |= {"give_up_h": 2 / 3600, "commitment_wait_s": 0.2}
+    node = new_node(tmp_path, worker={"lease_s": 60.0}, **values)
+    job = finish_job(node, {"dicom-seg": seg})
+    held = open_deliveries(node)
+    held.prepare(["out"])
+    batch = held.claim("out", "another", most=8)
+    assert batch is not None
+    assert held.sent(batch, batch.deliveries[0], confirmed=False)
+    asked = held.claim_unconfirmed("out", "another", most=8)
+    assert asked is not None
+    # that the peer is down was found by another
+    held.down(asked, asked.deliveries, "nothing answers", during=None)
+    unreadable(node, job)
+    why = "its file in the results of the job cannot be read (Is a directory); check the disk"
+    with publishing(node):
+        wait_for(lambda: state_of(node, job).reason == why)
+        # the peer is no longer kept for this one alone to try, which would be for a lease
+        assert wait_until(node, job, "dead").reason == why
+    assert (rests(node).failures, rests(node).reason) == (1, "nothing answers")
+    assert [event["reason"] for event in audit_events(node, "dead")] == [why]
 
 
 def test_a_store_whose_disk_gives_errors_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

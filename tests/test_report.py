@@ -368,12 +368,47 @@ def test_reach_says_how_far_a_mean_is_known_and_what_more_would_take():
 
 
 def test_reach_counts_patients_where_they_are_known():
-    dice = {"n": 20, "ci95": [0.8, 0.9], "cases_needed": {"0.02": 16}}
+    dice = {"n": 20, "n_groups": 4, "ci95": [0.8, 0.9], "cases_needed": {"0.02": 16}}
     summary = {"n_cases": 20, "n_groups": 4, "foreground": {"dice": dice}, "labels": {"liver": {"dice": dice}}}
     assert reach(summary)[:2] == [
         "With 4 patients the mean Dice is known to about ±0.050.",
         "For ±0.02 about 16 patients would be needed (liver).",
     ]
+
+
+def named(n, needed, n_groups=None):
+    return {"dice": {"n": n, "n_groups": n_groups, "cases_needed": needed and {"0.02": needed}}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        # it has to be measured in as many: twenty livers do not tell of five tumours
+        (
+            {"liver": named(20, 12), "tumour": named(5, 17)},
+            "about 17 cases would be needed (tumour, which has a Dice in 5)",
+        ),
+        (
+            {"liver": named(20, 19), "tumour": named(5, 17)},
+            "about 17 cases would be needed (tumour, which has a Dice in 5)",
+        ),
+        ({"liver": named(20, 12), "spleen": named(20, 17)}, "about 17 cases suffice (spleen, which spreads most)"),
+        ({"liver": named(20, 12), "tumour": named(5, 4)}, "about 12 cases suffice (liver, which spreads most)"),
+        ({"liver": named(20, 12), "absent": named(0, None)}, "about 12 cases suffice (liver)"),
+        # two tumours tell nothing at all
+        ({"liver": named(20, 12), "tumour": named(2, None)}, None),
+    ],
+)
+def test_reach_counts_the_cases_that_have_the_label(labels, said):
+    summary = {"n_cases": 20, "n_groups": None, "foreground": {"dice": {"ci95": [0.8, 0.9]}}, "labels": labels}
+    found = [text for text in reach(summary) if "±0.02" in text]
+    assert found == ([] if said is None else [f"For ±0.02 {said}."])
+
+
+def test_reach_counts_the_patients_that_have_the_label():
+    labels = {"liver": named(20, 6, 10), "tumour": named(9, 8, 4)}
+    summary = {"n_cases": 20, "n_groups": 10, "foreground": {"dice": {"ci95": [0.8, 0.9]}}, "labels": labels}
+    assert reach(summary)[1] == "For ±0.02 about 8 patients would be needed (tumour, which has a Dice in 4)."
 
 
 def test_the_page_says_patients_where_they_are_known(report, tmp_path):

@@ -158,7 +158,13 @@ def compare(
 
 def _check_folder(output: Path, *inputs: Path) -> None:
     """Refuse, before any work, a folder that cannot be one, or that of `inputs`, whose files would be replaced."""
-    there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    try:
+        there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    except OSError as error:
+        raise medseg.ConfigError(
+            f"-o {output}: cannot be looked at ({error.strerror}); change the permissions of the folders above it, or "
+            "give another folder"
+        ) from error
     if not there.is_dir():
         raise medseg.ConfigError(f"-o {output}: {there} is a file, expected a folder for the report; give another name")
     if not os.access(there, os.W_OK | os.X_OK):

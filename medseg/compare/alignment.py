@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +75,8 @@ def align(methods: Sequence[Method]) -> Aligned:
     """Put `methods` side by side. Raises `DataError` where they cannot be compared, and says why.
 
     Cases are paired by name; labels by name, or by value as soon as one report has no names. Surface, tolerance of the
-    NSD and ignored value must be the same, and so must the size of every reference; a warning names reports that do not
-    tell their settings.
+    NSD and ignored value must be the same, and so must the size of every reference: in voxels, where they were counted.
+    A warning names reports that do not tell their settings, or measure other volumes of the same voxels.
     """
     cases, left_out = _common_cases(methods)
     warnings = _by_text(
@@ -94,7 +95,7 @@ def align(methods: Sequence[Method]) -> Aligned:
         table.set_index(["key", "case"]).reindex(pd.MultiIndex.from_product([list(labels), cases])) for table in keyed
     ]
     _check_whole(methods, tables, cases)
-    _check_references(methods, tables)
+    warnings += _check_references(methods, tables)
     shape = len(labels), len(cases)
     status = np.stack([table["status"].to_numpy(dtype=str).reshape(shape) for table in tables])
     values, without = _values(methods, tables, shape)
@@ -151,7 +152,8 @@ def _check_same(one: Method, other: Method, setting: str, expected: object, foun
 def _other_words(methods: Sequence[Method]) -> list[str]:
     warnings = []
     for one, other in pairwise([method for method in methods if method.definitions]):
-        terms = {*HIGHER_IS_BETTER, "volumes", "status", "surface", "ignore"}
+        # whether volumes mean the same is seen by their numbers
+        terms = {*HIGHER_IS_BETTER, "status", "surface", "ignore"}
         if one.settings is not None and other.settings is not None:
             # told by the settings, and in the words of each set of labels
             terms -= {"nsd", "surface", "ignore"}
@@ -249,14 +251,20 @@ def _check_whole(methods: Sequence[Method], tables: Sequence[pd.DataFrame], case
             )
 
 
-def _check_references(methods: Sequence[Method], tables: Sequence[pd.DataFrame]) -> None:
-    """Voxels of the reference where all were counted, else its volume."""
+def _check_references(methods: Sequence[Method], tables: Sequence[pd.DataFrame]) -> list[str]:
+    """Refuse other references, by their voxels where those were counted, else by volume; other volumes are told."""
+    warnings = []
     for (one, table), (other, its_table) in pairwise(zip(methods, tables)):
         expected, found = (t["tp"] + t["fn"] for t in (table, its_table))
-        differs = (expected != found) & expected.notna() & found.notna()
+        counted_twice = expected.notna() & found.notna()
+        differs = (expected != found) & counted_twice
         if "reference_ml" in table and "reference_ml" in its_table:
             mine, its = table["reference_ml"], its_table["reference_ml"]
-            differs |= (mine - its).abs() > _VOLUME_TOLERANCE * mine.abs()
+            other_volume = (mine - its).abs() > _VOLUME_TOLERANCE * mine.abs()
+            # reports of earlier versions took axes to be at right angles: their volumes prove nothing
+            if one.definitions.get("volumes") == other.definitions.get("volumes"):
+                differs |= other_volume & ~counted_twice
+            warnings += _other_volumes(one, other, table.index[other_volume & ~differs])
         if differs.any():
             key, case = table.index[differs][0]
             cases = sorted({c for _, c in table.index[differs]})
@@ -265,6 +273,17 @@ def _check_references(methods: Sequence[Method], tables: Sequence[pd.DataFrame])
                 f"{_size(its_table, (key, case))} found, expected {_size(table, (key, case))}; "
                 f"{counted(len(cases), 'case')} differ: {named(cases)}; evaluate both against the same references"
             )
+    return warnings
+
+
+def _other_volumes(one: Method, other: Method, rows: pd.Index[Any]) -> list[str]:
+    cases = sorted({case for _, case in rows})
+    if not cases:
+        return []
+    return [
+        f"{one.name} and {other.name} measure other volumes of the same reference in {counted(len(cases), 'case')}: "
+        f"{named(cases)}; one is of an earlier version of medseg or of other sizes of voxels: evaluate it again"
+    ]
 
 
 def _size(table: pd.DataFrame, row: tuple[str, str]) -> str:

@@ -271,6 +271,7 @@ def _row(
         "n_worse": test.worse,
         "n_equal": test.equal,
         "n_needed": _cases_needed(test),
+        "needed_of": "cases" if aligned.groups is None else "patients",
         **{
             f"n_{event}_{side}": _events(aligned, label, method)[event]
             for event in EVENTS

@@ -41,7 +41,8 @@ _SUMMARIES = {
     "ci95": "95% bootstrap interval of the mean over cases (BCa, else percentile, widened for few cases); not given "
     "below three cases.",
     "cases_needed": "How many cases like these a 95% interval of the mean Dice of ± 0.01, 0.02 or 0.05 would take, "
-    "from the standard deviation found; not given below three cases.",
+    "from the standard deviation found; not given below three cases. Cases in which the label has no Dice do not "
+    "count.",
     "foreground": "Mean over the labels of each case, then summarised over cases.",
 }
 
@@ -67,7 +68,8 @@ def definitions(options: EvaluateOptions, *, groups: bool, subgroups: bool) -> d
         )
         texts["cases_needed"] = (
             "How many patients like these, with as many cases each, a 95% interval of the mean Dice of ± 0.01, 0.02 or "
-            "0.05 would take, from how far the means of patients spread; not given below three patients."
+            "0.05 would take, from how far the means of patients spread; not given below three patients. Patients in "
+            "whom the label has no Dice do not count."
         )
     if subgroups:
         texts["subgroups"] = (

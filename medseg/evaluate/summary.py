@@ -154,7 +154,11 @@ def _label(judged: Judged, name: str, n_missing_prediction: int) -> dict[str, An
     rows = judged.found[judged.found["name"] == name]
     events = {**_events(rows), "n_missing_prediction": n_missing_prediction}
     found = {metric: {**judged.summary(rows, metric), **events} for metric in judged.metrics}
-    found["dice"]["cases_needed"] = _cases_needed(judged, rows)
+    found["dice"] |= {
+        "n_groups": judged.n_patients(list(rows.loc[rows["dice"].notna(), "case"])),
+        "cases_needed": _cases_needed(judged, rows),
+        "needed_of": "cases" if judged.groups is None else "patients",
+    }
     return found
 
 

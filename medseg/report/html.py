@@ -157,16 +157,21 @@ def reach(summary: Mapping[str, Any]) -> list[str]:
         return []
     half = (dice["ci95"][1] - dice["ci95"][0]) / 2
     said = [f"With {independent} {noun}{plural} the mean Dice is known to about ±{_rounded(half)}."]
-    needed = {
-        name: measures["dice"]["cases_needed"]["0.02"]
-        for name, measures in summary["labels"].items()
-        if measures["dice"]["cases_needed"]
-    }
-    if needed:
-        name, most = max(needed.items(), key=lambda pair: pair[1])
+    needed, having, untold = {}, {}, False
+    for name, measures in summary["labels"].items():
+        own = measures["dice"]
+        if own["cases_needed"]:
+            needed[name] = own["cases_needed"]["0.02"]
+            having[name] = own["n"] if units is None else own["n_groups"]
+        # a label that hardly any case has says nothing of how many suffice
+        untold = untold or (own["n"] > 0 and not own["cases_needed"])
+    lacking = {name: most for name, most in needed.items() if most > having[name]}
+    if lacking or (needed and not untold):
+        name, most = max((lacking or needed).items(), key=lambda pair: pair[1])
         which = f"{name}, which spreads most" if len(needed) > 1 else name
-        end = "would be needed" if most > independent else "suffice"
-        said.append(f"For ±0.02 about {most} {noun}s {end} ({which}).")
+        if having[name] < independent:
+            which = f"{name}, which has a Dice in {having[name]}"
+        said.append(f"For ±0.02 about {most} {noun}s {'would be needed' if lacking else 'suffice'} ({which}).")
     return [*said, "Cases of another origin (scanner, site, patients) may fare otherwise."]
 
 

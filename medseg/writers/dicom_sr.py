@@ -5,8 +5,10 @@ Codes of ours, in the coding scheme `99MEDSEG`, each a number without a unit:
 | code | meaning |
 |---|---|
 | EXPDICE | Expected Dice coefficient: of the label with what a person would draw, estimated without a reference |
-| EXPDICE-LOW | Expected Dice coefficient, 5th percentile: the lower end of its central 90 % interval |
-| EXPDICE-HIGH | Expected Dice coefficient, 95th percentile: the upper end |
+| EXPDICE-LOW | Expected Dice coefficient, lower end of its interval |
+| EXPDICE-HIGH | Expected Dice coefficient, upper end of its interval |
+
+The interval is the central 90 %, less where fewer than 19 cases taught the estimate.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ _VOLUME, _MILLILITRE = Code("118565006", "SCT", "Volume"), Code("mL", "UCUM", "m
 _NO_UNIT = Code("1", "UCUM", "no units")
 _QUALITY = {
     "expected": Code("EXPDICE", SCHEME, "Expected Dice coefficient"),
-    "low": Code("EXPDICE-LOW", SCHEME, "Expected Dice coefficient, 5th percentile"),
-    "high": Code("EXPDICE-HIGH", SCHEME, "Expected Dice coefficient, 95th percentile"),
+    "low": Code("EXPDICE-LOW", SCHEME, "Expected Dice coefficient, lower end of its interval"),
+    "high": Code("EXPDICE-HIGH", SCHEME, "Expected Dice coefficient, upper end of its interval"),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -176,10 +177,7 @@ class Deliveries:
         """What was not tried is free again."""
         with self._database.writing() as connection:
             now = self._locked(connection, batch.destination)
-            if self._rests_for(connection, batch):
-                connection.execute(
-                    destinations.update().where(destinations.c.name == batch.destination).values(not_before=now)
-                )
+            self._free_to_try(connection, batch, now)
             for delivery in left:
                 state = {"state": "waiting"} if self._is_waiting(connection, batch, delivery) else {}
                 values = {"not_before": now, **state, "token": None, "worker": None, "lease_until": None}
@@ -201,22 +199,35 @@ class Deliveries:
                     )
                 )
 
-    def ask_again(self, batch: Batch, wait_s: float, reason: str) -> tuple[tuple[str, str], ...]:
+    def ask_again(
+        self,
+        batch: Batch,
+        wait_s: float,
+        reason: str,
+        *,
+        reached: bool = True,
+        unread: Mapping[Delivery, str] = MappingProxyType({}),
+    ) -> tuple[tuple[str, str], ...]:
         """What of the batch still is not confirmed is asked for again later, after `wait_s` or more.
 
-        Gives job and format of those that are dead with this: sent, and not confirmed for too long.
+        Not `reached`: the destination was not asked, so that nothing is known of it. `unread`: why the files of some
+        cannot be read, in place of `reason`. Gives job and format of those that are dead with this: sent, and not
+        confirmed for too long.
         """
         d = deliveries.c
         with self._database.writing() as connection:
             now = self._locked(connection, batch.destination)
-            self._works(connection, batch.destination)
+            if reached:
+                self._works(connection, batch.destination)
+            else:
+                self._free_to_try(connection, batch, now)
             for delivery in batch.deliveries:
                 asked = connection.scalar(
                     sa.select(sa.func.count(sa.distinct(commitments.c.transaction_uid))).where(*_of(delivery))
                 )
                 again = now + self._patience.wait_s(asked or 1, first_s=wait_s)
-                values = {"not_before": again, "token": None, "worker": None, "lease_until": None, "reason": reason}
-                self._changed(connection, batch, delivery, **values)
+                values = {"not_before": again, "token": None, "worker": None, "lease_until": None}
+                self._changed(connection, batch, delivery, reason=unread.get(delivery, reason), **values)
             return self._given_up(connection, now, d.destination == batch.destination, d.state == "sent")
 
     def reported(
@@ -459,10 +470,13 @@ class Deliveries:
             insert(destinations).values(name=name, failures=0, not_before=0.0, reason="").on_conflict_do_nothing()
         )
 
-    def _rests_for(self, connection: sa.Connection, batch: Batch) -> bool:
-        """Whether the destination was kept for this batch alone to try, and nobody has failed since."""
+    def _free_to_try(self, connection: sa.Connection, batch: Batch, now: float) -> None:
+        """A destination that was kept for this batch alone to try is any other's to try, if nobody has failed since."""
         row = connection.execute(sa.select(destinations).where(destinations.c.name == batch.destination)).one()
-        return bool(row.failures and row.failed_at is not None and row.failed_at <= batch.claimed_at)
+        if row.failures and row.failed_at is not None and row.failed_at <= batch.claimed_at:
+            connection.execute(
+                destinations.update().where(destinations.c.name == batch.destination).values(not_before=now)
+            )
 
     @staticmethod
     def _works(connection: sa.Connection, destination: str) -> None:

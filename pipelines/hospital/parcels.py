@@ -69,6 +69,9 @@ def open_parcel(store: Store, delivery: Delivery) -> Parcel:
     try:
         found = sha256_of(path)
     except FileNotFoundError:
+        if not path.parent.is_dir():
+            # without its folder it is not lost: the disk of the results may be away
+            raise
         raise UnsendableError(f"{name} is missing in the results of the job; restore it, or replay the job") from None
     if found != sha256:
         raise UnsendableError(

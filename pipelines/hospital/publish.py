@@ -255,8 +255,11 @@ class Publisher:
                 return
         if reason:
             log.warning("%s: %s", destination.name, reason)
-        dead = self._deliveries.ask_again(batch, self._settings.commitment_wait_s, reason)
-        self._tell_dead(destination, dead, reason or "it was sent, and never confirmed")
+        wait_s = self._settings.commitment_wait_s
+        dead = self._deliveries.ask_again(batch, wait_s, reason, reached=bool(parcels), unread=unread)
+        unread_of = {(delivery.job_id, delivery.format): why for delivery, why in unread.items()}
+        for one in dead:
+            self._tell_dead(destination, [one], unread_of.get(one) or reason or "it was sent, and never confirmed")
 
     def _tell(self, event: str, delivery: Delivery, reason: str, **facts: str) -> None:
         self._node.audit.record(
