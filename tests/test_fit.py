@@ -26,9 +26,9 @@ from medseg.ranks import Ranks
 from medseg.state import STATE, VERSION, read_state, write_state
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Sums in the same order on every machine, and nothing of determinism left for other tests."""
+    """Sums in the same order on every machine and for all of these, and nothing of determinism left for others."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
