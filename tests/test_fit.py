@@ -27,12 +27,19 @@ from medseg.state import STATE, VERSION, read_state, write_state
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums in the same order on every machine and for all of these, and nothing of determinism left for others."""
+def threads_as_before() -> Iterator[None]:
+    """One thread for what all of these share, and nothing of that left for others."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in the same order on every machine, whatever the test before did, and nothing of determinism left."""
+    torch.set_num_threads(1)
+    yield
     torch.use_deterministic_algorithms(False)
 
 
