@@ -120,9 +120,10 @@ def test_the_values_of_labels_and_regions_are_told(tmp_path: Path, tiny_onnx: Pa
 
 
 @with_onnx
-def test_a_network_that_holds_for_one_size_alone_is_written_for_the_patch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [[8, 12], [32, 32]], ids=["patch", "beyond all sizes tried"])
+def test_a_network_that_holds_for_one_size_alone_is_written_for_the_patch(tmp_path: Path, window: list[int]) -> None:
     # where a map is larger than the window, means are local: that is another graph
-    config = of_dims(2, pooling_window=[8, 12])
+    config = of_dims(2, pooling_window=window)
     done = medseg.export_model(tiny_model(tmp_path / "run", config), tmp_path / "a.onnx", to="onnx")
     assert done.free == "batch"
     assert session(done.path).get_inputs()[0].shape == ["batch", 1, 8, 12]
