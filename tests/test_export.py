@@ -30,6 +30,7 @@ from medseg.infer import InferOptions
 from medseg.model import Model, read_model
 from medseg.progress import silent
 from medseg.readers import file_sha256
+from medseg.windows import edge_weights
 
 SAMPLES = Path(medseg.__file__).parent / "sample" / "imagesTs"
 with_onnx = pytest.mark.skipif(find_spec("onnxscript") is None, reason="needs the extra `onnx`")
@@ -538,6 +539,50 @@ def test_masks_of_monai_are_those_of_infer_where_nothing_is_resampled(tmp_path: 
     assert counts.min() > 10
     # one voxel may be so close a call that rounding decides it
     assert (np.asarray(mask.dataobj) != np.asarray(reference.dataobj)).sum() <= 1
+
+
+@with_ignite
+@pytest.mark.parametrize("data", [{}, {"labels": {"whole": [3, 7], "core": [7]}, "region_values": [3, 7]}])
+def test_where_windows_overlap_the_floor_of_monais_weights_is_all_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]
+) -> None:
+    def without_floor(patch: tuple[int, ...], **_: Any) -> Tensor:
+        weights = torch.ones(patch)
+        for axis, size in enumerate(patch):
+            weights *= edge_weights(size).float().view([-1 if n == axis else 1 for n in range(len(patch))])
+        return weights
+
+    model = tiny_model(tmp_path / "run", tiny_config(data=data))
+    # half a patch goes into these sizes without a rest, so that the windows lie in the same places
+    (tmp_path / "images").mkdir()
+    save(tmp_path / "images" / "case.nii.gz", blobs((16, 20, 24)), np.eye(4))
+    medseg.export_model(model, tmp_path / "bundle", to="bundle")
+    (ours,) = our_masks(model, tmp_path / "images", tmp_path / "ours").values()
+    different = []
+    for name in ("floor", "none"):
+        (theirs,) = monai_masks(tmp_path / "bundle", tmp_path / "images", tmp_path / name).values()
+        different.append((np.asarray(nib.load(theirs).dataobj) != np.asarray(nib.load(ours).dataobj)).sum())
+        monkeypatch.setattr("monai.inferers.utils.compute_importance_map", without_floor)
+    # that the floor makes a difference is why the README names it; without it rounding may decide a close call
+    assert different[0] > 10
+    assert different[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("windows", "told"),
+    [
+        ({}, "Both take windows of a patch's size that share 0.5 of it"),
+        ({"tile_size": [16, 16, 24]}, "medseg takes windows of 16 × 16 × 24 voxels; here"),
+        ({"mode": "halo"}, "medseg takes tiles of 8 × 8 × 8 voxels that see a margin around them; here"),
+        ({"mode": "whole"}, "medseg takes the whole image at once where it fits; here"),
+    ],
+    ids=["blend", "tiles", "halo", "whole"],
+)
+def test_the_readme_tells_how_windows_differ(tmp_path: Path, windows: dict[str, Any], told: str) -> None:
+    medseg.export_model(tiny_model(tmp_path / "run", tiny_config(windows=windows)), tmp_path / "out", to="bundle")
+    readme = (tmp_path / "out" / "docs" / "README.md").read_text()
+    assert told in readme
+    assert "0.001 at least" in readme
 
 
 @with_ignite

@@ -16,7 +16,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import torch
 
-from medseg.config import Config, DataConfig, PreprocessConfig
+from medseg.config import Config, DataConfig, PreprocessConfig, WindowsConfig
 from medseg.errors import ConfigError
 from medseg.export.agreement import Checked, Free, Logits, make_and_check, shapes_to_try
 from medseg.export.facts import facts, licence, output_channels, title
@@ -31,8 +31,8 @@ SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/downlo
 VERSION = "1.0.0"
 # as many as medseg takes on a CPU
 BATCH = 4
-# MONAI's SlidingWindowInferer: a Gaussian of this share of the patch, as `windows.edge_weights`
-SIGMA = 0.125
+# MONAI's SlidingWindowInferer: a Gaussian of this share of the patch, as `windows.edge_weights`, but never below FLOOR
+SIGMA, FLOOR = 0.125, 0.001
 CAUTION = "No medical device: for research, with every mask looked at."
 Json = dict[str, Any]
 
@@ -117,6 +117,7 @@ def _texts(model: Model, free: Free, name: str) -> dict[str, str]:
 def _inference(config: Config, free: Free) -> Json:
     """The configuration that `python -m monai.bundle run` runs: from the files of `dataset_dir` to masks."""
     ending = ".png" if _of_pictures(config) else ".nii.gz"
+    final = "torch.nn.Sigmoid()" if config.data.is_regions else "torch.nn.Softmax(dim=1)"
     return {
         "imports": ["$import glob", "$import os"],
         "bundle_root": ".",
@@ -125,7 +126,8 @@ def _inference(config: Config, free: Free) -> Json:
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         **_files(config.data, ending),
         "network_def": {"_target_": "torch.jit.load", "f": "$@bundle_root + '/models/model.ts'", "map_location": "cpu"},
-        "network": "$@network_def.to(@device)",
+        # what windows share is the mean of probabilities, as in medseg
+        "network": f"$torch.nn.Sequential(@network_def, {final}).to(@device)",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(config)},
         "dataset": {
             "_target_": "Dataset",
@@ -205,11 +207,8 @@ def _intensity(how: PreprocessConfig, dims: int) -> list[Json]:
 
 
 def _postprocessing(data: DataConfig, ending: str) -> list[Json]:
-    """From logits to a mask on the file's own grid, probabilities being what is resampled."""
-    chain = [
-        _step("Activationsd", "pred", **{"sigmoid" if data.is_regions else "softmax": True}),
-        _step("Invertd", "pred", transform="@preprocessing", orig_keys="image", nearest_interp=False),
-    ]
+    """From probabilities to a mask on the file's own grid, probabilities being what is resampled."""
+    chain = [_step("Invertd", "pred", transform="@preprocessing", orig_keys="image", nearest_interp=False)]
     values = data.out_values
     if data.is_regions:
         # the number of the last region that is there: later ones are written over earlier ones
@@ -326,7 +325,7 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 
 - The image alone is looked at, as with `--tta none`; no Dice is estimated.
 - MONAI resamples linearly; medseg with a cubic kernel that is smooth where voxels become larger.
-- Windows share {config.windows.overlap:g} of their size and have the same Gaussian weights, but lie in other places.
+- {_windows_differ(config.windows)}
 - The probabilities of all {config.data.out_channels} channels are brought back to the image's grid at once: memory.
 - Masks are not cleaned{f"; medseg does it by {json.dumps(cleaning)}" if cleaning else ""}.
 - Files are read by MONAI, without medseg's checks of geometry, channels and units.
@@ -334,6 +333,20 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 ## Licence
 
 {_licence_text(model)}"""
+
+
+def _windows_differ(windows: WindowsConfig) -> str:
+    here = f"windows of a patch's size that share {windows.overlap:g} of it"
+    weights = f"MONAI's Gaussian weights are {FLOOR:g} at least, medseg's have no floor"
+    if windows.mode == "blend" and windows.tile_size in (None, windows.patch_size):
+        return f"Both take {here}, but medseg spreads them evenly, MONAI moves the last one inwards; {weights}."
+    size = " × ".join(map(str, windows.tile_size or windows.patch_size))
+    there = {
+        "blend": f"windows of {size} voxels",
+        "halo": f"tiles of {size} voxels that see a margin around them",
+        "whole": "the whole image at once where it fits",
+    }[windows.mode]
+    return f"medseg takes {there}; here {here} are averaged, by Gaussian weights that are {FLOOR:g} at least."
 
 
 def _licence_text(model: Model) -> str:
