@@ -116,7 +116,6 @@ def _texts(model: Model, free: Free, name: str) -> dict[str, str]:
 
 def _inference(config: Config, free: Free) -> Json:
     """The configuration that `python -m monai.bundle run` runs: from the files of `dataset_dir` to masks."""
-    ending = ".png" if _of_pictures(config) else ".nii.gz"
     final = "torch.nn.Sigmoid()" if config.data.is_regions else "torch.nn.Softmax(dim=1)"
     return {
         "imports": ["$import glob", "$import os"],
@@ -124,7 +123,7 @@ def _inference(config: Config, free: Free) -> Json:
         "dataset_dir": "images",
         "output_dir": "$@bundle_root + '/eval'",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
-        **_files(config.data, ending),
+        **_files(config),
         "network_def": {"_target_": "torch.jit.load", "f": "$@bundle_root + '/models/model.ts'", "map_location": "cpu"},
         # what windows share is the mean of probabilities, as in medseg
         "network": f"$torch.nn.Sequential(@network_def, {final}).to(@device)",
@@ -149,7 +148,7 @@ def _inference(config: Config, free: Free) -> Json:
             "mode": "gaussian",
             "sigma_scale": SIGMA,
         },
-        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(config.data, ending)},
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(config.data, _ending(config))},
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -158,29 +157,52 @@ def _inference(config: Config, free: Free) -> Json:
             "inferer": "@inferer",
             "postprocessing": "@postprocessing",
         },
-        "run": ["$@evaluator.run()"],
+        # without files MONAI would end as if all were well
+        "run": [f"$torch._assert(len(@datalist) > 0, 'no {_wanted(config)} in ' + @dataset_dir)", "$@evaluator.run()"],
     }
 
 
-def _files(data: DataConfig, ending: str) -> Json:
-    """Which files make a case: one, or `CASE_0000`, `CASE_0001` and on for the channels of a volume."""
-    count = len(data.channels)
-    if count == 1 or data.spatial_dims == 2:
-        return {"datalist": f"$sorted(glob.glob(os.path.join(@dataset_dir, '*{ending}')))"}
-    first = f"_0000{ending}"
+def _ending(config: Config) -> str:
+    return ".png" if _of_pictures(config) else ".nii.gz"
+
+
+def _is_numbered(config: Config) -> bool:
+    """Whether the channels of a case lie in `CASE_0000`, `CASE_0001` and on; three of a picture are its colours."""
+    count = len(config.data.channels)
+    return count > 1 and not (count == 3 and _of_pictures(config))
+
+
+def _wanted(config: Config) -> str:
+    """The pattern that finds cases, by their only or first file."""
+    return f"*{'_0000' if _is_numbered(config) else ''}{_ending(config)}"
+
+
+def _files(config: Config) -> Json:
+    """Which files make a case."""
+    wanted, ending = _wanted(config), _ending(config)
+    found = f"$sorted(glob.glob(os.path.join(@dataset_dir, '{wanted}')))"
+    if not _is_numbered(config):
+        return {"datalist": found}
+    stem, channels = f"f[:-{len(wanted) - 1}]", f"range({len(config.data.channels)})"
     return {
-        "first_channels": f"$sorted(glob.glob(os.path.join(@dataset_dir, '*{first}')))",
-        "datalist": f"$[[f[:-{len(first)}] + '_%04d{ending}' % c for c in range({count})] for f in @first_channels]",
+        "first_channels": found,
+        "datalist": f"$[[{stem} + '_%04d{ending}' % c for c in {channels}] for f in @first_channels]",
     }
 
 
 def _preprocessing(config: Config) -> list[Json]:
     """What `preprocess.make_transforms` does, with MONAI's own transforms."""
     how, dims = config.preprocess, config.data.spatial_dims
-    chain = [_step("LoadImaged"), _step("EnsureChannelFirstd")]
     if _of_pictures(config):
+        # grey of 16 bits stays as it is
+        colours = len(config.data.channels) == 3
+        mode, others = ("RGB", ("L", "LA", "P", "RGBA")) if colours else ("L", ("LA", "P", "RGB", "RGBA"))
+        how_read = f"$lambda picture: picture.convert('{mode}') if picture.mode in {others} else picture"
+        chain = [_step("LoadImaged", reader="PILReader", converter=how_read), _step("EnsureChannelFirstd")]
         # MONAI reads columns first
         chain.append(_step("Transposed", indices=[0, 2, 1]))
+    else:
+        chain = [_step("LoadImaged"), _step("EnsureChannelFirstd")]
     if how.orient and dims == 3:
         chain.append(_step("Orientationd", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]))
     if how.crop == "nonzero":
@@ -292,9 +314,9 @@ def _metadata(model: Model, free: Free) -> Json:
 
 def _readme(model: Model, name: str) -> str:
     config, card = model.config, model.description.get("card", {})
-    ending = ".png" if _of_pictures(config) else ".nii.gz"
+    ending = _ending(config)
     files = f"holds `*{ending}`"
-    if len(config.data.channels) > 1 and config.data.spatial_dims == 3:
+    if _is_numbered(config):
         files += f", of each case `CASE_0000{ending}`, `CASE_0001{ending}` and on: {', '.join(config.data.channels)}"
     segments = card.get("segments", ", ".join(config.data.foreground))
     rows = "\n".join(f"| {channel['value']} | {channel['name']} |" for channel in output_channels(model))
@@ -328,11 +350,22 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 - {_windows_differ(config.windows)}
 - The probabilities of all {config.data.out_channels} channels are brought back to the image's grid at once: memory.
 - Masks are not cleaned{f"; medseg does it by {json.dumps(cleaning)}" if cleaning else ""}.
-- Files are read by MONAI, without medseg's checks of geometry, channels and units.
+- Files are read by MONAI, without medseg's checks of geometry, channels and units. {_files_differ(config)}
 
 ## Licence
 
 {_licence_text(model)}"""
+
+
+def _files_differ(config: Config) -> str:
+    """What medseg reads, or writes, and the bundle does not."""
+    if _of_pictures(config):
+        three = ", the three channels in the colours of one" if len(config.data.channels) == 3 else ""
+        return f"Pictures must be PNG{three}; colours of 16 bits are cut to 8."
+    if config.data.spatial_dims == 2:
+        return "A plane must be NIfTI of two axes: one of three, such as (I, J, 1), ends the run with an error."
+    each = "Channels must lie in a file each, not in one of four axes. " if _is_numbered(config) else ""
+    return f"Volumes must be NIfTI. {each}The mask of a volume of a single slice has two axes, not three."
 
 
 def _windows_differ(windows: WindowsConfig) -> str:
