@@ -84,7 +84,7 @@ def folders_of_this_machine(content: bytes) -> list[Path]:
 def test_onnx_runtime_gives_the_logits_of_pytorch_for_sizes_never_tried(tmp_path: Path, dims: int) -> None:
     model = tiny_model(tmp_path / "run", of_dims(dims))
     done = medseg.export_model(model, tmp_path / "a.onnx", to="onnx")
-    assert (done.free, done.images) == ("batch and sizes", 3)
+    assert (done.free, done.images) == ("batch and sizes", 6)
     assert 0 < done.difference < agreement.TOLERANCE
     image = noise(5, 1, *(17, 21, 19)[:dims])
     (logits,) = session(done.path).run(["logits"], {"image": image.numpy()})
@@ -139,7 +139,7 @@ def test_a_model_that_comes_with_medseg_is_exported_by_name_and_tells_what_its_u
     output = tmp_path / "new" / "h.onnx"
     assert run(["export", "hippocampus", "-o", str(output), "--to", "onnx"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"{output}: any number and size of images, trained on 40 × 56 × 40 voxels; logits of 3 ")
+    assert last.startswith(f"{output}: any number and size of images, trained on 40 × 56 × 40 voxels; logits of 6 ")
     assert last.endswith(" of PyTorch's")
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     told = facts_in(output)
@@ -185,6 +185,27 @@ def test_images_of_several_batches_and_sizes_are_tried() -> None:
     assert shapes_to_try(model, "batch and sizes") == ((1, 1, 4, 4, 4), (2, 1, 5, 5, 5), (3, 1, 3, 3, 3))
     assert shapes_to_try(model, "batch") == ((1, 1, 4, 4, 4), (2, 1, 4, 4, 4), (3, 1, 4, 4, 4))
     assert shapes_to_try(model, "nothing") == ((1, 1, 4, 4, 4),) * 3
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes", "patches", "claimed"),
+    [
+        # 2 × 64 voxels of a patch, 2 × 125 and 3 × 27 of the others
+        (128, [1, 1, 3], [1, 2, 2], ("batch and sizes", "batch", 5, 5)),
+        (64, [1, 1, 2], [1, 1, 1], ("batch and sizes", "nothing", 4, 3)),
+        (1, [1, 1, 1], [1, 1, 1], ("nothing", "nothing", 3, 3)),
+    ],
+)
+def test_no_more_images_are_tried_than_memory_holds_and_no_more_are_claimed(
+    monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int], patches: list[int], claimed: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr(agreement, "most_voxels", lambda *_: most)
+    model = plain_model()
+    assert [shape[0] for shape in shapes_to_try(model, "batch and sizes")] == sizes
+    assert [shape[0] for shape in shapes_to_try(model, "batch")] == patches
+    same = checked(model, lambda logits, image: logits)
+    one_size = checked(model, lambda logits, image: logits if image.shape[2] == 4 else logits + 1)
+    assert (same.made, one_size.made, same.images, one_size.images) == claimed
 
 
 def test_what_holds_for_less_is_claimed_for_less() -> None:
