@@ -609,6 +609,15 @@ def test_the_readme_tells_how_windows_differ(tmp_path: Path, windows: dict[str, 
     assert "0.001 at least" in readme
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_the_readme_tells_of_a_random_field_where_medseg_has_one(tmp_path: Path, on: bool) -> None:
+    config = tiny_config(postprocess={"crf": on, "fill_holes": ["core"]})
+    medseg.export_model(tiny_model(tmp_path / "run", config), tmp_path / "out", to="bundle")
+    lines = (tmp_path / "out" / "docs" / "README.md").read_text().splitlines()
+    assert any("by a conditional random field (`postprocess.crf`)" in line for line in lines) == on
+    assert '- Masks are not cleaned; medseg does it by {"fill_holes": ["core"]}.' in lines
+
+
 @with_ignite
 @pytest.mark.parametrize(
     ("channels", "modes"),

@@ -16,7 +16,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import torch
 
-from medseg.config import Config, DataConfig, PreprocessConfig, WindowsConfig
+from medseg.config import Config, DataConfig, PostprocessConfig, PreprocessConfig, WindowsConfig
 from medseg.errors import ConfigError
 from medseg.export.agreement import Checked, Free, Logits, make_and_check, shapes_to_try
 from medseg.export.facts import facts, licence, output_channels, title
@@ -321,7 +321,6 @@ def _readme(model: Model, name: str) -> str:
     segments = card.get("segments", ", ".join(config.data.foreground))
     rows = "\n".join(f"| {channel['value']} | {channel['name']} |" for channel in output_channels(model))
     limits = "\n".join(f"- {limit}" for limit in card.get("limits", [CAUTION]))
-    cleaning = {k: v for k, v in config.postprocess.model_dump().items() if v and not k.startswith("crf")}
     return f"""# {title(model)}
 
 Segments {segments}. A MONAI Bundle that medseg exported; it needs MONAI and pytorch-ignite, not medseg.
@@ -349,12 +348,21 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 - MONAI resamples linearly; medseg with a cubic kernel that is smooth where voxels become larger.
 - {_windows_differ(config.windows)}
 - The probabilities of all {config.data.out_channels} channels are brought back to the image's grid at once: memory.
-- Masks are not cleaned{f"; medseg does it by {json.dumps(cleaning)}" if cleaning else ""}.
+{_postprocessing_differs(config.postprocess)}
 - Files are read by MONAI, without medseg's checks of geometry, channels and units. {_files_differ(config)}
 
 ## Licence
 
 {_licence_text(model)}"""
+
+
+def _postprocessing_differs(how: PostprocessConfig) -> str:
+    """Lines of what medseg does before and after probabilities become labels, and the bundle does not."""
+    cleaning = {k: v for k, v in how.model_dump().items() if v and not k.startswith("crf")}
+    line = f"- Masks are not cleaned{f'; medseg does it by {json.dumps(cleaning)}' if cleaning else ''}."
+    if how.crf:
+        line += "\n- Probabilities are not refined; medseg does it by a conditional random field (`postprocess.crf`)."
+    return line
 
 
 def _files_differ(config: Config) -> str:
