@@ -145,7 +145,7 @@ def export(
         "nothing": f"one image of {size} voxels at a time, no other size",
     }[done.free]
     near = f"within {done.difference:.1e} of" if done.difference else "equal to"
-    finish(f"{done.path}: {takes}; logits of {done.images} batches {near} PyTorch's")
+    finish(f"{done.path}: {takes}; logits of {done.images} images {near} PyTorch's")
 
 
 def _patch(text: str | None) -> tuple[int, ...] | None:

@@ -49,6 +49,7 @@ def export_model(model: str | Path, output: str | Path, *, to: str, progress: Pr
     check, write = _FORMS[to]
     output = Path(output)
     check(output)
+    _check_parent(output)
     trained = _only_model(model)
     checked = write(trained, output, progress)
     return Exported(output, trained.config.windows.patch_size, checked.free, checked.difference, checked.images)
@@ -58,6 +59,13 @@ def _check_onnx(output: Path) -> None:
     if output.is_dir() or output.suffix.lower() != ".onnx":
         found = "a folder" if output.is_dir() else f"ending {output.suffix or 'missing'}"
         raise ConfigError(f"{output}: {found} found, expected a file that ends in .onnx; change -o")
+
+
+def _check_parent(output: Path) -> None:
+    """Raises `ConfigError` where a file is in the way of the folder of `output`."""
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{output}: {there} is a file, expected a folder; change -o")
 
 
 _Check = Callable[[Path], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from medseg.config import IntensityConfig
+from medseg.device import most_voxels
 from medseg.errors import ModelError
 from medseg.model import Model
+from medseg.networks.aspp import pools_locally
 from medseg.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -51,18 +54,23 @@ def make_and_check(
     Raises `ModelError` where nothing agrees: with the figures, or with what `make` said last.
     """
     failure: Exception | None = None
-    for free in FREEDOMS:
+    # beyond its window an image pooling is another graph, and images of the sizes tried may all lie within
+    for free in FREEDOMS[1:] if pools_locally(model.network) else FREEDOMS:
+        shapes = shapes_to_try(model, free)
+        if free != "nothing" and all(shape[0] == 1 for shape in shapes):
+            log.info("%s: memory holds one image at a time, so several are not tried", name)
+            continue
         try:
             progress("convert", 0, 1)
             made, logits = make(free)
             progress("convert", 1, 1)
-            difference = _difference(model, logits, free, name=name, progress=progress)
+            difference = _difference(model, logits, shapes, name=name, progress=progress)
         except Exception as error:  # noqa: BLE001
             # converters and runtimes fail in any way there is; the next try asks less of them
             log.info("%s: with %s free: %s: %s", name, free, type(error).__name__, error)
             failure = error
         else:
-            return Checked(made, free, difference, len(shapes_to_try(model, free)))
+            return Checked(made, free, difference, sum(shape[0] for shape in shapes))
     if isinstance(failure, ModelError):
         raise failure
     reason = (str(failure).strip() or "no reason given").splitlines()[0]
@@ -79,22 +87,27 @@ def free_axes(free: Free, spatial_dims: int) -> dict[int, str]:
 
 
 def shapes_to_try(model: Model, free: Free) -> tuple[Shape, ...]:
-    """Of three images (B, C, *S): the patch, larger ones of odd sizes, and smaller ones, as far as axes are `free`."""
+    """Of three batches (B, C, *S): the patch, larger ones of odd sizes, and smaller ones, as far as axes are `free`.
+
+    Of so many images as memory holds at that size, at most 1, 2 and 3.
+    """
     channels, patch = len(model.config.data.channels), model.config.windows.patch_size
     least: Shape = getattr(model.network, "min_shape", (1,) * len(patch))
     odd = tuple(n + 1 + n % 2 for n in patch)
     smaller = tuple(max(m, n - n // 3) for n, m in zip(patch, least))
     sizes = (patch, odd, smaller) if free == "batch and sizes" else (patch,) * 3
-    return tuple((1 if free == "nothing" else b, channels, *size) for b, size in zip((1, 2, 3), sizes))
+    most = most_voxels(torch.device("cpu"), model.config.data.out_channels)
+    counts = (1, 1, 1) if free == "nothing" else (1, 2, 3)
+    return tuple((max(1, int(min(b, most / math.prod(size)))), channels, *size) for b, size in zip(counts, sizes))
 
 
-def _difference(model: Model, other: Logits, free: Free, *, name: str, progress: Progress) -> float:
-    """How far `other` is from the network of `model`, float32 on the CPU, for images of noise as that sees them.
+def _difference(model: Model, other: Logits, shapes: Sequence[Shape], *, name: str, progress: Progress) -> float:
+    """How far `other` is from the network of `model`, float32 on the CPU, for noise of `shapes` as that sees images.
 
     Labels must be the same wherever the two best logits are not within the tolerance of each other. Raises `ModelError`
     with the figures.
     """
-    shapes, generator, worst = shapes_to_try(model, free), torch.Generator().manual_seed(0), 0.0
+    generator, worst = torch.Generator().manual_seed(0), 0.0
     for number, shape in enumerate(shapes):
         progress("compare", number, len(shapes))
         image = _image(shape, model.config.preprocess.intensity, generator)

@@ -16,7 +16,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import torch
 
-from medseg.config import Config, DataConfig, PreprocessConfig
+from medseg.config import Config, DataConfig, PostprocessConfig, PreprocessConfig, WindowsConfig
 from medseg.errors import ConfigError
 from medseg.export.agreement import Checked, Free, Logits, make_and_check, shapes_to_try
 from medseg.export.facts import facts, licence, output_channels, title
@@ -31,8 +31,8 @@ SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/downlo
 VERSION = "1.0.0"
 # as many as medseg takes on a CPU
 BATCH = 4
-# MONAI's SlidingWindowInferer: a Gaussian of this share of the patch, as `windows.edge_weights`
-SIGMA = 0.125
+# MONAI's SlidingWindowInferer: a Gaussian of this share of the patch, as `windows.edge_weights`, but never below FLOOR
+SIGMA, FLOOR = 0.125, 0.001
 CAUTION = "No medical device: for research, with every mask looked at."
 Json = dict[str, Any]
 
@@ -116,16 +116,17 @@ def _texts(model: Model, free: Free, name: str) -> dict[str, str]:
 
 def _inference(config: Config, free: Free) -> Json:
     """The configuration that `python -m monai.bundle run` runs: from the files of `dataset_dir` to masks."""
-    ending = ".png" if _of_pictures(config) else ".nii.gz"
+    final = "torch.nn.Sigmoid()" if config.data.is_regions else "torch.nn.Softmax(dim=1)"
     return {
         "imports": ["$import glob", "$import os"],
         "bundle_root": ".",
         "dataset_dir": "images",
         "output_dir": "$@bundle_root + '/eval'",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
-        **_files(config.data, ending),
+        **_files(config),
         "network_def": {"_target_": "torch.jit.load", "f": "$@bundle_root + '/models/model.ts'", "map_location": "cpu"},
-        "network": "$@network_def.to(@device)",
+        # what windows share is the mean of probabilities, as in medseg
+        "network": f"$torch.nn.Sequential(@network_def, {final}).to(@device)",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(config)},
         "dataset": {
             "_target_": "Dataset",
@@ -147,7 +148,7 @@ def _inference(config: Config, free: Free) -> Json:
             "mode": "gaussian",
             "sigma_scale": SIGMA,
         },
-        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(config.data, ending)},
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(config.data, _ending(config))},
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -156,29 +157,52 @@ def _inference(config: Config, free: Free) -> Json:
             "inferer": "@inferer",
             "postprocessing": "@postprocessing",
         },
-        "run": ["$@evaluator.run()"],
+        # without files MONAI would end as if all were well
+        "run": [f"$torch._assert(len(@datalist) > 0, 'no {_wanted(config)} in ' + @dataset_dir)", "$@evaluator.run()"],
     }
 
 
-def _files(data: DataConfig, ending: str) -> Json:
-    """Which files make a case: one, or `CASE_0000`, `CASE_0001` and on for the channels of a volume."""
-    count = len(data.channels)
-    if count == 1 or data.spatial_dims == 2:
-        return {"datalist": f"$sorted(glob.glob(os.path.join(@dataset_dir, '*{ending}')))"}
-    first = f"_0000{ending}"
+def _ending(config: Config) -> str:
+    return ".png" if _of_pictures(config) else ".nii.gz"
+
+
+def _is_numbered(config: Config) -> bool:
+    """Whether the channels of a case lie in `CASE_0000`, `CASE_0001` and on; three of a picture are its colours."""
+    count = len(config.data.channels)
+    return count > 1 and not (count == 3 and _of_pictures(config))
+
+
+def _wanted(config: Config) -> str:
+    """The pattern that finds cases, by their only or first file."""
+    return f"*{'_0000' if _is_numbered(config) else ''}{_ending(config)}"
+
+
+def _files(config: Config) -> Json:
+    """Which files make a case."""
+    wanted, ending = _wanted(config), _ending(config)
+    found = f"$sorted(glob.glob(os.path.join(@dataset_dir, '{wanted}')))"
+    if not _is_numbered(config):
+        return {"datalist": found}
+    stem, channels = f"f[:-{len(wanted) - 1}]", f"range({len(config.data.channels)})"
     return {
-        "first_channels": f"$sorted(glob.glob(os.path.join(@dataset_dir, '*{first}')))",
-        "datalist": f"$[[f[:-{len(first)}] + '_%04d{ending}' % c for c in range({count})] for f in @first_channels]",
+        "first_channels": found,
+        "datalist": f"$[[{stem} + '_%04d{ending}' % c for c in {channels}] for f in @first_channels]",
     }
 
 
 def _preprocessing(config: Config) -> list[Json]:
     """What `preprocess.make_transforms` does, with MONAI's own transforms."""
     how, dims = config.preprocess, config.data.spatial_dims
-    chain = [_step("LoadImaged"), _step("EnsureChannelFirstd")]
     if _of_pictures(config):
+        # grey of 16 bits stays as it is
+        colours = len(config.data.channels) == 3
+        mode, others = ("RGB", ("L", "LA", "P", "RGBA")) if colours else ("L", ("LA", "P", "RGB", "RGBA"))
+        how_read = f"$lambda picture: picture.convert('{mode}') if picture.mode in {others} else picture"
+        chain = [_step("LoadImaged", reader="PILReader", converter=how_read), _step("EnsureChannelFirstd")]
         # MONAI reads columns first
         chain.append(_step("Transposed", indices=[0, 2, 1]))
+    else:
+        chain = [_step("LoadImaged"), _step("EnsureChannelFirstd")]
     if how.orient and dims == 3:
         chain.append(_step("Orientationd", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]))
     if how.crop == "nonzero":
@@ -205,11 +229,8 @@ def _intensity(how: PreprocessConfig, dims: int) -> list[Json]:
 
 
 def _postprocessing(data: DataConfig, ending: str) -> list[Json]:
-    """From logits to a mask on the file's own grid, probabilities being what is resampled."""
-    chain = [
-        _step("Activationsd", "pred", **{"sigmoid" if data.is_regions else "softmax": True}),
-        _step("Invertd", "pred", transform="@preprocessing", orig_keys="image", nearest_interp=False),
-    ]
+    """From probabilities to a mask on the file's own grid, probabilities being what is resampled."""
+    chain = [_step("Invertd", "pred", transform="@preprocessing", orig_keys="image", nearest_interp=False)]
     values = data.out_values
     if data.is_regions:
         # the number of the last region that is there: later ones are written over earlier ones
@@ -293,14 +314,13 @@ def _metadata(model: Model, free: Free) -> Json:
 
 def _readme(model: Model, name: str) -> str:
     config, card = model.config, model.description.get("card", {})
-    ending = ".png" if _of_pictures(config) else ".nii.gz"
+    ending = _ending(config)
     files = f"holds `*{ending}`"
-    if len(config.data.channels) > 1 and config.data.spatial_dims == 3:
+    if _is_numbered(config):
         files += f", of each case `CASE_0000{ending}`, `CASE_0001{ending}` and on: {', '.join(config.data.channels)}"
     segments = card.get("segments", ", ".join(config.data.foreground))
     rows = "\n".join(f"| {channel['value']} | {channel['name']} |" for channel in output_channels(model))
     limits = "\n".join(f"- {limit}" for limit in card.get("limits", [CAUTION]))
-    cleaning = {k: v for k, v in config.postprocess.model_dump().items() if v and not k.startswith("crf")}
     return f"""# {title(model)}
 
 Segments {segments}. A MONAI Bundle that medseg exported; it needs MONAI and pytorch-ignite, not medseg.
@@ -326,14 +346,48 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 
 - The image alone is looked at, as with `--tta none`; no Dice is estimated.
 - MONAI resamples linearly; medseg with a cubic kernel that is smooth where voxels become larger.
-- Windows share {config.windows.overlap:g} of their size and have the same Gaussian weights, but lie in other places.
+- {_windows_differ(config.windows)}
 - The probabilities of all {config.data.out_channels} channels are brought back to the image's grid at once: memory.
-- Masks are not cleaned{f"; medseg does it by {json.dumps(cleaning)}" if cleaning else ""}.
-- Files are read by MONAI, without medseg's checks of geometry, channels and units.
+{_postprocessing_differs(config.postprocess)}
+- Files are read by MONAI, without medseg's checks of geometry, channels and units. {_files_differ(config)}
 
 ## Licence
 
 {_licence_text(model)}"""
+
+
+def _postprocessing_differs(how: PostprocessConfig) -> str:
+    """Lines of what medseg does before and after probabilities become labels, and the bundle does not."""
+    cleaning = {k: v for k, v in how.model_dump().items() if v and not k.startswith("crf")}
+    line = f"- Masks are not cleaned{f'; medseg does it by {json.dumps(cleaning)}' if cleaning else ''}."
+    if how.crf:
+        line += "\n- Probabilities are not refined; medseg does it by a conditional random field (`postprocess.crf`)."
+    return line
+
+
+def _files_differ(config: Config) -> str:
+    """What medseg reads, or writes, and the bundle does not."""
+    if _of_pictures(config):
+        three = ", the three channels in the colours of one" if len(config.data.channels) == 3 else ""
+        return f"Pictures must be PNG{three}; colours of 16 bits are cut to 8."
+    if config.data.spatial_dims == 2:
+        return "A plane must be NIfTI of two axes: one of three, such as (I, J, 1), ends the run with an error."
+    each = "Channels must lie in a file each, not in one of four axes. " if _is_numbered(config) else ""
+    return f"Volumes must be NIfTI. {each}The mask of a volume of a single slice has two axes, not three."
+
+
+def _windows_differ(windows: WindowsConfig) -> str:
+    here = f"windows of a patch's size that share {windows.overlap:g} of it"
+    weights = f"MONAI's Gaussian weights are {FLOOR:g} at least, medseg's have no floor"
+    if windows.mode == "blend" and windows.tile_size in (None, windows.patch_size):
+        return f"Both take {here}, but medseg spreads them evenly, MONAI moves the last one inwards; {weights}."
+    size = " × ".join(map(str, windows.tile_size or windows.patch_size))
+    there = {
+        "blend": f"windows of {size} voxels",
+        "halo": f"tiles of {size} voxels that see a margin around them",
+        "whole": "the whole image at once where it fits",
+    }[windows.mode]
+    return f"medseg takes {there}; here {here} are averaged, by Gaussian weights that are {FLOOR:g} at least."
 
 
 def _licence_text(model: Model) -> str:
