@@ -34,13 +34,12 @@ from medseg.writers.formats import (
     REGIONS,
     Outcome,
     WrittenFile,
-    all_or_none,
     file_name,
     file_names,
     source_for,
     write_files,
 )
-from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
+from medseg.writers.probabilities import ProbabilityStore, probabilities_path
 
 __all__ = ["CaseResult", "infer", "segment_cases"]
 
@@ -431,10 +430,9 @@ class _Run:
         outcome, case = labelled.outcome, labelled.outcome.case
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
-            written = write_files(self._folder, outcome, labelled.kept)
-            if self._saves_probabilities and outcome.scores is not None:
-                with all_or_none(self._folder, written, labelled.kept):
-                    probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
+            written = write_files(self._folder, outcome, beside if self._saves_probabilities else None)
+            if self._saves_probabilities:
+                probabilities = file_sha256(beside)
             # what earlier runs have made of the same input is of the same mask
             files = {**labelled.kept, **written}
         others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]

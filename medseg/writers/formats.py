@@ -19,8 +19,8 @@ from medseg.grid import Grid
 from medseg.readers import Geometry, file_sha256, is_image_file, is_picture, read_images
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.readers.series import SourceImages, series_geometry, source_images
-from medseg.writers import atomic_path, label_ending, write_label
-from medseg.writers.probabilities import ProbabilityStore, write_regions
+from medseg.writers import all_or_none, atomic_path, label_ending, write_label
+from medseg.writers.probabilities import ProbabilityStore, write_probabilities, write_regions
 from medseg.writers.provenance import Algorithm
 
 if TYPE_CHECKING:
@@ -159,35 +159,24 @@ def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     return images
 
 
-def write_files(
-    folder: Path, outcome: Outcome, kept: Mapping[str, WrittenFile] | None = None
-) -> dict[str, WrittenFile]:
-    """Writes a case in all its formats into `folder`, each file whole or not at all; gives what was written, by format.
+def write_files(folder: Path, outcome: Outcome, probabilities: Path | None = None) -> dict[str, WrittenFile]:
+    """Writes a case in all its formats into `folder`, and its scores to `probabilities`; gives the files, by format.
 
-    Where one cannot be written none stays but those that were there before, `kept`: a case is done or it is not. Raises
-    `DataError` or `GeometryError`.
+    Each is whole or not there. Where one cannot be written all is left as it was before: a case is done or it is not.
+    Raises `DataError` or `GeometryError`.
     """
-    written: dict[str, WrittenFile] = {}
-    with all_or_none(folder, written, kept or {}):
+    with all_or_none():
         for name in outcome.formats:
-            called = file_name(outcome.case, name)
-            FORMATS[name].write(folder / called, outcome)
-            written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
-            if others := references(name, outcome.formats):
-                written[name]["refers_to"] = others
+            FORMATS[name].write(folder / file_name(outcome.case, name), outcome)
+        if probabilities is not None and outcome.scores is not None:
+            write_probabilities(probabilities, outcome.scores, outcome.like)
+    written: dict[str, WrittenFile] = {}
+    for name in outcome.formats:
+        called = file_name(outcome.case, name)
+        written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
+        if others := references(name, outcome.formats):
+            written[name]["refers_to"] = others
     return written
-
-
-@contextmanager
-def all_or_none(folder: Path, written: Mapping[str, WrittenFile], kept: Mapping[str, WrittenFile]) -> Iterator[None]:
-    """Where the block fails, the files `written` are removed from `folder`, but for those that are as they were."""
-    try:
-        yield
-    except BaseException:
-        for file in written.values():
-            if file not in kept.values():
-                (folder / file["name"]).unlink(missing_ok=True)
-        raise
 
 
 def _nifti(path: Path, outcome: Outcome) -> None:
