@@ -580,7 +580,8 @@ def _why(case: Case, error: Exception) -> tuple[str, str]:
             why = "the device ran out of memory; try --device cpu or a smaller windows.batch_size"
             return f"{case.images[0]}: {why}", "MemoryError"
         if isinstance(found, MemoryError):
-            why = f"the memory of this machine does not hold it ({found or 'MemoryError'})"
+            told = str(found).removeprefix(f"{case.images[0]}: ") or "MemoryError"
+            why = f"the memory of this machine does not hold it ({told})"
             return f"{case.images[0]}: {why}", "MemoryError"
     name = type(chain[-1]).__name__
     return f"{case.images[0]}: {name}: {chain[-1]}", name

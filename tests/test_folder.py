@@ -589,6 +589,17 @@ def test_a_random_field_whose_scores_no_memory_holds_is_the_failure_of_its_case(
     assert infer([tmp_path / "in"], loaded, tmp_path / "out")[0].status == "done"
 
 
+def test_a_case_that_this_machine_cannot_hold_is_no_fault_of_its_file(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path, *_) = some_images(tmp_path / "in", 1)
+    monkeypatch.setattr("medseg.preprocess.beyond_memory", lambda numbers: "all")
+    (result,) = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert (result.status, result.cause) == ("failed", "MemoryError")
+    assert str(result.reason).startswith(f"{path}: the memory of this machine does not hold it (spacing ")
+    assert "voxels, which take all; " in str(result.reason)
+
+
 @pytest.mark.parametrize(
     "change", [{"tta": "flip"}, {"window": (8, 8, 8)}, {"overlap": 0.25}, {"precision": "bf16"}, {"overwrite": True}]
 )
