@@ -59,6 +59,9 @@ LEAST_DIFFERENCE = 5e-4
 # that is predicted too small still has a chance
 SIZE_SHARES = (0.125, 0.25, 0.5, 1.0)
 
+# of the memory of the scores, what `refine` holds at most
+HELD_BY_FIELD = 9
+
 Integers = npt.NDArray[np.intp]
 # (K, *S) → (K, *S): the sum over all other voxels in reach, each times its kernel
 Kernel = Callable[[torch.Tensor], torch.Tensor]
@@ -76,8 +79,8 @@ def refine(
     """Probabilities (K, *S) float32 after what `config` asks for; `scores` themselves where it asks for nothing.
 
     `scores` (K, *S): probabilities; `image` (C, *S): what the network saw, with voxels `spacing_mm` apart. With
-    `regions` every channel is a yes or no of its own. Runs where `scores` are and holds up to nine times their memory.
-    Raises `ValueError` where shapes do not fit.
+    `regions` every channel is a yes or no of its own. Runs where `scores` are and holds up to `HELD_BY_FIELD` times
+    their memory. Raises `ValueError` where shapes do not fit.
     """
     if not config.crf:
         return scores

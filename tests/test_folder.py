@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
 from medseg.writers import formats as formats_module
 from medseg.writers import ignores_case, write_label, write_text
+
+# the package has a function of this name
+infer_module = import_module("medseg.infer")
 
 
 def statuses(results: tuple[CaseResult, ...]) -> list[str]:
@@ -580,12 +584,14 @@ def test_a_random_field_whose_scores_no_memory_holds_is_the_failure_of_its_case(
 ) -> None:
     some_images(tmp_path / "in", 1)
     loaded = load_model(model, options=replace(EXACT, settings={"postprocess": {"crf": True}}))
-    # three scores of the 1,020 voxels of the grid of the network
-    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers >= 3 * 1020 else "")
+    # three scores of the 1,020 voxels of the grid of the network, nine times
+    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers >= 9 * 3 * 1020 else "")
+    monkeypatch.setattr(infer_module, "stream", lambda *_, **__: pytest.fail("the network ran"))
     (result,) = infer([tmp_path / "in"], loaded, tmp_path / "out")
     assert (result.status, result.cause) == ("failed", "MemoryError")
-    assert "the memory of this machine does not hold it (3 scores of 1,020 voxels at once" in str(result.reason)
-    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers > 3 * 1020 else "")
+    assert "does not hold it (case0: postprocess.crf on 3 scores of 1,020 voxels takes all" in str(result.reason)
+    monkeypatch.undo()
+    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers > 9 * 3 * 1020 else "")
     assert infer([tmp_path / "in"], loaded, tmp_path / "out")[0].status == "done"
 
 
@@ -597,7 +603,7 @@ def test_a_case_that_this_machine_cannot_hold_is_no_fault_of_its_file(
     (result,) = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
     assert (result.status, result.cause) == ("failed", "MemoryError")
     assert str(result.reason).startswith(f"{path}: the memory of this machine does not hold it (spacing ")
-    assert "voxels, which take all; " in str(result.reason)
+    assert "voxels, whose resampling takes all; " in str(result.reason)
 
 
 @pytest.mark.parametrize(
