@@ -222,6 +222,18 @@ def test_measurements_refer_to_a_segmentation_that_is_asked_for_with_them(
         assert one(scan, model, tmp_path, options).status == "skipped"
 
 
+def test_measurements_of_a_record_that_tells_no_references_are_looked_at(
+    scan: Path, tmp_path: Path, model: Path
+) -> None:
+    both = asking("dicom-sr", "dicom-seg")
+    assert one(scan, model, tmp_path, both).status == "done"
+    path = tmp_path / "run.json"
+    told = json.loads(path.read_text())
+    del told["cases"][0]["files"]["dicom-sr"]["refers_to"]
+    path.write_text(json.dumps(told))
+    assert one(scan, model, tmp_path, both).status == "skipped"
+
+
 def test_without_nifti_there_is_none(scan: Path, tmp_path: Path, model: Path) -> None:
     result = one(scan, model, tmp_path, asking("dicom-seg"))
     assert (result.status, result.output, result.output_sha256) == ("done", None, None)

@@ -32,7 +32,7 @@ NIFTI, DICOM_SEG, REGIONS = "nifti", "dicom-seg", "regions"
 class WrittenFile(TypedDict):
     """A file beside a mask: its name in the folder, and the SHA-256 of its bytes.
 
-    `refers_to`: other formats of the case that it refers to, where it does.
+    `refers_to`: other formats of the case that it refers to; records of before do not tell, nor do files without.
     """
 
     name: str
@@ -136,6 +136,13 @@ def file_names(case: Case) -> dict[str, str]:
 def references(name: str, formats: Iterable[str]) -> list[str]:
     """Those of `formats` that a file in the format `name` refers to when they are written with it."""
     return [other for other in FORMATS[name].refers_to if other in formats]
+
+
+def names_other(path: Path, other: Path) -> bool:
+    """Whether the DICOM object in `path` names the one in `other`, both as they were written here."""
+    from pydicom.filereader import read_file_meta_info
+
+    return str(read_file_meta_info(other).MediaStorageSOPInstanceUID).encode("ascii") in path.read_bytes()
 
 
 def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
