@@ -250,7 +250,7 @@ class Segmenter:
                 self.config.postprocess,
                 labels.numpy(),
                 {name: value for value, name in self.label_names.items()},
-                spacing_mm=prepared.source.spacing_mm,
+                voxel_mm3=prepared.source.voxel_mm3,
             )
         if self._quality is None:
             return Segmented(cleaned)
