@@ -87,7 +87,8 @@ def infer(
     cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels), series=options.series)
     if part > len(cases):
         log.warning("shard %d/%d has none of the %d cases", part, parts, len(cases))
-    return segment_cases(first, cases[part - 1 :: parts], Path(out), beside=others, forget_peak=True, progress=progress)
+    mine = cases[part - 1 :: parts]
+    return segment_cases(first, mine, Path(out), of=cases, beside=others, forget_peak=True, progress=progress)
 
 
 def segment_cases(
@@ -95,12 +96,14 @@ def segment_cases(
     cases: Sequence[Case],
     folder: Path,
     *,
+    of: Sequence[Case] = (),
     beside: Sequence[Segmenter] = (),
     forget_peak: bool = False,
     progress: Progress = silent,
 ) -> tuple[CaseResult, ...]:
     """`infer` for cases and a model that are at hand; `beside`: the same model on further devices.
 
+    `of`: all cases that are to be written there, where other processes segment the rest: none may take another's name.
     Results are in the order of `cases`, whatever device was free for them. `forget_peak`: begin the peak of the
     process's memory anew with every case, so that each has its own; who measures the process from outside loses it.
     """
@@ -110,11 +113,12 @@ def segment_cases(
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
     _refuse_overlaps(segmenter)
     _refuse_regions(segmenter)
-    _refuse_clashes(cases, folder, segmenter.options.formats)
+    everyone = of or cases
+    _refuse_clashes(everyone, folder, segmenter.options.formats)
     probabilities = probabilities_path(folder, "").parent
     parts = [probabilities] if segmenter.options.save_probabilities else []
     parts += [folder / FORMATS[name].folder for name in segmenter.options.formats if FORMATS[name].folder]
-    parents = {path.parent.resolve() for case in cases for path in _files(case) if os.path.isfile(path)}
+    parents = {path.parent.resolve() for case in everyone for path in _files(case) if os.path.isfile(path)}
     for made in (folder, *parts):
         if made.resolve() in parents:
             raise ConfigError(
@@ -132,7 +136,7 @@ def segment_cases(
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
         log.info("removed %s, which a killed run has left", name)
-    _refuse_namesakes(cases, folder, segmenter.options.formats)
+    _refuse_namesakes(everyone, folder, segmenter.options.formats)
     record, again = open_record(folder, segmenters), {case.id for case in cases}
     left = [name for case, name in record.others.items() if case not in again]
     if left:

@@ -791,9 +791,10 @@ def test_masks_do_not_go_among_the_images(tmp_path: Path, model: Path) -> None:
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
 
 
+@pytest.mark.parametrize("shard", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("names", [("Case", "case"), ("caf\u00e9", "CAFE\u0301")])
 def test_names_that_the_disk_takes_for_one_are_refused(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], shard: tuple[int, int]
 ) -> None:
     images = []
     for name, part in zip(names, ("one", "two")):
@@ -801,7 +802,7 @@ def test_names_that_the_disk_takes_for_one_are_refused(
         images.append(save(tmp_path / part / f"{name}.nii.gz", blobs(SHAPE), AFFINE))
     monkeypatch.setattr(folder_module, "ignores_case", lambda folder: True)
     with pytest.raises(ConfigError, match=f"both {images[0]} and {images[1]} would become it, since this disk"):
-        infer(images, [model], tmp_path / "out", EXACT)
+        infer(images, [model], tmp_path / "out", replace(EXACT, shard=shard))
     assert not masks(tmp_path / "out")
     monkeypatch.undo()
     if not ignores_case(tmp_path):
