@@ -39,7 +39,7 @@ from medseg.model import (
 )
 from medseg.networks import check_patch
 from medseg.plan import sided_label
-from medseg.postprocess import HELD_BY_FIELD, clean, refine
+from medseg.postprocess import clean, held_by_field, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
 from medseg.readers import SeriesOptions, is_series
@@ -304,8 +304,8 @@ class Segmenter:
         """
         channels, voxels = self.config.data.out_channels, math.prod(prepared.grid.shape)
         # a GPU tells by itself when its memory is full; what the field makes there comes to this machine's
-        copies = HELD_BY_FIELD if self.device.type == "cpu" else 1
-        if taken := beyond_memory(copies * channels * voxels):
+        held = held_by_field(channels, len(prepared.image)) if self.device.type == "cpu" else channels
+        if taken := beyond_memory(held * voxels):
             raise MemoryError(
                 f"{prepared.id}: postprocess.crf on {channels} scores of {voxels:,} voxels takes {taken}; leave it out"
             )

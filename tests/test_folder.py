@@ -584,14 +584,14 @@ def test_a_random_field_whose_scores_no_memory_holds_is_the_failure_of_its_case(
 ) -> None:
     some_images(tmp_path / "in", 1)
     loaded = load_model(model, options=replace(EXACT, settings={"postprocess": {"crf": True}}))
-    # three scores of the 1,020 voxels of the grid of the network, nine times
-    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers >= 9 * 3 * 1020 else "")
+    # of the 1,020 voxels of the grid of the network eight times three scores, two images and two scales
+    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers >= 28 * 1020 else "")
     monkeypatch.setattr(infer_module, "stream", lambda *_, **__: pytest.fail("the network ran"))
     (result,) = infer([tmp_path / "in"], loaded, tmp_path / "out")
     assert (result.status, result.cause) == ("failed", "MemoryError")
     assert "does not hold it (case0: postprocess.crf on 3 scores of 1,020 voxels takes all" in str(result.reason)
     monkeypatch.undo()
-    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers > 9 * 3 * 1020 else "")
+    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers > 28 * 1020 else "")
     assert infer([tmp_path / "in"], loaded, tmp_path / "out")[0].status == "done"
 
 
