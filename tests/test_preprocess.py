@@ -116,8 +116,8 @@ def test_a_grid_that_this_machine_cannot_hold_is_refused_with_the_file_named(
 ) -> None:
     path = save(tmp_path / "i.nii", np.zeros((4, 4, 4), np.float32), np.eye(4))
     config = PreprocessConfig(spacing_mm=(1.0, 1.0, 0.5))
-    # 2.1 times 4 × 4 × 8 voxels of four bytes, of which half the memory may hold no more
-    monkeypatch.setattr(device, "machine_memory_bytes", lambda: math.ceil(2.1 * 2 * 4 * 4 * 4 * 8) + spare)
+    # 2.2 times 4 × 4 × 8 voxels of four bytes, of which half the memory may hold no more
+    monkeypatch.setattr(device, "machine_memory_bytes", lambda: math.ceil(2.2 * 2 * 4 * 4 * 4 * 8) + spare)
     expected = r"i\.nii: .* 4 × 4 × 8 voxels, whose resampling takes 0\.0 GB"
     with nullcontext() if fits else pytest.raises(MemoryError, match=expected):
         prepare(Case("c", (path,), None, "c"), config, DATA, with_label=False)
