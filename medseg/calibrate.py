@@ -514,13 +514,13 @@ def _choose_postprocess(bench: _Bench, base: Trial, usual: Trial) -> dict[str, A
     seen = list(bench.labels(base))
     bench.forget_masks()
     found = choose(
-        ((labels, _reference(case), case.grid.spacing_mm) for labels, case in seen), values, ignore_value=ignored(data)
+        ((labels, _reference(case), case.grid.voxel_mm3) for labels, case in seen), values, ignore_value=ignored(data)
     )
     settings: dict[str, Any] = {"postprocess": dict(found.settings)} if found.settings else {}
     if settings:
         config = _laid_over(bench.config, settings)
         cleaned = [
-            case_dice(data, clean(config.postprocess, labels.copy(), values, spacing_mm=case.grid.spacing_mm), case)
+            case_dice(data, clean(config.postprocess, labels.copy(), values, voxel_mm3=case.grid.voxel_mm3), case)
             for labels, case in seen
         ]
         together = Trial("post-processing", settings, np.array(cleaned), base.seconds)

@@ -130,7 +130,7 @@ def most_voxels(device: torch.device, channels: int) -> float:
     return CPU_MEMORY_SHARE * memory / (BYTES_A_VOXEL + BYTES_A_SCORE * channels)
 
 
-def beyond_memory(numbers: int) -> str:
+def beyond_memory(numbers: float) -> str:
     """What that many numbers in float32 take, in words, where it is more than this machine can hold; else empty.
 
     As `most_voxels`, by all of its memory: a process that asks for too much is killed without a word.

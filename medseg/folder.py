@@ -34,13 +34,12 @@ from medseg.writers.formats import (
     REGIONS,
     Outcome,
     WrittenFile,
-    all_or_none,
     file_name,
     file_names,
     source_for,
     write_files,
 )
-from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
+from medseg.writers.probabilities import ProbabilityStore, probabilities_path
 
 __all__ = ["CaseResult", "infer", "segment_cases"]
 
@@ -88,7 +87,8 @@ def infer(
     cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels), series=options.series)
     if part > len(cases):
         log.warning("shard %d/%d has none of the %d cases", part, parts, len(cases))
-    return segment_cases(first, cases[part - 1 :: parts], Path(out), beside=others, forget_peak=True, progress=progress)
+    mine = cases[part - 1 :: parts]
+    return segment_cases(first, mine, Path(out), of=cases, beside=others, forget_peak=True, progress=progress)
 
 
 def segment_cases(
@@ -96,12 +96,14 @@ def segment_cases(
     cases: Sequence[Case],
     folder: Path,
     *,
+    of: Sequence[Case] = (),
     beside: Sequence[Segmenter] = (),
     forget_peak: bool = False,
     progress: Progress = silent,
 ) -> tuple[CaseResult, ...]:
     """`infer` for cases and a model that are at hand; `beside`: the same model on further devices.
 
+    `of`: all cases that are to be written there, where other processes segment the rest: none may take another's name.
     Results are in the order of `cases`, whatever device was free for them. `forget_peak`: begin the peak of the
     process's memory anew with every case, so that each has its own; who measures the process from outside loses it.
     """
@@ -111,11 +113,12 @@ def segment_cases(
         raise ConfigError(f"--devices: they would compute in {' and '.join(formats)}; choose one with --precision")
     _refuse_overlaps(segmenter)
     _refuse_regions(segmenter)
-    _refuse_clashes(cases, folder, segmenter.options.formats)
+    everyone = of or cases
+    _refuse_clashes(everyone, folder, segmenter.options.formats)
     probabilities = probabilities_path(folder, "").parent
     parts = [probabilities] if segmenter.options.save_probabilities else []
     parts += [folder / FORMATS[name].folder for name in segmenter.options.formats if FORMATS[name].folder]
-    parents = {path.parent.resolve() for case in cases for path in _files(case) if os.path.isfile(path)}
+    parents = {path.parent.resolve() for case in everyone for path in _files(case) if os.path.isfile(path)}
     for made in (folder, *parts):
         if made.resolve() in parents:
             raise ConfigError(
@@ -133,7 +136,7 @@ def segment_cases(
         raise ConfigError(f"{folder}: cannot be read ({error.strerror}); choose another -o") from error
     for name in removed:
         log.info("removed %s, which a killed run has left", name)
-    _refuse_namesakes(cases, folder, segmenter.options.formats)
+    _refuse_namesakes(everyone, folder, segmenter.options.formats)
     record, again = open_record(folder, segmenters), {case.id for case in cases}
     left = [name for case, name in record.others.items() if case not in again]
     if left:
@@ -431,10 +434,9 @@ class _Run:
         outcome, case = labelled.outcome, labelled.outcome.case
         beside, probabilities = probabilities_path(self._folder, case.id), None
         with timed(labelled.seconds, "write"):
-            written = write_files(self._folder, outcome, labelled.kept)
-            if self._saves_probabilities and outcome.scores is not None:
-                with all_or_none(self._folder, written, labelled.kept):
-                    probabilities = file_sha256(write_probabilities(beside, outcome.scores, outcome.like))
+            written = write_files(self._folder, outcome, beside if self._saves_probabilities else None)
+            if self._saves_probabilities:
+                probabilities = file_sha256(beside)
             # what earlier runs have made of the same input is of the same mask
             files = {**labelled.kept, **written}
         others = [self._folder / name for format_, name in file_names(case).items() if format_ not in files]
@@ -582,7 +584,8 @@ def _why(case: Case, error: Exception) -> tuple[str, str]:
             why = "the device ran out of memory; try --device cpu or a smaller windows.batch_size"
             return f"{case.images[0]}: {why}", "MemoryError"
         if isinstance(found, MemoryError):
-            why = f"the memory of this machine does not hold it ({found or 'MemoryError'})"
+            told = str(found).removeprefix(f"{case.images[0]}: ") or "MemoryError"
+            why = f"the memory of this machine does not hold it ({told})"
             return f"{case.images[0]}: {why}", "MemoryError"
     name = type(chain[-1]).__name__
     return f"{case.images[0]}: {name}: {chain[-1]}", name

@@ -25,7 +25,7 @@ PARALLEL_TOLERANCE = 1e-3
 # headers of one scan written by two programs differ by rounding: up to this share of a voxel they are one grid
 ROUNDING_TOLERANCE = 0.1
 SLAB_BYTES = 2**26
-# of one axis, weights that are made at once (134 MB), and else the rows of which they are
+# of one axis, weights that are made at once (134 MB), and else the most rows of which they are
 MOST_WEIGHTS, ROWS = 2**24, 256
 
 
@@ -215,11 +215,16 @@ class AxisWeights:
     def parts(self) -> Iterator[tuple[slice, Array]]:
         """All weights, some rows after the other: the source voxels that these read, and their weights."""
         first, last = self.reach
-        step = self.size_to if self.whole is not None else ROWS
+        step = self.size_to if self.whole is not None else self._rows
         for start in range(0, self.size_to, step):
             rows = slice(start, min(start + step, self.size_to))
             columns = slice(int(first[rows].min()), int(last[rows].max()) + 1)
             yield columns, self.block(rows, columns)
+
+    @property
+    def _rows(self) -> int:
+        # r rows read at most (r + 4) · stretch voxels: a step each, and the reach of the cubic kernel on either side
+        return max(1, min(ROWS, math.isqrt(int(MOST_WEIGHTS / self._stretch) + 4) - 2))
 
     @property
     def _stretch(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +24,7 @@ from medseg.body import air_of
 from medseg.cases import Case
 from medseg.catalogue import BEST, find_model
 from medseg.config import BACKGROUND, Config, DataConfig, WindowsConfig, overlay
-from medseg.device import (
-    choose_device,
-    choose_precision,
-)
+from medseg.device import beyond_memory, choose_device, choose_precision
 from medseg.engines import Engine, prepare_network
 from medseg.errors import ConfigError, DataError, ModelError
 from medseg.metrics.codes import members
@@ -41,7 +39,7 @@ from medseg.model import (
 )
 from medseg.networks import check_patch
 from medseg.plan import sided_label
-from medseg.postprocess import clean, refine
+from medseg.postprocess import clean, held_by_field, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
 from medseg.readers import SeriesOptions, is_series
@@ -252,7 +250,7 @@ class Segmenter:
                 self.config.postprocess,
                 labels.numpy(),
                 {name: value for value, name in self.label_names.items()},
-                spacing_mm=prepared.source.spacing_mm,
+                voxel_mm3=prepared.source.voxel_mm3,
             )
         if self._quality is None:
             return Segmented(cleaned)
@@ -300,7 +298,17 @@ class Segmenter:
         return alike and bool(learnt)
 
     def _refined(self, pieces: Iterator[Piece], prepared: Prepared, seconds: dict[str, float]) -> torch.Tensor:
-        """Scores (K, *S) after the random field, which needs all of them at once."""
+        """Scores (K, *S) after the random field, which needs all of them at once.
+
+        Raises `MemoryError`, before the network runs, where this machine cannot hold what that takes.
+        """
+        channels, voxels = self.config.data.out_channels, math.prod(prepared.grid.shape)
+        # a GPU tells by itself when its memory is full; what the field makes there comes to this machine's
+        held = held_by_field(channels, len(prepared.image)) if self.device.type == "cpu" else channels
+        if taken := beyond_memory(held * voxels):
+            raise MemoryError(
+                f"{prepared.id}: postprocess.crf on {channels} scores of {voxels:,} voxels takes {taken}; leave it out"
+            )
         scores = assemble(pieces, prepared.grid.shape, self.device)
         with timed(seconds, "postprocess"):
             return refine(

@@ -44,6 +44,9 @@ LONGEST_NAME = 200
 
 # 8.6 GB of float32 in a channel: no scan is so large at a spacing that a network sees, but one whose header errs is
 MOST_VOXELS = 2**31
+# of the memory of its result, what resampling was seen to hold at its peak (2.0 to 2.2, of volumes of 200 to 360 MB):
+# what comes of all axes but one, the result, and a slab
+HELD_BY_RESAMPLING = 2.2
 
 RAS = ("L", "R"), ("P", "A"), ("I", "S")
 
@@ -141,8 +144,8 @@ class ResampleToGridd(MapTransform):
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """A case that is on the grid already stays there; the image becomes float32.
 
-        Raises `DataError` naming the file, before memory is taken, where it would grow beyond `MOST_VOXELS`, or beyond
-        what this machine can hold.
+        Raises before memory is taken, naming the file: `DataError` where it would grow beyond `MOST_VOXELS`,
+        `MemoryError` where it would beyond what this machine can hold.
         """
         result = dict(item)
         here = grid_of(result["image"])
@@ -152,13 +155,15 @@ class ResampleToGridd(MapTransform):
             result["image"] = _meta_tensor(result["image"].as_tensor().to(torch.float32, copy=True), here)
             return result
         voxels, channels = math.prod(there.shape), len(result["image"])
-        taken = beyond_memory(channels * voxels)
-        if taken or voxels > max(MOST_VOXELS, math.prod(here.shape)):
-            wrong = f"which take {taken}" if taken else f"expected at most {MOST_VOXELS:,}"
-            raise DataError(
-                f"{item['image_file']}: spacing {_times(here.spacing_mm)} mm found; at the {_times(there.spacing_mm)} "
-                f"mm that the network sees this is {_times(there.shape)} voxels, {wrong}; correct the header"
-            )
+        told = (
+            f"{item['image_file']}: spacing {_times(here.spacing_mm)} mm found; at the {_times(there.spacing_mm)} mm "
+            f"that the network sees this is {_times(there.shape)} voxels"
+        )
+        if voxels > max(MOST_VOXELS, math.prod(here.shape)):
+            raise DataError(f"{told}, expected at most {MOST_VOXELS:,}; correct the header")
+        if taken := beyond_memory(HELD_BY_RESAMPLING * channels * voxels):
+            # no fault of the file: another machine may hold it
+            raise MemoryError(f"{told}, whose resampling takes {taken}; use one with more, or mend a wrong header")
         for key in self.key_iterator(result):
             values = result[key].as_tensor()
             if key == "label":
@@ -250,7 +255,10 @@ def make_transforms(config: PreprocessConfig, data: DataConfig, *, with_label: b
 
 
 def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_label: bool) -> Prepared:
-    """Read one case and bring it to the network's grid. Raises `DataError` naming the file."""
+    """Read one case and bring it to the network's grid.
+
+    Raises `DataError`, or `MemoryError` where this machine cannot hold it, naming the file.
+    """
     item: dict[str, Any] = {"image": case.images, "series": case.series}
     if with_label:
         if case.label is None:
@@ -260,7 +268,7 @@ def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_labe
         done = make_transforms(config, data, with_label=with_label)(item)
     except RuntimeError as error:
         # MONAI wraps what a transform raises, and its message with it
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, (DataError, MemoryError)):
             raise error.__cause__ from None
         raise
     grid = grid_of(done["image"])

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CONTROL_GROUPS, OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
 
 class Preempted(KeyboardInterrupt):
     """SIGTERM ended the work, as a cluster does that wants its machine back; it goes on where it was left."""
@@ -25,10 +27,35 @@ def peak_memory_mb() -> float | None:
 
 
 def machine_memory_bytes() -> int | None:
-    """All memory of the machine, where the system tells it: another program's share of it changes nothing."""
+    """All memory of the machine, where the system tells it, or the less of it that a container or a job may hold.
+
+    Another program's share of it changes nothing.
+    """
     if not hasattr(os, "sysconf"):
         return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_memory_limits()])
+
+
+def _memory_limits() -> Iterator[int]:
+    """What the control groups of this process and those around them may hold, in bytes, where Linux limits them."""
+    if not OWN_CONTROL_GROUPS.is_file():
+        return
+    for line in OWN_CONTROL_GROUPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        # NUMBER:CONTROLLERS:PATH, without controllers in version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (
+            (CONTROL_GROUPS / "memory", "memory.limit_in_bytes") if controllers else (CONTROL_GROUPS, "memory.max")
+        )
+        # of a container the path may be that of the machine around it, which is not seen: then what is at the top holds
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(top) and (folder / name).is_file():
+                limit = (folder / name).read_text(encoding="ascii").strip()
+                # version 2 says "max" where there is none, version 1 a number larger than any memory
+                if limit.isdecimal():
+                    yield int(limit)
 
 
 class PeakMemory:

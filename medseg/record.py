@@ -20,7 +20,7 @@ from medseg.model import DECISIVE
 from medseg.readers import file_sha256
 from medseg.versions import versions
 from medseg.writers import write_text
-from medseg.writers.formats import NIFTI, WrittenFile, references
+from medseg.writers.formats import NIFTI, WrittenFile, names_other, references
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +85,16 @@ class CaseResult:
             if format_ in known and (folder / name).is_file() and file_sha256(folder / name) == known[format_]["sha256"]
         }
 
-    def refers_to_all(self, formats: Iterable[str]) -> bool:
-        """Whether each file refers to all of `formats` that it would refer to if it were written with them."""
+    def refers_to_all(self, folder: Path, names: Mapping[str, str]) -> bool:
+        """Whether each of `names`, by format, refers to all others that it would if they were written together.
+
+        What the record does not tell is looked for in the files, which have to be whole.
+        """
         return all(
-            set(references(name, formats)) <= set(self.files[name].get("refers_to", ()))
-            for name in formats
+            other in self.files[name].get("refers_to", ()) or names_other(folder / names[name], folder / names[other])
+            for name in names
             if name in self.files
+            for other in references(name, names)
         )
 
     def has_probabilities(self, path: Path) -> bool:
@@ -141,8 +145,8 @@ class Record:
         `names`: of the files that have to be there, by format. `probabilities`: a file that has to be there too.
         """
         folder = self.path.parent
-        found = [r for r in self.earlier.get(case, ()) if r.refers_to_all(names)]
-        known = [r for r in found if r.whole_files(folder, names, inputs).keys() == names.keys()]
+        found = [r for r in self.earlier.get(case, ()) if r.whole_files(folder, names, inputs).keys() == names.keys()]
+        known = [r for r in found if r.refers_to_all(folder, names)]
         return next((r for r in known if probabilities is None or r.has_probabilities(probabilities)), None)
 
     def whole_files(self, case: str, names: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, WrittenFile]:

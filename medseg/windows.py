@@ -164,8 +164,8 @@ def assemble(pieces: Iterable[Piece], shape: Sequence[int], device: torch.device
             channels, voxels = piece.scores.shape[-1], math.prod(shape)
             if taken := beyond_memory(channels * voxels):
                 raise MemoryError(
-                    f"{channels} scores of {voxels:,} voxels at once, as postprocess.crf needs them, take {taken}; "
-                    "leave it out"
+                    f"{channels} scores of {voxels:,} voxels at once take {taken}; use a machine with more, or cut the "
+                    "image"
                 )
             total = torch.zeros((channels, *shape), device=device)
         total[(slice(None), *piece.box)] = piece.scores.movedim(-1, 0).to(device)

@@ -29,7 +29,7 @@ def picture(*rows: str, dtype: type = np.uint8) -> Labels:
 
 
 def cleaned(labels: Labels, **settings: Any) -> Labels:
-    return clean(PostprocessConfig(**settings), labels, VALUES, spacing_mm=SPACING[labels.ndim])
+    return clean(PostprocessConfig(**settings), labels, VALUES, voxel_mm3=math.prod(SPACING[labels.ndim]))
 
 
 # ---- the largest part
@@ -45,7 +45,7 @@ def test_only_the_largest_part_stays_and_other_labels_are_left_alone(dtype: type
 
 def test_values_above_255_are_labels_too() -> None:
     labels = picture("11.1", dtype=np.uint16) * np.uint16(40000)
-    found = clean(PostprocessConfig(largest_component=("x",)), labels, {"x": 40000}, spacing_mm=(1, 1))
+    found = clean(PostprocessConfig(largest_component=("x",)), labels, {"x": 40000}, voxel_mm3=1)
     assert found.tolist() == [[40000, 40000, 0, 0]]
 
 
@@ -122,7 +122,7 @@ def test_the_rounding_of_millimetres_never_decides() -> None:
     volume = np.full((3, 1, 1), 3, np.uint8)
     for least in (0.003, 3 * (0.1 * 0.1 * 0.1), 0.1 * 0.1 * 0.3, 0.1 * 0.3 * 0.1):
         config = PostprocessConfig(min_size_mm3={"a": least})
-        assert clean(config, volume, VALUES, spacing_mm=(0.1, 0.1, 0.1)) is volume
+        assert clean(config, volume, VALUES, voxel_mm3=0.1 * 0.1 * 0.1) is volume
 
 
 def test_the_largest_part_also_needs_the_minimum_size() -> None:
@@ -225,11 +225,6 @@ def test_maps_without_labels_or_voxels(shape: tuple[int, ...]) -> None:
     assert cleaned(labels, largest_component=("a",), min_size_mm3={"b": 9}, fill_holes=("a",)) is labels
 
 
-def test_a_spacing_for_another_number_of_axes_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 spacings found, expected 3"):
-        clean(PostprocessConfig(fill_holes=("a",)), np.zeros((2, 2, 2), np.uint8), VALUES, spacing_mm=(1, 1))
-
-
 # ---- the settings
 
 
@@ -265,7 +260,7 @@ def test_the_settings_are_read_back_as_they_were_written(tmp_path: Path) -> None
 
 # ---- the choice
 
-Case = tuple[Labels, Labels, tuple[float, float]]
+Case = tuple[Labels, Labels, float]
 
 REFERENCE = picture("........", ".3333...", ".3333...", ".3333...", "........")
 
@@ -279,7 +274,7 @@ def changed(*changes: tuple[int, int, int]) -> Labels:
 
 
 def six(prediction: Labels, reference: Labels = REFERENCE) -> list[Case]:
-    return [(prediction, reference, (0.5, 2.0))] * 6
+    return [(prediction, reference, 1.0)] * 6
 
 
 def row(choice: Choice, what: str, label: str = "a") -> dict[str, Any]:
@@ -307,7 +302,7 @@ def test_islands_choose_the_largest_part() -> None:
     }
     # what is chosen does what the table says
     config = PostprocessConfig(**choice.settings)
-    assert np.array_equal(clean(config, islands, VALUES, spacing_mm=(0.5, 2.0)), REFERENCE)
+    assert np.array_equal(clean(config, islands, VALUES, voxel_mm3=1.0), REFERENCE)
 
 
 def test_two_true_parts_choose_a_minimum_size_and_not_the_largest_part() -> None:
@@ -341,7 +336,7 @@ def test_gaps_of_a_line_are_no_holes_to_choose() -> None:
     whole = np.full(9, 3, np.uint8)
     gap = whole.copy()
     gap[4] = 0
-    found = row(choose([(gap, whole, (1.0,))] * 6, VALUES), "fill_holes")
+    found = row(choose([(gap, whole, 1.0)] * 6, VALUES), "fill_holes")
     assert found["difference"] == 0
 
 
@@ -423,7 +418,7 @@ def test_a_choice_is_strict_json_and_a_configuration() -> None:
 
 def test_maps_of_different_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prediction of \(5, 8\) voxels found, expected \(4, 8\)"):
-        choose([(REFERENCE, REFERENCE[1:], (1, 1))], VALUES)
+        choose([(REFERENCE, REFERENCE[1:], 1.0)], VALUES)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from medseg.infer import InferOptions, Segmented, Segmenter, load_model
 from medseg.preprocess import Prepared
 from medseg.writers import formats as formats_module
 from medseg.writers import ignores_case, write_label, write_text
+
+# the package has a function of this name
+infer_module = import_module("medseg.infer")
 
 
 def statuses(results: tuple[CaseResult, ...]) -> list[str]:
@@ -580,13 +584,26 @@ def test_a_random_field_whose_scores_no_memory_holds_is_the_failure_of_its_case(
 ) -> None:
     some_images(tmp_path / "in", 1)
     loaded = load_model(model, options=replace(EXACT, settings={"postprocess": {"crf": True}}))
-    # three scores of the 1,020 voxels of the grid of the network
-    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers >= 3 * 1020 else "")
+    # of the 1,020 voxels of the grid of the network eight times three scores, two images and two scales
+    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers >= 28 * 1020 else "")
+    monkeypatch.setattr(infer_module, "stream", lambda *_, **__: pytest.fail("the network ran"))
     (result,) = infer([tmp_path / "in"], loaded, tmp_path / "out")
     assert (result.status, result.cause) == ("failed", "MemoryError")
-    assert "the memory of this machine does not hold it (3 scores of 1,020 voxels at once" in str(result.reason)
-    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all" if numbers > 3 * 1020 else "")
+    assert "does not hold it (case0: postprocess.crf on 3 scores of 1,020 voxels takes all" in str(result.reason)
+    monkeypatch.undo()
+    monkeypatch.setattr(infer_module, "beyond_memory", lambda numbers: "all" if numbers > 28 * 1020 else "")
     assert infer([tmp_path / "in"], loaded, tmp_path / "out")[0].status == "done"
+
+
+def test_a_case_that_this_machine_cannot_hold_is_no_fault_of_its_file(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path, *_) = some_images(tmp_path / "in", 1)
+    monkeypatch.setattr("medseg.preprocess.beyond_memory", lambda numbers: "all")
+    (result,) = infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)
+    assert (result.status, result.cause) == ("failed", "MemoryError")
+    assert str(result.reason).startswith(f"{path}: the memory of this machine does not hold it (spacing ")
+    assert "voxels, whose resampling takes all; " in str(result.reason)
 
 
 @pytest.mark.parametrize(
@@ -774,9 +791,10 @@ def test_masks_do_not_go_among_the_images(tmp_path: Path, model: Path) -> None:
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
 
 
+@pytest.mark.parametrize("shard", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("names", [("Case", "case"), ("caf\u00e9", "CAFE\u0301")])
 def test_names_that_the_disk_takes_for_one_are_refused(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], shard: tuple[int, int]
 ) -> None:
     images = []
     for name, part in zip(names, ("one", "two")):
@@ -784,7 +802,7 @@ def test_names_that_the_disk_takes_for_one_are_refused(
         images.append(save(tmp_path / part / f"{name}.nii.gz", blobs(SHAPE), AFFINE))
     monkeypatch.setattr(folder_module, "ignores_case", lambda folder: True)
     with pytest.raises(ConfigError, match=f"both {images[0]} and {images[1]} would become it, since this disk"):
-        infer(images, [model], tmp_path / "out", EXACT)
+        infer(images, [model], tmp_path / "out", replace(EXACT, shard=shard))
     assert not masks(tmp_path / "out")
     monkeypatch.undo()
     if not ignores_case(tmp_path):

@@ -32,6 +32,7 @@ from medseg.errors import ConfigError, DataError
 from medseg.folder import CaseResult, infer
 from medseg.infer import InferOptions, load_model
 from medseg.readers import SeriesOptions, read_image
+from medseg.writers import write_text
 from medseg.writers.formats import FORMATS, file_name
 
 VOXELS = np.random.default_rng(1).integers(0, 300, (12, 10, 14)).astype(np.int16)
@@ -221,6 +222,18 @@ def test_measurements_refer_to_a_segmentation_that_is_asked_for_with_them(
         assert one(scan, model, tmp_path, options).status == "skipped"
 
 
+def test_measurements_of_a_record_that_tells_no_references_are_looked_at(
+    scan: Path, tmp_path: Path, model: Path
+) -> None:
+    both = asking("dicom-sr", "dicom-seg")
+    assert one(scan, model, tmp_path, both).status == "done"
+    path = tmp_path / "run.json"
+    told = json.loads(path.read_text())
+    del told["cases"][0]["files"]["dicom-sr"]["refers_to"]
+    path.write_text(json.dumps(told))
+    assert one(scan, model, tmp_path, both).status == "skipped"
+
+
 def test_without_nifti_there_is_none(scan: Path, tmp_path: Path, model: Path) -> None:
     result = one(scan, model, tmp_path, asking("dicom-seg"))
     assert (result.status, result.output, result.output_sha256) == ("done", None, None)
@@ -303,6 +316,23 @@ def test_where_one_file_cannot_be_written_those_that_were_there_stay(
     assert files(tmp_path) == before
 
 
+def test_where_one_file_cannot_be_written_older_ones_of_other_bytes_stay(
+    scan: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(path: Path, _: object) -> None:
+        write_text(path, "other bytes")
+
+    one(scan, model, tmp_path, asking("nifti"))
+    before = files(tmp_path)
+    monkeypatch.setitem(FORMATS, "nifti", replace(FORMATS["nifti"], write=other))
+    (tmp_path / "scan.rtstruct.dcm").mkdir()
+    result = one(scan, model, tmp_path, asking("nifti", "rtstruct", "picture"))
+    assert result.status == "failed"
+    assert "cannot write scan.rtstruct.dcm (Is a directory)" in str(result.reason)
+    (tmp_path / "scan.rtstruct.dcm").rmdir()
+    assert files(tmp_path) == before
+
+
 def test_a_full_disk_leaves_no_file_half(
     scan: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +367,7 @@ def test_a_killed_run_leaves_no_file_half_and_the_next_one_clears_up(scan: Path,
     done = subprocess.run([sys.executable, "-c", KILLED, scan, model, tmp_path], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     left = {p.name for p in tmp_path.iterdir()}
-    assert {n for n in left if not n.startswith(".")} == {"run.json", "scan.nii.gz", "scan.rtstruct.dcm"}
+    assert {n for n in left if not n.startswith(".")} == {"run.json"}
     assert any(n.startswith(".scan.picture.") for n in left)
     assert one(scan, model, tmp_path, asking("nifti", "rtstruct", "picture")).status == "done"
     assert set(files(tmp_path)) == {"scan.nii.gz", "scan.rtstruct.dcm", "scan.picture.png"}

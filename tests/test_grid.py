@@ -236,11 +236,25 @@ def test_long_axes_are_read_as_short_ones_are(kernel: grid_module.Kernel, monkey
     here = source((18, 21, 24))
     there, volume = here.with_spacing((1.1, 0.7, 4.0)), torch.randn(2, *here.shape)
     whole = resample(volume, here, there, kernel=kernel)
-    monkeypatch.setattr(grid_module, "MOST_WEIGHTS", 1)
+    # fewer than any axis has, and enough for five rows
+    monkeypatch.setattr(grid_module, "MOST_WEIGHTS", 300)
     monkeypatch.setattr(grid_module, "ROWS", 5)
     # products of float32 are added in another order
     assert torch.allclose(resample(volume, here, there, kernel=kernel), whole, atol=1e-6)
     assert torch.equal(resample(volume, here, here, kernel=kernel), volume)
+
+
+@pytest.mark.parametrize("kernel", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("scale", [1.0, 7.3, -60.0, 100.0])
+def test_of_an_axis_that_shrinks_much_fewer_rows_are_made_at_once(
+    kernel: grid_module.Kernel, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "MOST_WEIGHTS", 2**14)
+    weights = AxisWeights(int(200 * abs(scale)), 200, scale, 0.0 if scale > 0 else 199 * 60, kernel)
+    sizes = [part.size for _, part in weights.parts()]
+    assert max(sizes) <= 2**14
+    # not one by one: ten rows of a hundred voxels each, and what they reach, are 14,000 weights
+    assert len(sizes) <= 20
 
 
 def test_what_a_long_signal_takes_does_not_grow_with_its_square() -> None:

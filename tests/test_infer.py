@@ -11,6 +11,7 @@ import pytest
 import torch
 from geometry import oblique, orientations, reorient, save
 from PIL import Image as Picture
+from scipy import ndimage
 from tiny import AFFINE, EXACT, SHAPE, blobs, some_images, tiny_config, tiny_model
 
 from medseg.cases import Case
@@ -201,3 +202,16 @@ def test_a_link_to_nothing_is_a_case_that_fails(tmp_path: Path, model: Path) -> 
     results = {r.case: r for r in infer([tmp_path / "in"], [model], tmp_path / "out", EXACT)}
     assert {case: r.status for case, r in results.items()} == {"case0": "done", "gone": "failed", "itself": "failed"}
     assert "a link to /mnt/share/gone.nii.gz, which is not there" in str(results["gone"].reason)
+
+
+def test_the_least_size_of_a_part_is_its_true_volume_where_axes_lean(tmp_path: Path) -> None:
+    # a tilted gantry: planes shift by three quarters of their distance, so steps are longer but no voxel is larger
+    affine = np.diag([1, 1.5, 2, 1.0])
+    affine[1, 2] = 1.5
+    path, model = save(tmp_path / "tilted.nii.gz", blobs(SHAPE), affine), tiny_model(tmp_path / "model")
+    whole = load_model(model, options=EXACT).segment(path).numpy()
+    largest = max(np.bincount(ndimage.label(whole == 3, np.ones((3, 3, 3)))[0].flat)[1:])
+    for least, left in ((1 * 1.5 * 2 * largest, True), (1 * 1.5 * 2.4 * largest, False)):
+        settings = {"postprocess": {"min_size_mm3": {"shell": float(least)}}}
+        found = load_model(model, options=replace(EXACT, settings=settings)).segment(path)
+        assert bool((found == 3).any()) == left

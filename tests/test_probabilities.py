@@ -19,7 +19,6 @@ from geometry import oblique, save
 from PIL import Image as Picture
 from tiny import AFFINE, EXACT, SHAPE, blobs, some_images, tiny_config, tiny_model
 
-from medseg import folder as folder_module
 from medseg.cli import run
 from medseg.config import Config
 from medseg.errors import ConfigError, DataError, GeometryError
@@ -30,7 +29,9 @@ from medseg.metrics.calibration import reliability
 from medseg.readers import Geometry, read_geometry
 from medseg.readers.probabilities import STEPS, Channels, read_probabilities
 from medseg.restore import Regions, Strongest, restore
+from medseg.writers import formats as formats_module
 from medseg.writers import probabilities as probabilities_module
+from medseg.writers import write_label
 from medseg.writers.formats import FORMATS
 from medseg.writers.probabilities import ProbabilityStore, probabilities_path, write_probabilities
 
@@ -474,9 +475,34 @@ def test_a_case_whose_probabilities_cannot_be_written_has_failed_and_has_no_mask
             raise DataError(f"{path}: broken")
         return write_probabilities(path, *arguments)
 
-    monkeypatch.setattr(folder_module, "write_probabilities", broken)
+    monkeypatch.setattr(formats_module, "write_probabilities", broken)
     assert [r.status for r in saved(tmp_path, model)] == ["failed", "done"]
     assert not (tmp_path / "out" / "case0.nii.gz").exists()
+
+
+def test_a_case_whose_probabilities_cannot_be_written_keeps_the_mask_it_had(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_images(tmp_path / "in", 1)
+    saved(tmp_path, model, options=EXACT)
+    mask = tmp_path / "out/case0.nii.gz"
+    before = mask.read_bytes()
+
+    def otherwise(path: Path, labels: np.ndarray, **named: Any) -> Path:
+        changed = labels.copy()
+        changed[0, 0, 0] = 3 if labels[0, 0, 0] != 3 else 0
+        return write_label(path, changed, **named)
+
+    def full(*_: object) -> None:
+        raise DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(formats_module, "write_label", otherwise)
+    monkeypatch.setattr(formats_module, "write_probabilities", full)
+    assert [r.status for r in saved(tmp_path, model)] == ["not_done"]
+    assert mask.read_bytes() == before
+    monkeypatch.undo()
+    # the record still speaks of the mask that is there
+    assert [r.status for r in saved(tmp_path, model, options=EXACT)] == ["skipped"]
 
 
 def test_a_case_whose_mask_cannot_be_written_has_no_probabilities(

@@ -36,6 +36,12 @@ def a_network(dims: int, *, kernel: int = 3, channels: int = 4) -> Scorer:
     return lambda windows: conv(windows).softmax(dim=1)
 
 
+def test_scores_that_no_memory_holds_are_told_as_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.windows.beyond_memory", lambda numbers: "all")
+    with pytest.raises(MemoryError, match=r"^2 scores of 120 voxels at once take all; use a machine with more, or cut"):
+        predict(WindowsConfig(patch_size=PATCH), a_volume(4, 6, 5), same)
+
+
 def plain(config: WindowsConfig, image: torch.Tensor, scorer: Scorer) -> torch.Tensor:
     """The textbook's way: all weighted scores and all weights at full size, in float64, divided at the end."""
     shape, patch = image.shape[1:], config.patch_size

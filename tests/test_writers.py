@@ -21,6 +21,7 @@ from medseg.errors import DataError, GeometryError
 from medseg.readers import nifti, read_geometry, read_image, read_label
 from medseg.writers import (
     STALE_AFTER_S,
+    all_or_none,
     atomic_path,
     held_room,
     ignores_case,
@@ -228,6 +229,46 @@ def test_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         assert temporary.name.endswith(".nii.gz")
         assert not (tmp_path / "new" / "a.nii.gz").exists()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.nii.gz"]
+
+
+def write_together(folder: Path, *names: str, error: Exception | None = None) -> None:
+    with all_or_none():
+        for name in names:
+            before = {p.name: p.read_text() for p in folder.iterdir()}
+            write_text(folder / name, "new")
+            # under a hidden name only
+            assert {p.name: p.read_text() for p in folder.iterdir() if p.name in before} == before
+            assert name in before or not (folder / name).exists()
+        if error is not None:
+            raise error
+
+
+def test_files_of_a_block_get_their_names_together_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ValueError, match="late"):
+        write_together(tmp_path, "a", error=ValueError("late"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old"}
+    write_together(tmp_path, "a", "b")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+    # outside the block a file has its name at once
+    write_text(tmp_path / "a", "newest")
+    assert (tmp_path / "a").read_text() == "newest"
+
+
+def test_a_file_of_a_block_that_cannot_get_its_name_is_told_and_no_new_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(DataError, match=r"cannot write b \(Permission denied\)"):
+        write_together(tmp_path, "a", "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import logging
 import os
 import platform
 import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from medseg.readers import Geometry, Image, is_picture, read_geometry, split_end
 from medseg.writers import image2d, nifti
 
 __all__ = [
+    "all_or_none",
     "atomic_path",
     "held_room",
     "ignores_case",
@@ -44,6 +47,8 @@ _TEMPORARY = re.compile(r"\..*\.medseg-([0-9a-f]{8})-([0-9]+)-([0-9a-f]{8})[0-9a
 _THIS_IMPORT = uuid.uuid4().hex[:8]
 # no file is written for so long without a change; only where a process cannot be asked whether it lives
 STALE_AFTER_S = 3600.0
+# of the block of `all_or_none` that this thread is in: whole files that wait for their names, by temporary name
+_waiting: ContextVar[dict[Path, Path] | None] = ContextVar("_waiting", default=None)
 
 
 def label_ending(source: Path) -> str:
@@ -101,24 +106,52 @@ def write_image(path: Path, image: Image) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` (same ending, hidden) that becomes `path` when the block ends without an error.
 
-    The name tells machine and process, for `remove_stale_temporaries`. Makes the folder. Raises `DataError` where it
-    cannot be written or is full; then nothing is left behind.
+    In a block of `all_or_none` it does so when that one ends. The name tells machine and process, for
+    `remove_stale_temporaries`. Makes the folder. Raises `DataError` where it cannot be written or is full; then nothing
+    is left behind.
     """
-    temporary = _temporary(path)
+    temporary, waiting = _temporary(path), _waiting.get()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if waiting is None:
+            temporary.replace(path)
+        else:
+            _refuse_place(path)
+            waiting[temporary] = path
     except OSError as error:
-        raise DataError(
-            f"{path.parent}: cannot write {path.name} ({error.strerror or error}); "
-            "free space, change the permissions, or choose another folder"
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         # a name is left over only if something went wrong above
-        _removed(temporary)
+        if not waiting or temporary not in waiting:
+            _removed(temporary)
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What `atomic_path` writes in the block takes the place of what is there once all of it is whole.
+
+    Where the block raises, what was there before stays as it was, and nothing is left behind. Raises `DataError` where
+    a file cannot get its name; then none of the new ones stays.
+    """
+    waiting: dict[Path, Path] = {}
+    before, named = _waiting.set(waiting), list[Path]()
+    try:
+        yield
+        for temporary, path in waiting.items():
+            try:
+                temporary.replace(path)
+            except OSError as error:
+                for other in named:
+                    _removed(other)
+                raise _cannot_write(path, error) from error
+            named.append(path)
+    finally:
+        _waiting.reset(before)
+        for temporary in waiting:
+            _removed(temporary)
 
 
 @contextmanager
@@ -188,6 +221,20 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         found = found.__cause__
     return False
+
+
+def _cannot_write(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path.parent}: cannot write {path.name} ({error.strerror or error}); "
+        "free space, change the permissions, or choose another folder"
+    )
+
+
+def _refuse_place(path: Path) -> None:
+    """Raises `OSError` where no file can become `path`: when it is renamed, others have their names already."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(path.lstat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def _temporary(path: Path) -> Path:

@@ -19,8 +19,8 @@ from medseg.grid import Grid
 from medseg.readers import Geometry, file_sha256, is_image_file, is_picture, read_images
 from medseg.readers.segments import Segmentation, SegmentInfo
 from medseg.readers.series import SourceImages, series_geometry, source_images
-from medseg.writers import atomic_path, label_ending, write_label
-from medseg.writers.probabilities import ProbabilityStore, write_regions
+from medseg.writers import all_or_none, atomic_path, label_ending, write_label
+from medseg.writers.probabilities import ProbabilityStore, write_probabilities, write_regions
 from medseg.writers.provenance import Algorithm
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ NIFTI, DICOM_SEG, REGIONS = "nifti", "dicom-seg", "regions"
 class WrittenFile(TypedDict):
     """A file beside a mask: its name in the folder, and the SHA-256 of its bytes.
 
-    `refers_to`: other formats of the case that it refers to, where it does.
+    `refers_to`: other formats of the case that it refers to; records of before do not tell, nor do files without.
     """
 
     name: str
@@ -138,6 +138,13 @@ def references(name: str, formats: Iterable[str]) -> list[str]:
     return [other for other in FORMATS[name].refers_to if other in formats]
 
 
+def names_other(path: Path, other: Path) -> bool:
+    """Whether the DICOM object in `path` names the one in `other`, both as they were written here."""
+    from pydicom.filereader import read_file_meta_info
+
+    return str(read_file_meta_info(other).MediaStorageSOPInstanceUID).encode("ascii") in path.read_bytes()
+
+
 def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     """The headers that DICOM objects of a case refer to; None where no such format is asked for.
 
@@ -159,35 +166,24 @@ def source_for(case: Case, formats: Sequence[str]) -> SourceImages | None:
     return images
 
 
-def write_files(
-    folder: Path, outcome: Outcome, kept: Mapping[str, WrittenFile] | None = None
-) -> dict[str, WrittenFile]:
-    """Writes a case in all its formats into `folder`, each file whole or not at all; gives what was written, by format.
+def write_files(folder: Path, outcome: Outcome, probabilities: Path | None = None) -> dict[str, WrittenFile]:
+    """Writes a case in all its formats into `folder`, and its scores to `probabilities`; gives the files, by format.
 
-    Where one cannot be written none stays but those that were there before, `kept`: a case is done or it is not. Raises
-    `DataError` or `GeometryError`.
+    Each is whole or not there. Where one cannot be written all is left as it was before: a case is done or it is not.
+    Raises `DataError` or `GeometryError`.
     """
-    written: dict[str, WrittenFile] = {}
-    with all_or_none(folder, written, kept or {}):
+    with all_or_none():
         for name in outcome.formats:
-            called = file_name(outcome.case, name)
-            FORMATS[name].write(folder / called, outcome)
-            written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
-            if others := references(name, outcome.formats):
-                written[name]["refers_to"] = others
+            FORMATS[name].write(folder / file_name(outcome.case, name), outcome)
+        if probabilities is not None and outcome.scores is not None:
+            write_probabilities(probabilities, outcome.scores, outcome.like)
+    written: dict[str, WrittenFile] = {}
+    for name in outcome.formats:
+        called = file_name(outcome.case, name)
+        written[name] = WrittenFile(name=called, sha256=file_sha256(folder / called))
+        if others := references(name, outcome.formats):
+            written[name]["refers_to"] = others
     return written
-
-
-@contextmanager
-def all_or_none(folder: Path, written: Mapping[str, WrittenFile], kept: Mapping[str, WrittenFile]) -> Iterator[None]:
-    """Where the block fails, the files `written` are removed from `folder`, but for those that are as they were."""
-    try:
-        yield
-    except BaseException:
-        for file in written.values():
-            if file not in kept.values():
-                (folder / file["name"]).unlink(missing_ok=True)
-        raise
 
 
 def _nifti(path: Path, outcome: Outcome) -> None:
