@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from medseg.body import air_of
+from medseg.cases import spread_evenly
 from medseg.config import Config, DataConfig, make_config, overlay
 from medseg.device import is_out_of_memory
 from medseg.errors import DataError
@@ -287,9 +288,9 @@ class _Bench:
                 )
         affordable = int(FIRST_SHARE * budget_s / each)
         wanted = max(LEAST_CASES, min(len(self.cases), affordable))
-        picked = np.unique(np.linspace(0, len(self.cases) - 1, wanted).round().astype(int))
+        picked = spread_evenly(self.cases, wanted)
         log.debug("%.1f s to see what a case takes: %d cases to choose by", time.perf_counter() - start, len(picked))
-        return [self.cases[i].id for i in picked]
+        return [case.id for case in picked]
 
     def left(self) -> float:
         """Seconds that are left to try something."""
@@ -358,8 +359,7 @@ class _Bench:
         affordable = int(max(LEAST_S, budget_s) / max(1e-6, 2 * seconds))
         if affordable < LEAST_CASES:
             return []
-        picked = np.linspace(0, len(self.cases) - 1, min(affordable, len(self.cases))).round().astype(int)
-        return [self.cases[i] for i in np.unique(picked)]
+        return spread_evenly(self.cases, min(affordable, len(self.cases)))
 
     def samples(
         self, settings: Settings, cases: Sequence[Prepared], profile: Profile, budget_s: float | None
@@ -544,8 +544,7 @@ def _learn_quality(bench: _Bench, base: Trial, training: Sequence[Prepared], bud
         log.warning("no time to learn what Dice to expect of a case; a larger train.calibration_share gives more")
         return {"settings": {}, "measured": []}
     plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
-    picked = np.unique(np.linspace(0, len(training) - 1, PROFILED).round().astype(int))
-    profile = profile_of((training[i] for i in picked), data)
+    profile = profile_of(spread_evenly(training, PROFILED), data)
     plain = bench.samples(base.settings, cases, profile, plain_s)
     if not plain:
         return {"settings": {}, "measured": []}

@@ -13,7 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from medseg.config import BACKGROUND
 from medseg.errors import ConfigError, DataError
@@ -35,6 +37,7 @@ from medseg.readers.series import Found, find_series
 log = logging.getLogger(__name__)
 
 Labels = dict[str, int | tuple[int, ...]]
+Item = TypeVar("Item")
 
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
 # so many names that several inputs share are told, and the number of the others
@@ -125,6 +128,11 @@ def _whole(number: Any) -> int:
     if isinstance(number, bool) or (isinstance(number, float) and not number.is_integer()):
         raise ValueError(f"{number} is no whole number")
     return int(number)
+
+
+def spread_evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the `items` at equal distances from the first to the last; all where there are no more."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
 
 
 def assign_folds(cases: Sequence[Case], *, folds: int, seed: int = 0) -> tuple[Fold, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.cases import Case, Dataset
+from medseg.cases import Case, Dataset, spread_evenly
 from medseg.config import IGNORE
 from medseg.errors import DataError
 from medseg.findings import CaseFacts, is_flat
@@ -59,7 +59,7 @@ def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Prog
     labelled = [c for c in dataset.cases if c.label is not None]
     if not labelled:
         raise DataError(f"{dataset.path}: no case with a label found; run `medseg check`")
-    chosen = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, MAX_MEASURED).round().astype(int))]
+    chosen = spread_evenly(labelled, MAX_MEASURED)
     dims = _spatial_dims(labelled)
     channels = max(1, len(dataset.channels))
     shapes, spacings, nonzero, lowest, counts = [], [], [], [], []

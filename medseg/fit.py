@@ -194,6 +194,11 @@ class Fit:
         network: torch.nn.Module = self.averaged.module
         return network
 
+    @property
+    def held_mb(self) -> float:
+        """The most that tensors of this process have held on its GPU so far; 0 on a CPU."""
+        return round(peak_bytes(self.device) / 2**20, 1)
+
     def record(self) -> dict[str, Any]:
         """What model.json says of the fit."""
         course = self.course
@@ -206,7 +211,7 @@ class Fit:
             "device": describe(self.device),
             "devices": self.ranks.size,
             "precision": self.precision,
-            "gpu_memory_mb": round(peak_bytes(self.device) / 2**20, 1),
+            "gpu_memory_mb": self.held_mb,
             "dice_while_training": None if course.dice is None else round(course.dice, 4),
             "pretrained": self._from,
         }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medseg.cases import spread_evenly
 from medseg.preprocess import Prepared
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def look(
             found.append(judge(cases[:1], ear))
             # caches are warm from the second on, so that more may fit than this says
             watched = _fitting(len(cases), moment_s, time.perf_counter() - start)
-        for case in _spread(cases, watched)[len(found) :]:
+        for case in spread_evenly(cases, watched)[len(found) :]:
             found.append(judge([case], ear))
     except TooLongError:
         log.info("a look at held-back cases is broken off after %.0f s, with %d judged", limit_s, len(found))
@@ -104,11 +105,6 @@ def look(
 
 def _fitting(count: int, moment_s: float, each_s: float) -> int:
     return max(1, min(count, int(moment_s / max(1e-6, each_s))))
-
-
-def _spread(cases: Sequence[Prepared], number: int) -> list[Prepared]:
-    """So many of the cases, the first among them."""
-    return [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, number).round().astype(int))]
 
 
 def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -32,7 +32,7 @@ from medseg.config import (
     read_yaml,
 )
 from medseg.datasets import read_dataset
-from medseg.device import choose_device, describe, free_bytes, is_out_of_memory, peak_bytes
+from medseg.device import choose_device, describe, free_bytes, is_out_of_memory
 from medseg.errors import ConfigError, DataError, PeerError, TrainingError
 from medseg.evaluate import EvaluateOptions
 from medseg.findings import CaseFacts
@@ -182,7 +182,7 @@ def _train(
         ranks.part()
         steps, waiting = fit.course.step, fit.waiting_share
         if not ranks.first:
-            held = _held_mb(fit.device)
+            held = fit.held_mb
             return Run(
                 folder, config, None, (), seconds, steps, waiting_share=waiting, rank=ranks.rank, gpu_memory_mb=held
             )
@@ -203,12 +203,7 @@ def _train(
                     report, results = _validate(folder, validation, how, progress)
         log.info("seconds: %s", json.dumps(seconds))
         (folder / PREEMPTED).unlink(missing_ok=True)
-    held = _held_mb(fit.device)
-    return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting, gpu_memory_mb=held)
-
-
-def _held_mb(device: torch.device) -> float:
-    return round(peak_bytes(device) / 2**20, 1)
+    return Run(folder, config, report, results, seconds, steps, fit.pretrained, waiting, gpu_memory_mb=fit.held_mb)
 
 
 def plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,6 +235,25 @@ def test_what_was_tried_before_a_kill_needs_no_time(tmp_path: Path, monkeypatch:
     assert looks == ["case0"]
 
 
+@pytest.fixture
+def looks_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], float]], list[float]]:
+    """Let a look at a case take the seconds that are given for its number and its copies; the clock, in a list."""
+
+    def made(seconds: Callable[[int, int], float]) -> list[float]:
+        now, number = [0.0], itertools.count(1)
+
+        def look(config: Config, *given: Any, **tick: Any) -> Any:
+            now[0] += seconds(next(number), 1 + len(config.windows.flip_axes))
+            return label_case(config, *given, **tick)
+
+        monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
+        monkeypatch.setattr("medseg.calibrate.label_case", look)
+        monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: now[0])
+        return now
+
+    return made
+
+
 def test_a_few_cases_tell_nothing() -> None:
     cases = [a_case(n) for n in range(4)]
     assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}
@@ -249,18 +268,10 @@ def test_a_budget_of_nothing_chooses_nothing() -> None:
     ("budget_s", "known"), [(180.0, set()), (500.0, {"windows"}), (3600.0, {"windows", "quality"})]
 )
 def test_cases_that_take_long_are_looked_at_no_more_often_than_there_is_time(
-    budget_s: float, known: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    budget_s: float, known: set[str], looks_take: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = [0.0]
-
-    def look(config: Config, *given: Any, **tick: Any) -> Any:
-        # a large scan on a CPU; a mirrored copy takes as long again
-        now[0] += 40.0 * (1 + len(config.windows.flip_axes))
-        return label_case(config, *given, **tick)
-
-    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
-    monkeypatch.setattr("medseg.calibrate.label_case", look)
-    monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: now[0])
+    # a large scan on a CPU; a mirrored copy takes as long again
+    now = looks_take(lambda number, copies: 40.0 * copies)
     config, cases = tiny_config(augment={"flip_axes": [0]}), [a_case(n) for n in range(8)]
     found = calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=budget_s)
     assert now[0] <= budget_s
@@ -274,32 +285,15 @@ def test_cases_that_take_long_are_looked_at_no_more_often_than_there_is_time(
         assert "a larger train.calibration_share gives more" in caplog.text
 
 
-def test_a_cold_start_does_not_cost_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, looks = [0.0], [0]
-
-    def look(*given: Any, **tick: Any) -> Any:
-        looks[0] += 1
-        now[0] += 6.0 if looks[0] == 1 else 0.1
-        return label_case(*given, **tick)
-
-    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
-    monkeypatch.setattr("medseg.calibrate.label_case", look)
-    monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: now[0])
+def test_a_cold_start_does_not_cost_the_choices(looks_take: Any) -> None:
+    looks_take(lambda number, copies: 6.0 if number == 1 else 0.1)
     cases = [a_case(n) for n in range(6)]
     found = calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=27)
     assert all(found[part]["measured"] for part in ("windows", "tta", "quality"))
 
 
-def test_an_estimate_from_the_plain_image_is_better_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-
-    def look(config: Config, *given: Any, **tick: Any) -> Any:
-        now[0] += 5.0 * (1 + len(config.windows.flip_axes))
-        return label_case(config, *given, **tick)
-
-    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
-    monkeypatch.setattr("medseg.calibrate.label_case", look)
-    monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: now[0])
+def test_an_estimate_from_the_plain_image_is_better_than_none(looks_take: Any) -> None:
+    now = looks_take(lambda number, copies: 5.0 * copies)
     config, cases = tiny_config(augment={"flip_axes": [0]}), [a_case(n) for n in range(8)]
     # of 72 s a third is too little for ten looks of 5 s, and all of it is enough
     found = calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=180)

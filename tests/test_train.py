@@ -933,8 +933,7 @@ def test_the_memory_of_a_run_is_told_of_all_its_stages(
 
     dataset = tiny_dataset(cases=2)
     assert train(dataset, name="cpu").gpu_memory_mb == 0
-    for module in (MODULE, TRAIN):
-        monkeypatch.setattr(module, "peak_bytes", lambda _: held[0])
+    monkeypatch.setattr(MODULE, "peak_bytes", lambda _: held[0])
     monkeypatch.setattr(TRAIN, "_validate", validated)
     run = train(dataset, name="gpu")
     # model.json is written when training ends
