@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from medseg.plan import Plan
     from medseg.pretrained import Pretrained, load_pretrained
     from medseg.process import Preempted
-    from medseg.readers import SeriesOptions, file_sha256
+    from medseg.readers import SeriesOptions, file_sha256, stored_in
     from medseg.readers.archive import each_unpacked, is_archive
     from medseg.readers.dicom_facts import DicomFacts, dicom_facts
     from medseg.report import Report, evaluate, report_pairs
@@ -140,6 +140,7 @@ _HOME = {
     "segment_cases": "folder",
     "settings_from": "config",
     "ship_model": "shipped",
+    "stored_in": "readers",
     "summarise": "statistics",
     "told": "told",
     "train": "train",
@@ -229,6 +230,7 @@ __all__ = [
     "segment_cases",
     "settings_from",
     "ship_model",
+    "stored_in",
     "summarise",
     "told",
     "train",

@@ -27,6 +27,7 @@ def checked(data: Any, given: Mapping[str, Any] | None = None) -> medseg.Finding
 def data_sha256(findings: medseg.Findings) -> str:
     """SHA-256 over the cases of a data set with the bytes of their files, wherever these lie.
 
+    The files that a header names count as it does.
     Raises `DataError` where a file cannot be read.
     """
     data = findings.dataset
@@ -49,5 +50,5 @@ def data_sha256(findings: medseg.Findings) -> str:
 
 
 def _file(path: Path) -> list[Any]:
-    # the ending decides how the bytes are read
-    return [path.suffix, path.stat().st_size, medseg.file_sha256(path)]
+    # the ending decides how the bytes are read; those of the voxels may lie in files that a header names
+    return [x for file in medseg.stored_in(path) for x in (file.suffix, file.stat().st_size, medseg.file_sha256(file))]

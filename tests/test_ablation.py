@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK
 from skimage.io import imread, imsave
 from tiny import write_two_channels
 
@@ -341,6 +342,20 @@ def test_a_digest_changes_with_the_data_and_not_with_their_place(tiny_dataset: A
     label[0, 0] = 1
     imsave(moved / "labels" / "case0.png", label, check_contrast=False)
     assert data_sha256(medseg.check_dataset(moved)) != first
+
+
+def test_voxels_beside_a_header_are_part_of_the_digest(tiny_dataset: Any) -> None:
+    folder = tiny_dataset(spatial_dims=3, cases=1)
+    (source,) = (folder / "images").iterdir()
+    header = folder / "images" / "case0.mhd"
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(source)), str(header))
+    source.unlink()
+    first = data_sha256(medseg.check_dataset(folder))
+    assert data_sha256(medseg.check_dataset(folder)) == first
+    voxels = bytearray(header.with_suffix(".raw").read_bytes())
+    voxels[0] ^= 1
+    header.with_suffix(".raw").write_bytes(voxels)
+    assert data_sha256(medseg.check_dataset(folder)) != first
 
 
 def test_a_trial_that_breaks_down_is_gone_on_with_once(tmp_path: Path, attempts: Any) -> None:

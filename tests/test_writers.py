@@ -271,6 +271,31 @@ def test_a_file_of_a_block_that_cannot_get_its_name_is_told_and_no_new_one_stays
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_of_a_block_that_cannot_get_its_name_brings_the_old_ones_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    move, old = Path.replace, {"a": "old a", "b": "old b"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return move(self, target)
+
+    def no_links(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    if not linked:
+        # a disk without hard links
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    with pytest.raises(DataError, match=r"cannot write b \(Permission denied\)"):
+        write_together(tmp_path, "a", "new", "b")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == old
+
+
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file: cannot write a\.nii"), atomic_path(tmp_path / "file" / "a.nii"):

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import stat
 import time
 import uuid
@@ -134,24 +135,45 @@ def all_or_none() -> Iterator[None]:
     """What `atomic_path` writes in the block takes the place of what is there once all of it is whole.
 
     Where the block raises, what was there before stays as it was, and nothing is left behind. Raises `DataError` where
-    a file cannot get its name; then none of the new ones stays.
+    a file cannot get its name; then what was there before is there again.
     """
     waiting: dict[Path, Path] = {}
-    before, named = _waiting.set(waiting), list[Path]()
+    before, old, named = _waiting.set(waiting), dict[Path, Path](), list[Path]()
     try:
         yield
         for temporary, path in waiting.items():
             try:
+                if path.exists():
+                    old[path] = _temporary(path)
+                    _second_name(path, old[path])
                 temporary.replace(path)
             except OSError as error:
-                for other in named:
-                    _removed(other)
+                _put_back(named, old)
                 raise _cannot_write(path, error) from error
             named.append(path)
     finally:
         _waiting.reset(before)
-        for temporary in waiting:
-            _removed(temporary)
+        for spare in (*waiting, *old.values()):
+            _removed(spare)
+
+
+def _put_back(named: list[Path], old: Mapping[Path, Path]) -> None:
+    for path in named:
+        if path not in old:
+            _removed(path)
+            continue
+        try:
+            old[path].replace(path)
+        except OSError as error:
+            log.warning("%s: the earlier file cannot be put back (%s), the new one stays", path, error.strerror)
+
+
+def _second_name(path: Path, other: Path) -> None:
+    try:
+        other.hardlink_to(path)
+    except OSError as error:
+        log.debug("%s: no second name (%s), so it is copied", path, error.strerror)
+        shutil.copy2(path, other)
 
 
 @contextmanager
