@@ -532,6 +532,7 @@ class Fit:
         except DataError as error:
             # nothing is chosen by it, so that it is no reason to end
             log.warning("held-back cases are not judged at step %d: %s", course.step, error)
+            course.dice = None
             return {}
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -554,7 +555,7 @@ def what_fits(config: Config, attempt: Callable[[int, tuple[int, ...]], None]) -
         if batch > 1:
             batch //= 2
         elif max(patch) > 16:
-            patch = tuple(max(16, (p * 3 // 4) // 8 * 8) for p in patch)
+            patch = tuple(min(p, max(16, (p * 3 // 4) // 8 * 8)) for p in patch)
         else:
             return None
         try:

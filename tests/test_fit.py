@@ -19,7 +19,7 @@ from ranks_fit import noise_cases, noise_config, noise_fit, run_noted, weights_o
 
 import medseg
 from medseg import fit as module
-from medseg.fit import BAD_BATCHES, Fit
+from medseg.fit import BAD_BATCHES, Fit, what_fits
 from medseg.optimise import AVERAGE_POWER
 from medseg.progress import silent
 from medseg.ranks import Ranks
@@ -379,6 +379,18 @@ def test_a_batch_that_does_not_fit_leaves_behind_nothing(tmp_path: Path, monkeyp
     assert weights_of(noise_fit(tmp_path, noise_config(), resume=True).network.module) == before
 
 
+@pytest.mark.parametrize(
+    ("patch", "smaller"),
+    [((40, 56, 40), (24, 40, 24)), ((8, 64, 64), (8, 48, 48)), ((10, 20, 17), (10, 16, 16)), ((16, 8, 16), None)],
+)
+def test_a_patch_that_does_not_fit_gets_smaller_on_its_long_axes(
+    patch: tuple[int, ...], smaller: tuple[int, ...] | None
+) -> None:
+    config = noise_config(train={"batch_size": 1}, windows={"patch_size": patch})
+    found = what_fits(config, lambda batch, fitting: None)
+    assert found == (None if smaller is None else (1, smaller))
+
+
 def test_held_back_cases_that_cannot_be_judged_end_no_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -709,9 +721,12 @@ def test_a_look_that_fails_writes_no_state_each_time(
     states: list[int] = []
     monkeypatch.setattr(fit, "_save_on_the_way", lambda: states.append(fit.course.step))
     monkeypatch.setattr(module, "quick_dice", refuse)
+    fit.course.dice = 0.5
     for step in (10, 20, 30):
         fit.course.elapsed, fit.course.step = 10.0 * step, step
         assert fit._validate_if_time(lambda: 0) == {}
+    # that of earlier weights would be told as of the last ones
+    assert fit.course.dice is None
     assert caplog.text.count("held-back cases are not judged") == 3
     assert states == [10]
 
