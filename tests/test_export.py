@@ -377,7 +377,6 @@ def test_a_cross_validation_is_refused_with_its_run_folders(tmp_path: Path) -> N
         ),
         (["{run}", "-o", f"{'a' * 260}.onnx", "--to", "onnx"], "cannot be looked at (File name too long)"),
         (["{run}", "-o", "b" * 260, "--to", "bundle"], "cannot be looked at (File name too long)"),
-        (["{run}", "-o", "b\udcff", "--to", "bundle"], "a name that is not UTF-8 found"),
         (["{run}", "-o", "{run}", "--to", "onnx"], "a folder found, expected a file that ends in .onnx"),
         (["{run}", "-o", "{run}", "--to", "bundle"], "a folder with something in it found, expected a new folder"),
         (["{run}", "-o", "{run}/model.json", "--to", "bundle"], "a file found, expected a new folder"),
@@ -407,6 +406,13 @@ def test_wrong_usage_is_refused(
     assert run(["export", *(part.format(run=folder) for part in line)]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["b\udcff", "b\udcff.zip"], ids=["folder", "zip"])
+def test_a_bundle_whose_name_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="a name that is not UTF-8 found"):
+        medseg.export_model("hippocampus", tmp_path / name, to="bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_form_is_refused_in_python(tmp_path: Path) -> None:
@@ -494,7 +500,7 @@ def test_monais_tools_load_the_network(tmp_path: Path, monkeypatch: pytest.Monke
 
     model = tiny_model(tmp_path / "run")
     folder = tmp_path / "tiny"
-    medseg.export_model(model, folder, to="bundle")
+    smallest = medseg.export_model(model, folder, to="bundle").min_shape
     image = noise(2, 1, 9, 12, 8)
     with torch.inference_mode():
         expected = read_model(model).network(image)
@@ -510,6 +516,8 @@ def test_monais_tools_load_the_network(tmp_path: Path, monkeypatch: pytest.Monke
         with torch.inference_mode():
             # float32 in another order of summation
             torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-4)
+            # the smallest that it is said to take
+            assert network(noise(1, 1, *smallest)).shape[2:] == smallest
 
 
 def test_nothing_in_a_bundle_tells_of_the_machine_that_wrote_it(tmp_path: Path) -> None:

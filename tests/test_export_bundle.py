@@ -115,6 +115,27 @@ def test_that_medseg_skips_air_is_told_where_it_does(
     assert facts_of(tmp_path / "bundle")["skip_air"] == skips
 
 
+@pytest.mark.parametrize(
+    ("intensity", "mean", "sd"),
+    [
+        ({"normalise": "image"}, None, None),
+        ({"normalise": "none", "mean": 5.0, "sd": 2.0}, 0.0, 1.0),
+        ({"normalise": "fixed", "mean": 5.0, "sd": 2.0}, 5.0, 2.0),
+    ],
+    ids=["image", "none", "fixed"],
+)
+def test_facts_tell_what_is_subtracted_and_what_divides(
+    tmp_path: Path, intensity: dict[str, Any], mean: float | None, sd: float | None
+) -> None:
+    _, config = exported(
+        tiny_model(tmp_path / "run", tiny_config(preprocess={"intensity": [intensity]})), tmp_path / "bundle"
+    )
+    (told,) = facts_of(tmp_path / "bundle")["preprocess"]["intensity"]
+    assert (told["mean"], told["sd"]) == (mean, sd)
+    step = config["preprocessing"]["transforms"][-1]
+    assert (step["subtrahend"], step["divisor"]) == ([mean], [sd])
+
+
 # ---- images
 
 
@@ -244,6 +265,11 @@ def test_a_folder_of_images_may_have_brackets_in_its_name(tmp_path: Path) -> Non
 def test_the_command_in_the_readme_holds_for_a_name_with_a_space(tmp_path: Path) -> None:
     readme, _ = exported(tiny_model(tmp_path / "run"), tmp_path / "hip bundle")
     assert "\ncd 'hip bundle'\n" in readme
+
+
+def test_a_folder_above_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    exported(tiny_model(tmp_path / "run"), tmp_path / "b\udcff" / "bundle")
+    assert (tmp_path / "b\udcff" / "bundle" / "models" / "model.ts").is_file()
 
 
 def test_an_empty_folder_is_filled_and_not_replaced(tmp_path: Path) -> None:

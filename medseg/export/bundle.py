@@ -131,9 +131,9 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 with atomic_path(folder / path) as temporary:
                     temporary.write_bytes(content)
     except BaseException:
-        for path in sorted(made, reverse=True):
+        for empty in sorted(made, reverse=True):
             with suppress(OSError):
-                path.rmdir()
+                empty.rmdir()
         raise
 
 

@@ -14,9 +14,10 @@ from medseg.versions import versions
 
 SCHEMA_VERSION = 1
 STEPS = (
-    "orient; crop; resample to spacing_mm or shape, by cubic convolution (a = -0.5) that is stretched where voxels "
-    "become larger; then by channel clip, subtract mean, divide by sd, where null is that of the image itself (sd of "
-    "the population; a constant channel becomes 0); then pad what is smaller than patch_size with 0 on both sides"
+    "orient; crop (nonzero: the outer planes in which every channel is 0); resample to spacing_mm or shape, by cubic "
+    "convolution (a = -0.5) that is stretched where voxels become larger; then by channel clip, subtract mean, divide "
+    "by sd, where null is that of the image itself (sd of the population; a constant channel becomes 0); then pad what "
+    "is smaller than a window with 0 on both sides"
 )
 BACK = "probabilities are resampled linearly to the image's own grid, and decided there"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from medseg.errors import ConfigError
@@ -14,21 +15,24 @@ METADATA = "configs/metadata.json"
 def check_output(output: Path, *, to: str, overwrite: bool) -> None:
     """Raises `ConfigError` where no export can become `output`, or something is there that may not be replaced."""
     try:
-        output.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        # new, or below a file: that is looked at with the folders above
-        pass
+        # what is new, or below a file, is judged by the folders above
+        with suppress(FileNotFoundError, NotADirectoryError):
+            output.stat()
+        _check_place(output, to=to, overwrite=overwrite)
     except OSError as error:
         raise ConfigError(f"{output}: cannot be looked at ({error.strerror}); change -o") from error
+
+
+def _check_place(output: Path, *, to: str, overwrite: bool) -> None:
     ending = output.suffix.lower()
     if to == "onnx":
-        _check_file(output, "a file that ends in .onnx", fits=ending == ONNX, overwrite=overwrite)
+        _check_file(output, f"a file that ends in {ONNX}", fits=ending == ONNX, overwrite=overwrite)
     elif ending == ZIP:
-        _check_file(output, "a file that ends in .zip", fits=True, overwrite=overwrite)
+        _check_file(output, f"a file that ends in {ZIP}", fits=True, overwrite=overwrite)
     else:
         _check_folder(output, overwrite=overwrite)
     if to == "bundle" and not _is_text(output.resolve().name):
-        raise ConfigError(f"{output}: a name that is not UTF-8 found, which MONAI's tools do not open; change -o")
+        raise ConfigError(f"{output}: a name that is not UTF-8 found, which the bundle could not tell; change -o")
     there = next(parent for parent in output.absolute().parents if parent.exists())
     if not there.is_dir():
         raise ConfigError(f"{output}: {there} is a file, expected a folder; change -o")
