@@ -45,7 +45,7 @@ OPTIONS = {
         *("SOURCE", "--output", "--keep-interval", "--retain-patient-characteristics", "--retain-device"),
         *("--retain-uids", "--salt-file", "--allow-burned-in", "--verbose"),
     ),
-    "export": ("RUN|NAME", "--output", "--to", "--device", "--verbose"),
+    "export": ("RUN|NAME", "--output", "--to", "--overwrite", "--device", "--verbose"),
     "inspect": ("NETWORK|FILE.yaml|RUN", "--list", "--spatial-dims", "--patch", "--json", "--png"),
     "models": ("--json",),
     "evaluate": (

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bundles import monai_masks, our_masks, with_ignite
 from geometry import save
 from PIL import Image as Picture
 from tiny import AFFINE, SHAPE, blobs, tiny_config, tiny_model
@@ -26,7 +27,6 @@ from medseg.cli import run
 from medseg.errors import ConfigError, ModelError
 from medseg.export import agreement, onnx
 from medseg.export.agreement import make_and_check, shapes_to_try
-from medseg.infer import InferOptions
 from medseg.model import Model, read_model
 from medseg.progress import silent
 from medseg.readers import file_sha256
@@ -34,9 +34,6 @@ from medseg.windows import edge_weights
 
 SAMPLES = Path(medseg.__file__).parent / "sample" / "imagesTs"
 with_onnx = pytest.mark.skipif(find_spec("onnxscript") is None, reason="needs the extra `onnx`")
-with_ignite = pytest.mark.skipif(find_spec("ignite") is None, reason="MONAI's evaluator needs pytorch-ignite")
-# the image alone, in float32, as other programs see it
-PLAIN = InferOptions(device="cpu", precision="32", tta="none", window="auto")
 
 
 def of_dims(dims: int, **network: Any) -> Any:
@@ -139,7 +136,7 @@ def test_a_model_that_comes_with_medseg_is_exported_by_name_and_tells_what_its_u
     output = tmp_path / "new" / "h.onnx"
     assert run(["export", "hippocampus", "-o", str(output), "--to", "onnx"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"{output}: any number and size of images, trained on 40 × 56 × 40 voxels; logits of 6 ")
+    assert last.startswith(f"{output}: any number of images of 5 × 5 × 5 voxels or more, trained on 40 × 56 × 40; ")
     assert last.endswith(" of PyTorch's")
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     told = facts_in(output)
@@ -151,7 +148,7 @@ def test_a_model_that_comes_with_medseg_is_exported_by_name_and_tells_what_its_u
     ]
     assert (told["channels"], told["patch_size"], told["orientation"]) == (["MRI"], [40, 56, 40], "RAS")
     assert told["preprocess"]["spacing_mm"] == [1.0, 1.0, 1.0]
-    assert told["preprocess"]["intensity"] == [{"clip": None, "normalise": "image", "mean": 0.0, "sd": 1.0}]
+    assert told["preprocess"]["intensity"] == [{"clip": None, "normalise": "image", "mean": None, "sd": None}]
     assert (told["licence"], told["title"]) == ("CC-BY-SA-4.0", "Hippocampus in T1-weighted MR, 3D")
     assert (told["medseg_version"], told["free"]) == (medseg.__version__, "batch and sizes")
 
@@ -229,6 +226,24 @@ def test_what_disagrees_is_refused_with_the_figures(change: Any, told: str) -> N
         checked(plain_model(), change)
 
 
+def test_regions_that_come_and_go_are_counted_but_for_close_calls() -> None:
+    model = plain_model(labels={"whole": [3, 7], "core": [7]}, region_values=[3, 7])
+
+    def far(logits: Tensor, image: Tensor) -> Tensor:
+        # in one voxel of each of the 4 × 4 rows a region goes, in the others nothing changes
+        moved = logits.clone()
+        moved[:, 1, ..., 0] = -moved[:, 1, ..., 0].abs()
+        return moved
+
+    with pytest.raises(ModelError) as caught:
+        checked(model, far)
+    with torch.inference_mode():
+        image = agreement._image((1, 1, 4, 4, 4), model.config.preprocess.intensity, torch.Generator().manual_seed(0))
+    gone = int((image[..., 0] > 0).sum())
+    assert 0 < gone < 16
+    assert f"and {gone} voxels get another label" in str(caught.value)
+
+
 class Close(nn.Module):
     """Logits (0, 1), but in one voxel of each row (0, `gap`)."""
 
@@ -293,7 +308,7 @@ def test_a_network_that_disagrees_is_not_written_and_what_was_there_stays(
     monkeypatch.setattr(onnx, "_converted", lambda *_: b"")
     monkeypatch.setattr(onnx, "_in_onnx_runtime", lambda _: lambda image: network(image) * 1.01)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: lambda image: network(image) * 1.01)
-    assert run(["export", str(model), "-o", str(output), "--to", to]) == 2
+    assert run(["export", str(model), "-o", str(output), "--to", to, "--overwrite"]) == 2
     words = " ".join(capsys.readouterr().err.split())
     assert "the logits differ from PyTorch's by up to" in words
     assert "nothing was written" in words
@@ -338,6 +353,30 @@ def test_a_cross_validation_is_refused_with_its_run_folders(tmp_path: Path) -> N
     [
         (["{run}", "{run}", "-o", "a.onnx", "--to", "onnx"], "2 models found, expected one network"),
         (["{run}", "-o", "a.pt", "--to", "onnx"], "a.pt: ending .pt found, expected a file that ends in .onnx"),
+        (["{run}", "-o", "a.zip", "--to", "onnx"], "a.zip: ending .zip found, expected a file that ends in .onnx"),
+        (["{run}", "-o", "a.onnx", "--to", "bundle"], "a.onnx: ending .onnx found, expected a new folder"),
+        (
+            ["{run}", "-o", "there.onnx", "--to", "onnx"],
+            "a file found, expected none yet; change -o, or replace it with",
+        ),
+        (["{run}", "-o", "there.zip", "--to", "bundle"], "a file found, expected none yet; change -o, or replace it"),
+        (["{run}", "-o", "folder.zip", "--to", "bundle"], "a folder found, expected a file that ends in .zip"),
+        (["{run}", "-o", "there.txt", "--to", "bundle", "--overwrite"], "a file found, expected a new folder"),
+        (
+            ["{run}", "-o", "old", "--to", "bundle"],
+            "a bundle found, expected a new folder, or a file that ends in .zip",
+        ),
+        (
+            ["{run}", "-o", "{run}", "--to", "bundle", "--overwrite"],
+            "a folder with something in it found, expected a new",
+        ),
+        (["{run}", "-o", "loop", "--to", "bundle"], "loop: cannot be looked at (Too many levels of symbolic links)"),
+        (
+            ["{run}", "-o", "loop.onnx", "--to", "onnx", "--overwrite"],
+            "loop.onnx: cannot be looked at (Too many levels",
+        ),
+        (["{run}", "-o", f"{'a' * 260}.onnx", "--to", "onnx"], "cannot be looked at (File name too long)"),
+        (["{run}", "-o", "b" * 260, "--to", "bundle"], "cannot be looked at (File name too long)"),
         (["{run}", "-o", "{run}", "--to", "onnx"], "a folder found, expected a file that ends in .onnx"),
         (["{run}", "-o", "{run}", "--to", "bundle"], "a folder with something in it found, expected a new folder"),
         (["{run}", "-o", "{run}/model.json", "--to", "bundle"], "a file found, expected a new folder"),
@@ -358,10 +397,22 @@ def test_wrong_usage_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tiny_model(tmp_path / "run")
+    for name in ("there.onnx", "there.zip", "there.txt", "old/configs/metadata.json", "folder.zip/part"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("loop", "loop.onnx"):
+        (tmp_path / name).symlink_to(name)
     before = sorted(tmp_path.rglob("*"))
     assert run(["export", *(part.format(run=folder) for part in line)]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["b\udcff", "b\udcff.zip"], ids=["folder", "zip"])
+def test_a_bundle_whose_name_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="a name that is not UTF-8 found"):
+        medseg.export_model("hippocampus", tmp_path / name, to="bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_form_is_refused_in_python(tmp_path: Path) -> None:
@@ -370,32 +421,6 @@ def test_an_unknown_form_is_refused_in_python(tmp_path: Path) -> None:
 
 
 # ---- bundles
-
-
-def config_of(folder: Path) -> Any:
-    return json.loads((folder / "configs" / "inference.json").read_text())
-
-
-def monai_masks(folder: Path, images: Path, out: Path) -> dict[str, Path]:
-    """The masks that MONAI's own workflow makes of the files in `images`, by the names of these."""
-    import monai.bundle
-
-    with warnings.catch_warnings():
-        # torch calls TorchScript deprecated, MONAI warns of configurations from elsewhere
-        warnings.simplefilter("ignore")
-        monai.bundle.run(
-            config_file=str(folder / "configs" / "inference.json"),
-            bundle_root=str(folder),
-            dataset_dir=str(images),
-            output_dir=str(out),
-            device="$torch.device('cpu')",
-        )
-    return {path.name: path for path in sorted(out.iterdir())}
-
-
-def our_masks(model: str | Path, images: Path, out: Path) -> dict[str, Path]:
-    medseg.infer([images], [model], out, PLAIN)
-    return {path.name: path for path in sorted(out.iterdir()) if path.name != "run.json"}
 
 
 def dice(one: Any, other: Any, value: int) -> float:
@@ -475,7 +500,7 @@ def test_monais_tools_load_the_network(tmp_path: Path, monkeypatch: pytest.Monke
 
     model = tiny_model(tmp_path / "run")
     folder = tmp_path / "tiny"
-    medseg.export_model(model, folder, to="bundle")
+    smallest = medseg.export_model(model, folder, to="bundle").min_shape
     image = noise(2, 1, 9, 12, 8)
     with torch.inference_mode():
         expected = read_model(model).network(image)
@@ -491,6 +516,8 @@ def test_monais_tools_load_the_network(tmp_path: Path, monkeypatch: pytest.Monke
         with torch.inference_mode():
             # float32 in another order of summation
             torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-4)
+            # the smallest that it is said to take
+            assert network(noise(1, 1, *smallest)).shape[2:] == smallest
 
 
 def test_nothing_in_a_bundle_tells_of_the_machine_that_wrote_it(tmp_path: Path) -> None:
@@ -595,12 +622,13 @@ def test_where_windows_overlap_the_floor_of_monais_weights_is_all_that_differs(
 @pytest.mark.parametrize(
     ("windows", "told"),
     [
-        ({}, "Both take windows of a patch's size that share 0.5 of it"),
-        ({"tile_size": [16, 16, 24]}, "medseg takes windows of 16 × 16 × 24 voxels; here"),
+        ({}, "Both take windows of 8 × 8 × 8 voxels that share 0.5 of their size, but"),
+        ({"tile_size": [16, 16, 24]}, "Both take windows of 16 × 16 × 24 voxels that share 0.5 of their size, but"),
         ({"mode": "halo"}, "medseg takes tiles of 8 × 8 × 8 voxels that see a margin around them; here"),
-        ({"mode": "whole"}, "medseg takes the whole image at once where it fits; here"),
+        ({"mode": "whole"}, "medseg takes the whole image at once where it fits; here windows of 8 × 8 × 8 voxels"),
+        ({"mode": "whole", "whole_voxels": 900}, "the whole image at once up to 900 voxels and where it fits; here"),
     ],
-    ids=["blend", "tiles", "halo", "whole"],
+    ids=["blend", "tiles", "halo", "whole", "whole up to a limit"],
 )
 def test_the_readme_tells_how_windows_differ(tmp_path: Path, windows: dict[str, Any], told: str) -> None:
     medseg.export_model(tiny_model(tmp_path / "run", tiny_config(windows=windows)), tmp_path / "out", to="bundle")

@@ -124,12 +124,16 @@ def export(
             "bundle: a MONAI Bundle, from files to masks, that needs no medseg."
         ),
     ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file or the bundle that is there.")
+    ] = False,
     device: AnyDevice = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Hand a trained model to ONNX Runtime or to MONAI's bundle tools.
 
-    The network in its new form is compared with PyTorch, label by label, before anything is written.
+    Before anything is written, the network in its new form must give the logits of PyTorch, within 1e-4 of the largest,
+    and the same labels but for close calls.
     """
     log(verbose)
     if len(run) > 1:
@@ -137,10 +141,10 @@ def export(
             f"{len(run)} models found, expected one network; export them one by one and average their probabilities"
         )
     with shown_progress() as progress:
-        done = medseg.export_model(run[0], output, to=to.value, progress=progress)
-    size = " × ".join(map(str, done.patch_size))
+        done = medseg.export_model(run[0], output, to=to.value, overwrite=overwrite, progress=progress)
+    size, least = (" × ".join(map(str, shape)) for shape in (done.patch_size, done.min_shape))
     takes = {
-        "batch and sizes": f"any number and size of images, trained on {size} voxels",
+        "batch and sizes": f"any number of images of {least} voxels or more, trained on {size}",
         "batch": f"any number of images of {size} voxels, no other size",
         "nothing": f"one image of {size} voxels at a time, no other size",
     }[done.free]

@@ -7,26 +7,37 @@ weights are in `models/model.pt` too, where the specification wants them.
 
 from __future__ import annotations
 
+import io
 import json
-import tempfile
+import shlex
 import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 
 from medseg.config import Config, DataConfig, PostprocessConfig, PreprocessConfig, WindowsConfig
 from medseg.errors import ConfigError
 from medseg.export.agreement import Checked, Free, Logits, make_and_check, shapes_to_try
-from medseg.export.facts import facts, licence, output_channels, title
+from medseg.export.facts import (
+    facts,
+    licence,
+    mean_and_sd,
+    network_at_inference,
+    output_channels,
+    skips_air,
+    title,
+)
+from medseg.export.outputs import METADATA, ZIP
 from medseg.model import Model
 from medseg.progress import Progress
 from medseg.units import is_ct
 from medseg.versions import versions
-from medseg.writers import atomic_path, write_text
+from medseg.writers import all_or_none, atomic_path
 
-ZIP = ".zip"
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "1.0.0"
 # as many as medseg takes on a CPU
@@ -35,19 +46,11 @@ BATCH = 4
 SIGMA, FLOOR = 0.125, 0.001
 CAUTION = "No medical device: for research, with every mask looked at."
 Json = dict[str, Any]
+_FOLDERS = ("configs", "docs", "models")
 
 
-def check_bundle(output: Path) -> None:
-    """Raises `ConfigError` where `output` is neither a new folder nor a zip file."""
-    if output.suffix.lower() == ZIP and not output.is_dir():
-        return
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        found = "a file" if output.is_file() else "a folder with something in it"
-        raise ConfigError(f"{output}: {found} found, expected a new folder, or a file that ends in {ZIP}; change -o")
-
-
-def write_bundle(model: Model, output: Path, progress: Progress) -> Checked[None]:
-    """Write a bundle, whole or not at all, once the network that was saved and loaded back agrees with PyTorch.
+def write_bundle(model: Model, output: Path, progress: Progress) -> Checked[bytes]:
+    """Write a bundle, whole or not at all, once the network that was packed and loaded back agrees with PyTorch.
 
     Raises `ConfigError` for signals, which MONAI's transforms of files do not read, `ModelError` with the figures where
     the networks do not agree.
@@ -56,59 +59,82 @@ def write_bundle(model: Model, output: Path, progress: Progress) -> Checked[None
         raise ConfigError(f"{output}: a model of signals (1D) found, which no bundle reads; use --to onnx")
     zipped, output = output.suffix.lower() == ZIP, output.resolve()
     name = output.stem if zipped else output.name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name[:40]}.", dir=output.parent) as temporary:
-        bundle = Path(temporary) / name
-        checked = _write_network(model, bundle / "models", progress)
-        for path, content in _texts(model, checked.free, name).items():
-            write_text(bundle / path, content)
-        if zipped:
-            with atomic_path(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
-                for part in sorted(part for part in bundle.rglob("*") if part.is_file()):
-                    archive.write(part, part.relative_to(temporary))
-        else:
-            bundle.replace(output)
+    checked = make_and_check(model, lambda free: _script(model, free), name=name, progress=progress)
+    files = {
+        **{path: text.encode(errors="backslashreplace") for path, text in _texts(model, checked.free, name).items()},
+        "models/model.ts": checked.made,
+        "models/model.pt": _weights(model),
+    }
+    if zipped:
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(_zip({f"{name}/{path}": content for path, content in sorted(files.items())}))
+    else:
+        _write_folder(output, files)
     return checked
 
 
-def _write_network(model: Model, folder: Path, progress: Progress) -> Checked[None]:
-    folder.mkdir(parents=True)
-
-    def make(free: Free) -> tuple[None, Logits]:
-        with torch.no_grad(), warnings.catch_warnings():
-            # that this is deprecated, and that a trace may not hold for other sizes: that is looked at below
-            warnings.simplefilter("ignore")
-            example = torch.zeros(shapes_to_try(model, free)[0])
-            traced = torch.jit.trace(model.network, example, check_trace=False)  # type: ignore[no-untyped-call]
-            # MONAI's `load_net_with_metadata` finds them there
-            inside = {"metadata.json": _json(_metadata(model, free))}
-            torch.jit.save(traced, folder / "model.ts", _extra_files=inside)
-            _forget_paths(folder / "model.ts")
-            loaded = torch.jit.load(folder / "model.ts", map_location="cpu")  # type: ignore[no-untyped-call]
-        return None, loaded
-
-    checked = make_and_check(model, make, name=folder.parent.name, progress=progress)
-    torch.save({k: v.contiguous() for k, v in model.network.state_dict().items()}, folder / "model.pt")
-    return checked
+def _script(model: Model, free: Free) -> tuple[bytes, Logits]:
+    """The network as TorchScript, and what that gives once it is loaded."""
+    with torch.no_grad(), warnings.catch_warnings():
+        # that this is deprecated, and that a trace may not hold for other sizes: that is looked at by the caller
+        warnings.simplefilter("ignore")
+        example, packed = torch.zeros(shapes_to_try(model, free)[0]), io.BytesIO()
+        traced = torch.jit.trace(model.network, example, check_trace=False)  # type: ignore[no-untyped-call]
+        # MONAI's `load_net_with_metadata` finds them there
+        inside = {"metadata.json": _json(_metadata(model, free))}
+        torch.jit.save(traced, packed, _extra_files=inside)
+        script = _without_paths(packed)
+        loaded = torch.jit.load(io.BytesIO(script), map_location="cpu")  # type: ignore[no-untyped-call]
+    return script, loaded
 
 
-def _forget_paths(script: Path) -> None:
+def _without_paths(script: io.BytesIO) -> bytes:
     """Leave out the lines of code that each step comes from: they tell the folders of this machine."""
     with ZipFile(script) as archive:
         parts = {name: archive.read(name) for name in archive.namelist() if not name.endswith(".debug_pkl")}
-    with ZipFile(script, "w") as archive:
-        for name, content in parts.items():
-            archive.writestr(ZipInfo(name), content)
+    return _zip(parts, ZIP_STORED)
 
 
 def _texts(model: Model, free: Free, name: str) -> dict[str, str]:
     """The files beside the network, by their path."""
     return {
-        "configs/metadata.json": _json(_metadata(model, free)),
+        METADATA: _json(_metadata(model, free)),
         "configs/inference.json": _json(_inference(model.config, free)),
-        "docs/README.md": _readme(model, name),
+        "docs/README.md": _readme(model, free, name),
         "LICENSE": _licence_text(model),
     }
+
+
+def _weights(model: Model) -> bytes:
+    packed = io.BytesIO()
+    torch.save({k: v.contiguous() for k, v in model.network.state_dict().items()}, packed)
+    return packed.getvalue()
+
+
+def _zip(files: Mapping[str, bytes], how: int = ZIP_DEFLATED) -> bytes:
+    packed = io.BytesIO()
+    with ZipFile(packed, "w") as archive:
+        for path, content in files.items():
+            part = ZipInfo(path)
+            # without it nobody may read what comes of it
+            part.external_attr = 0o644 << 16
+            archive.writestr(part, content, how)
+    return packed.getvalue()
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All files or none; what else is in `folder` stays."""
+    made = [path for path in (*folder.parents, folder, *(folder / path for path in _FOLDERS)) if not path.exists()]
+    try:
+        with all_or_none():
+            for path, content in files.items():
+                with atomic_path(folder / path) as temporary:
+                    temporary.write_bytes(content)
+    except BaseException:
+        for empty in sorted(made, reverse=True):
+            with suppress(OSError):
+                empty.rmdir()
+        raise
 
 
 # ---- configs/inference.json
@@ -142,7 +168,7 @@ def _inference(config: Config, free: Free) -> Json:
         },
         "inferer": {
             "_target_": "SlidingWindowInferer",
-            "roi_size": list(config.windows.patch_size),
+            "roi_size": list(_window(config.windows, free)),
             "sw_batch_size": 1 if free == "nothing" else BATCH,
             "overlap": config.windows.overlap,
             "mode": "gaussian",
@@ -157,9 +183,20 @@ def _inference(config: Config, free: Free) -> Json:
             "inferer": "@inferer",
             "postprocessing": "@postprocessing",
         },
-        # without files MONAI would end as if all were well
-        "run": [f"$torch._assert(len(@datalist) > 0, 'no {_wanted(config)} in ' + @dataset_dir)", "$@evaluator.run()"],
+        "run": [
+            # without files MONAI would end as if all were well, and masks have the names of their images
+            f"$torch._assert(len(@datalist) > 0, 'no {_wanted(config)} in ' + @dataset_dir)",
+            "$torch._assert(os.path.realpath(@output_dir) != os.path.realpath(@dataset_dir), "
+            "'masks would replace the images: output_dir is dataset_dir, give another folder')",
+            "$@evaluator.run()",
+        ],
     }
+
+
+def _window(windows: WindowsConfig, free: Free) -> tuple[int, ...]:
+    """Voxels of the window that MONAI slides: that of medseg, where this is a window and the network takes it."""
+    own = windows.mode == "blend" and free == "batch and sizes"
+    return (windows.tile_size if own else None) or windows.patch_size
 
 
 def _ending(config: Config) -> str:
@@ -180,7 +217,7 @@ def _wanted(config: Config) -> str:
 def _files(config: Config) -> Json:
     """Which files make a case."""
     wanted, ending = _wanted(config), _ending(config)
-    found = f"$sorted(glob.glob(os.path.join(@dataset_dir, '{wanted}')))"
+    found = f"$sorted(glob.glob(os.path.join(glob.escape(@dataset_dir), '{wanted}')))"
     if not _is_numbered(config):
         return {"datalist": found}
     stem, channels = f"f[:-{len(wanted) - 1}]", f"range({len(config.data.channels)})"
@@ -203,10 +240,16 @@ def _preprocessing(config: Config) -> list[Json]:
         chain.append(_step("Transposed", indices=[0, 2, 1]))
     else:
         chain = [_step("LoadImaged"), _step("EnsureChannelFirstd")]
+        chain.append(_require("image.isfinite().all()", "voxels that are NaN or infinite found, expected numbers"))
+        if dims == 2:
+            # MONAI would take a part of the spacing for all of it
+            axial = "image.affine[2, :2].abs().max() <= 0.01 * image.affine[:2, :2].abs().max()"
+            chain.append(_require(axial, "a coronal, sagittal or tilted plane found, expected an axial one"))
     if how.orient and dims == 3:
         chain.append(_step("Orientationd", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]))
     if how.crop == "nonzero":
-        chain.append(_step("CropForegroundd", source_key="image", select_fn="$lambda image: image != 0"))
+        there = "image != 0 if image.any() else torch.ones_like(image, dtype=torch.bool)"
+        chain.append(_step("CropForegroundd", source_key="image", select_fn=f"$lambda image: {there}"))
     if how.shape is not None:
         chain.append(_step("Resized", spatial_size=list(how.shape), mode="trilinear" if dims == 3 else "bilinear"))
     if how.spacing_mm is not None:
@@ -222,8 +265,7 @@ def _intensity(how: PreprocessConfig, dims: int) -> list[Json]:
         clips = [channel.clip or (widest.min, widest.max) for channel in how.intensity]
         low, high = (f"torch.tensor({list(ends)}).view(-1{', 1' * dims})" for ends in zip(*clips))
         chain.append(_step("Lambdad", func=f"$lambda image: image.clamp({low}, {high})"))
-    own = {"image": (None, None), "none": (0.0, 1.0)}
-    means, sds = zip(*(own.get(channel.normalise, (channel.mean, channel.sd)) for channel in how.intensity))
+    means, sds = zip(*map(mean_and_sd, how.intensity))
     chain.append(_step("NormalizeIntensityd", channel_wise=True, subtrahend=list(means), divisor=list(sds)))
     return chain
 
@@ -234,9 +276,10 @@ def _postprocessing(data: DataConfig, ending: str) -> list[Json]:
     values = data.out_values
     if data.is_regions:
         # the number of the last region that is there: later ones are written over earlier ones
-        numbers = f"torch.arange(1, {len(values) + 1}, device=there.device).view(-1{', 1' * data.spatial_dims})"
-        chain.append(_step("AsDiscreted", "pred", threshold=0.5))
-        chain.append(_step("Lambdad", "pred", func=f"$lambda there: (there * {numbers}).amax(0, keepdim=True)"))
+        numbers = f"torch.arange(1, {len(values) + 1}, device=scores.device).view(-1{', 1' * data.spatial_dims})"
+        # MONAI's own threshold takes one half for there, medseg what is above it
+        last = f"((scores > 0.5) * {numbers}).amax(0, keepdim=True)"
+        chain.append(_step("Lambdad", "pred", func=f"$lambda scores: {last}"))
         values = (0, *values)
     else:
         chain.append(_step("AsDiscreted", "pred", argmax=True))
@@ -251,6 +294,12 @@ def _postprocessing(data: DataConfig, ending: str) -> list[Json]:
 
 def _step(name: str, keys: str = "image", /, **arguments: Any) -> Json:
     return {"_target_": name, "keys": keys, **arguments}
+
+
+def _require(condition: str, found: str) -> Json:
+    """A step that ends the run where `condition` does not hold for an image, naming its file and what was `found`."""
+    told = f"str(image.meta['filename_or_obj']) + ': {found}'"
+    return _step("Lambdad", func=f"$lambda image: (torch._assert(bool({condition}), {told}), image)[1]")
 
 
 def _of_pictures(config: Config) -> bool:
@@ -312,7 +361,7 @@ def _metadata(model: Model, free: Free) -> Json:
     }
 
 
-def _readme(model: Model, name: str) -> str:
+def _readme(model: Model, free: Free, name: str) -> str:
     config, card = model.config, model.description.get("card", {})
     ending = _ending(config)
     files = f"holds `*{ending}`"
@@ -326,7 +375,7 @@ def _readme(model: Model, name: str) -> str:
 Segments {segments}. A MONAI Bundle that medseg exported; it needs MONAI and pytorch-ignite, not medseg.
 
 ```
-cd {name}
+cd {shlex.quote(name)}
 python -m monai.bundle run --config_file configs/inference.json --dataset_dir IMAGES --output_dir MASKS
 ```
 
@@ -346,10 +395,11 @@ IMAGES {files}. `python -m monai.bundle` needs the package fire too. The masks' 
 
 - The image alone is looked at, as with `--tta none`; no Dice is estimated.
 - MONAI resamples linearly; medseg with a cubic kernel that is smooth where voxels become larger.
-- {_windows_differ(config.windows)}
+{_windows_differ(model, free)}
 - The probabilities of all {config.data.out_channels} channels are brought back to the image's grid at once: memory.
 {_postprocessing_differs(config.postprocess)}
 - Files are read by MONAI, without medseg's checks of geometry, channels and units. {_files_differ(config)}
+- A file that cannot be read{_or_not_finite(config)} ends the run; medseg goes on with the next case.
 
 ## Licence
 
@@ -371,23 +421,46 @@ def _files_differ(config: Config) -> str:
         three = ", the three channels in the colours of one" if len(config.data.channels) == 3 else ""
         return f"Pictures must be PNG{three}; colours of 16 bits are cut to 8."
     if config.data.spatial_dims == 2:
-        return "A plane must be NIfTI of two axes: one of three, such as (I, J, 1), ends the run with an error."
+        return (
+            "A plane must be NIfTI of two axes, and axial: one of three, such as (I, J, 1), a coronal, a sagittal or a "
+            "tilted one ends the run with an error."
+        )
     each = "Channels must lie in a file each, not in one of four axes. " if _is_numbered(config) else ""
     return f"Volumes must be NIfTI. {each}The mask of a volume of a single slice has two axes, not three."
 
 
-def _windows_differ(windows: WindowsConfig) -> str:
-    here = f"windows of a patch's size that share {windows.overlap:g} of it"
-    weights = f"MONAI's Gaussian weights are {FLOOR:g} at least, medseg's have no floor"
-    if windows.mode == "blend" and windows.tile_size in (None, windows.patch_size):
-        return f"Both take {here}, but medseg spreads them evenly, MONAI moves the last one inwards; {weights}."
-    size = " × ".join(map(str, windows.tile_size or windows.patch_size))
-    there = {
-        "blend": f"windows of {size} voxels",
-        "halo": f"tiles of {size} voxels that see a margin around them",
-        "whole": "the whole image at once where it fits",
-    }[windows.mode]
-    return f"medseg takes {there}; here {here} are averaged, by Gaussian weights that are {FLOOR:g} at least."
+def _or_not_finite(config: Config) -> str:
+    return "" if _of_pictures(config) else ", or holds a voxel that is NaN or infinite,"
+
+
+def _windows_differ(model: Model, free: Free) -> str:
+    """Lines of how medseg would cut an image, with what was chosen when training ended, and how the bundle does."""
+    windows, size = model.config.windows, _window(model.config.windows, free)
+    here = f"windows of {_times(size)} voxels that share {windows.overlap:g} of their size"
+    weights = f"Gaussian weights that are {FLOOR:g} at least"
+    tile = windows.tile_size or windows.patch_size
+    if windows.mode == "blend" and tile == size:
+        lines = [
+            f"Both take {here}, but medseg spreads them evenly, MONAI moves the last one inwards.",
+            f"MONAI's windows have {weights}; medseg's have no floor.",
+        ]
+    else:
+        limit = f" up to {windows.whole_voxels} voxels and" if windows.whole_voxels else ""
+        there = {
+            "blend": f"windows of {_times(tile)} voxels",
+            "halo": f"tiles of {_times(tile)} voxels that see a margin around them",
+            "whole": f"the whole image at once{limit} where it fits",
+        }[windows.mode]
+        lines = [f"medseg takes {there}; here {here} are averaged, by {weights}."]
+    if skips_air(model.config):
+        lines.append("medseg takes windows of air around the body for background; here the network looks at them too.")
+    if chosen := network_at_inference(model):
+        lines.append(f"medseg sets {json.dumps(chosen)} of the network when it infers; here it is as it was trained.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _times(size: Sequence[int]) -> str:
+    return " × ".join(map(str, size))
 
 
 def _licence_text(model: Model) -> str:
