@@ -364,8 +364,13 @@ def test_a_cross_validation_is_refused_with_its_run_folders(tmp_path: Path) -> N
         (["{run}", "-o", "there.txt", "--to", "bundle", "--overwrite"], "a file found, expected a new folder"),
         (
             ["{run}", "-o", "old", "--to", "bundle"],
-            "a bundle found, expected a new folder, or a file that ends in .zip",
+            "a bundle of ours found, expected a new folder, or a file that ends in .zip",
         ),
+        (
+            ["{run}", "-o", "foreign", "--to", "bundle", "--overwrite"],
+            "a folder with something in it found, expected a new",
+        ),
+        (["{run}", "-o", "link.zip", "--to", "bundle", "--overwrite"], "expected a file that ends in .zip"),
         (
             ["{run}", "-o", "{run}", "--to", "bundle", "--overwrite"],
             "a folder with something in it found, expected a new",
@@ -397,15 +402,32 @@ def test_wrong_usage_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tiny_model(tmp_path / "run")
-    for name in ("there.onnx", "there.zip", "there.txt", "old/configs/metadata.json", "folder.zip/part"):
+    for name in ("there.onnx", "there.zip", "there.txt", "folder.zip/part", "old/configs/x", "foreign/configs/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "old" / "configs" / "metadata.json").write_text('{"medseg": {}}')
+    (tmp_path / "foreign" / "configs" / "metadata.json").write_text('{"monai_version": "1.6.1"}')
+    (tmp_path / "link.zip").symlink_to("there.txt")
     for name in ("loop", "loop.onnx"):
         (tmp_path / name).symlink_to(name)
     before = sorted(tmp_path.rglob("*"))
     assert run(["export", *(part.format(run=folder) for part in line)]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_network_enlarges_before_it_looks_is_no_size_that_its_export_takes(tmp_path: Path) -> None:
+    network = {"name": "monai.UNet", "arguments": {"channels": [4, 8, 8], "strides": [2, 2]}}
+    model = tiny_model(tmp_path / "run", tiny_config(network=network))
+    least = read_model(model).network.least
+    smallest = medseg.export_model(model, tmp_path / "tiny", to="bundle").min_shape
+    assert least > 1
+    assert smallest == (least,) * 3
+    script = torch.jit.load(tmp_path / "tiny" / "models" / "model.ts")
+    image = noise(1, 1, *smallest)
+    with torch.inference_mode():
+        # float32 in another order of summation
+        torch.testing.assert_close(script(image), read_model(model).network(image), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["b\udcff", "b\udcff.zip"], ids=["folder", "zip"])
@@ -624,7 +646,7 @@ def test_where_windows_overlap_the_floor_of_monais_weights_is_all_that_differs(
     [
         ({}, "Both take windows of 8 × 8 × 8 voxels that share 0.5 of their size, but"),
         ({"tile_size": [16, 16, 24]}, "Both take windows of 16 × 16 × 24 voxels that share 0.5 of their size, but"),
-        ({"mode": "halo"}, "medseg takes tiles of 8 × 8 × 8 voxels that see a margin around them; here"),
+        ({"mode": "halo"}, "medseg takes tiles of up to 32 × 32 × 32 voxels that see a margin around them; here"),
         ({"mode": "whole"}, "medseg takes the whole image at once where it fits; here windows of 8 × 8 × 8 voxels"),
         ({"mode": "whole", "whole_voxels": 900}, "the whole image at once up to 900 voxels and where it fits; here"),
     ],

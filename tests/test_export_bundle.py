@@ -52,7 +52,7 @@ def differences(theirs: Path, ours: Path) -> int:
         ({"overlap": 0.25}, 8, 0.25, "Both take windows of 8 × 8 × 8 voxels that share 0.25 of their size"),
         ({"tile_size": [16, 16, 16]}, 16, 0.5, "Both take windows of 16 × 16 × 16 voxels that share 0.5"),
         ({"mode": "whole", "whole_voxels": 900}, 8, 0.5, "medseg takes the whole image at once up to 900 voxels"),
-        ({"mode": "halo", "tile_size": [16, 16, 16]}, 8, 0.5, "medseg takes tiles of 16 × 16 × 16 voxels"),
+        ({"mode": "halo", "tile_size": [16, 16, 16]}, 8, 0.5, "medseg takes tiles of up to 32 × 32 × 32 voxels"),
     ],
     ids=["overlap", "tiles", "whole", "halo"],
 )

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -271,6 +272,44 @@ def test_a_file_of_a_block_that_cannot_get_its_name_is_told_and_no_new_one_stays
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("at", ["a", "new", "b"])
+def test_what_interrupts_the_names_of_a_block_leaves_the_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    move, old = Path.replace, {"a": "old a", "b": "old b"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    told: list[str] = []
+
+    def interrupt(self: Path, target: Path) -> Path:
+        moved = move(self, target)
+        if target.name == at and not told:
+            told.append(at)
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_together(tmp_path, "a", "new", "b")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == old
+
+
+def test_a_single_file_of_a_block_needs_no_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    # another's file that nobody else may read
+    monkeypatch.setattr("medseg.writers._second_name", refuse)
+    write_together(tmp_path, "a")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new"}
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(DataError, match="cannot write a"):
+        write_together(tmp_path, "a")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new"}
+
+
 @pytest.mark.parametrize("linked", [True, False])
 def test_a_file_of_a_block_that_cannot_get_its_name_brings_the_old_ones_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
@@ -287,10 +326,15 @@ def test_a_file_of_a_block_that_cannot_get_its_name_brings_the_old_ones_back(
     def no_links(self: Path, target: Path) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
+    def no_rights(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
     monkeypatch.setattr(Path, "replace", refuse)
     if not linked:
-        # a disk without hard links
+        # a disk without hard links and rights
         monkeypatch.setattr(Path, "hardlink_to", no_links)
+        monkeypatch.setattr(os, "chmod", no_rights)
+        monkeypatch.setattr(os, "utime", no_rights)
     with pytest.raises(DataError, match=r"cannot write b \(Permission denied\)"):
         write_together(tmp_path, "a", "new", "b")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == old

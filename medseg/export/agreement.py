@@ -87,9 +87,11 @@ def free_axes(free: Free, spatial_dims: int) -> dict[int, str]:
 
 
 def min_shape(model: Model) -> Shape:
-    """The smallest image (*S) that the network takes; one voxel where it does not say."""
+    """The smallest image (*S) that the network takes as it is; one voxel where it does not say."""
     least: Shape = getattr(model.network, "min_shape", (1,) * len(model.config.windows.patch_size))
-    return least
+    # what one of MONAI's enlarges before it looks, its other forms do not
+    unchanged: int = getattr(model.network, "least", 1)
+    return tuple(max(n, unchanged) for n in least)
 
 
 def shapes_to_try(model: Model, free: Free) -> tuple[Shape, ...]:

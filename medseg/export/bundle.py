@@ -36,6 +36,7 @@ from medseg.model import Model
 from medseg.progress import Progress
 from medseg.units import is_ct
 from medseg.versions import versions
+from medseg.windows import ALIGNMENT
 from medseg.writers import all_or_none, atomic_path
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -446,9 +447,10 @@ def _windows_differ(model: Model, free: Free) -> str:
         ]
     else:
         limit = f" up to {windows.whole_voxels} voxels and" if windows.whole_voxels else ""
+        aligned = tuple(max(ALIGNMENT, t // ALIGNMENT * ALIGNMENT) for t in tile)
         there = {
             "blend": f"windows of {_times(tile)} voxels",
-            "halo": f"tiles of {_times(tile)} voxels that see a margin around them",
+            "halo": f"tiles of up to {_times(aligned)} voxels that see a margin around them",
             "whole": f"the whole image at once{limit} where it fits",
         }[windows.mode]
         lines = [f"medseg takes {there}; here {here} are averaged, by {weights}."]

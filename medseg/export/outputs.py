@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from medseg.errors import ConfigError
 
 ONNX, ZIP = ".onnx", ".zip"
 METADATA = "configs/metadata.json"
-"""The file that makes a folder a bundle."""
+"""The file that makes a folder a bundle; that of ours has the key `medseg`."""
 
 
 def check_output(output: Path, *, to: str, overwrite: bool) -> None:
@@ -28,7 +29,9 @@ def _check_place(output: Path, *, to: str, overwrite: bool) -> None:
     if to == "onnx":
         _check_file(output, f"a file that ends in {ONNX}", fits=ending == ONNX, overwrite=overwrite)
     elif ending == ZIP:
-        _check_file(output, f"a file that ends in {ZIP}", fits=True, overwrite=overwrite)
+        # what a link leads to is what is replaced
+        fits = output.resolve().suffix.lower() == ZIP
+        _check_file(output, f"a file that ends in {ZIP}", fits=fits, overwrite=overwrite)
     else:
         _check_folder(output, overwrite=overwrite)
     if to == "bundle" and not _is_text(output.resolve().name):
@@ -54,10 +57,18 @@ def _check_folder(output: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{output}: a file found, {expected}; change -o")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if not (output / METADATA).is_file():
+    if not _is_ours(output / METADATA):
         raise ConfigError(f"{output}: a folder with something in it found, {expected}; change -o")
     if not overwrite:
-        raise ConfigError(f"{output}: a bundle found, {expected}; change -o, or replace it with --overwrite")
+        raise ConfigError(f"{output}: a bundle of ours found, {expected}; change -o, or replace it with --overwrite")
+
+
+def _is_ours(metadata: Path) -> bool:
+    try:
+        told = json.loads(metadata.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return False
+    return isinstance(told, dict) and "medseg" in told
 
 
 def _is_text(name: str) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -138,26 +138,42 @@ def all_or_none() -> Iterator[None]:
     a file cannot get its name; then what was there before is there again.
     """
     waiting: dict[Path, Path] = {}
-    before, old, named = _waiting.set(waiting), dict[Path, Path](), list[Path]()
+    before = _waiting.set(waiting)
     try:
         yield
-        for temporary, path in waiting.items():
-            try:
-                if path.exists():
-                    old[path] = _temporary(path)
-                    _second_name(path, old[path])
-                temporary.replace(path)
-            except OSError as error:
-                _put_back(named, old)
-                raise _cannot_write(path, error) from error
-            named.append(path)
+        _name_all(waiting)
     finally:
         _waiting.reset(before)
-        for spare in (*waiting, *old.values()):
+        for temporary in waiting:
+            _removed(temporary)
+
+
+def _name_all(waiting: Mapping[Path, Path]) -> None:
+    """Give all their names, or none: also what interrupts it leaves what was there before."""
+    old, named = dict[Path, Path](), list[Path]()
+    path = Path()
+    try:
+        # a single name is changed in one step, which needs no way back
+        for path in waiting.values() if len(waiting) > 1 else ():
+            if path.exists():
+                old[path] = _temporary(path)
+                _second_name(path, old[path])
+        for temporary, path in waiting.items():
+            if len(waiting) > 1:
+                named.append(path)
+            temporary.replace(path)
+    except OSError as error:
+        _put_back(named, old)
+        raise _cannot_write(path, error) from error
+    except BaseException:
+        _put_back(named, old)
+        raise
+    finally:
+        for spare in old.values():
             _removed(spare)
 
 
-def _put_back(named: list[Path], old: Mapping[Path, Path]) -> None:
+def _put_back(named: Iterable[Path], old: Mapping[Path, Path]) -> None:
     for path in named:
         if path not in old:
             _removed(path)
@@ -173,7 +189,8 @@ def _second_name(path: Path, other: Path) -> None:
         other.hardlink_to(path)
     except OSError as error:
         log.debug("%s: no second name (%s), so it is copied", path, error.strerror)
-        shutil.copy2(path, other)
+        # a disk without links may keep no rights and times either
+        shutil.copyfile(path, other)
 
 
 @contextmanager
