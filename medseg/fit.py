@@ -227,7 +227,7 @@ class Fit:
                 "held_back": [case.id for case in self.validation],
                 "learnt": self.learnt,
                 "meaning": self._meaning(),
-                "arithmetic": arithmetic(self.precision, self.device, self.ranks.size),
+                "arithmetic": arithmetic(self.precision, self.device),
                 "pretrained": self._from,
                 "loaded": sorted(self._loaded),
                 "network": self.network.state_dict(),
@@ -282,8 +282,7 @@ class Fit:
                 f"{path}: was trained on other files under the same names (SHA-256 {state['learnt'][:12]}… there, "
                 f"{self.learnt[:12]}… now); bring them back, or train into a new folder"
             )
-        now = arithmetic(self.precision, self.device, self.ranks.size)
-        deterministic = self.config.train.deterministic
+        now, deterministic = arithmetic(self.precision, self.device), self.config.train.deterministic
         # the state has the threads of the first process
         self.ranks.led(lambda: check_arithmetic(self.folder, state, now, deterministic=deterministic))
 

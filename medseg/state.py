@@ -66,26 +66,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def arithmetic(precision: str, device: torch.device, processes: int) -> dict[str, Any]:
-    """What a state keeps of how it was computed: another one of them rounds other sums."""
+def arithmetic(precision: str, device: torch.device) -> dict[str, Any]:
+    """What a state keeps of how it was computed: other numbers of either round other sums."""
     # on a GPU threads compute nothing that is trained with
-    threads = torch.get_num_threads() if device.type == "cpu" else None
-    return {"precision": precision, "processes": processes, "threads": threads}
+    return {"precision": precision, "threads": torch.get_num_threads() if device.type == "cpu" else None}
 
 
 def check_arithmetic(folder: Path, state: Mapping[str, Any], now: Mapping[str, Any], *, deterministic: bool) -> None:
     """Warn where a fit goes on in another precision than that of the `state`; a state of an earlier medseg has none.
 
-    Raises `ConfigError` where it is `deterministic` and goes on in another precision, with another number of processes
-    or, on a CPU, of threads.
+    Raises `ConfigError` where it is `deterministic` and goes on in another precision or with other threads on a CPU.
     """
-    ways = {
-        "precision": "--precision {}",
-        "processes": "{} of them (--devices)",
-        "threads": "OMP_NUM_THREADS={} in the environment",
-    }
+    ways = {"precision": "--precision {}", "threads": "OMP_NUM_THREADS={} in the environment"}
     for key, way in ways.items():
-        was = state.get("arithmetic", now).get(key)
+        was = state.get("arithmetic", now)[key]
         if was is None or now[key] is None or was == now[key]:
             continue
         said = f"{folder / STATE}: was computed with {key} {was}, found {now[key]} here"

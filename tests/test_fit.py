@@ -298,28 +298,11 @@ def test_a_fit_goes_on_in_another_arithmetic_with_a_word_or_not_at_all(
 def test_a_state_of_earlier_that_does_not_say_how_it_was_computed_is_gone_on_with(tmp_path: Path) -> None:
     noise_fit(tmp_path, noise_config()).save()
     state = read_state(tmp_path)
-    assert state.pop("arithmetic") == {"precision": "32", "processes": 1, "threads": 1}
+    assert state.pop("arithmetic") == {"precision": "32", "threads": 1}
     write_state(tmp_path, state)
     fit = noise_fit(tmp_path, noise_config(), resume=True)
     fit.run(silent)
     assert fit.course.step == 6
-
-
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_another_number_of_processes_is_refused_where_bits_are_to_be_the_same(
-    tmp_path: Path, deterministic: bool
-) -> None:
-    config = noise_config(train={"deterministic": deterministic})
-    noise_fit(tmp_path, config).save()
-    state = read_state(tmp_path)
-    state["arithmetic"]["processes"] = 2
-    write_state(tmp_path, state)
-    if not deterministic:
-        assert noise_fit(tmp_path, config, resume=True).course.step == 0
-        return
-    refused = r"was computed with processes 2, found 1 here; expected the same, .*: resume with 2 of them \(--devices\)"
-    with pytest.raises(medseg.ConfigError, match=refused):
-        noise_fit(tmp_path, config, resume=True)
 
 
 def test_a_state_that_another_machine_has_is_not_called_damaged(tmp_path: Path) -> None:

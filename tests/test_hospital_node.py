@@ -60,7 +60,8 @@ def running(folder: Path, pacs: OrthancPeer) -> Iterator[dict[str, Any]]:
     settings["folder"] = str(folder / "node")
     settings["gateway"]["port"], settings["web"]["port"] = free_port(), free_port()
     settings["storage"]["least_free_gb"] = 0
-    settings["completeness"]["quiet_s"] = 0.5
+    # on a machine that is busy slices of one study may come a second apart
+    settings["completeness"]["quiet_s"] = 2.0
     settings["peers"]["pacs"]["port"] = pacs.dicom_port
     (folder / "hospital.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "medseg_pipelines.hospital", "run", "-c", str(folder / "hospital.yaml")]
