@@ -60,8 +60,8 @@ def running(folder: Path, pacs: OrthancPeer) -> Iterator[dict[str, Any]]:
     settings["folder"] = str(folder / "node")
     settings["gateway"]["port"], settings["web"]["port"] = free_port(), free_port()
     settings["storage"]["least_free_gb"] = 0
-    # on a machine that is busy slices of one study may come a second apart
-    settings["completeness"]["quiet_s"] = 2.0
+    # on a machine that is busy slices of one study may come seconds apart
+    settings["completeness"]["quiet_s"] = 8.0
     settings["peers"]["pacs"]["port"] = pacs.dicom_port
     (folder / "hospital.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "medseg_pipelines.hospital", "run", "-c", str(folder / "hospital.yaml")]
@@ -108,7 +108,7 @@ def test_a_study_that_a_scanner_sends_comes_back_to_the_pacs_as_segmentation(
         # the same study again changes nothing: another job would begin when it is quiet
         assert set(send(port, files, contexts=[(MR, EXPLICIT)])) == {0x0000}
         wait_for(lambda: f'medseg_events_total{{event="received_again"}} {len(files)}.0' in metrics_of(settings))
-        time.sleep(4 * settings["completeness"]["quiet_s"])
+        time.sleep(1.5 * settings["completeness"]["quiet_s"])
         metrics = metrics_of(settings)
     told = [line for line in metrics.splitlines() if line.startswith("medseg_jobs{") and not line.endswith(" 0.0")]
     assert told == ['medseg_jobs{state="done",step="confirmed"} 1.0']
