@@ -256,17 +256,26 @@ def test_files_of_a_block_get_their_names_together_or_not_at_all(tmp_path: Path)
     assert (tmp_path / "a").read_text() == "newest"
 
 
+def denied(*_: Any, **__: Any) -> Any:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def no_file_becomes_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (denied if target.name == "b" else move)(self, target))
+
+
+def old_files(folder: Path) -> dict[str, str]:
+    old = {"a": "old a", "b": "old b"}
+    for name, text in old.items():
+        (folder / name).write_text(text)
+    return old
+
+
 def test_a_file_of_a_block_that_cannot_get_its_name_is_told_and_no_new_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move = Path.replace
-
-    def refuse(self: Path, target: Path) -> Path:
-        if target.name == "b":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return move(self, target)
-
-    monkeypatch.setattr(Path, "replace", refuse)
+    no_file_becomes_b(monkeypatch)
     with pytest.raises(DataError, match=r"cannot write b \(Permission denied\)"):
         write_together(tmp_path, "a", "b")
     assert list(tmp_path.iterdir()) == []
@@ -276,9 +285,7 @@ def test_a_file_of_a_block_that_cannot_get_its_name_is_told_and_no_new_one_stays
 def test_what_interrupts_the_names_of_a_block_leaves_the_old_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    move, old = Path.replace, {"a": "old a", "b": "old b"}
-    for name, text in old.items():
-        (tmp_path / name).write_text(text)
+    move, old = Path.replace, old_files(tmp_path)
     told: list[str] = []
 
     def interrupt(self: Path, target: Path) -> Path:
@@ -296,15 +303,11 @@ def test_what_interrupts_the_names_of_a_block_leaves_the_old_files(
 
 def test_a_single_file_of_a_block_needs_no_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text("old")
-
-    def refuse(*_: Any) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
     # another's file that nobody else may read
-    monkeypatch.setattr("medseg.writers._second_name", refuse)
+    monkeypatch.setattr("medseg.writers._second_name", denied)
     write_together(tmp_path, "a")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new"}
-    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", denied)
     with pytest.raises(DataError, match="cannot write a"):
         write_together(tmp_path, "a")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new"}
@@ -314,27 +317,13 @@ def test_a_single_file_of_a_block_needs_no_second_name(tmp_path: Path, monkeypat
 def test_a_file_of_a_block_that_cannot_get_its_name_brings_the_old_ones_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
 ) -> None:
-    move, old = Path.replace, {"a": "old a", "b": "old b"}
-    for name, text in old.items():
-        (tmp_path / name).write_text(text)
-
-    def refuse(self: Path, target: Path) -> Path:
-        if target.name == "b":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return move(self, target)
-
-    def no_links(self: Path, target: Path) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    def no_rights(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(Path, "replace", refuse)
+    old = old_files(tmp_path)
+    no_file_becomes_b(monkeypatch)
     if not linked:
         # a disk without hard links and rights
-        monkeypatch.setattr(Path, "hardlink_to", no_links)
-        monkeypatch.setattr(os, "chmod", no_rights)
-        monkeypatch.setattr(os, "utime", no_rights)
+        monkeypatch.setattr(Path, "hardlink_to", denied)
+        monkeypatch.setattr(os, "chmod", denied)
+        monkeypatch.setattr(os, "utime", denied)
     with pytest.raises(DataError, match=r"cannot write b \(Permission denied\)"):
         write_together(tmp_path, "a", "new", "b")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == old

@@ -150,23 +150,23 @@ def all_or_none() -> Iterator[None]:
 
 def _name_all(waiting: Mapping[Path, Path]) -> None:
     """Give all their names, or none: also what interrupts it leaves what was there before."""
+    # a single name is changed in one step, which needs no way back
+    several = len(waiting) > 1
     old, named = dict[Path, Path](), list[Path]()
     path = Path()
     try:
-        # a single name is changed in one step, which needs no way back
-        for path in waiting.values() if len(waiting) > 1 else ():
-            if path.exists():
+        for path in waiting.values():
+            if several and path.exists():
                 old[path] = _temporary(path)
                 _second_name(path, old[path])
         for temporary, path in waiting.items():
-            if len(waiting) > 1:
+            if several:
                 named.append(path)
             temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         _put_back(named, old)
-        raise _cannot_write(path, error) from error
-    except BaseException:
-        _put_back(named, old)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
     finally:
         for spare in old.values():
