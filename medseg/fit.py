@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 
-from medseg.calibrate import ignored, quick_dice
+from medseg.bench import ignored, quick_dice
 from medseg.config import Config
 from medseg.device import (
     choose_precision,

@@ -15,17 +15,8 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
-from medseg.calibrate import (
-    Trial,
-    _Bench,
-    _choose_copies,
-    _choose_windows,
-    calibrate,
-    case_dice,
-    label_case,
-    quick_dice,
-    shifts_within,
-)
+from medseg.bench import Bench, Trial, case_dice, label_case, quick_dice
+from medseg.calibrate import _choose_copies, _choose_windows, calibrate, shifts_within
 from medseg.config import Config, DataConfig
 from medseg.errors import ModelError, TrainingError
 from medseg.grid import Grid
@@ -35,6 +26,8 @@ from medseg.notebook import Notebook
 from medseg.preprocess import Prepared
 
 CPU = torch.device("cpu")
+# gains by case whose mean is not surely above 0, nor below
+NOISE = np.array([[0.03], [-0.02], [0.02], [-0.025], [0.03], [-0.02], [0.02], [-0.02]])
 
 
 class Threshold(torch.nn.Module):
@@ -184,13 +177,42 @@ def test_moves_meet_every_quarter_of_a_stride() -> None:
     assert shifts_within((1, 1)) == []
 
 
-@pytest.mark.parametrize(
-    "change", [0.0004, np.array([[0.03], [-0.02], [0.02], [-0.025], [0.03], [-0.02], [0.02], [-0.02]])]
-)
-def test_copies_whose_gain_is_small_or_noise_are_not_used(change: Any) -> None:
+@pytest.mark.parametrize("change", [0.0004, NOISE])
+def test_copies_that_take_long_and_whose_gain_is_small_or_noise_are_not_used(change: Any) -> None:
     base = trial("base", 0.8, 1.0)
     there = bench({"flip": Trial("flip", {}, base.dice + change, 2.0)}, flip_axes=[0])
     assert _choose_copies(there, base)[-1] is base
+
+
+@pytest.mark.parametrize(
+    ("change", "seconds", "kept"),
+    [(NOISE, 0.9, True), (-NOISE, 0.9, True), (NOISE, 1.1, False), (-0.001, 0.9, False), (0.0, 0.9, False)],
+)
+def test_copies_that_take_no_second_stay_unless_they_surely_harm(change: Any, seconds: float, kept: bool) -> None:
+    base = trial("base", 0.8, 0.4)
+    there = bench({"flip": Trial("flip", {}, base.dice + change, seconds)}, flip_axes=[0])
+    assert (_choose_copies(there, base)[-1].name == "flip") is kept
+
+
+def test_where_the_clock_decides_nothing_time_is_no_reason_against_copies() -> None:
+    base = trial("base", 0.8, 4.0)
+    there = bench({"flip": Trial("flip", {}, base.dice + NOISE, 8.0)}, flip_axes=[0])
+    there.is_timed = False
+    assert _choose_copies(there, base)[-1].name == "flip"
+
+
+def test_other_sizes_must_surely_help_however_quick_they_are() -> None:
+    base = trial("base", 0.8, 0.1)
+    for change, name in ((NOISE, "base"), (0.01, "scale")):
+        there = bench({"scale": Trial("scale", {}, base.dice + change, 0.3)}, flip_axes=[])
+        assert _choose_copies(there, base)[-1].name == name
+
+
+def test_moves_are_tried_where_they_cost_nothing_beside_as_many_mirrored_copies() -> None:
+    base = trial("base", 0.8, 1.0)
+    ways = {"flip": Trial("flip", {}, base.dice + 0.01, 4.0), "shift": Trial("shift", {}, base.dice + 0.02, 4.0)}
+    there = bench(ways, flip_axes=[0, 1])
+    assert _choose_copies(there, base)[-1].name == "shift"
 
 
 def test_labels_that_tell_sides_apart_are_never_mirrored() -> None:
@@ -202,7 +224,7 @@ def test_labels_that_tell_sides_apart_are_never_mirrored() -> None:
 
 def test_what_there_is_no_time_for_is_left_out() -> None:
     config = tiny_config()
-    there = _Bench(
+    there = Bench(
         config, Threshold(), [a_case(n) for n in range(6)], CPU, "32", 1e-6, Notebook(None, ""), lambda *_: None
     )
     usual = there.first()
@@ -217,12 +239,12 @@ def test_what_was_tried_before_a_kill_needs_no_time(tmp_path: Path, monkeypatch:
         looks.append(given[1].id)
         return label_case(*given, **tick)
 
-    def begun() -> _Bench:
+    def begun() -> Bench:
         looks.clear()
         notes = Notebook(tmp_path / "notes.jsonl", "this network")
-        return _Bench(config, Threshold(), cases, CPU, "32", 600.0, notes, lambda *_: None)
+        return Bench(config, Threshold(), cases, CPU, "32", 600.0, notes, lambda *_: None)
 
-    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    monkeypatch.setattr("medseg.bench.label_case", look)
     first = begun()
     usual, tried = first.first(), first.run("tried", way)
     again = begun()
@@ -246,9 +268,9 @@ def looks_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int]
             now[0] += seconds(next(number), 1 + len(config.windows.flip_axes))
             return label_case(config, *given, **tick)
 
-        monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
-        monkeypatch.setattr("medseg.calibrate.label_case", look)
-        monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: now[0])
+        monkeypatch.setattr(Bench, "pools_locally", lambda *given: False)
+        monkeypatch.setattr("medseg.bench.label_case", look)
+        monkeypatch.setattr("medseg.bench.time.perf_counter", lambda: now[0])
         return now
 
     return made
@@ -305,7 +327,7 @@ def test_an_estimate_from_the_plain_image_is_better_than_none(looks_take: Any) -
 def test_masks_that_nobody_asks_for_are_not_kept() -> None:
     config = tiny_config(data={"labels": {"whole": [1, 2], "core": 2}, "region_values": [1, 2]})
     cases = [a_case(n) for n in range(6)]
-    there = _Bench(config, Threshold(), cases, CPU, "32", 600.0, Notebook(None, ""), lambda *_: None)
+    there = Bench(config, Threshold(), cases, CPU, "32", 600.0, Notebook(None, ""), lambda *_: None)
     there._scorer = lambda settings: lambda w: Threshold()(w)[:, 1:].sigmoid()  # type: ignore[method-assign]
     there.first()
     assert there._masks == {}
@@ -318,9 +340,9 @@ def test_masks_of_the_first_way_are_made_once(monkeypatch: pytest.MonkeyPatch) -
         looks.append(given[1].id)
         return label_case(*given, **tick)
 
-    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    monkeypatch.setattr("medseg.bench.label_case", look)
     cases = [a_case(n) for n in range(6)]
-    there = _Bench(tiny_config(), Threshold(), cases, CPU, "32", 600.0, Notebook(None, ""), lambda *_: None)
+    there = Bench(tiny_config(), Threshold(), cases, CPU, "32", 600.0, Notebook(None, ""), lambda *_: None)
     usual = there.first()
     assert usual is not None
     before = len(looks)
@@ -344,8 +366,8 @@ class Lopsided(torch.nn.Module):
 
 
 def test_held_back_cases_without_any_label_do_not_end_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medseg.calibrate.WORSE", (("noise", 0.5),))
-    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
+    monkeypatch.setattr("medseg.bench.WORSE", (("noise", 0.5),))
+    monkeypatch.setattr(Bench, "pools_locally", lambda *given: False)
     config, cases = tiny_config(augment={"flip_axes": [0]}, windows={"mode": "whole"}), [a_case(n) for n in range(5)]
     healthy = [replace(case, label=torch.zeros_like(case.label)) for case in cases if case.label is not None]
     found = calibrate(config, Lopsided(), healthy, training=cases, device=CPU, precision="32", budget_s=600)
@@ -355,7 +377,7 @@ def test_held_back_cases_without_any_label_do_not_end_a_training(monkeypatch: py
 
 
 def test_everything_that_was_measured_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medseg.calibrate.WORSE", (("noise", 0.5), ("blur", 0.5)))
+    monkeypatch.setattr("medseg.bench.WORSE", (("noise", 0.5), ("blur", 0.5)))
     config, cases = tiny_config(), [a_case(n) for n in range(5)]
     found = calibrate(config, new_network(config), cases, training=cases, device=CPU, precision="32", budget_s=600)
     assert {"windows", "tta", "postprocess"} <= set(found)
@@ -379,7 +401,7 @@ def test_without_a_budget_the_clock_decides_nothing(monkeypatch: pytest.MonkeyPa
     found = []
     for pace in (1e-3, 1e4):
         clock = itertools.count()
-        monkeypatch.setattr("medseg.calibrate.time.perf_counter", lambda: pace * next(clock) ** 2)  # noqa: B023
+        monkeypatch.setattr("medseg.bench.time.perf_counter", lambda: pace * next(clock) ** 2)  # noqa: B023
         made = calibrate(config, network, cases, training=cases, device=CPU, precision="32", budget_s=None)
         assert [row["cases"] for row in made["windows"]["measured"]] == [6] * 6
         found.append(
@@ -393,7 +415,7 @@ def test_a_calibration_that_was_killed_goes_on_with_the_case_it_had_come_to(
 ) -> None:
     config, cases, looks, ends = tiny_config(), [a_case(n) for n in range(6)], [], [0]
     # all windows are equally good, so that those of training are kept, and their masks serve for post-processing
-    monkeypatch.setattr(_Bench, "pools_locally", lambda *given: False)
+    monkeypatch.setattr(Bench, "pools_locally", lambda *given: False)
     network = Threshold()
 
     def look(*given: Any, **tick: Any) -> Any:
@@ -413,7 +435,7 @@ def test_a_calibration_that_was_killed_goes_on_with_the_case_it_had_come_to(
             json.dumps(found), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds_a_case"}
         )
 
-    monkeypatch.setattr("medseg.calibrate.label_case", look)
+    monkeypatch.setattr("medseg.bench.label_case", look)
     whole, all_looks = without_seconds(made()), len(looks)
     (tmp_path / "notes.jsonl").unlink()
     for killed_at in (15, 20, 20):
@@ -552,7 +574,7 @@ def test_a_way_that_memory_does_not_hold_is_left_out() -> None:
                 raise torch.OutOfMemoryError("too much")
             return super().forward(images)
 
-    there = _Bench(tiny_config(), Small(), [a_case(0)], CPU, "32", 60, Notebook(None, ""), lambda *_: None)
+    there = Bench(tiny_config(), Small(), [a_case(0)], CPU, "32", 60, Notebook(None, ""), lambda *_: None)
     assert there.run("as in training", {}) is not None
     assert there.run("whole", {"windows": {"mode": "whole"}}) is None
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import medseg
-from medseg import calibrate, cli, preprocess
+from medseg import bench, cli, preprocess
 from medseg.cases import fold_split
 from medseg.config import settings_from
 from medseg.datasets import read_dataset
@@ -1012,7 +1012,7 @@ def test_a_disk_that_is_full_after_the_last_step_costs_no_step(
 def test_a_calibration_goes_on_where_it_was_ended_with_the_same_cases_alone(
     train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset, look, looks, ends = tiny_dataset(cases=10, form="nnunet"), calibrate.label_case, [0], [0]
+    dataset, look, looks, ends = tiny_dataset(cases=10, form="nnunet"), bench.label_case, [0], [0]
 
     def counted(*given: Any, **tick: Any) -> Any:
         looks[0] += 1
@@ -1032,7 +1032,7 @@ def test_a_calibration_goes_on_where_it_was_ended_with_the_same_cases_alone(
         looks[0], ends[0] = 0, 0
 
     plain = "train.deterministic=true"
-    monkeypatch.setattr("medseg.calibrate.label_case", counted)
+    monkeypatch.setattr("medseg.bench.label_case", counted)
     # half of the time, and as notes no different
     monkeypatch.setattr("medseg.calibrate._learn_quality", lambda *_: {})
     whole = train(dataset, plain, fold=0, name="whole")
