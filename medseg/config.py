@@ -305,7 +305,8 @@ class TrainConfig(Section):
     where there is no time for one case, none is looked at."""
     calibration_share: Fraction = 0.15
     """Time after training, as a share of it, in which windows, copies and post-processing are chosen, and what Dice to
-    expect of a case is learnt; 0: none of it. What there is no time for is not chosen."""
+    expect of a case is learnt, the least of it where that takes longer too; 0: none of it. What there is no time for
+    is not chosen."""
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainConfig:

@@ -73,8 +73,8 @@ class InferOptions:
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
     axis. `tta`: `none`, the image alone; `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those,
     and copies moved within the network's stride, that held-back cases were better with when training ended, beside
-    those of the configuration. Other copies are only seen where `settings` ask for them. `series`: which of several DICOM series,
-    and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders
+    those of the configuration. Other copies are only seen where `settings` ask for them. `series`: which of several
+    DICOM series, and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders
     of cases: `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
     `writers.formats`; `revision`, which attempt at a series DICOM objects are of, from 1: another has other UIDs.
     `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and

@@ -436,6 +436,8 @@ def _other_network(
     elif not same:
         reasons["network.name"] = (
             "as asked for; its published settings, but norm, rectifier, dropout of the usual network"
+            if can_be_thinned(base)
+            else "as asked for; of this section it reads `arguments` alone"
         )
         changes |= {key: getattr(usual, key) for key in ("norm", "leak", "dropout")}
         if base.upsampling == "resize":

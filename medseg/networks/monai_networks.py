@@ -26,7 +26,6 @@ CLASSES = (
     "MedNeXt",
     "SegResNet",
     "SegResNetDS",
-    "SegResNetDS2",
     "SwinUNETR",
     "UNet",
     "VNet",
