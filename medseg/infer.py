@@ -74,11 +74,11 @@ class InferOptions:
     axis. `tta`: `none`, the image alone; `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those,
     and copies moved within the network's stride, that held-back cases were better with when training ended, beside
     those of the configuration. Other copies are only seen where `settings` ask for them. `series`: which of several
-    DICOM series, and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of `device`. For folders
-    of cases: `save_probabilities`, write them beside the masks; `formats`, what is written of each case, names of
-    `writers.formats`; `revision`, which attempt at a series DICOM objects are of, from 1: another has other UIDs.
-    `settings` are laid over the model's: sections network (`output_stride`, with the weights as they are), windows and
-    postprocess. Raises `ConfigError` for a wrong format or revision.
+    DICOM series, and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of
+    `device`. For folders of cases: `save_probabilities`, write them beside the masks; `formats`, what is written of
+    each case, names of `writers.formats`; `revision`, which attempt at a series DICOM objects are of, from 1: another
+    has other UIDs. `settings` are laid over the model's: sections network (`output_stride`, with the weights as they
+    are), windows and postprocess. Raises `ConfigError` for a wrong format or revision.
     """
 
     device: str = "auto"
