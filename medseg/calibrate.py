@@ -171,14 +171,14 @@ def _choose_copies(bench: Bench, base: Trial) -> list[Trial]:
 def _is_kept(trial: Trial, chosen: Trial, *, times: float, is_welcome: bool) -> bool:
     """Whether copies that take so many `times` the time stay: where they surely help.
 
-    Where they are welcome, unless they surely harm: a few dozen cases seldom prove what copies of this kind nearly
-    always bring (docs/recipe.md).
+    Where they are welcome, unless they are worse by `MARGIN`: a few dozen cases seldom prove what copies of this kind
+    bring on average (docs/recipe.md).
     """
     mean, interval = trial.gain(chosen)
     if interval is None:
         return False
     if is_welcome:
-        return interval[1] > 0
+        return mean > -MARGIN and interval[1] > 0
     return mean > LEAST_GAIN * math.log2(times) and interval[0] > 0
 
 
