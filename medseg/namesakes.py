@@ -190,13 +190,13 @@ def _growth(shapes: Callable[[int], Shapes], count: int, network: str, what: str
             return growth
         seen.append(growth)
     raise ConfigError(
-        f"network.name: which weights of {network} belong to which {what} cannot be told, because it is built otherwise "
-        f"with almost every number of {what}s; fine-tune it on the {what}s that the weights have learnt, in their order"
+        f"network.name: which weights of {network} belong to which {what} cannot be told, because it is built "
+        f"otherwise with each number of {what}s; fine-tune it on the {what}s that they have learnt, in their order"
     )
 
 
 def _steady_growth(usual: Shapes, other: Shapes, more: int) -> dict[str, dict[int, int]] | None:
-    """As `_growth`, between two networks; None where more than lengths differs, or a length by no multiple of `more`."""
+    """As `_growth`, between two networks; None where a layer is lacking, or a length grows by no multiple of `more`."""
     found: dict[str, dict[int, int]] = {}
     for name, shape in usual.items():
         if len(other.get(name, ())) != len(shape):
