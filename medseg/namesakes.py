@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from medseg.catalogue import DESCRIPTION
 from medseg.config import BACKGROUND, Config, DataConfig, NetworkConfig, PreprocessConfig
+from medseg.errors import ConfigError
 from medseg.model import trained_config
 from medseg.networks import build_bare
 
@@ -22,9 +24,12 @@ UNSEEN = ("strides", "output_stride", "dilations", "multi_grid", "norm", "leak",
 FAR_SPACING = 1.5
 # so many names are told in one line
 MOST_NAMES = 12
-# labels and channels that a network is built with in addition, to see what grows: more than any width, so that no layer
-# comes or goes because two numbers happen to be equal
-MORE = 10007
+# labels or channels that a network is built with in addition, to see what grows, until two of them agree: with some a
+# layer comes or goes, because two numbers happen to be equal, and MONAI's VNet takes no channels but 1, 2, 4, 8 and 16.
+# Few, because networks of MONAI's are built with memory
+MORE = (3, 7, 1, 2, 4, 6, 12, 14, -4, -6, -8, -12)
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,28 @@ class Namesakes:
 
     An axis that grows with them holds, behind a part that does not, a block of equal length for each (`shuffle_pixels`
     and `gather_pixels` lay sub-pixels out like that). `there`: where the weights come from, `here`: where they go.
+    Where both have the same labels, or channels, in the same order, nothing is to be told of them.
+
+    Raises `ConfigError` where networks of different size do not agree in what grows.
     """
 
     def __init__(self, there: DataConfig, here: DataConfig, network: NetworkConfig) -> None:
-        size = (here.spatial_dims, len(here.channels), here.out_channels)
-        shapes, more_in, more_out = (
-            {k: tuple(v.shape) for k, v in build_bare(network, size[0], size[1] + i, size[2] + o).state_dict().items()}
-            for i, o in ((0, 0), (MORE, 0), (0, MORE))
-        )
         self.names_there, self.names_here = _outputs(there), _outputs(here)
         same_kind = there.is_regions == here.is_regions
         shared = [n for n in self.names_here if n in self.names_there and same_kind]
         self._rows = [(self.names_there.index(n), self.names_here.index(n)) for n in shared]
         self._said = _label_words(shared, [n for n in self.names_here if n not in shared], same_kind=same_kind)
         self._mixing, self._new_channels = _mixing(there.channels, here.channels)
-        self._grows_in, self._grows_out = _growth(shapes, more_in), _growth(shapes, more_out)
+        inputs, outputs = len(here.channels), here.out_channels
+
+        @cache
+        def shapes(channels: int, scores: int) -> Shapes:
+            bare = build_bare(network, here.spatial_dims, channels, scores)
+            return {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
+
+        same_in, same_out = _is_identity(self._mixing), same_kind and self.names_here == self.names_there
+        self._grows_in = {} if same_in else _growth(lambda n: shapes(n, outputs), inputs, network.name, "channel")
+        self._grows_out = {} if same_out else _growth(lambda n: shapes(inputs, n), outputs, network.name, "label")
 
     def concern(self, name: str) -> bool:
         """Whether the tensor holds anything that belongs to a label or channel."""
@@ -159,13 +171,42 @@ class Namesakes:
         return value
 
 
-def _growth(shapes: Mapping[str, tuple[int, ...]], more: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, int]]:
-    """By tensor and axis that grows: by how much with each of `MORE`."""
-    found = {}
-    for name, shape in shapes.items():
-        other = more.get(name, ())
-        if len(other) == len(shape) and other != shape:
-            found[name] = {axis: (b - a) // MORE for axis, (a, b) in enumerate(zip(shape, other)) if a != b}
+def _growth(shapes: Callable[[int], Shapes], count: int, network: str, what: str) -> dict[str, dict[int, int]]:
+    """By tensor and axis that grows: by how much with each label or channel (`what`).
+
+    `shapes`: by tensor, of the network with a number of them; `count`: how many it has.
+    """
+    usual = shapes(count)
+    seen: list[dict[str, dict[int, int]]] = []
+    for more in (m for m in MORE if count + m > 0):
+        try:
+            growth = _steady_growth(usual, shapes(count + more), more)
+        except ConfigError:
+            # not with that number; with the one that counts it is built above
+            continue
+        if growth is None:
+            continue
+        if growth in seen:
+            return growth
+        seen.append(growth)
+    raise ConfigError(
+        f"network.name: which weights of {network} belong to which {what} cannot be told, because it is built "
+        f"otherwise with each number of {what}s; fine-tune it on the {what}s that they have learnt, in their order"
+    )
+
+
+def _steady_growth(usual: Shapes, other: Shapes, more: int) -> dict[str, dict[int, int]] | None:
+    """As `_growth`, between two networks; None where a layer is lacking, or a length grows by no multiple of `more`."""
+    found: dict[str, dict[int, int]] = {}
+    for name, shape in usual.items():
+        if len(other.get(name, ())) != len(shape):
+            return None
+        for axis, (a, b) in enumerate(zip(shape, other.get(name, ()))):
+            by, rest = divmod(b - a, more)
+            if rest or by < 0:
+                return None
+            if by:
+                found.setdefault(name, {})[axis] = by
     return found
 
 
@@ -180,16 +221,29 @@ def _mixing(there: Sequence[str], here: Sequence[str]) -> tuple[Tensor, list[str
     By name where any is in both. Else one by one where there are as many; else dealt out in turn, so that the response
     to equal channels stays.
     """
-    shared = [n for n in here if n in there]
     mixing = torch.zeros(len(here), len(there))
+    shared = _shared(there, here)
     if shared:
-        for name in shared:
-            mixing[here.index(name), there.index(name)] = 1.0
-        return mixing, [n for n in here if n not in shared]
+        for target, source in shared.items():
+            mixing[target, source] = 1.0
+        return mixing, [name for n, name in enumerate(here) if n not in shared]
     pairs = [(n % len(there), n % len(here)) for n in range(max(len(there), len(here)))]
     for source, target in pairs:
         mixing[target, source] += 1 / sum(a == source for a, _ in pairs)
     return mixing, []
+
+
+def _shared(there: Sequence[str], here: Sequence[str]) -> dict[int, int]:
+    """The place there of every channel here that has a namesake: of several of one name in turn."""
+    left: dict[str, list[int]] = {}
+    for place, name in enumerate(there):
+        left.setdefault(name, []).append(place)
+    return {target: left[name].pop(0) for target, name in enumerate(here) if left.get(name)}
+
+
+def _is_identity(mixing: Tensor) -> bool:
+    here, there = mixing.shape
+    return here == there and torch.equal(mixing, torch.eye(here))
 
 
 def _mix(kernel: Tensor, mixing: Tensor, block: int, length: int) -> Tensor | None:
@@ -213,7 +267,7 @@ def _label_words(shared: Sequence[str], new: Sequence[str], *, same_kind: bool) 
 
 def _channel_words(mixing: Tensor, new: Sequence[str]) -> list[str]:
     here, there = mixing.shape
-    if here == there and torch.equal(mixing, torch.eye(here)):
+    if _is_identity(mixing):
         return []
     if bool(((mixing == 0) | (mixing == 1)).all()) and all(bool((mixing.sum(dim=d) <= 1).all()) for d in (0, 1)):
         return ["channels taken over by name" + (f"; new: {', '.join(new)}" if new else "")]
@@ -221,11 +275,11 @@ def _channel_words(mixing: Tensor, new: Sequence[str]) -> list[str]:
 
 
 def _namesake_channels(there: Config, here: Config) -> list[tuple[str, Any, Any]]:
-    by_name = dict(zip(there.data.channels, there.preprocess.intensity))
-    pairs = list(zip(here.data.channels, here.preprocess.intensity))
-    if not set(by_name) & set(here.data.channels) and len(by_name) == len(pairs):
-        return [(name, a, b) for (name, b), a in zip(pairs, by_name.values())]
-    return [(name, by_name[name], b) for name, b in pairs if name in by_name]
+    theirs, ours = there.data.channels, here.data.channels
+    shared = _shared(theirs, ours)
+    if not shared and len(theirs) == len(ours):
+        shared = {n: n for n in range(len(ours))}
+    return [(ours[n], there.preprocess.intensity[m], here.preprocess.intensity[n]) for n, m in shared.items()]
 
 
 def _difference(what: str, there: Any, here: Any) -> Difference | None:

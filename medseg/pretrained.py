@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medseg.catalogue import DESCRIPTION, weights_file
+from medseg.catalogue import DESCRIPTION, WEIGHTS, weights_file
 from medseg.config import Config, overlay
 from medseg.errors import ConfigError, ModelError
 from medseg.model import read_description
@@ -25,6 +25,7 @@ from medseg.namesakes import Difference, Namesakes, differences, source_config
 from medseg.networks.fcn import UpConvolution
 from medseg.networks.vgg import VGG16
 from medseg.readers import file_sha256
+from medseg.state import STATE, is_state
 
 Outcome = Literal["loaded", "adapted", "skipped", "fresh"]
 
@@ -210,10 +211,13 @@ def _stage(key: str) -> str:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a file or run folder by key, out of whatever holds the state dict. Nothing in it is run.
 
-    Raises `ConfigError` for a path that cannot be it, `ModelError` for a file that is damaged or needs code to be read.
+    Raises `ConfigError` for a path that cannot be it, such as the state of a training, `ModelError` for a file that is
+    damaged or needs code to be read.
     """
     file = weights_file(path)
     if not file.is_file():
+        if file.name == WEIGHTS and (file.parent / STATE).is_file():
+            raise ConfigError(f"{file}: is not there yet, since {_to_finish(file.parent)}")
         raise ConfigError(f"{file}: no such file; expected .safetensors, {', '.join(TORCH_FILES)} or a run folder")
     if file.suffix == ".safetensors":
         try:
@@ -232,6 +236,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         raise ModelError(_unreadable(file, error)) from error
+    if is_state(content):
+        finished = all((file.parent / name).is_file() for name in (WEIGHTS, DESCRIPTION))
+        advice = f"give its folder, {file.parent}" if finished else _to_finish(file.parent)
+        raise ConfigError(
+            f"{file}: is what a training goes on from, expected what it ends with: the average of its weights, and "
+            f"which images they have learnt; {advice}"
+        )
     return _unwrap(file, content)
 
 
@@ -250,6 +261,10 @@ def learnt_images(path: Path) -> dict[str, frozenset[str]]:
             before = training.get("pretrained") or {}
             learnt = {key: found | {*training.get(key, ()), *before.get(key, ())} for key, found in learnt.items()}
     return learnt
+
+
+def _to_finish(folder: Path) -> str:
+    return f"the training has not ended: finish it by `medseg train DATASET -o {folder} --resume`, then give {folder}"
 
 
 def _unreadable(file: Path, error: Exception) -> str:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 STATE = "last.pt"
 # raised whenever a state of before can no longer be gone on with
 VERSION = 3
+# what a state has had in every version, and other projects' checkpoints have not all of
+OURS = frozenset({"network", "optimizer", "deck", "generator"})
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -64,6 +66,11 @@ def read_state(folder: Path) -> dict[str, Any]:
             "new folder"
         )
     return dict(state)
+
+
+def is_state(content: object) -> bool:
+    """Whether what a file of torch.save holds is such a state, of whatever version."""
+    return isinstance(content, Mapping) and content.keys() >= OURS
 
 
 def arithmetic(precision: str, device: torch.device) -> dict[str, Any]:

@@ -215,6 +215,8 @@ def plan(
     progress: Progress = silent,
 ) -> Plan:
     """The configuration that `train` would use for `dataset`, each choice with its reason."""
+    if pretrained is not None:
+        read_weights(pretrained)
     options = TrainOptions(settings=settings or {}, pretrained=pretrained)
     return plan_run(read_dataset(Path(dataset)), options, {}, device=choose_device(device), progress=progress)
 

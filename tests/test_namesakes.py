@@ -12,10 +12,11 @@ from test_networks import tiny as small
 from tiny import tiny_config, tiny_model
 from torch import Tensor, nn
 
-from medseg.config import Config, make_config, overlay
+from medseg.config import Config, NetworkConfig, make_config, overlay
+from medseg.errors import ConfigError
 from medseg.model import new_network
 from medseg.namesakes import Namesakes, differences
-from medseg.networks import list_networks
+from medseg.networks import build_bare, list_networks
 from medseg.pretrained import Pretrained, load_pretrained
 
 # float32 has 24 bits; the order of a sum over channels differs, and the layers behind it pass that on
@@ -138,12 +139,107 @@ def test_channels_without_namesakes_are_taken_one_by_one_or_dealt_out(tmp_path: 
     assert {r.why for r in found.rows if r.outcome == "adapted"} == {"1 input channels dealt out to 2"}
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "order"),
+    [
+        (("zscore", "zscore"), ("zscore", "zscore"), (0, 1)),
+        (("zscore", "zscore", "CT"), ("CT", "zscore", "zscore"), (1, 2, 0)),
+    ],
+)
+def test_channels_of_one_name_are_taken_over_in_turn(
+    tmp_path: Path, there: tuple[str, ...], here: tuple[str, ...], order: tuple[int, ...]
+) -> None:
+    theirs, ours, found = carry(tmp_path, with_channels(*there), with_channels(*here))
+    assert not [r for r in found.rows if r.outcome in ("skipped", "fresh") or r.partly]
+    images = torch.randn(1, len(here), 9, 8, 7)
+    expected = answer(theirs, images[:, order])
+    assert (answer(ours, images) - expected).abs().max() < ROUNDING * expected.abs().max()
+
+
+def test_a_second_channel_of_a_name_that_was_there_once_is_new(tmp_path: Path) -> None:
+    theirs, ours, found = carry(tmp_path, with_channels("zscore"), with_channels("zscore", "zscore"))
+    before, after = (network.encoder.stem[0].weight for network in (theirs, ours))
+    assert torch.equal(after[:, :1], before)
+    assert after[:, 1:].abs().max() == 0
+    assert {r.why for r in found.rows if r.partly} == {"channels taken over by name; new: zscore"}
+
+
 def test_another_block_is_not_carried() -> None:
     # 8 sub-pixels for each label there, 27 here
     namesakes = Namesakes(with_labels("a").data, with_labels("a", "b").data, tiny_config().network)
     assert (
         namesakes.carry("head.classifier.weight", torch.ones(2 * 27, 64, 1, 1, 1), torch.ones(24, 64, 1, 1, 1)) is None
     )
+
+
+def test_a_network_of_monais_is_looked_at_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(labels: dict[str, int], channels: list[str]) -> Config:
+        arguments = {"channels": [8, 16], "strides": [2], "num_res_units": 2}
+        values = {
+            "data": {"labels": labels, "channels": channels},
+            "preprocess": {"intensity": [{}] * len(channels)},
+            "network": {"name": "monai.UNet", "arguments": arguments},
+            "windows": {"patch_size": [32, 32, 32]},
+        }
+        return make_config(values)
+
+    sizes: list[int] = []
+
+    def watched(network: NetworkConfig, dims: int, inputs: int, outputs: int) -> nn.Module:
+        sizes.extend((inputs, outputs))
+        return build_bare(network, dims, inputs, outputs)
+
+    monkeypatch.setattr("medseg.namesakes.build_bare", watched)
+    there = config({"a": 1, "b": 2}, ["x", "y"])
+    theirs, ours, _ = carry(tmp_path, there, config({"b": 1, "a": 2}, ["y", "x"]))
+    # its memory grows with the square of either
+    assert 2 < max(sizes) < 20
+    images = torch.randn(1, 2, 9, 8, 7)
+    expected = answer(theirs, images)[:, [0, 2, 1]]
+    assert (answer(ours, images.flip(1)) - expected).abs().max() < ROUNDING * expected.abs().max()
+    sizes.clear()
+    carry(tmp_path, there, there)
+    assert sizes == []
+
+
+class _Fake(nn.Module):
+    """A network with a shortcut unless there are 11 channels, and a layer that grows from 9 channels on."""
+
+    def __init__(self, channels: int, scores: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3)
+        if channels != 11:
+            self.shortcut = nn.Conv2d(channels, 8, 1)
+        self.wide = nn.Conv2d(8, max(8, channels), 1)
+        self.head = nn.Conv2d(8, 4 * scores, 1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "allowed"),
+    [(1, range(99)), (2, range(99)), (4, range(99)), (1, (1, 2, 4, 8, 16)), (2, (1, 2, 4, 8, 16))],
+)
+def test_layers_that_come_and_go_with_a_number_are_seen_through(
+    monkeypatch: pytest.MonkeyPatch, channels: int, allowed: range | tuple[int, ...]
+) -> None:
+    def fake(_: NetworkConfig, dims: int, inputs: int, outputs: int) -> nn.Module:
+        if inputs not in allowed:
+            raise ConfigError("not with so many")
+        return _Fake(inputs, outputs)
+
+    monkeypatch.setattr("medseg.namesakes.build_bare", fake)
+    names = [f"c{n}" for n in range(channels)]
+    namesakes = Namesakes(with_channels(*names, "more").data, with_channels(*names).data, tiny_config().network)
+    told = {name: namesakes.concern(f"{name}.weight") for name in ("stem", "shortcut", "wide", "head")}
+    assert told == {"stem": True, "shortcut": True, "wide": False, "head": False}
+
+
+def test_a_network_that_is_another_with_each_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(_: NetworkConfig, dims: int, inputs: int, outputs: int) -> nn.Module:
+        return nn.Conv2d(1, 2**outputs, 1)
+
+    monkeypatch.setattr("medseg.namesakes.build_bare", fake)
+    with pytest.raises(ConfigError, match=r"which weights of deeplabv3plus belong to which label cannot be told"):
+        Namesakes(with_labels("a").data, with_labels("b").data, tiny_config().network)
 
 
 def test_a_bare_network_takes_them_too(tmp_path: Path) -> None:
@@ -174,6 +270,15 @@ def test_what_differs_is_told() -> None:
     ]
     assert [d.far for d in found] == [False, True, False, False, False]
     assert differences(there, there) == ()
+
+
+def test_what_differs_is_told_of_each_channel_of_a_name() -> None:
+    there, here = (
+        with_channels("zscore", "zscore", preprocess={"intensity": [{"normalise": n} for n in kinds]})
+        for kinds in (("image", "none"), ("none", "none"))
+    )
+    (difference,) = differences(there, here)
+    assert str(difference).startswith("preprocess.intensity of zscore: {normalise: image, ")
 
 
 @pytest.mark.parametrize(("spacing", "far"), [((1.4, 1, 1), False), ((1, 0.6, 1), True), (None, True)])

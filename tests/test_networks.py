@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import medseg.networks as networks
 from medseg.config import NetworkConfig, read_yaml
-from medseg.errors import ConfigError, DataError
+from medseg.errors import ConfigError, DataError, MedsegError
 from medseg.networks import at_output_stride, build_network, default_config, fit_to_patch, halvings, list_networks
 from medseg.networks._blocks import enlarge
 from medseg.networks.dilated_frontend import ContextModule
@@ -533,3 +533,22 @@ class TestMonai:
     def test_wrong_use_is_told(self, name: str, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             make(NetworkConfig(name=name, arguments=arguments), 3)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            torch.OutOfMemoryError("CUDA out of memory"),
+        ],
+    )
+    def test_memory_that_runs_out_is_no_fault_of_the_arguments(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Large(nn.Module):
+            def __init__(self, in_channels: int, out_channels: int) -> None:
+                raise error
+
+        monkeypatch.setattr("medseg.networks.monai_networks.find_class", lambda _: Large)
+        with pytest.raises(MedsegError, match=r"memory ran out while monai.UNet was built with its defaults") as caught:
+            make(NetworkConfig(name="monai.UNet"), 3)
+        assert not isinstance(caught.value, ConfigError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -493,6 +494,27 @@ def test_a_file_without_a_state_dict_is_told(tmp_path: Path, content: object, wo
         read_weights(tmp_path / "w.pth")
 
 
+def test_the_state_of_a_training_is_refused(tiny_run: TinyRun, tmp_path: Path) -> None:
+    # its weights are not the average, and nothing beside it tells what they have learnt
+    shutil.copy(tiny_run.folder / "last.pt", tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=r"other.pt: is what a training goes on from, .*has not ended.* --resume"):
+        read_weights(tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=rf"they have learnt; give its folder, {tiny_run.folder}$"):
+        read_weights(tiny_run.folder / "last.pt")
+
+
+def test_a_training_that_has_not_ended_is_told(tiny_run: TinyRun, tmp_path: Path) -> None:
+    shutil.copy(tiny_run.folder / "last.pt", tmp_path)
+    with pytest.raises(ConfigError, match=rf"model.safetensors: is not there yet, .*-o {tmp_path} --resume"):
+        read_weights(tmp_path)
+
+
+def test_a_checkpoint_of_another_project_may_have_the_names_of_a_state(tmp_path: Path) -> None:
+    state = {"network": {"w": torch.ones(3)}, "optimizer": {}, "generator": torch.ones(2), "version": 3}
+    torch.save(state, tmp_path / "w.pt")
+    assert list(read_weights(tmp_path / "w.pt")) == ["w"]
+
+
 @pytest.mark.parametrize(("name", "words"), [("none.pth", "no such file"), ("notes.txt", "not from `.txt`")])
 def test_a_path_that_cannot_be_it_is_told(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / "notes.txt").write_text("hello")
@@ -618,6 +640,8 @@ def test_a_wrong_file_is_told_before_anything_is_written(
 def test_a_missing_file_is_told_before_the_data_set_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone.pth: no such file"):
         medseg.train(tmp_path / "no data", tmp_path / "run", options=options((), tmp_path / "gone.pth"))
+    with pytest.raises(ConfigError, match=r"gone.pth: no such file"):
+        medseg.plan(tmp_path / "no data", pretrained=tmp_path / "gone.pth")
 
 
 def test_a_file_that_fills_little_of_the_network_is_warned_of(

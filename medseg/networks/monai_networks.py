@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from medseg.config import NetworkConfig
-from medseg.errors import ConfigError
+from medseg.device import is_out_of_memory
+from medseg.errors import ConfigError, MedsegError
 from medseg.networks._blocks import check_input, crop, pad_to
 
 PREFIX = "monai."
@@ -68,6 +69,11 @@ class FromMonai(nn.Module):
             with torch.device("cpu"):
                 self.network = kind(**arguments)
         except FAILURES as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise MedsegError(
+                    f"network.arguments: memory ran out while {config.name} was built with "
+                    f"{config.arguments or 'its defaults'} ({error}); free some, or make the network smaller"
+                ) from error
             raise ConfigError(
                 f"network.arguments: {config.name} refused {config.arguments or 'its defaults'}: "
                 f"{type(error).__name__}: {error}"
