@@ -566,11 +566,13 @@ def _data_record(
     # every file is read here, with progress; all that follows knows its digest
     learnt, held_back = (data_sha256(part, file_digest=read_once, progress=progress) for part in folds)
     refuse_leaks(training, validation, weights=weights, file_digest=read_once, facts=facts)
+    cases = [case for fold in folds for case in fold]
+    images, voxels = image_digests(cases, file_digest=read_once), voxel_digests(cases, facts)
     return {
         "data_set": data.path.resolve().name,
         "data_sha256": learnt,
-        "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
-        "images_voxels": sorted(set(voxel_digests(training, facts).values())),
+        "images_sha256": sorted(set().union(*(images[case.id] for case in training))),
+        "images_voxels": sorted(set().union(*(voxels.get(case.id, ()) for case in training))),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "validation_sha256": held_back,

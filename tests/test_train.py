@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -910,6 +911,23 @@ def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, 
         train(dataset, fold=0)
     # where nothing is held back nothing flatters
     train(dataset, fold="all", name="all")
+
+
+def test_a_run_of_two_channels_says_which_images_it_has_learnt(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2, form="nnunet")
+    for path in sorted((dataset / "imagesTr").iterdir()):
+        image = nib.load(path)
+        other = nib.Nifti1Image(-np.asarray(image.dataobj), image.affine)
+        nib.save(other, path.with_name(path.name.replace("_0000", "_0001")))
+    described = json.loads((dataset / "dataset.json").read_text())
+    described["channel_names"] = {"0": "T1", "1": "T2"}
+    (dataset / "dataset.json").write_text(json.dumps(described))
+    learnt = _description(train(dataset, fold="all").folder)["training"]
+    files = (dataset / "imagesTr").iterdir()
+    alone = {hashlib.sha256(medseg.file_sha256(path).encode()).hexdigest()[:16] for path in files}
+    assert alone < set(learnt["images_sha256"])
+    # and of each case both together
+    assert len(learnt["images_sha256"]) == len(learnt["images_voxels"]) == 6
 
 
 def test_a_scan_that_is_held_back_in_other_bytes_is_refused(train: Train, tiny_dataset) -> None:
