@@ -22,7 +22,7 @@ from medseg.datasets import read_dataset
 from medseg.errors import DataError, GeometryError
 from medseg.findings import SEVERITIES, CaseFacts, Finding, Intensities, Severity, measure_intensities
 from medseg.fingerprint import voxel_digests
-from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, turned
+from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, nearest_ras, turned
 from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
 from medseg.readers import (
@@ -453,11 +453,8 @@ def _count_values(array: npt.NDArray[Any]) -> dict[int, int]:
 
 def _hash(array: npt.NDArray[Any], grid: Grid) -> str:
     """Of the numbers of `array` (*S) as a network sees them: float32, the axes of a volume as near to RAS as may be."""
-    from nibabel.orientations import apply_orientation, io_orientation
-
     if grid.spatial_dims == 3:
-        # views: nothing is copied whole
-        array = apply_orientation(array, io_orientation(grid.affine))
+        array = nearest_ras(array, grid)
     digest = hashlib.sha256(f"{array.shape}".encode())
     step = max(1, HASHED // math.prod(array.shape[:-1]))
     for start in range(0, array.shape[-1], step):
