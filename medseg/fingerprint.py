@@ -121,11 +121,6 @@ class _Samples:
         return tuple(_statistics(np.concatenate(found)) for found in self._found if found)
 
 
-def files_of(case: Case) -> tuple[Path, ...]:
-    """The files that a case is read from, images before label; those that a header names come behind it."""
-    return tuple(file for path in (*case.images, case.label) if path is not None for file in stored_in(path))
-
-
 def data_sha256(
     cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256, progress: Progress = silent
 ) -> str:
@@ -135,7 +130,7 @@ def data_sha256(
     `DataError` for a file that cannot be read.
     """
     ordered = sorted(cases, key=lambda case: case.id)
-    files = [file for case in ordered for file in files_of(case)]
+    files = [file for case in ordered for file in case.files]
     digest = hashlib.sha256()
     for n, path in enumerate(files):
         progress("hash", n, len(files), path.name)

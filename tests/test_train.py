@@ -398,10 +398,10 @@ def test_a_disk_that_the_cache_fills_is_no_wrong_usage(
 ) -> None:
     dataset, prepare, full = tiny_dataset(cases=3), TRAIN.prepare_cached, [True]
 
-    def filled(case: Any, *given: Any) -> Any:
+    def filled(case: Any, *given: Any, **more: Any) -> Any:
         if full[0] and case.id == "case1":
             raise medseg.DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return prepare(case, *given)
+        return prepare(case, *given, **more)
 
     monkeypatch.setattr(TRAIN, "prepare_cached", filled)
     with pytest.raises(medseg.TrainingError, match=r"cannot write; what is ready in .*cache stays: then start again"):
@@ -468,6 +468,22 @@ def test_files_are_hashed_with_progress_before_they_are_compared(
             options=options,
             progress=lambda stage, *_: stages.append(stage),
         )
+
+
+def test_each_file_is_hashed_once(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def digest(path: Path) -> str:
+        hashed.append(path)
+        return medseg.file_sha256(path)
+
+    def again(path: Path) -> str:
+        raise RuntimeError(f"{path} is hashed again")
+
+    monkeypatch.setattr(TRAIN, "file_sha256", digest)
+    monkeypatch.setitem(preprocess.prepare_cached.__kwdefaults__, "file_digest", again)
+    train(tiny_dataset(cases=2), fold=0)
+    assert len(hashed) == len(set(hashed)) == 4
 
 
 def test_a_disk_that_is_really_full_is_one_message_and_training_goes_on_later(
@@ -901,7 +917,7 @@ def test_weights_that_have_learnt_a_held_back_case_in_other_bytes_are_refused(tr
     assert set(learnt["pretrained"]["images_sha256"]) == set(description["training"]["images_sha256"])
 
 
-def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset) -> None:
+def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset, tmp_path: Path) -> None:
     dataset = tiny_dataset(cases=2, form="nnunet")
     for part in ("imagesTr", "labelsTr"):
         first, second = sorted((dataset / part).iterdir())
@@ -909,6 +925,8 @@ def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, 
     told = r"1 of the 1 cases held back are trained on under another name, first case\d as case\d"
     with pytest.raises(medseg.ConfigError, match=told):
         train(dataset, fold=0)
+    # before any case was prepared
+    assert not (tmp_path / "run" / "cache").exists()
     # where nothing is held back nothing flatters
     train(dataset, fold="all", name="all")
 
