@@ -147,7 +147,8 @@ def image_digests(
     Of a single image both are the same. The files that a header names count as it does. `cases`: all of a data set, or
     it is not known what they share.
     """
-    whole, parts = {}, {}
+    whole: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
     for case in cases:
         found = ["".join(map(file_digest, stored_in(path))) for path in case.images]
         whole[case.id] = _short("".join(found))
@@ -181,7 +182,7 @@ def _telling(
 ) -> dict[str, frozenset[str]]:
     """`whole` of each case, and of `parts` what belongs to so few patients that it is known by them."""
     patients = {case.id: case.group for case in cases}
-    sharing = defaultdict(set)
+    sharing: dict[str, set[str]] = defaultdict(set)
     for name, found in parts.items():
         for part in found:
             sharing[part].add(patients[name])
