@@ -1,6 +1,6 @@
 """What a data set consists of: cases, channels, label names, folds, and the inputs of inference.
 
-Of DICOM alone files are opened: their headers say which series they are of.
+Of DICOM, and of headers beside their voxels, files are opened: they say which series or files they are of.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from medseg.readers import (
     is_image_file,
     is_picture,
     split_ending,
+    stored_in,
     why_absent,
 )
 from medseg.readers.archive import is_archive
@@ -58,6 +59,11 @@ class Case:
     group: str
     fold: int | None = None
     series: Series | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from, images before label; the files that a header names come behind it."""
+        return tuple(file for path in (*self.images, self.label) if path is not None for file in stored_in(path))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from medseg.consistency import inconsistencies
 from medseg.datasets import read_dataset
 from medseg.errors import DataError, GeometryError
 from medseg.findings import SEVERITIES, CaseFacts, Finding, Intensities, Severity, measure_intensities
-from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, turned
+from medseg.fingerprint import voxel_digests
+from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, nearest_ras, turned
 from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
 from medseg.readers import (
@@ -42,6 +44,10 @@ log = logging.getLogger(__name__)
 LOSSY = (".jpg", ".jpeg")
 # odd headers, which are one program's: of so many files alike they are told one by one
 CORRECT, MOST_ALIKE = "correct the header", 3
+# voxels that are hashed at a time, as float32
+HASHED = 2**20
+# of images that are there twice
+APART = "remove one, or give both one group, lest one trains and the other validates"
 # warnings that are told before a training, and the number of the others
 MOST_TOLD = 5
 
@@ -87,6 +93,7 @@ def check_dataset(dataset: Path | str | Dataset, *, jobs: int = 1, progress: Pro
             progress("check", len(scans), len(dataset.cases), scan.case.id)
     found = [Finding(p.severity, p.case, str(p.file), p.found, p.expected, p.fix) for p in dataset.problems]
     found += _duplicates(scans)
+    found += _shared_channels(scans)
     for scan in scans:
         found += scan.findings
     facts = tuple(scan.facts for scan in scans if scan.facts is not None)
@@ -170,6 +177,8 @@ class _Scan:
     case: Case
     findings: list[Finding] = field(default_factory=list)
     facts: CaseFacts | None = None
+    channel_hashes: list[str] = field(default_factory=list)
+    stored_hash: str = ""
     image_hash: str | None = None
     label_hash: str | None = None
     intensities: list[Intensities] = field(default_factory=list)
@@ -214,6 +223,8 @@ def _scan(case: Case, dataset: Dataset) -> _Scan:
             _count_values(label.array) if label is not None else {},
             tuple(scan.intensities) if len(scan.intensities) == channels else (),
             scan.image_hash or "",
+            tuple(h for h, of in zip(scan.channel_hashes, scan.intensities) if of.lowest < of.highest),
+            scan.stored_hash,
         )
     return scan
 
@@ -221,7 +232,7 @@ def _scan(case: Case, dataset: Dataset) -> _Scan:
 def _scan_images(scan: _Scan, dataset: Dataset) -> list[Image]:
     """The images of a case without their warnings lost; empty if any could not be read."""
     images: list[Image] = []
-    digest = hashlib.blake2b(digest_size=16)
+    stored = hashlib.blake2b(digest_size=16)
     for file in scan.case.images:
         try:
             image = read_image(file, channels=_expected_channels(scan.case, dataset), finite=False)
@@ -240,10 +251,13 @@ def _scan_images(scan: _Scan, dataset: Dataset) -> list[Image]:
         if images:
             _compare(scan, file, image.geometry, images[0].geometry)
         images.append(image)
-        digest.update(_hash(image.array).encode())
+        stored.update(_stored_hash(image.array).encode())
+        scan.channel_hashes += [_hash(channel, image.grid) for channel in image.array]
     if len(images) < len(scan.case.images):
         return []
-    scan.image_hash = digest.hexdigest()
+    scan.stored_hash = stored.hexdigest()
+    found = scan.channel_hashes
+    scan.image_hash = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
     return images
 
 
@@ -288,7 +302,7 @@ def _scan_label(scan: _Scan, dataset: Dataset, spatial_dims: int | None) -> Labe
     if not any(value != 0 for value in present):
         scan.add("warning", file, "an empty label map", "at least one label", "check that nothing is to be labelled")
     else:
-        scan.label_hash = _hash(label.array)
+        scan.label_hash = _hash(label.array, label.grid)
     if is_picture(file):
         scan.palette = {n: colour for n, colour in label_palette(file).items() if n in present}
     if dataset.labels is not None:
@@ -384,7 +398,7 @@ def _duplicates(scans: Iterable[_Scan]) -> list[Finding]:
                     str(scan.case.images[0]),
                     f"the voxels of case {first.case.id}, with {marked}",
                     "different images",
-                    "remove one, or give both one group, lest one trains and the other validates",
+                    APART,
                 )
             )
     for same in labels.values():
@@ -401,6 +415,20 @@ def _duplicates(scans: Iterable[_Scan]) -> list[Finding]:
                         "check which image the label belongs to",
                     )
                 )
+    return found
+
+
+def _shared_channels(scans: Sequence[_Scan]) -> list[Finding]:
+    """Of different images, those that have a channel in common which tells whose it is."""
+    digests = voxel_digests([scan.case for scan in scans], [scan.facts for scan in scans if scan.facts is not None])
+    first: dict[str, _Scan] = {}
+    found = []
+    for scan in scans:
+        others = [first.setdefault(digest, scan) for digest in sorted(digests.get(scan.case.id, ()))]
+        apart = [s.case for s in others if s.case.group != scan.case.group and s.image_hash != scan.image_hash]
+        if apart:
+            told = f"a channel of case {apart[0].id}, with other ones"
+            found.append(Finding("warning", scan.case.id, str(scan.case.images[0]), told, "different images", APART))
     return found
 
 
@@ -423,7 +451,22 @@ def _count_values(array: npt.NDArray[Any]) -> dict[int, int]:
     return {int(v): int(total[v]) for v in np.flatnonzero(total)}
 
 
-def _hash(array: npt.NDArray[Any]) -> str:
+def _hash(array: npt.NDArray[Any], grid: Grid) -> str:
+    """Of the numbers of `array` (*S) as a network sees them: float32, the axes of a volume as near to RAS as may be."""
+    if grid.spatial_dims == 3:
+        array = nearest_ras(array, grid)
+    digest = hashlib.sha256(f"{array.shape}".encode())
+    step = max(1, HASHED // math.prod(array.shape[:-1]))
+    for start in range(0, array.shape[-1], step):
+        # what float32 does not hold is refused by a training; -0 becomes 0
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = array[..., start : start + step].astype(np.float32) + np.float32(0)
+        digest.update(np.ascontiguousarray(numbers.T).data)
+    return digest.hexdigest()
+
+
+def _stored_hash(array: npt.NDArray[Any]) -> str:
+    # as weights of before know their images: nothing of this may change
     digest = hashlib.blake2b(f"{array.shape}{array.dtype}".encode(), digest_size=16)
     # voxel (i, j, k) in the order of NIfTI, where this copies nothing
     digest.update(np.ascontiguousarray(array.T).data)

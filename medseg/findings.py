@@ -49,7 +49,9 @@ class CaseFacts:
     """What the scan measured of a case; `axcodes` as in RAS, empty for 2D; `label_voxels`: voxels by label value.
 
     `intensities`: of every channel; empty where some are not finite. `voxels`: a digest of the image's numbers, equal
-    for one image in whatever file.
+    for one image in whatever file: of any type of number and, of a volume, any order and direction of the axes.
+    `channel_voxels`: those of its channels, without constant ones. `stored_voxels`: a digest of the numbers as they are
+    stored, which is what earlier versions had.
     """
 
     case: str
@@ -61,6 +63,8 @@ class CaseFacts:
     label_voxels: Mapping[int, int]
     intensities: tuple[Intensities, ...] = ()
     voxels: str = ""
+    channel_voxels: tuple[str, ...] = ()
+    stored_voxels: str = ""
 
     @property
     def is_coloured(self) -> bool:

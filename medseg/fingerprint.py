@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ MAX_MEASURED = 100
 SAMPLED = 5000
 # of a digest, enough to tell the images of one data set from those of another
 DIGITS = 16
+# a channel that more patients than these have in common, such as an atlas, tells nothing of any of them
+MOST_SHARING = 2
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,7 @@ def data_sha256(
     `DataError` for a file that cannot be read.
     """
     ordered = sorted(cases, key=lambda case: case.id)
-    images = [path for case in ordered for path in (*case.images, case.label) if path is not None]
-    files = [file for path in images for file in stored_in(path)]
+    files = [file for case in ordered for file in case.files]
     digest = hashlib.sha256()
     for n, path in enumerate(files):
         progress("hash", n, len(files), path.name)
@@ -136,22 +138,57 @@ def data_sha256(
     return digest.hexdigest()
 
 
-def image_digests(cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256) -> dict[str, str]:
-    """A digest of the image files of each of `cases` by its name: the same image has the same under any name.
+def image_digests(
+    cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256
+) -> dict[str, frozenset[str]]:
+    """Digests of the image files of each of `cases` by its name: the same image has the same under any name.
 
-    The files that a header names count as it does.
+    One of all images together, and one of each, without those that more than two patients share, or all of several.
+    Of a single image both are the same. The files that a header names count as it does. `cases`: all of a data set, or
+    it is not known what they share.
     """
-    digests = {case.id: [file_digest(file) for path in case.images for file in stored_in(path)] for case in cases}
-    return {name: hashlib.sha256("".join(found).encode()).hexdigest()[:DIGITS] for name, found in digests.items()}
+    whole: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
+    for case in cases:
+        found = ["".join(map(file_digest, stored_in(path))) for path in case.images]
+        whole[case.id] = _short("".join(found))
+        parts[case.id] = [_short(one) for one in found]
+    return _telling(cases, whole, parts)
 
 
-def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str, str]:
-    """As `image_digests`, of the numbers that were read: the same in whatever file they lie.
+def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str, frozenset[str]]:
+    """As `image_digests`, of the numbers that were read, by channel: the same in whatever file they lie.
 
-    Only of cases whose images a look at all files has read whole.
+    Only of cases whose images a look at all files has read whole; constant channels are no part.
     """
     named = {case.id for case in cases}
-    return {fact.case: fact.voxels[:DIGITS] for fact in facts if fact.voxels and fact.case in named}
+    known = [fact for fact in facts if fact.voxels and fact.case in named]
+    whole = {fact.case: fact.voxels[:DIGITS] for fact in known}
+    parts = {fact.case: [digest[:DIGITS] for digest in fact.channel_voxels] for fact in known}
+    return _telling(cases, whole, parts)
+
+
+def stored_voxel_digests(facts: Sequence[CaseFacts]) -> dict[str, str]:
+    """The `voxel_digests` of earlier versions: of all channels together, in the number type and order of the file."""
+    return {fact.case: fact.stored_voxels[:DIGITS] for fact in facts if fact.stored_voxels}
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def _telling(
+    cases: Sequence[Case], whole: Mapping[str, str], parts: Mapping[str, Sequence[str]]
+) -> dict[str, frozenset[str]]:
+    """`whole` of each case, and of `parts` what belongs to so few patients that it is known by them."""
+    patients = {case.id: case.group for case in cases}
+    sharing: dict[str, set[str]] = defaultdict(set)
+    for name, found in parts.items():
+        for part in found:
+            sharing[part].add(patients[name])
+    number = len(set(patients.values()))
+    few = {p for p, of in sharing.items() if len(of) == 1 or (len(of) <= MOST_SHARING and len(of) < number)}
+    return {name: frozenset((digest, *few.intersection(parts[name]))) for name, digest in whole.items()}
 
 
 def _spatial_dims(cases: Sequence[Case]) -> int:

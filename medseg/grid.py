@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -173,6 +174,17 @@ def turned(array: npt.NDArray[Any], grid: Grid, like: Grid) -> tuple[npt.NDArray
     order = [int(np.flatnonzero(change[:n, axis])[0]) for axis in range(n)]
     moved = np.flip(array.transpose(order), tuple(axis for axis in range(n) if change[:n, axis].sum() < 0))
     return moved, Grid(moved.shape, grid.affine @ change)
+
+
+def nearest_ras(array: npt.NDArray[Any], grid: Grid) -> npt.NDArray[Any]:
+    """A view of `array` (*grid.shape), a volume, whose axes run as near to right, front and top as they can.
+
+    However a volume is stored, it comes out in one order; an axis at 45 degrees between two may be either.
+    """
+    directions = grid.affine[:3, :3] / grid.spacing_mm
+    near = np.abs(directions).tolist()
+    order = max(permutations(range(3)), key=lambda axes: sum(near[world][axis] for world, axis in enumerate(axes)))
+    return np.flip(array.transpose(order), tuple(w for w, axis in enumerate(order) if directions[w, axis] < 0))
 
 
 @dataclass(frozen=True)

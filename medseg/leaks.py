@@ -8,7 +8,7 @@ from pathlib import Path
 from medseg.cases import Case
 from medseg.errors import ConfigError
 from medseg.findings import CaseFacts
-from medseg.fingerprint import image_digests, voxel_digests
+from medseg.fingerprint import image_digests, stored_voxel_digests, voxel_digests
 from medseg.pretrained import learnt_images
 from medseg.readers import file_sha256
 
@@ -24,34 +24,47 @@ def refuse_leaks(
     """Raises `ConfigError` where an image of `held_back` is learnt: its Dice would say nothing about new cases.
 
     Either under another name in `training`, or by the run that `weights` belong to; of weights from elsewhere nobody
-    knows what they have learnt. `facts`: what a look at all files found; with them the same voxels in other bytes are
-    known too, but not those that a run of an earlier version has learnt.
+    knows what they have learnt. One channel of several is enough, unless many patients share it or, as far as `facts`
+    tell, it is constant. `facts`: what a look at all files found; with them the same voxels in other bytes are known
+    too.
     """
-    learnt, kept = (image_digests(cases, file_digest=file_digest) for cases in (training, held_back))
-    files = {case.id: case.images[0] for case in (*training, *held_back)}
-    _refuse_twins(learnt, kept, files)
-    learnt_voxels, kept_voxels = (voxel_digests(cases, facts) for cases in (training, held_back))
-    _refuse_twins(learnt_voxels, kept_voxels, files)
+    cases = (*training, *held_back)
+    files = {case.id: case.images[0] for case in cases}
+    images, voxels = image_digests(cases, file_digest=file_digest), voxel_digests(cases, facts)
+    for digests in (images, voxels):
+        learnt, kept = (_of(part, digests) for part in (training, held_back))
+        _refuse_twins(learnt, kept, files)
     if weights is not None:
-        _refuse_learnt(weights, {"images_sha256": kept, "images_voxels": kept_voxels})
+        before = stored_voxel_digests(facts)
+        either = {case: found | {before.get(case, "")} for case, found in voxels.items()}
+        _refuse_learnt(weights, held_back, {"images_sha256": images, "images_voxels": either})
 
 
-def _refuse_twins(learnt: Mapping[str, str], held_back: Mapping[str, str], files: Mapping[str, Path]) -> None:
-    names = {digest: case for case, digest in learnt.items()}
-    twins = [(case, names[digest]) for case, digest in held_back.items() if digest in names]
+def _of(cases: Sequence[Case], digests: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    return {case.id: digests[case.id] for case in cases if case.id in digests}
+
+
+def _refuse_twins(
+    learnt: Mapping[str, frozenset[str]], held_back: Mapping[str, frozenset[str]], files: Mapping[str, Path]
+) -> None:
+    names = {digest: case for case, found in learnt.items() for digest in found}
+    twins = {case: names[min(same)] for case, found in held_back.items() if (same := found & names.keys())}
     if twins:
-        case, twin = twins[0]
+        case, twin = next(iter(twins.items()))
+        how = "as" if learnt[twin] == held_back[case] else "with a channel of"
         raise ConfigError(
             f"{files[case]}: {len(twins)} of the {len(held_back)} cases held back are trained on under another name, "
-            f"first {case} as {twin} ({files[twin]}): their Dice would flatter. Delete one of each, or give both the "
-            "same group or fold"
+            f"first {case} {how} {twin} ({files[twin]}): their Dice would flatter. Delete one of each, or give both "
+            "the same group or fold"
         )
 
 
-def _refuse_learnt(weights: Path, held_back: Mapping[str, Mapping[str, str]]) -> None:
-    """`held_back`: by the key of `learnt_images`, the digest of each case; every case has one of its files."""
-    learnt, cases = learnt_images(weights), held_back["images_sha256"]
-    known = [c for c in cases if any(of.get(c) in learnt[key] for key, of in held_back.items())]
+def _refuse_learnt(
+    weights: Path, held_back: Sequence[Case], digests: Mapping[str, Mapping[str, frozenset[str]]]
+) -> None:
+    """`digests`: by the key of `learnt_images`, those of each case."""
+    learnt, cases = learnt_images(weights), [case.id for case in held_back]
+    known = [c for c in cases if any(of.get(c, frozenset()) & learnt[key] for key, of in digests.items())]
     if known:
         raise ConfigError(
             f"{weights}: has learnt {len(known)} of the {len(cases)} cases held back, first {known[0]}: their "

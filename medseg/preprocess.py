@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from medseg.device import beyond_memory
 from medseg.errors import DataError, GeometryError
 from medseg.grid import ROUNDING_TOLERANCE, Grid, resample, resample_labels
 from medseg.metrics.codes import members
-from medseg.readers import read_images, read_label, same_kind_or_raise, stored_in
+from medseg.readers import file_sha256, read_images, read_label, same_kind_or_raise, split_ending
 from medseg.writers import atomic_path
 
 log = logging.getLogger(__name__)
@@ -277,14 +277,23 @@ def prepare(case: Case, config: PreprocessConfig, data: DataConfig, *, with_labe
     return Prepared(case.id, image, label, grid, done["source"], done["raw"], done["notes"])
 
 
-def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folder: Path) -> Prepared:
-    """`prepare` with label, kept in `folder` under a key of the settings and of size and time of the source files.
+def prepare_cached(
+    case: Case,
+    config: PreprocessConfig,
+    data: DataConfig,
+    folder: Path,
+    *,
+    file_digest: Callable[[Path], str] = file_sha256,
+) -> Prepared:
+    """`prepare` with label, kept in `folder` under a key of the settings and of the SHA-256 of the source files.
 
-    A changed setting or source has another key, so nothing stale is ever read. A damaged cache file is made anew.
+    A changed setting or source has another key, so nothing stale is ever read; the same files at another place have the
+    same. `file_digest`: for who has read them already; they must not change from then on until they are prepared. A
+    damaged cache file is made anew.
     """
     # safetensors opens no name that is not UTF-8, and no disk takes a longer one; the key alone tells cases apart
     name = case.id.encode("utf-8", "replace")[:LONGEST_NAME].decode("utf-8", "ignore")
-    path = folder / f"{name}-{cache_key(case, config, data)}.safetensors"
+    path = folder / f"{name}-{cache_key(case, config, data, file_digest)}.safetensors"
     there = path.is_file()
     if there:
         try:
@@ -300,13 +309,13 @@ def prepare_cached(case: Case, config: PreprocessConfig, data: DataConfig, folde
     return _read_cache(path, case.id)
 
 
-def cache_key(case: Case, config: PreprocessConfig, data: DataConfig) -> str:
+def cache_key(case: Case, config: PreprocessConfig, data: DataConfig, file_digest: Callable[[Path], str]) -> str:
     """20 hexadecimal digits that change with every setting and source file that matters for the result.
 
     The files that a header names count as it does.
     """
-    files = [file for p in (*case.images, case.label) if p is not None for file in stored_in(p)]
-    sources = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    # the ending decides how the bytes are read
+    sources = [(split_ending(file.name)[1].lower(), file_digest(file)) for file in case.files]
     what = [VERSION, config.model_dump(mode="json"), data.model_dump(mode="json"), sources]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 

@@ -249,9 +249,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def learnt_images(path: Path) -> dict[str, frozenset[str]]:
     """What a medseg run was trained on, and what its own first weights were.
 
-    `images_sha256`: digests as `image_digests` gives them; `images_voxels`: as `voxel_digests`, empty for runs of
-    earlier versions. Both are for weights from elsewhere: nobody knows. Raises `ModelError` where the run's description
-    is damaged.
+    `images_sha256`: digests as `image_digests` gives them; `images_voxels`: as `voxel_digests`, for runs of earlier
+    versions as `stored_voxel_digests` or empty. Both are empty for weights from elsewhere: nobody knows. Raises
+    `ModelError` where the run's description is damaged.
     """
     file, learnt = weights_file(path), {key: frozenset[str]() for key in LEARNT}
     # a link to weights may lie in a run folder, or outside of it

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,11 +166,12 @@ def _train(
         if ranks.first:
             _tidy(folder)
         _log_beginning(training, validation, config, options, ranks)
-        with _stage(seconds, "preprocess"):
-            prepared, held_back = _prepare(folds, config, folder / CACHE, ranks, progress)
         # before training: a share that goes away meanwhile must not cost the model
         with _stage(seconds, "hash"):
-            record = ranks.led(lambda: _data_record(data, made.facts, folds, options, weights, progress))
+            digests = ranks.led(lambda: _file_digests(folds, progress))
+            record = ranks.led(lambda: _data_record(data, made.facts, folds, options, weights, digests))
+        with _stage(seconds, "preprocess"):
+            prepared, held_back = _prepare(folds, config, folder / CACHE, digests, ranks, progress)
         fit = Fit(
             config, prepared, held_back, folder, ranks, learnt=record["data_sha256"], weights=weights, resume=resumed
         )
@@ -463,20 +463,24 @@ def _is_short_of_memory(error: BaseException | None) -> bool:
 
 
 def _prepare(
-    folds: Folds, config: Config, cache: Path, ranks: Ranks, progress: Progress
+    folds: Folds, config: Config, cache: Path, digests: Mapping[Path, str], ranks: Ranks, progress: Progress
 ) -> tuple[list[Prepared], list[Prepared]]:
     """Both folds on the network's grid; the processes share the work, and the cache of what is ready.
 
     Raises `DataError` with every case that cannot be read, when all others are in the cache: a training without some of
     its cases would be another one than was asked for.
     """
+
+    def prepared(case: Case) -> Prepared:
+        return prepare_cached(case, config.preprocess, config.data, cache, file_digest=digests.__getitem__)
+
     cases = [case for fold in folds for case in fold]
     mine = cases[ranks.rank :: ranks.size]
     failures = []
     for n, case in enumerate(mine):
         progress("preprocess", n, len(mine), case.id)
         try:
-            prepare_cached(case, config.preprocess, config.data, cache)
+            prepared(case)
         except (DataError, OSError) as error:
             if is_disk_full(error):
                 # what is asked is right, and may do better once more
@@ -498,7 +502,7 @@ def _prepare(
         )
     if failed:
         raise PeerError("cases cannot be read; the first process names them")
-    training, validation = ([prepare_cached(c, config.preprocess, config.data, cache) for c in fold] for fold in folds)
+    training, validation = ([prepared(case) for case in fold] for fold in folds)
     return training, validation
 
 
@@ -551,28 +555,39 @@ def _validate(
     return report, results
 
 
+def _file_digests(folds: Folds, progress: Progress) -> dict[Path, str]:
+    """SHA-256 of every file of all cases, each read once for all that ask for it. Raises `DataError`."""
+    files = tuple(dict.fromkeys(file for fold in folds for case in fold for file in case.files))
+    digests = {}
+    for n, path in enumerate(files):
+        progress("hash", n, len(files), path.name)
+        digests[path] = file_sha256(path)
+    return digests
+
+
 def _data_record(
     data: Dataset,
     facts: Sequence[CaseFacts],
     folds: Folds,
     options: TrainOptions,
     weights: Path | None,
-    progress: Progress,
+    digests: Mapping[Path, str],
 ) -> dict[str, Any]:
-    """What model.json says of the data.
+    """What model.json says of the data; `digests` of all its files.
 
     Raises `ConfigError` where what is held back is learnt all the same: from `weights`, or under another name.
     """
     training, validation = folds
-    read_once = cache(file_sha256)
-    # every file is read here, with progress; all that follows knows its digest
-    learnt, held_back = (data_sha256(part, file_digest=read_once, progress=progress) for part in folds)
-    refuse_leaks(training, validation, weights=weights, file_digest=read_once, facts=facts)
+    known = digests.__getitem__
+    learnt, held_back = (data_sha256(part, file_digest=known) for part in folds)
+    refuse_leaks(training, validation, weights=weights, file_digest=known, facts=facts)
+    cases = [case for fold in folds for case in fold]
+    images, voxels = image_digests(cases, file_digest=known), voxel_digests(cases, facts)
     return {
         "data_set": data.path.resolve().name,
         "data_sha256": learnt,
-        "images_sha256": sorted(set(image_digests(training, file_digest=read_once).values())),
-        "images_voxels": sorted(set(voxel_digests(training, facts).values())),
+        "images_sha256": sorted(set().union(*(images[case.id] for case in training))),
+        "images_voxels": sorted(set().union(*(voxels.get(case.id, ()) for case in training))),
         "cases": len(training),
         "validation_cases": [c.id for c in validation],
         "validation_sha256": held_back,

@@ -12,7 +12,7 @@ from geometry import oblique, orientations, reorient
 
 from medseg import grid as grid_module
 from medseg.errors import GeometryError
-from medseg.grid import AxisWeights, Grid, resample, resample_labels, turned
+from medseg.grid import AxisWeights, Grid, nearest_ras, resample, resample_labels, turned
 
 SPACING = (0.9, 1.7, 3.1)
 
@@ -366,3 +366,11 @@ def test_pictures_turn_exactly_too(order: tuple[int, int], flips: tuple[int, int
 def test_a_plane_lies_in_the_first_two_of_three_axes() -> None:
     grid = Grid((3, 2), np.array([[0.0, 2, 5], [3, 0, 6], [0, 0, 1]]))
     assert grid.affine_4x4.tolist() == [[0, 2, 0, 5], [3, 0, 0, 6], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("degrees", [0, 20, 40])
+def test_48_ways_to_store_a_volume_come_out_in_one_order(degrees: float) -> None:
+    volume, affine = np.arange(24).reshape(2, 3, 4), oblique((1.0, 1.5, 2.5), degrees=degrees)
+    for order, flipped in orientations():
+        stored, place = reorient(volume, affine, order, flipped)
+        np.testing.assert_array_equal(nearest_ras(stored, Grid(stored.shape, place)), volume)

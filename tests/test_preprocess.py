@@ -327,24 +327,28 @@ def test_a_changed_setting_is_never_answered_from_the_cache(
 
 
 @pytest.mark.parametrize("which", ["image", "label"])
-def test_a_source_of_another_time_is_read_again(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = a_case(tmp_path)
-    prepare_cached(case, PreprocessConfig(), DATA, tmp_path / "cache")
-    path = case.images[0] if which == "image" else case.label
-    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+def test_other_voxels_are_read_again_even_at_the_same_size_and_time(tmp_path: Path, which: str) -> None:
+    image, label = (save(tmp_path / f"{n}.nii", np.ones(SHAPE, np.uint8), AFFINE) for n in ("image", "label"))
+    case, data = Case("one", (image,), label, "one"), DataConfig(labels={"a": 1, "b": 2})
+    prepare_cached(case, AS_IT_IS, data, tmp_path / "cache")
+    path = image if which == "image" else label
+    before = path.stat()
+    save(path, np.full(SHAPE, 2, np.uint8), AFFINE)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    found = prepare_cached(case, AS_IT_IS, data, tmp_path / "cache")
+    assert (found.image == (2 if which == "image" else 1)).all()
+    assert (found.label == (2 if which == "label" else 1)).all()
+
+
+def test_copies_at_another_place_and_time_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = a_case(tmp_path / "a")
+    first = prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache")
+    (tmp_path / "a").rename(tmp_path / "b")
+    image, label = (tmp_path / "b" / path.name for path in (case.images[0], case.label))
+    os.utime(image, ns=(0, 0))
     monkeypatch.setattr(preprocess, "prepare", refuse)
-    with pytest.raises(RuntimeError, match="prepared again"):
-        prepare_cached(case, PreprocessConfig(), DATA, tmp_path / "cache")
-
-
-def test_a_source_of_another_size_is_read_again_even_at_the_same_time(tmp_path: Path) -> None:
-    case = a_case(tmp_path)
-    prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache")
-    before = case.images[0].stat()
-    save(case.images[0], np.full(SHAPE, 5, np.float32), AFFINE)
-    assert case.images[0].stat().st_size != before.st_size
-    os.utime(case.images[0], ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (prepare_cached(case, AS_IT_IS, DATA, tmp_path / "cache").image == 5).all()
+    assert equal(prepare_cached(replace(case, images=(image,), label=label), AS_IT_IS, DATA, tmp_path / "cache"), first)
 
 
 def test_changed_labels_are_read_again(tmp_path: Path) -> None:

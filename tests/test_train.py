@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -397,10 +398,10 @@ def test_a_disk_that_the_cache_fills_is_no_wrong_usage(
 ) -> None:
     dataset, prepare, full = tiny_dataset(cases=3), TRAIN.prepare_cached, [True]
 
-    def filled(case: Any, *given: Any) -> Any:
+    def filled(case: Any, *given: Any, **more: Any) -> Any:
         if full[0] and case.id == "case1":
             raise medseg.DataError("cannot write") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return prepare(case, *given)
+        return prepare(case, *given, **more)
 
     monkeypatch.setattr(TRAIN, "prepare_cached", filled)
     with pytest.raises(medseg.TrainingError, match=r"cannot write; what is ready in .*cache stays: then start again"):
@@ -467,6 +468,22 @@ def test_files_are_hashed_with_progress_before_they_are_compared(
             options=options,
             progress=lambda stage, *_: stages.append(stage),
         )
+
+
+def test_each_file_is_hashed_once(train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def digest(path: Path) -> str:
+        hashed.append(path)
+        return medseg.file_sha256(path)
+
+    def again(path: Path) -> str:
+        raise RuntimeError(f"{path} is hashed again")
+
+    monkeypatch.setattr(TRAIN, "file_sha256", digest)
+    monkeypatch.setitem(preprocess.prepare_cached.__kwdefaults__, "file_digest", again)
+    train(tiny_dataset(cases=2), fold=0)
+    assert len(hashed) == len(set(hashed)) == 4
 
 
 def test_a_disk_that_is_really_full_is_one_message_and_training_goes_on_later(
@@ -900,7 +917,7 @@ def test_weights_that_have_learnt_a_held_back_case_in_other_bytes_are_refused(tr
     assert set(learnt["pretrained"]["images_sha256"]) == set(description["training"]["images_sha256"])
 
 
-def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset) -> None:
+def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, tiny_dataset, tmp_path: Path) -> None:
     dataset = tiny_dataset(cases=2, form="nnunet")
     for part in ("imagesTr", "labelsTr"):
         first, second = sorted((dataset / part).iterdir())
@@ -908,8 +925,27 @@ def test_an_image_that_is_held_back_under_another_name_is_refused(train: Train, 
     told = r"1 of the 1 cases held back are trained on under another name, first case\d as case\d"
     with pytest.raises(medseg.ConfigError, match=told):
         train(dataset, fold=0)
+    # before any case was prepared
+    assert not (tmp_path / "run" / "cache").exists()
     # where nothing is held back nothing flatters
     train(dataset, fold="all", name="all")
+
+
+def test_a_run_of_two_channels_says_which_images_it_has_learnt(train: Train, tiny_dataset) -> None:
+    dataset = tiny_dataset(cases=2, form="nnunet")
+    for path in sorted((dataset / "imagesTr").iterdir()):
+        image = nib.load(path)
+        other = nib.Nifti1Image(-np.asarray(image.dataobj), image.affine)
+        nib.save(other, path.with_name(path.name.replace("_0000", "_0001")))
+    described = json.loads((dataset / "dataset.json").read_text())
+    described["channel_names"] = {"0": "T1", "1": "T2"}
+    (dataset / "dataset.json").write_text(json.dumps(described))
+    learnt = _description(train(dataset, fold="all").folder)["training"]
+    files = (dataset / "imagesTr").iterdir()
+    alone = {hashlib.sha256(medseg.file_sha256(path).encode()).hexdigest()[:16] for path in files}
+    assert alone < set(learnt["images_sha256"])
+    # and of each case both together
+    assert len(learnt["images_sha256"]) == len(learnt["images_voxels"]) == 6
 
 
 def test_a_scan_that_is_held_back_in_other_bytes_is_refused(train: Train, tiny_dataset) -> None:
