@@ -27,7 +27,6 @@ from medseg.model import new_network
 from medseg.networks import stride_by_axis
 from medseg.networks.aspp import pools_locally
 from medseg.notebook import Notebook
-from medseg.plan import sided_label
 from medseg.postprocess import LEAST_CASES, choose, clean
 from medseg.preprocess import IGNORE_INDEX, Prepared
 from medseg.progress import Progress, silent
@@ -43,6 +42,7 @@ from medseg.quality import (
     samples_of,
 )
 from medseg.restore import Regions, Strongest
+from medseg.sides import sided_label
 from medseg.statistics import summarise
 from medseg.windows import Ensemble, Scorer, stream, views
 
