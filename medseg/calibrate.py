@@ -28,11 +28,11 @@ from medseg.config import Config, overlay
 from medseg.infer import SCALES
 from medseg.networks import stride_by_axis
 from medseg.notebook import Notebook
-from medseg.plan import sided_label
 from medseg.postprocess import LEAST_CASES, choose, clean
 from medseg.preprocess import Prepared
 from medseg.progress import Progress, silent
 from medseg.quality import fit_quality, profile_of
+from medseg.sides import sided_label
 from medseg.windows import views
 
 log = logging.getLogger(__name__)

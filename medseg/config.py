@@ -157,7 +157,8 @@ class PreprocessConfig(Section):
     """From a file's grid to the network's grid. Give `spacing_mm`, or `shape` for pictures without a physical size."""
 
     orient: bool = True
-    """Turn the axes to the closest right-anterior-superior order (not for pictures)."""
+    """Turn the axes to the closest right-anterior-superior order (not for pictures); false: all that counts axes counts
+    those of the files."""
     crop: Literal["none", "nonzero"] = "none"
     spacing_mm: tuple[PositiveFloat, ...] | None = None
     shape: tuple[PositiveInt, ...] | None = None
@@ -232,6 +233,7 @@ class AugmentConfig(Section):
     shift: Fraction = 0.05
     """Largest shift as a fraction of the patch."""
     flip_axes: tuple[int, ...] = (0, 1, 2)
+    """What a file says of it is left out where labels tell left from right, which `--set` alone mirrors."""
     p_flip: Fraction = 0.5
     p_intensity: Fraction = 0.5
     brightness: float = Field(0.2, ge=0)

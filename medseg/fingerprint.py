@@ -29,7 +29,10 @@ MOST_SHARING = 2
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What was measured. Shapes and spacings of 3D images are in right-anterior-superior order of the axes."""
+    """What was measured. Shapes and spacings of 3D images are in right-anterior-superior order of the axes.
+
+    Not where they are not `turned`: then in the order of the files.
+    """
 
     spatial_dims: int
     pictures: bool
@@ -52,12 +55,18 @@ class Fingerprint:
     """Pictures in colour among all cases."""
     anywhere: tuple[dict[str, float], ...] = ()
     """As `foreground`, of the whole images."""
+    turned: bool = True
+    left_right: tuple[int, ...] = (0,)
+    """Of 3D images, the axes that run from left to right in one case or another."""
 
 
-def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Progress = silent) -> Fingerprint:
+def measure(
+    dataset: Dataset, *, facts: Sequence[CaseFacts] = (), turned: bool = True, progress: Progress = silent
+) -> Fingerprint:
     """Read the data set (up to 100 cases, spread evenly) and describe it. Raises `DataError` naming a bad file.
 
     `facts`: what is known of all cases already, which tells of values and colours in those that are not measured.
+    `turned`: whether the axes of volumes are to be turned, as `preprocess.orient` says.
     """
     labelled = [c for c in dataset.cases if c.label is not None]
     if not labelled:
@@ -66,6 +75,7 @@ def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Prog
     dims = _spatial_dims(labelled)
     channels = max(1, len(dataset.channels))
     shapes, spacings, nonzero, lowest, counts = [], [], [], [], []
+    left_right: set[int] = set()
     inside = _Samples(channels)
     anywhere = _Samples(channels)
     for n, case in enumerate(chosen):
@@ -76,6 +86,8 @@ def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Prog
         if label.shape != array.shape[1:]:
             raise DataError(f"{case.label}: shape {label.shape} found, image has {array.shape[1:]}; run `medseg check`")
         order = _axis_order(image.grid.affine, dims)
+        left_right.add(0 if turned else order[0])
+        order = order if turned else tuple(range(dims))
         shapes.append(tuple(array.shape[1:][a] for a in order))
         spacings.append(tuple(image.grid.spacing_mm[a] for a in order))
         nonzero.append(float((array[0] != 0).mean()))
@@ -99,6 +111,8 @@ def measure(dataset: Dataset, *, facts: Sequence[CaseFacts] = (), progress: Prog
         ),
         coloured=sum(f.is_coloured for f in facts),
         anywhere=anywhere.statistics(),
+        turned=turned,
+        left_right=tuple(sorted(left_right)),
     )
 
 

@@ -38,7 +38,6 @@ from medseg.model import (
     read_model,
 )
 from medseg.networks import check_patch
-from medseg.plan import sided_label
 from medseg.postprocess import clean, held_by_field, refine
 from medseg.preprocess import Prepared, prepare
 from medseg.quality import Evidence, QualityModel
@@ -47,6 +46,7 @@ from medseg.readers.probabilities import Channels
 from medseg.readers.segments import SegmentInfo
 from medseg.readers.series import choose_series
 from medseg.restore import Keeper, Piece, Restorer, decision_of, restore
+from medseg.sides import sided_label
 from medseg.versions import versions
 from medseg.windows import Ensemble, Scorer, assemble, predict, stream, stream_order, views
 from medseg.writers.formats import NIFTI, check_formats

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +40,7 @@ from medseg.networks import (
     stride_by_axis,
 )
 from medseg.networks.receptive import count, fit_width
+from medseg.sides import why_unmirrored
 from medseg.units import is_ct
 
 log = logging.getLogger(__name__)
@@ -66,14 +66,6 @@ RARE = 0.001
 LABELLESS = 0.05
 # voxels: what is smaller is gone with a shift of one
 SMALLEST = 2.0
-# a false alarm costs a little augmentation, a miss mixes up left and right: long words count anywhere in a name
-SIDED = re.compile(
-    r"left|right|link|recht|gauche|droit|sinist|dext|destr|izq|derech|esquer|direit|(^|[^a-z])(l|r|lt|rt|lh|rh)([^a-z]|$)",
-    re.IGNORECASE,
-)
-# a letter before a word or a lobe of the lung, as in LKidney and RUL
-INITIAL = re.compile(r"(^|[^A-Za-z])[LR]([A-Z][a-z]|[UML]L($|[^A-Za-z]))")
-CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # what changes pictures more than the images of a scanner
 UNCALIBRATED: dict[str, Any] = {
     "p_intensity": 0.8,
@@ -97,6 +89,14 @@ class Plan:
     config: Config
     reasons: dict[str, str]
     facts: tuple[CaseFacts, ...] = ()
+
+    def reasons_beside(self, *given: Mapping[str, Any]) -> dict[str, str]:
+        """The reasons of what none of the `given` settings is laid over: theirs are their own."""
+        # the one for the network is that it was asked for
+        laid = {
+            f"{s}.{key}" for values in given for s, keys in values.items() if isinstance(keys, Mapping) for key in keys
+        }
+        return {key: reason for key, reason in self.reasons.items() if key not in laid - {"network.name"}}
 
 
 def make_plan(
@@ -144,26 +144,11 @@ def make_plan(
         data=data,
         preprocess=preprocess,
         network=chosen,
-        augment=_augment(dataset, fingerprint, data, reasons),
+        augment=_augment(fingerprint, data, reasons),
         train=_train(fingerprint, batch, _chance(shape, windows), reasons),
         windows=windows,
     )
     return Plan(config, reasons)
-
-
-def sided_label(data: DataConfig) -> str | None:
-    """The first label whose name tells left from right, if any does: by a word, or by one `l` in place of an `r`."""
-    names = data.foreground
-    others = {name.lower() for name in names}
-    return next(
-        (n for n in names if SIDED.search(CAMEL.sub(" ", n)) or INITIAL.search(n) or others & _swapped(n.lower())),
-        None,
-    )
-
-
-def _swapped(name: str) -> set[str]:
-    swap = {"l": "r", "r": "l"}
-    return {name[:at] + swap[letter] + name[at + 1 :] for at, letter in enumerate(name) if letter in swap}
 
 
 def _data(dataset: Dataset, fingerprint: Fingerprint, reasons: dict[str, str]) -> DataConfig:
@@ -245,7 +230,10 @@ def _preprocess(
     # 90th percentile of the shapes at the new spacing: the patch then holds most cases whole
     shape = tuple(whole_voxels(float(s)) for s in np.percentile(shapes * spacings / spacing, 90, axis=0))
     return PreprocessConfig(
-        crop="nonzero" if crop == "nonzero" else "none", spacing_mm=rounded, intensity=intensity
+        orient=fingerprint.turned,
+        crop="nonzero" if crop == "nonzero" else "none",
+        spacing_mm=rounded,
+        intensity=intensity,
     ), shape
 
 
@@ -488,11 +476,13 @@ def _strides(steps_wanted: int, spacing_mm: Sequence[float] | None) -> tuple[tup
     return tuple(steps)
 
 
-def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
-    sided = sided_label(data)
-    axes: tuple[int, ...] = (0,)
+def _augment(fingerprint: Fingerprint, data: DataConfig, reasons: dict[str, str]) -> AugmentConfig:
+    axes = fingerprint.left_right
     more: dict[str, Any] = {}
     reasons["augment.flip_axes"] = "from left to right only: bodies are nearly symmetric that way and no other"
+    if len(axes) > 1:
+        axes = ()
+        reasons["augment.flip_axes"] = "axes are not turned, and another one runs from left to right in some files"
     if fingerprint.pictures:
         axes, more = (1,), UNCALIBRATED
         reasons["augment.flip_axes"] = "pictures: left and right only, up and down carry meaning (depth)"
@@ -500,12 +490,9 @@ def _augment(dataset: Dataset, fingerprint: Fingerprint, data: DataConfig, reaso
     elif fingerprint.spatial_dims == 2:
         axes = (0, 1)
         reasons["augment.flip_axes"] = "slices in no known direction: mirrored both ways"
-    if dataset.labels is None and len(data.foreground) > 1:
+    if why := why_unmirrored(data.labels):
         axes = ()
-        reasons["augment.flip_axes"] = "the labels have no names: two of them may be the two sides of one organ"
-    if sided:
-        axes = ()
-        reasons["augment.flip_axes"] = f"label `{sided}` tells sides apart: never mirrored"
+        reasons["augment.flip_axes"] = f"{why}: never mirrored"
     if fingerprint.spatial_dims == 2:
         return AugmentConfig(p_affine=0.25, rotation_deg=(25.0,), scale=(0.75, 1.3), flip_axes=axes, **more)
     spacing = np.median(np.array(fingerprint.spacings_mm), axis=0)

@@ -53,6 +53,7 @@ from medseg.ranks import Ranks, check_rows
 from medseg.readers import file_sha256
 from medseg.regions import check_labels, check_regions
 from medseg.report import Report, report_pairs
+from medseg.sides import is_turned, keep_sides, refuse_other_axes, unmirrored
 from medseg.state import STATE
 from medseg.told import data_section, refuse_other_data, told, unless_repeated
 from medseg.versions import versions
@@ -236,7 +237,8 @@ def plan_run(
     Raises `ConfigError` for a wrong key or value before any file is read, `DataError` for a data set with errors.
     """
     changes = overlay(options.settings, {"train": end} if end else {})
-    values, source = _values(options.config), str(options.config)
+    values = _values(options.config)
+    source = str(options.config) if isinstance(options.config, Path) else "configuration"
     whole = all(section in values for section in PLANNED)
     config = _changed(make_config(values, source=source), changes) if whole else None
     if config is None:
@@ -264,14 +266,17 @@ def plan_run(
             config = make_config(config.model_dump() | {"data": ordered}, source=source)
         _check_clock(config.train.model_dump())
         check_regions(config.data)
-        return Plan(config, {}, _preflight(data, progress))
+        refuse_other_axes(values, changes, source=source, spatial_dims=config.data.spatial_dims)
+        config, reasons = keep_sides(config, source=source, typed=_asks_to_mirror(options))
+        return Plan(config, reasons, _preflight(data, progress))
     network = overlay(values.get("network", {}), changes.get("network", {}))
     check_settings(NetworkConfig.model_validate(network))
     if data.labels is not None:
         check_labels(data, data.labels)
     facts = _preflight(data, progress)
     published = options.pretrained is not None and bool(network)
-    measured = measure(data, facts=facts, progress=progress)
+    measured = measure(data, facts=facts, turned=is_turned(values, changes), progress=progress)
+    refuse_other_axes(values, changes, source=source, spatial_dims=measured.spatial_dims)
     if options.pretrained is not None:
         network = inherited_network(options.pretrained, network, spatial_dims=measured.spatial_dims)
     made = make_plan(
@@ -283,11 +288,19 @@ def plan_run(
         network=network,
         published=published,
     )
+    reasons = made.reasons_beside(values, changes)
     # labels and regions are planned as they were told, in the order in which regions are written
     values, changes = (_without(given, "data", ("labels", "region_values")) for given in (values, changes))
     config = _changed(make_config(overlay(made.config.model_dump(mode="json"), values), source=source), changes)
     check_regions(config.data)
-    return replace(made, config=config, facts=facts)
+    config, kept = keep_sides(config, source=source, typed=_asks_to_mirror(options))
+    return replace(made, config=config, reasons=reasons | kept, facts=facts)
+
+
+def _asks_to_mirror(options: TrainOptions) -> bool:
+    """Whether somebody typed the axes to mirror along, or wrote them in Python; a file may be one of other data."""
+    written = options.config.augment.model_fields_set if isinstance(options.config, Config) else ()
+    return "flip_axes" in {*options.settings.get("augment", {}), *written}
 
 
 def _without(values: Mapping[str, Any], section: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -331,6 +344,10 @@ def _begun(folder: Path, options: TrainOptions, asked: str) -> TrainOptions:
         values = overlay(began, unless_repeated(_values(options.config), began))
         source = folder / CONFIG if options.config is None else options.config
         config = make_config(values, source=str(source))
+        if isinstance(options.config, Path):
+            # what was left out when it was begun is left out again
+            kept = unmirrored(values, config.data.labels, source=str(source), begun=began)
+            config = make_config(overlay(began, kept), source=str(source))
         options = replace(options, config=config, settings=unless_repeated(options.settings, began))
     return options
 

@@ -128,6 +128,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     weights = None if options.pretrained is None else _weights(options.pretrained)
     data = medseg.read_dataset(dataset)
     _refuse_other_data(data, asked, folder, options)
+    asked = _unmirrored(data, asked, options)
     facts = _facts(data, asked)
     number = options.folds if data.folds is None else len(data.folds)
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
@@ -263,11 +264,29 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
 def _refuse_other_data(data: Any, asked: Mapping[str, Mapping[str, Any]], folder: Path, options: Options) -> None:
     """Raises `ConfigError` where a file contradicts the data set, unless its networks are planned already."""
     typed = (options.settings or {}).get("data", {})
-    # in the order in which they are asked
-    files = [file for file in options.configs for _ in options.networks or (None,)]
-    new = [file for file, name in zip(files, asked) if _written(folder / name) is None]
+    new = [file for file, name in zip(_files(options), asked) if _written(folder / name) is None]
     for file in dict.fromkeys(new):
-        medseg.refuse_other_data(data, file, medseg.read_yaml(file).get("data", {}), typed)
+        values = medseg.read_yaml(file)
+        medseg.refuse_other_data(data, file, values.get("data", {}), typed)
+        medseg.refuse_other_axes(values, options.settings or {}, source=str(file))
+
+
+def _files(options: Options) -> list[Path]:
+    """The file of each network, in the order in which they are asked."""
+    return [file for file in options.configs for _ in options.networks or (None,)]
+
+
+def _unmirrored(data: Any, asked: Mapping[str, dict[str, Any]], options: Options) -> dict[str, dict[str, Any]]:
+    """What is asked, without axes of a file to mirror along that mix up the labels of the data set."""
+    if "flip_axes" in (options.settings or {}).get("augment", {}):
+        return dict(asked)
+    files = {name: str(file) for name, file in zip(asked, _files(options))}
+    return {
+        name: medseg.unmirrored(ask, medseg.told(data, ask.get("data", {})).labels, source=files[name])
+        if name in files
+        else ask
+        for name, ask in asked.items()
+    }
 
 
 # of the data section, what decides what is found in files

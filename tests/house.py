@@ -13,8 +13,8 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "cases datasets logfile notebook readers writers metrics overview views",
         "preprocess networks restore",
         "patches augment losses muon optimise state whole_batch body",
-        "check consistency convert findings fingerprint plan model namesakes pretrained regions shipped statistics "
-        "told",
+        "check consistency convert findings fingerprint plan model namesakes pretrained regions shipped sides "
+        "statistics told",
         "engines leaks windows postprocess evaluate",
         "infer inspect quality report export",
         "folder record bench calibrate compare journal looks ranks",

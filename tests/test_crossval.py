@@ -971,6 +971,23 @@ def test_a_configuration_of_other_data_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_does_not_mirror_labels_that_tell_sides_apart(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(crossval, "_train", lambda *_: {})
+    file, sides = tmp_path / "mine.yaml", "data.labels={left: 1, right: 2}"
+    file.write_text("augment: {flip_axes: [1], p_noise: 0.5}\n")
+    # the second one finds what the first has planned
+    for out in ("out", "out"):
+        assert run(command(dataset, tmp_path / out, "-c", str(file), "--set", sides)) != USAGE
+    found = medseg.read_config(tmp_path / "out" / "unet" / "config.yaml").augment
+    assert (found.flip_axes, found.p_noise) == ((), 0.5)
+    assert "mine.yaml: augment.flip_axes [1] is left out, since label `left` tells sides apart" in caplog.text
+    typed = ("-c", str(file), "--set", sides, "--set", "augment.flip_axes=[1]")
+    assert run(command(dataset, tmp_path / "typed", *typed)) != USAGE
+    assert medseg.read_config(tmp_path / "typed" / "unet" / "config.yaml").augment.flip_axes == (1,)
+
+
 def test_what_was_trained_with_a_configuration_that_would_be_refused_now_is_collected(
     dataset: Path, left: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ from medseg.calibrate import LEAST_GAIN, MARGIN, MOST_LOSS, shifts_within
 from medseg.datasets import read_dataset
 from medseg.infer import SCALES
 from medseg.networks import stride_by_axis
-from medseg.plan import sided_label
+from medseg.sides import sided_label
 from medseg.windows import views
 
 KINDS = ("flip", "shift", "scale")

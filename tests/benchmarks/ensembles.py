@@ -22,7 +22,7 @@ import medseg
 from medseg.calibrate import shifts_within
 from medseg.datasets import read_dataset
 from medseg.networks import stride_by_axis
-from medseg.plan import sided_label
+from medseg.sides import sided_label
 
 
 def main() -> None:
