@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medseg.asked import TrainOptions, parse_duration, plan
     from medseg.cases import Case, fold_split
     from medseg.catalogue import weights_file
     from medseg.check import Findings, SeriesFacts, check_dataset, check_series
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from medseg.sides import refuse_other_axes, unmirrored
     from medseg.statistics import Summary, summarise
     from medseg.told import read_labels, refuse_other_data, told
-    from medseg.train import Run, TrainOptions, parse_duration, plan, train
+    from medseg.train import Run, train
     from medseg.writers import write_text
     from medseg.writers.deidentify import Deidentified, DeidentifyOptions, deidentify
 
@@ -95,7 +96,7 @@ _HOME = {
     "SeriesOptions": "readers",
     "ShippedModel": "shipped",
     "Summary": "statistics",
-    "TrainOptions": "train",
+    "TrainOptions": "asked",
     "TrainingError": "errors",
     "analyse": "networks.receptive",
     "at_output_stride": "networks",
@@ -129,8 +130,8 @@ _HOME = {
     "make_card": "shipped",
     "make_config": "config",
     "overlay": "config",
-    "parse_duration": "train",
-    "plan": "train",
+    "parse_duration": "asked",
+    "plan": "asked",
     "read_config": "config",
     "read_dataset": "datasets",
     "read_labels": "told",

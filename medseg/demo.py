@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from medseg.asked import TrainOptions
 from medseg.errors import DataError
 from medseg.evaluate import EvaluateOptions
 from medseg.folder import CaseResult, infer
 from medseg.infer import InferOptions
 from medseg.progress import Progress, silent
 from medseg.report import Report, evaluate
-from medseg.train import Run, TrainOptions, train
+from medseg.train import Run, train
 
 SAMPLE = Path(__file__).parent / "sample"
 

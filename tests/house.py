@@ -17,7 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "statistics told",
         "engines leaks windows postprocess evaluate",
         "infer inspect quality report export",
-        "folder record bench calibrate compare journal looks ranks",
+        "asked folder record bench calibrate compare journal looks ranks",
         "fit train",
         "demo",
         "__init__",

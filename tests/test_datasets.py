@@ -11,10 +11,10 @@ from pathlib import Path
 import phantom
 import pytest
 
+from medseg.asked import plan
 from medseg.check import check_dataset
 from medseg.datasets import read_dataset
 from medseg.errors import DataError
-from medseg.train import plan
 
 
 def touch(root: Path, *names: str) -> Path:

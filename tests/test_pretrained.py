@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import medseg
+from medseg.asked import plan_run
 from medseg.cli import run
 from medseg.config import NetworkConfig
 from medseg.datasets import read_dataset
@@ -24,7 +25,6 @@ from medseg.errors import ConfigError, ModelError
 from medseg.model import new_network, read_model
 from medseg.networks import build_network
 from medseg.pretrained import Pretrained, Row, load_pretrained, read_weights
-from medseg.train import plan_run
 
 # float32 has 24 bits, 6e-8 of a value; where the order of sums or the place of a factor differs, dozens of layers lose
 # a few of them

@@ -15,13 +15,14 @@ import torch
 from geometry import save
 
 import medseg
+from medseg.asked import TrainOptions, plan_run
 from medseg.config import DataConfig
 from medseg.datasets import read_dataset
 from medseg.errors import ConfigError
 from medseg.fingerprint import measure
 from medseg.preprocess import prepare
 from medseg.sides import BEGINNINGS, PAIRED, STEMS, WORDS, sided_label, unmirrored
-from medseg.train import CONFIG, TrainOptions, _begun, plan_run
+from medseg.train import CONFIG, _begun
 
 MakeDataset = Callable[..., Path]
 

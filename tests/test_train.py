@@ -32,17 +32,17 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import medseg
 from medseg import bench, cli, preprocess
+from medseg.asked import parse_duration
 from medseg.cases import fold_split
 from medseg.config import settings_from
 from medseg.datasets import read_dataset
 from medseg.fit import Fit, what_fits
 from medseg.logfile import log_file
 from medseg.patches import PatchSampler
-from medseg.train import parse_duration
 
 Train = Callable[..., medseg.Run]
 
-MODULE, TRAIN = import_module("medseg.fit"), import_module("medseg.train")
+ASKED, MODULE, TRAIN = (import_module(f"medseg.{name}") for name in ("asked", "fit", "train"))
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_a_case_that_dies_is_named_and_the_others_are_ready(
     dataset = tiny_dataset(cases=4)
     plan = tmp_path / "plan.yaml"
     plan.write_text(medseg.dump_yaml(medseg.plan(dataset, device="cpu").config))
-    check = TRAIN.check_dataset
+    check = ASKED.check_dataset
 
     def checked_before(*arguments: Any, **more: Any) -> Any:
         found = check(*arguments, **more)
@@ -385,7 +385,7 @@ def test_a_case_that_dies_is_named_and_the_others_are_ready(
         path.write_bytes(path.read_bytes()[:200])
         return found
 
-    monkeypatch.setattr(TRAIN, "check_dataset", checked_before)
+    monkeypatch.setattr(ASKED, "check_dataset", checked_before)
     with pytest.raises(medseg.DataError, match="1 of 4 cases cannot be read, nothing was trained") as caught:
         train(dataset, fold="all", config=plan)
     assert re.search(r"\n  case1: .*case1\.nii\.gz", str(caught.value))
@@ -800,10 +800,10 @@ def test_a_batch_too_small_for_the_processes_is_told_before_files_are_read(
     def read(*_: Any, **__: Any) -> None:
         raise medseg.DataError("files are read")
 
-    monkeypatch.setattr(TRAIN, "check_dataset", read)
+    monkeypatch.setattr(ASKED, "check_dataset", read)
     for processes, told in ((3, "train.batch_size 2 found for 3 processes"), (2, "files are read")):
         with pytest.raises(medseg.MedsegError, match=told):
-            TRAIN.plan_run(read_dataset(dataset), options, {}, device=torch.device("cpu"), processes=processes)
+            ASKED.plan_run(read_dataset(dataset), options, {}, device=torch.device("cpu"), processes=processes)
 
 
 def test_the_run_says_what_it_was_made_of(tiny_run) -> None:
@@ -1110,7 +1110,7 @@ def test_resume_with_a_part_of_a_configuration_does_not_plan_again(
     def planned(*_: Any, **__: Any) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(TRAIN, "make_plan", planned)
+    monkeypatch.setattr(ASKED, "make_plan", planned)
     part.write_text("train: {learning_rate: 0.0123}\n")
     again = medseg.TrainOptions(config=part, fold="all", resume=True)
     run = medseg.train(dataset, tmp_path / "run", epochs=2, options=again)
