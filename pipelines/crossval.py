@@ -149,8 +149,9 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     for name, config in configs.items():
         for k, (training, held_back) in enumerate(splits):
             place = folder / name / f"fold_{k}"
-            parts = tuple(training), tuple(held_back), *digests[k]
-            folds.append((name, Fold(k, place, dataset, config, *parts, options.folds, options.device, weights)))
+            learnt, judged_by = digests[k]
+            parts = tuple(training), tuple(held_back), learnt, judged_by, options.folds
+            folds.append((name, Fold(k, place, dataset, config, *parts, options.device, weights)))
     # what cannot be gone on with is told before anything is trained
     for _, fold in folds:
         look(fold)
