@@ -162,6 +162,8 @@ def _train(
             # what was chosen and segmented before it was ended need not be again: a slot of a cluster may be short
             anew = not (resumed and is_complete(network, config, folder, judged_by=record["validation_sha256"]))
             if anew:
+                # that of an earlier model, or of cases that have changed since, would be taken for the one of this
+                (folder / "validation" / "report" / "summary.json").unlink(missing_ok=True)
                 save_model(network, config, folder, training=record | fit.record(), licence=data.licence)
             with _stage(seconds, "calibrate"):
                 if anew:

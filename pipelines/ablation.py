@@ -61,7 +61,7 @@ class Options:
     published: bool = False
     device: str = "auto"
     overwrite: bool = False
-    """Replace finished runs of other settings or data."""
+    """Replace runs of other settings or data, finished or begun."""
 
 
 @app.command(epilog="Example: medseg-ablation my_data/ -o ablation --time-budget 10m --claims all")
@@ -83,7 +83,9 @@ def ablation(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting of all; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace finished runs of other settings.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace runs of other settings, begun ones too.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")] = False,
 ) -> None:
     """Train every network alike on one data set; write ablation.json, .csv, .md, .html. Finished runs stay."""
@@ -152,7 +154,7 @@ def ablate(dataset: Path, folder: Path, options: Options) -> dict[str, Any]:
     with work() as so_far:
         for number, trial in enumerate(trials, start=1):
             start = time.monotonic()
-            result = run_trial(trial, cache=folder / "cache")
+            result = run_trial(trial, cache=folder / "cache", overwrite=options.overwrite)
             so_far.trained = True
             done.setdefault(trial.variant, []).append(result)
             record = _save(folder, setup, entries, done, options, groups)

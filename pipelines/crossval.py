@@ -142,13 +142,16 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     read_once = cache(medseg.file_sha256)
     for k, (training, held_back) in enumerate(splits):
         _refuse_leaks(k, training, held_back, weights, read_once, facts)
-    configs = {name: _configuration(name, ask, dataset, folder, options) for name, ask in asked.items()}
-    digests = [medseg.data_sha256(training, file_digest=read_once) for training, _ in splits]
+    drafts = {name: _draft(ask, dataset, folder / name, options) for name, ask in asked.items()}
+    _refuse_other_labels({name: config for name, (config, _) in drafts.items()})
+    configs = {name: _settled(folder / name / CONFIG, text, asked[name]) for name, (_, text) in drafts.items()}
+    digests = [[medseg.data_sha256(part, file_digest=read_once) for part in split] for split in splits]
     folds = []
     for name, config in configs.items():
         for k, (training, held_back) in enumerate(splits):
             place = folder / name / f"fold_{k}"
-            parts = tuple(training), tuple(held_back), digests[k], options.folds
+            learnt, judged_by = digests[k]
+            parts = tuple(training), tuple(held_back), learnt, judged_by, options.folds
             folds.append((name, Fold(k, place, dataset, config, *parts, options.device, weights)))
     # what cannot be gone on with is told before anything is trained
     for _, fold in folds:
@@ -330,32 +333,56 @@ def _weights(path: Path) -> Weights:
     return Weights(file, medseg.file_sha256(file))
 
 
-def _configuration(name: str, ask: Mapping[str, Any], dataset: Path, folder: Path, options: Options) -> medseg.Config:
-    """The one configuration of all folds of a network: what is there, if it is what is asked; else planned now.
+def _draft(ask: Mapping[str, Any], dataset: Path, place: Path, options: Options) -> tuple[medseg.Config, str]:
+    """The configuration of a network and its text: what its folder `place` has, else planned now; nothing is written.
 
-    Raises `ConfigError` where something else is there.
+    What cannot be is told once and leaves nothing behind, nor does a network beside it.
     """
-    file = folder / name / CONFIG
-    there = _written(file.parent)
-    if there is None:
-        with shown_progress() as progress:
-            made = medseg.plan(
-                dataset, settings=ask, device=options.device, pretrained=options.pretrained, progress=progress
-            )
-        data = made.config.data
-        # a network that cannot be is told once and leaves nothing behind
-        medseg.build_network(
-            made.config.network,
-            spatial_dims=data.spatial_dims,
-            in_channels=len(data.channels),
-            out_channels=data.out_channels,
+    there = _written(place)
+    if there is not None:
+        return medseg.read_config(there), there.read_text(encoding="utf-8")
+    with shown_progress() as progress:
+        made = medseg.plan(
+            dataset, settings=ask, device=options.device, pretrained=options.pretrained, progress=progress
         )
-        text = medseg.dump_yaml(made.config, made.reasons)
-    else:
-        text = there.read_text(encoding="utf-8")
+    data = made.config.data
+    medseg.build_network(
+        made.config.network,
+        spatial_dims=data.spatial_dims,
+        in_channels=len(data.channels),
+        out_channels=data.out_channels,
+    )
+    return made.config, medseg.dump_yaml(made.config, made.reasons)
+
+
+def _refuse_other_labels(configs: Mapping[str, medseg.Config]) -> None:
+    """Raises `ConfigError` where two networks segment different things: no Dice says which of them is better."""
+    (first, one), *others = configs.items()
+    for name, other in others:
+        here, there = _segmented(one), _segmented(other)
+        unlike = next((label for label in (*here, *there) if here.get(label) != there.get(label)), None)
+        if unlike is not None:
+            values = [sorted(found[unlike]) if unlike in found else "not there" for found in (here, there)]
+            raise medseg.ConfigError(
+                f"{first} and {name}: segment different things (data.labels: {unlike} is {values[0]} in {first} and "
+                f"{values[1]} in {name}), and the better of them cannot be chosen; give both the same data.labels, or "
+                "cross-validate each of them alone, with a -o of its own"
+            )
+
+
+def _segmented(config: medseg.Config) -> dict[str, frozenset[int]]:
+    """What each label stands for in the files, the ignored ones too, equal where it means the same."""
+    labels = {name: value for name, value in config.data.labels.items() if name != "background"}
+    return {name: frozenset(value if isinstance(value, tuple) else (value,)) for name, value in labels.items()}
+
+
+def _settled(file: Path, text: str, ask: Mapping[str, Any]) -> medseg.Config:
+    """The one configuration of all folds of a network, which is `text` unless another machine was first to write it.
+
+    Raises `ConfigError` where it is not what is asked.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
-        # of several machines that plan at once, the first decides
         publish(file, text)
     return _refuse_other_settings(file, ask)
 
@@ -379,14 +406,14 @@ def _train(folds: Sequence[tuple[str, Fold]], folder: Path, patience_s: float, s
     failed: dict[Path, str] = {}
     for number, (name, fold) in enumerate(folds, start=1):
         place = f"{number}/{len(folds)} {name}, fold {fold.number}"
-        if _done(fold, place, failed):
+        if _to_do(fold, place, failed) is None:
             continue
         with held(fold.lock, patience_s=patience_s) as lock:
             # another may have finished it while the lock was waited for
             if lock is None:
                 out.print(escape(f"{place}: {holder_of(fold.lock) or 'another machine'} trains it"))
-            elif not _done(fold, place, failed):
-                out.print(escape(f"{place}: training; its log is {fold.folder / 'log.txt'}"))
+            elif (found := _to_do(fold, place, failed)) is not None:
+                out.print(escape(f"{place}: {found.reason or 'training'}; its log is {fold.folder / 'log.txt'}"))
                 start = time.monotonic()
                 reason = train_fold(fold, lock, cache=folder / CACHE)
                 so_far.trained = True
@@ -398,8 +425,8 @@ def _train(folds: Sequence[tuple[str, Fold]], folder: Path, patience_s: float, s
     return failed
 
 
-def _done(fold: Fold, place: str, failed: dict[Path, str]) -> bool:
-    """Whether there is nothing to train; says so."""
+def _to_do(fold: Fold, place: str, failed: dict[Path, str]) -> Found | None:
+    """What is missing; None, and it is said why, where there is nothing to train."""
     found = look(fold)
     if found.state == "done":
         out.print(escape(f"{place}: there already"))
@@ -408,7 +435,7 @@ def _done(fold: Fold, place: str, failed: dict[Path, str]) -> bool:
         err.print(f"{place}: [red]failed:[/red] {escape(found.reason)}")
     elif found.state == "elsewhere":
         out.print(escape(f"{place}: {found.reason}"))
-    return found.state != "missing"
+    return found if found.state == "missing" else None
 
 
 def _collect(
@@ -485,7 +512,7 @@ def _stand(folds: Sequence[tuple[str, Fold]], failed: Mapping[Path, str]) -> _St
     }
     listed = tuple(f"{name}, fold {f.number}: {broken[f.folder]}" for name, f, _ in found if f.folder in broken)
     waiting = {
-        f.folder: f"{name}, fold {f.number}: {s.reason or _whose(f)}"
+        f.folder: f"{name}, fold {f.number}: {_whose(f, s)}"
         + (f"; it failed before: {elsewhere[f.folder]}" if f.folder in elsewhere else "")
         for name, f, s in found
         if s.state in ("missing", "elsewhere") and f.folder not in broken
@@ -521,9 +548,11 @@ def _warn_of_devices(found: Sequence[tuple[str, Fold, Found]]) -> None:
         log.warning("trained on devices of several kinds (%s): compare their steps in %s", where, PAGE)
 
 
-def _whose(fold: Fold) -> str:
+def _whose(fold: Fold, found: Found) -> str:
+    if found.state == "elsewhere":
+        return found.reason
     holder = holder_of(fold.lock)
-    return "not trained yet" if holder is None else f"{holder} trains it"
+    return found.reason or "not trained yet" if holder is None else f"{holder} trains it"
 
 
 def _tell(folder: Path, found: Outcome) -> None:

@@ -32,7 +32,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Fold:
-    """What is to be trained and judged: `data_sha256` is over the files of `training`, as model.json has it."""
+    """What is to be trained and judged; digests are as model.json has them.
+
+    `data_sha256` is over the files of `training`, `validation_sha256` over those of `held_back`.
+    """
 
     number: int
     folder: Path
@@ -41,6 +44,7 @@ class Fold:
     training: tuple[medseg.Case, ...]
     held_back: tuple[medseg.Case, ...]
     data_sha256: str
+    validation_sha256: str
     folds: int
     device: str
     pretrained: Weights | None = None
@@ -78,7 +82,10 @@ class Fold:
 
 @dataclass(frozen=True)
 class Found:
-    """What is in a fold's folder. `reason`: why it is damaged or not to be touched; `description`: model.json."""
+    """What is in a fold's folder. `description`: model.json.
+
+    `reason`: why it is damaged, not to be touched, or missing although it was done before.
+    """
 
     state: Literal["missing", "done", "damaged", "elsewhere"]
     reason: str = ""
@@ -94,6 +101,7 @@ class Found:
 def look(fold: Fold) -> Found:
     """What is there already. A begun training counts as missing: to train the fold is to go on with it.
 
+    So does one whose held-back files have changed: to go on is to choose, segment and judge by those of now.
     Raises `ConfigError` where the folder belongs to other settings, cases or data.
     """
     if fold.folder.exists() and not fold.folder.is_dir():
@@ -115,9 +123,10 @@ def look(fold: Fold) -> Found:
     _refuse_other_settings(fold, config)
     _refuse_other_data(fold, learnt, held_back)
     fold.refuse_other_weights((training.get("pretrained") or {}).get("sha256"))
+    stale = _judged_by_others(fold, training.get("validation_sha256"), resumable=resumable)
     judged = (fold.folder / VALIDATION / "report" / "summary.json").is_file()
-    if not judged and resumable:
-        return _elsewhere(fold) or Found("missing")
+    if resumable and (stale or not judged):
+        return _elsewhere(fold) or Found("missing", stale)
     return Found("done", description=description)
 
 
@@ -234,6 +243,23 @@ def _refuse_other_data(fold: Fold, learnt: str, held_back: Sequence[str]) -> Non
             f"{fold.folder}: trained on other data (SHA-256 {_short(learnt)} there, {_short(fold.data_sha256)} now); "
             "choose another -o, or bring the data back"
         )
+
+
+def _judged_by_others(fold: Fold, judged_by: str | None, *, resumable: bool) -> str:
+    """In words, that held-back files are others than those the fold was judged by; "" where they are the same.
+
+    A run of before does not say by which. Raises `ConfigError` where there is no state to judge the fold again from.
+    """
+    if judged_by in (None, fold.validation_sha256):
+        return ""
+    there, now = _short(judged_by), _short(fold.validation_sha256)
+    stale = f"files of its held-back cases have changed (SHA-256 {there} there, {now} now)"
+    if not resumable:
+        raise medseg.ConfigError(
+            f"{fold.folder}: {stale}, and without {STATE} it cannot be judged again; bring those files or {STATE} "
+            "back, or delete the folder and it is trained again"
+        )
+    return f"{stale}, it is judged again"
 
 
 def _delete(fold: Fold, what: str) -> str:

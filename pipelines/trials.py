@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,28 +60,29 @@ class TrialResult:
 
 
 def refuse_other_settings(trials: Sequence[Trial]) -> None:
-    """Raises `ConfigError` where the folder of a trial holds the finished result of another: it would be lost."""
+    """Raises `ConfigError` where the folder of a trial holds a run of another, finished or begun: it would be lost.
+
+    `OSError` where a folder cannot be read.
+    """
     for trial in trials:
-        job = read_json(trial.folder / JOB)
-        other = None if job is None or read_json(trial.folder / RESULT) is None else first_difference(job, trial.job)
-        if other is not None:
-            raise medseg.ConfigError(
-                f"{trial.folder}: holds a finished run of something else ({other}), and a new one would delete it; "
-                "choose another -o, or replace such runs with --overwrite"
-            )
+        if (reason := _lost_by(trial)) is not None:
+            raise medseg.ConfigError(reason)
 
 
-def run_trial(trial: Trial, *, cache: Path) -> TrialResult:
+def run_trial(trial: Trial, *, cache: Path, overwrite: bool = False) -> TrialResult:
     """The result that is there already for the same settings, or else that of training now.
 
-    Other settings or data begin anew, and what is there is lost: see `refuse_other_settings`. An attempt that broke off
-    is gone on with; one that fails is tried once more unless its settings are wrong. `cache` holds preprocessed cases,
-    by settings and source, for all trials. Raises `KeyboardInterrupt` once the process has stopped and its state is
-    whole.
+    Where there is a run of other settings or data it stays, and the trial fails; with `overwrite` it is lost and all
+    begins anew. An attempt that broke off is gone on with, by another medseg too unless `overwrite`; one that fails is
+    tried once more unless its settings are wrong. `cache` holds preprocessed cases, by settings and source, for all
+    trials. Raises `KeyboardInterrupt` once the process has stopped and its state is whole, `OSError` where the folder
+    cannot be read.
     """
     folder = trial.folder
-    job = read_json(folder / JOB)
-    if job is None or first_difference(job, trial.job) is not None:
+    reason = None if overwrite else _lost_by(trial)
+    if reason is not None:
+        return TrialResult(trial, reason=reason)
+    if _difference(trial, any_version=not overwrite) is not None:
         shutil.rmtree(folder, ignore_errors=True)
     found = read_json(folder / RESULT)
     if found is not None:
@@ -103,6 +105,43 @@ def run_trial(trial: Trial, *, cache: Path) -> TrialResult:
             # whatever else is there, such as weights of half an attempt, is in the way of a new one
             (folder / "model.safetensors").unlink(missing_ok=True)
     return TrialResult(trial, reason=reason)
+
+
+def _lost_by(trial: Trial) -> str | None:
+    """Why the run in the folder of a trial would be lost if the trial began; None where it is gone on with, or none."""
+    finished = (trial.folder / RESULT).exists()
+    if not finished and not (trial.folder / STATE).exists():
+        return None
+    # what is finished is compared with what one medseg has made; what is not is gone on with as by `medseg train`
+    other = _difference(trial, any_version=not finished)
+    if other is None:
+        return None
+    return (
+        f"{trial.folder}: holds {'a finished run' if finished else 'a begun training'} of something else ({other}), "
+        "and a new one would delete it; choose another -o, remove that folder, or replace such runs with --overwrite"
+    )
+
+
+def _difference(trial: Trial, *, any_version: bool) -> str | None:
+    """How the job in the folder of a trial differs from what is asked, in words; None: it is the same.
+
+    With `any_version` a job of another medseg is the same where it means the same to this one.
+    """
+    try:
+        job = json.loads((trial.folder / JOB).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{JOB}, which says of what, is missing"
+    except ValueError:
+        job = None
+    if not isinstance(job, dict):
+        return f"{JOB}, which says of what, is damaged"
+    asked = trial.job
+    if any_version and job.get("medseg") != asked["medseg"]:
+        job["medseg"] = asked["medseg"]
+        with suppress(medseg.ConfigError):
+            # settings that it did not have yet are as they were without them
+            job["config"] = medseg.make_config(job.get("config") or {}).model_dump(mode="json")
+    return first_difference(job, asked)
 
 
 def _tidy(folder: Path) -> None:

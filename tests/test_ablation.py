@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -306,7 +308,8 @@ def test_a_finished_trial_is_not_done_again(tmp_path: Path, attempts: Any) -> No
 def test_a_trial_of_other_settings_begins_anew(tmp_path: Path, attempts: Any) -> None:
     used = attempts(0, 0)
     run_trial(make_trial(tmp_path), cache=tmp_path / "cache")
-    assert not run_trial(make_trial(tmp_path, batch_size=1), cache=tmp_path / "cache").reused
+    other = make_trial(tmp_path, batch_size=1)
+    assert not run_trial(other, cache=tmp_path / "cache", overwrite=True).reused
     assert used.seen[1] == {"job.json", "cache"}
 
 
@@ -314,7 +317,7 @@ def test_a_trial_of_changed_data_begins_anew_and_of_moved_data_does_not(tmp_path
     attempts(0, 0)
     run_trial(make_trial(tmp_path), cache=tmp_path / "cache")
     assert run_trial(make_trial(tmp_path, place="moved"), cache=tmp_path / "cache").reused
-    assert not run_trial(make_trial(tmp_path, data="another"), cache=tmp_path / "cache").reused
+    assert not run_trial(make_trial(tmp_path, data="another"), cache=tmp_path / "cache", overwrite=True).reused
 
 
 def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path, attempts: Any) -> None:
@@ -327,10 +330,89 @@ def test_a_finished_trial_of_other_settings_is_refused(tmp_path: Path, attempts:
         refuse_other_settings([make_trial(tmp_path, batch_size=2, data="another")])
 
 
-def test_an_unfinished_trial_of_other_settings_may_go(tmp_path: Path, attempts: Any) -> None:
-    attempts(2)
-    run_trial(make_trial(tmp_path, batch_size=2), cache=tmp_path / "cache")
+def begin(trial: Trial, medseg_version: str = medseg.__version__) -> Path:
+    """The state of a trial that was begun and not finished."""
+    trial.folder.mkdir(exist_ok=True)
+    (trial.folder / "job.json").write_text(json.dumps({**trial.job, "medseg": medseg_version}))
+    state = trial.folder / "last.pt"
+    state.write_text("ten hours")
+    return state
+
+
+def test_a_begun_training_of_other_settings_stays_unless_it_is_to_be_replaced(tmp_path: Path, attempts: Any) -> None:
+    used, other = attempts(0), make_trial(tmp_path, batch_size=1)
+    state = begin(make_trial(tmp_path, batch_size=2))
+    told = r"holds a begun training of something else \(config.train.batch_size: 2 there, 1 asked\).*--overwrite"
+    with pytest.raises(medseg.ConfigError, match=told):
+        refuse_other_settings([other])
+    # it came there after all were looked at
+    assert re.search(told, str(run_trial(other, cache=tmp_path / "cache").reason))
+    assert (used.seen, state.read_text()) == ([], "ten hours")
+    assert run_trial(other, cache=tmp_path / "cache", overwrite=True).reason is None
+    assert used.seen == [{"job.json", "cache"}]
+
+
+def test_what_a_trial_left_before_its_first_state_may_go(tmp_path: Path, attempts: Any) -> None:
+    used = attempts(0)
+    begin(make_trial(tmp_path, batch_size=2)).unlink()
     refuse_other_settings([make_trial(tmp_path, batch_size=1)])
+    assert run_trial(make_trial(tmp_path, batch_size=1), cache=tmp_path / "cache").reason is None
+    assert used.seen == [{"job.json", "cache"}]
+
+
+@pytest.mark.parametrize("kept", ["last.pt", "result.json"])
+@pytest.mark.parametrize(("text", "word"), [('{"medseg": ', "damaged"), ("[]", "damaged"), (None, "missing")])
+def test_a_run_that_does_not_say_what_it_is_of_stays(
+    tmp_path: Path, attempts: Any, kept: str, text: str | None, word: str
+) -> None:
+    used, trial = attempts(), make_trial(tmp_path)
+    begin(trial).rename(trial.folder / kept)
+    (trial.folder / "job.json").unlink()
+    if text is not None:
+        (trial.folder / "job.json").write_text(text)
+    with pytest.raises(medseg.ConfigError, match=rf"job.json, which says of what, is {word}"):
+        refuse_other_settings([trial])
+    assert word in str(run_trial(trial, cache=tmp_path / "cache").reason)
+    assert used.seen == []
+    assert (trial.folder / kept).is_file()
+
+
+def test_a_disk_that_is_away_for_a_moment_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    state = begin(make_trial(tmp_path))
+    monkeypatch.setattr(Path, "read_text", away)
+    with pytest.raises(OSError, match="Stale file handle"):
+        run_trial(make_trial(tmp_path), cache=tmp_path / "cache", overwrite=True)
+    assert state.exists()
+
+
+def test_a_begun_training_goes_on_with_another_medseg_and_a_finished_one_is_refused(
+    tmp_path: Path, attempts: Any
+) -> None:
+    used, trial = attempts(0), make_trial(tmp_path)
+    begin(trial, "0.0.1")
+    # a setting that the earlier one did not have
+    job = json.loads((trial.folder / "job.json").read_text())
+    del job["config"]["train"]["save_every_s"]
+    (trial.folder / "job.json").write_text(json.dumps(job))
+    with pytest.raises(medseg.ConfigError, match=r"train.batch_size: 4 there, 1 asked"):
+        refuse_other_settings([make_trial(tmp_path, batch_size=1)])
+    refuse_other_settings([trial])
+    assert run_trial(trial, cache=tmp_path / "cache").reason is None
+    assert "last.pt" in used.seen[0]
+    assert json.loads((trial.folder / "job.json").read_text()) == trial.job
+    (trial.folder / "job.json").write_text(json.dumps({**trial.job, "medseg": "0.0.1"}))
+    with pytest.raises(medseg.ConfigError, match=r"a finished run of something else \(medseg: 0.0.1 there"):
+        refuse_other_settings([trial])
+
+
+def test_what_is_to_be_replaced_is_of_one_medseg(tmp_path: Path, attempts: Any) -> None:
+    used, trial = attempts(0), make_trial(tmp_path)
+    begin(trial, "0.0.1")
+    assert run_trial(trial, cache=tmp_path / "cache", overwrite=True).reason is None
+    assert used.seen == [{"job.json", "cache"}]
 
 
 def test_a_digest_changes_with_the_data_and_not_with_their_place(tiny_dataset: Any, tmp_path: Path) -> None:
@@ -363,7 +445,10 @@ def test_a_trial_that_breaks_down_is_gone_on_with_once(tmp_path: Path, attempts:
     assert run_trial(make_trial(tmp_path), cache=tmp_path / "cache").reason is None
     assert "last.pt" in used.seen[1]
     used = attempts(1, 1)
-    assert run_trial(make_trial(tmp_path, seed=1), cache=tmp_path / "cache").reason == "broke with 1"
+    assert (
+        run_trial(replace(make_trial(tmp_path), folder=tmp_path / "other"), cache=tmp_path / "cache").reason
+        == "broke with 1"
+    )
 
 
 def test_wrong_settings_are_tried_once(tmp_path: Path, attempts: Any) -> None:

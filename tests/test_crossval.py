@@ -404,20 +404,21 @@ def make_fold(dataset: Path, out: Path, number: int, *, name: str = "net", folds
     data = medseg.check_dataset(dataset).dataset
     training, held_back = medseg.fold_split(data, number, folds=folds)
     place = out / name / f"fold_{number}"
-    digest = medseg.data_sha256(training)
-    return Fold(number, place, dataset, CONFIG, tuple(training), tuple(held_back), digest, folds, "cpu")
+    digests = [medseg.data_sha256(part) for part in (training, held_back)]
+    return Fold(number, place, dataset, CONFIG, tuple(training), tuple(held_back), *digests, folds, "cpu")
 
 
 def leave(fold: Fold, *, shift: int = 0, seconds: float = 0.5, choices: Mapping[str, Any] | None = None) -> None:
     """What `medseg train` leaves in the folder of a fold; masks are the references, moved by `shift` pixels."""
     validation = fold.folder / "validation"
-    (validation / "report").mkdir(parents=True)
+    (validation / "report").mkdir(parents=True, exist_ok=True)
     (fold.folder / "model.safetensors").write_bytes(b"weights")
     description = {
         "schema_version": 1,
         "training": {
             "data_sha256": fold.data_sha256,
             "validation_cases": [c.id for c in fold.held_back],
+            "validation_sha256": fold.validation_sha256,
             "fold": fold.number,
             "steps": 30,
             "seconds": 4.0,
@@ -478,6 +479,45 @@ def test_a_fold_of_changed_data_is_refused(dataset: Path, tmp_path: Path) -> Non
     imsave(label, pixels, check_contrast=False)
     with pytest.raises(medseg.ConfigError, match=r"fold_0: trained on other data \(SHA-256"):
         look(make_fold(dataset, tmp_path / "out", 0))
+
+
+def correct(case: medseg.Case) -> None:
+    """Another label of the same case."""
+    assert case.label is not None
+    imsave(case.label, np.roll(imread(case.label), 2, axis=0), check_contrast=False)
+
+
+def test_a_fold_whose_held_back_files_have_changed_is_gone_on_with(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    (fold.folder / "job.json").write_text(json.dumps(fold.job))
+    (fold.folder / "last.pt").touch()
+    assert look(fold).state == "done"
+    correct(fold.held_back[0])
+    now = make_fold(dataset, tmp_path / "out", 0)
+    assert now.data_sha256 == fold.data_sha256
+    found = look(now)
+    there, here = fold.validation_sha256[:12], now.validation_sha256[:12]
+    assert found.state == "missing"
+    assert f"have changed (SHA-256 {there}… there, {here}… now), it is judged again" in found.reason
+
+
+def test_held_back_files_that_have_changed_are_refused_where_there_is_no_state(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    correct(fold.held_back[0])
+    with pytest.raises(medseg.ConfigError, match=r"fold_0: files of its held-back cases have changed .*last\.pt back"):
+        look(make_fold(dataset, tmp_path / "out", 0))
+
+
+def test_a_fold_of_before_that_does_not_say_what_it_was_judged_by_is_recognised(dataset: Path, tmp_path: Path) -> None:
+    fold = make_fold(dataset, tmp_path / "out", 0)
+    leave(fold)
+    path = fold.folder / "model.json"
+    content = json.loads(path.read_text())
+    del content["training"]["validation_sha256"]
+    path.write_text(json.dumps(content))
+    assert look(fold).state == "done"
 
 
 def test_a_fold_that_was_begun_with_other_data_is_refused(dataset: Path, tmp_path: Path) -> None:
@@ -1075,6 +1115,45 @@ def test_settings_of_a_name_that_is_taken_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_networks_that_segment_different_things_are_refused_and_leave_nothing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(_: Path, *, settings: Mapping[str, Any], **__: Any) -> medseg.Plan:
+        return medseg.Plan(medseg.make_config(medseg.overlay(CONFIG.model_dump(mode="json"), settings)), {})
+
+    monkeypatch.setattr(medseg, "plan", planned)
+    two, one = tmp_path / "two.yaml", tmp_path / "one.yaml"
+    two.write_text("data: {labels: {shell: 1, core: 2}}\n")
+    one.write_text("data: {labels: {shell: [1, 2]}}\n")
+    words = [str(dataset), "-o", str(tmp_path / "out"), "--folds", "2", "--device", "cpu"]
+    assert run([*words, "-c", str(two), "-c", str(one)]) == USAGE
+    said = " ".join(capsys.readouterr().err.split())
+    assert "two and one: segment different things (data.labels: shell is [1] in two and [1, 2] in one)" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "unlike"),
+    [
+        ({"core": 2, "shell": 1}, None),
+        ({"background": 0, "shell": 1, "core": 2}, None),
+        ({"shell": [1], "core": [2]}, None),
+        ({"shell": 1}, r"core is \[2\] in a and not there in b"),
+        ({"shell": 2, "core": 1}, r"shell is \[1\] in a and \[2\] in b"),
+        ({"shell": 1, "core": 2, "rim": 3}, r"rim is not there in a and \[3\] in b"),
+        ({"shell": 1, "core": 2, "ignore": 3}, r"ignore is not there in a and \[3\] in b"),
+    ],
+)
+def test_networks_are_chosen_from_where_their_labels_mean_the_same(labels: dict[str, Any], unlike: str | None) -> None:
+    data = {"spatial_dims": 2, "labels": labels}
+    configs = {"a": CONFIG, "b": medseg.make_config({**CONFIG.model_dump(mode="json"), "data": data})}
+    if unlike is None:
+        crossval._refuse_other_labels(configs)
+    else:
+        with pytest.raises(medseg.ConfigError, match=unlike):
+            crossval._refuse_other_labels(configs)
+
+
 def test_a_network_that_cannot_be_is_told_once_and_leaves_nothing(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1333,6 +1412,25 @@ def test_only_what_is_missing_is_trained(attempts: Any) -> None:
     assert not list(Path(words[2]).rglob("*.lock"))
     assert run(words) == OK
     assert len(used.jobs) == 1
+
+
+def test_a_fold_whose_held_back_files_have_changed_is_judged_again_once(
+    attempts: Any, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used, words = attempts(0, 0)
+    fold = make_fold(dataset, Path(words[2]), 0, name="unet")
+    (fold.folder / "job.json").write_text(json.dumps(fold.job))
+    (fold.folder / "last.pt").touch()
+    correct(fold.held_back[0])
+    assert run([*words, "--only-fold", "1"]) == OK
+    waiting = capsys.readouterr().out
+    assert "waiting: unet, fold 0: files of its held-back cases have changed" in " ".join(waiting.split())
+    assert run(words) == OK
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1/2 unet, fold 0: files of its held-back cases have changed" in said
+    assert [job["fold"] for job in used.jobs] == [1, 0]
+    assert run(words) == OK
+    assert len(used.jobs) == 2
 
 
 def test_a_training_that_breaks_down_is_gone_on_with_once(attempts: Any) -> None:

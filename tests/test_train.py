@@ -1007,6 +1007,23 @@ def test_what_was_done_after_training_is_not_done_again(
     assert {result.status for result in longer.results} == {"done"}
 
 
+def test_a_new_model_is_not_left_beside_the_report_of_the_one_before(
+    train: Train, tiny_dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    dataset = tiny_dataset(cases=2, spatial_dims=2)
+    flat = ("windows.patch_size=[16,16]", "network.output_stride=2")
+    run = train(dataset, *flat, fold=0)
+    report = run.folder / "validation" / "report" / "summary.json"
+    assert report.is_file()
+    monkeypatch.setattr(TRAIN, "_validate", ended)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, *flat, fold=0, epochs=2, resume=True)
+    assert not report.exists()
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "model.json", "report.html"])
 def test_a_disk_that_is_full_after_the_last_step_costs_no_step(
     train: Train, tiny_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
