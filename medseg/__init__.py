@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from medseg.readers.dicom_facts import DicomFacts, dicom_facts
     from medseg.report import Report, evaluate, report_pairs
     from medseg.shipped import ModelCard, ShippedModel, list_models, make_card, ship_model
-    from medseg.sides import refuse_other_axes, unmirrored
     from medseg.statistics import Summary, summarise
     from medseg.told import read_labels, refuse_other_data, told
     from medseg.train import Run, train
@@ -137,7 +136,6 @@ _HOME = {
     "read_labels": "told",
     "read_yaml": "config",
     "refuse_leaks": "leaks",
-    "refuse_other_axes": "sides",
     "refuse_other_data": "told",
     "report_pairs": "report",
     "segment_cases": "folder",
@@ -147,7 +145,6 @@ _HOME = {
     "summarise": "statistics",
     "told": "told",
     "train": "train",
-    "unmirrored": "sides",
     "weights_file": "catalogue",
     "write_text": "writers",
 }
@@ -229,7 +226,6 @@ __all__ = [
     "read_labels",
     "read_yaml",
     "refuse_leaks",
-    "refuse_other_axes",
     "refuse_other_data",
     "report_pairs",
     "segment_cases",
@@ -239,7 +235,6 @@ __all__ = [
     "summarise",
     "told",
     "train",
-    "unmirrored",
     "weights_file",
     "write_text",
 ]

@@ -56,15 +56,19 @@ class TrainOptions:
 def plan(
     dataset: str | Path,
     *,
+    config: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     device: str = "auto",
     pretrained: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """The configuration that `train` would use for `dataset`, each choice with its reason."""
+    """The configuration that `train` would use for `dataset`, each choice with its reason.
+
+    `config` and the others as in `TrainOptions`.
+    """
     if pretrained is not None:
         read_weights(pretrained)
-    options = TrainOptions(settings=settings or {}, pretrained=pretrained)
+    options = TrainOptions(config=config, settings=settings or {}, pretrained=pretrained)
     return plan_run(read_dataset(Path(dataset)), options, {}, device=choose_device(device), progress=progress)
 
 

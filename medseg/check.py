@@ -21,7 +21,6 @@ from medseg.consistency import inconsistencies
 from medseg.datasets import read_dataset
 from medseg.errors import DataError, GeometryError
 from medseg.findings import SEVERITIES, CaseFacts, Finding, Intensities, Severity, measure_intensities
-from medseg.fingerprint import voxel_digests
 from medseg.grid import PARALLEL_TOLERANCE, ROUNDING_TOLERANCE, Grid, nearest_ras, turned
 from medseg.metrics.codes import members
 from medseg.progress import Progress, silent
@@ -419,17 +418,22 @@ def _duplicates(scans: Iterable[_Scan]) -> list[Finding]:
 
 
 def _shared_channels(scans: Sequence[_Scan]) -> list[Finding]:
-    """Of different images, those that have a channel in common which tells whose it is."""
-    digests = voxel_digests([scan.case for scan in scans], [scan.facts for scan in scans if scan.facts is not None])
-    first: dict[str, _Scan] = {}
-    found = []
+    """Of different images of several channels, a channel that two patients of more have in common.
+
+    What three or more share is taken for an atlas or a map of coordinates.
+    """
+    owners: dict[str, dict[str, _Scan]] = defaultdict(dict)
     for scan in scans:
-        others = [first.setdefault(digest, scan) for digest in sorted(digests.get(scan.case.id, ()))]
-        apart = [s.case for s in others if s.case.group != scan.case.group and s.image_hash != scan.image_hash]
-        if apart:
-            told = f"a channel of case {apart[0].id}, with other ones"
-            found.append(Finding("warning", scan.case.id, str(scan.case.images[0]), told, "different images", APART))
-    return found
+        for digest in scan.facts.channel_voxels if scan.facts is not None and not scan.facts.is_coloured else ():
+            owners[digest].setdefault(scan.case.group, scan)
+    if len({scan.case.group for scan in scans}) <= 2:
+        return []
+    pairs = [tuple(of.values()) for of in owners.values() if len(of) == 2]
+    apart = {(a.case.id, b.case.id): b.case for a, b in pairs if a.image_hash != b.image_hash}
+    return [
+        Finding("warning", b, str(case.images[0]), f"a channel of case {a}, with other ones", "different images", APART)
+        for (a, b), case in sorted(apart.items())
+    ]
 
 
 # ---- measures

@@ -23,8 +23,6 @@ MAX_MEASURED = 100
 SAMPLED = 5000
 # of a digest, enough to tell the images of one data set from those of another
 DIGITS = 16
-# a channel that more patients than these have in common, such as an atlas, tells nothing of any of them
-MOST_SHARING = 2
 
 
 @dataclass(frozen=True)
@@ -153,13 +151,13 @@ def data_sha256(
 
 
 def image_digests(
-    cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256
+    cases: Sequence[Case], *, file_digest: Callable[[Path], str] = file_sha256, by_channel: bool = True
 ) -> dict[str, frozenset[str]]:
     """Digests of the image files of each of `cases` by its name: the same image has the same under any name.
 
-    One of all images together, and one of each, without those that more than two patients share, or all of several.
-    Of a single image both are the same. The files that a header names count as it does. `cases`: all of a data set, or
-    it is not known what they share.
+    One of all images together and, `by_channel`, one of each that no other patient has: an atlas or a map of
+    coordinates tells nothing of whose it is. Of a single image both are the same. The files that a header names count
+    as it does. `cases`: all of a data set, or it is not known what they share.
     """
     whole: dict[str, str] = {}
     parts: dict[str, list[str]] = {}
@@ -167,10 +165,12 @@ def image_digests(
         found = ["".join(map(file_digest, stored_in(path))) for path in case.images]
         whole[case.id] = _short("".join(found))
         parts[case.id] = [_short(one) for one in found]
-    return _telling(cases, whole, parts)
+    return _telling(cases, whole, parts if by_channel else {})
 
 
-def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str, frozenset[str]]:
+def voxel_digests(
+    cases: Sequence[Case], facts: Sequence[CaseFacts], *, by_channel: bool = True
+) -> dict[str, frozenset[str]]:
     """As `image_digests`, of the numbers that were read, by channel: the same in whatever file they lie.
 
     Only of cases whose images a look at all files has read whole; constant channels are no part.
@@ -179,7 +179,7 @@ def voxel_digests(cases: Sequence[Case], facts: Sequence[CaseFacts]) -> dict[str
     known = [fact for fact in facts if fact.voxels and fact.case in named]
     whole = {fact.case: fact.voxels[:DIGITS] for fact in known}
     parts = {fact.case: [digest[:DIGITS] for digest in fact.channel_voxels] for fact in known}
-    return _telling(cases, whole, parts)
+    return _telling(cases, whole, parts if by_channel else {})
 
 
 def stored_voxel_digests(facts: Sequence[CaseFacts]) -> dict[str, str]:
@@ -194,15 +194,14 @@ def _short(text: str) -> str:
 def _telling(
     cases: Sequence[Case], whole: Mapping[str, str], parts: Mapping[str, Sequence[str]]
 ) -> dict[str, frozenset[str]]:
-    """`whole` of each case, and of `parts` what belongs to so few patients that it is known by them."""
+    """`whole` of each case, and of `parts` what belongs to one patient alone."""
     patients = {case.id: case.group for case in cases}
     sharing: dict[str, set[str]] = defaultdict(set)
     for name, found in parts.items():
         for part in found:
             sharing[part].add(patients[name])
-    number = len(set(patients.values()))
-    few = {p for p, of in sharing.items() if len(of) == 1 or (len(of) <= MOST_SHARING and len(of) < number)}
-    return {name: frozenset((digest, *few.intersection(parts[name]))) for name, digest in whole.items()}
+    own = {part for part, of in sharing.items() if len(of) == 1}
+    return {name: frozenset((digest, *own.intersection(parts.get(name, ())))) for name, digest in whole.items()}
 
 
 def _spatial_dims(cases: Sequence[Case]) -> int:

@@ -72,7 +72,7 @@ class InferOptions:
     `engine`: what runs the network; another than torch is used where it has given what torch gives. `window`: `auto`,
     what was fastest at the best Dice when training ended; `whole`, one pass over the volume; or the voxels of a tile by
     axis. `tta`: `none`, the image alone; `flip`, mirrored copies; `scale`, copies of other sizes too; `auto`, those,
-    and copies moved within the network's stride, that held-back cases were better with when training ended, beside
+    and copies moved within the network's stride, that held-back cases were not worse with when training ended, beside
     those of the configuration. Other copies are only seen where `settings` ask for them. `series`: which of several
     DICOM series, and whether a tilt or gaps may be resampled. `devices`: cases are dealt to these, in place of
     `device`. For folders of cases: `save_probabilities`, write them beside the masks; `formats`, what is written of

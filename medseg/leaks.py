@@ -24,17 +24,20 @@ def refuse_leaks(
     """Raises `ConfigError` where an image of `held_back` is learnt: its Dice would say nothing about new cases.
 
     Either under another name in `training`, or by the run that `weights` belong to; of weights from elsewhere nobody
-    knows what they have learnt. One channel of several is enough, unless many patients share it or, as far as `facts`
-    tell, it is constant. `facts`: what a look at all files found; with them the same voxels in other bytes are known
-    too.
+    knows what they have learnt. Of what weights have learnt one channel of several is enough, if no other patient has
+    it. `facts`: what a look at all files found; with them the same voxels in other bytes are known too.
     """
     cases = (*training, *held_back)
     files = {case.id: case.images[0] for case in cases}
-    images, voxels = image_digests(cases, file_digest=file_digest), voxel_digests(cases, facts)
-    for digests in (images, voxels):
+    whole = (
+        image_digests(cases, file_digest=file_digest, by_channel=False),
+        voxel_digests(cases, facts, by_channel=False),
+    )
+    for digests in whole:
         learnt, kept = (_of(part, digests) for part in (training, held_back))
         _refuse_twins(learnt, kept, files)
     if weights is not None:
+        images, voxels = image_digests(cases, file_digest=file_digest), voxel_digests(cases, facts)
         before = stored_voxel_digests(facts)
         either = {case: found | {before.get(case, "")} for case, found in voxels.items()}
         _refuse_learnt(weights, held_back, {"images_sha256": images, "images_voxels": either})
@@ -51,10 +54,9 @@ def _refuse_twins(
     twins = {case: names[min(same)] for case, found in held_back.items() if (same := found & names.keys())}
     if twins:
         case, twin = next(iter(twins.items()))
-        how = "as" if learnt[twin] == held_back[case] else "with a channel of"
         raise ConfigError(
             f"{files[case]}: {len(twins)} of the {len(held_back)} cases held back are trained on under another name, "
-            f"first {case} {how} {twin} ({files[twin]}): their Dice would flatter. Delete one of each, or give both "
+            f"first {case} as {twin} ({files[twin]}): their Dice would flatter. Delete one of each, or give both "
             "the same group or fold"
         )
 

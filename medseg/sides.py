@@ -6,7 +6,9 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import chain
+from string import ascii_lowercase
 from typing import Any
 
 from medseg.cases import Labels
@@ -64,9 +66,6 @@ WORDS: Pairs = (
     ("levy", "pravy"),
     ("leve", "prave"),
     ("levo", "pravo"),
-    ("lava", "prava"),
-    ("lavy", "pravy"),
-    ("bal", "jobb"),
 )
 # words that mean other things too: only beside the same name with the other word
 PAIRED: Pairs = (
@@ -79,6 +78,9 @@ PAIRED: Pairs = (
     ("sin", "dex"),
     ("sol", "sag"),
     ("os", "od"),
+    ("lava", "prava"),
+    ("lavy", "pravy"),
+    ("bal", "jobb"),
 )
 
 
@@ -211,7 +213,7 @@ def _sided(names: Iterable[str]) -> str | None:
     others = {_folded(text) for text in plain.values()}
     for name, text in plain.items():
         folded = _folded(text)
-        if SIDED.search(folded) or INITIAL.search(text) or not others.isdisjoint(_swapped(folded)):
+        if SIDED.search(folded) or INITIAL.search(text) or not others.isdisjoint(_swapped(folded, others)):
             return name
     return None
 
@@ -227,14 +229,19 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text.casefold())
 
 
-def _swapped(name: str) -> Iterator[str]:
-    """`name` with one `l` or `r`, or one of the paired words, replaced by its partner."""
+def _swapped(name: str, others: AbstractSet[str]) -> Iterator[str]:
+    """`name` with one `l` or `r`, or one of the paired words, replaced by its partner.
+
+    No single letter where `others` have a third in its place: they are listed by letters.
+    """
     swap = {"l": "r", "r": "l"}
     for at, letter in enumerate(name):
         if letter in swap:
             yield name[:at] + swap[letter] + name[at + 1 :]
     words = re.split(f"({LETTER}+)", name)
     for at, word in enumerate(words):
-        for pair in PAIRED:
-            if word in pair:
-                yield "".join([*words[:at], pair[word == pair[0]], *words[at + 1 :]])
+        for pair in (pair for pair in PAIRED if word in pair):
+            thirds = set(ascii_lowercase) - set(pair) if len(word) == 1 else ()
+            beside = {other: "".join([*words[:at], other, *words[at + 1 :]]) for other in (*thirds, *pair)}
+            if others.isdisjoint(beside[third] for third in thirds):
+                yield beside[pair[word == pair[0]]]

@@ -128,7 +128,6 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     weights = None if options.pretrained is None else _weights(options.pretrained)
     data = medseg.read_dataset(dataset)
     _refuse_other_data(data, asked, folder, options)
-    asked = _unmirrored(data, asked, options)
     facts = _facts(data, asked)
     number = options.folds if data.folds is None else len(data.folds)
     splits = [medseg.fold_split(data, k, folds=options.folds) for k in range(number)]
@@ -137,14 +136,16 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     for name, ask in asked.items():
         there = _written(folder / name)
         if there is not None:
-            _refuse_other_settings(there, ask)
+            _refuse_other_settings(there, ask, _typed(options))
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
     for k, (training, held_back) in enumerate(splits):
         _refuse_leaks(k, training, held_back, weights, read_once, facts)
-    drafts = {name: _draft(ask, dataset, folder / name, options) for name, ask in asked.items()}
+    files = dict(zip(asked, _files(options)))
+    drafts = {name: _draft(ask, files.get(name), dataset, folder / name, options) for name, ask in asked.items()}
     _refuse_other_labels({name: config for name, (config, _) in drafts.items()})
-    configs = {name: _settled(folder / name / CONFIG, text, asked[name]) for name, (_, text) in drafts.items()}
+    typed = _typed(options)
+    configs = {name: _settled(folder / name / CONFIG, text, asked[name], typed) for name, (_, text) in drafts.items()}
     digests = [[medseg.data_sha256(part, file_digest=read_once) for part in split] for split in splits]
     folds = []
     for name, config in configs.items():
@@ -233,20 +234,14 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
     """By the name of its folder, the settings that are asked of each network."""
     if options.time_budget is not None and options.epochs is not None:
         raise medseg.ConfigError("--time-budget and --epochs: give one of them")
-    given = dict(options.settings or {})
-    if options.networks and "name" in given.get("network", {}):
+    if options.networks and "name" in (options.settings or {}).get("network", {}):
         raise medseg.ConfigError("--set network.name: give either this or --networks")
-    train: dict[str, Any] = {} if options.seed is None else {"seed": options.seed}
-    if options.time_budget is not None:
-        train |= {"epochs": None, "time_budget_s": medseg.parse_duration(options.time_budget)}
-    elif options.epochs is not None:
-        train |= {"epochs": options.epochs, "time_budget_s": None}
     asked: dict[str, dict[str, Any]] = {}
     for file in options.configs or (None,):
         base = {} if file is None else medseg.read_yaml(file)
         medseg.check_part(base, source=str(file))
         for network in options.networks or (None,):
-            ask = medseg.overlay(base, given, {"train": train} if train else {})
+            ask = medseg.overlay(base, _typed(options))
             ask = ask if network is None else medseg.overlay(ask, {"network": {"name": network}})
             # the file alone was right, so what is wrong came with the command
             section = medseg.check_part(ask, source="--set")
@@ -264,6 +259,16 @@ def _asked(options: Options) -> dict[str, dict[str, Any]]:
     return asked
 
 
+def _typed(options: Options) -> dict[str, Any]:
+    """What the command sets of all networks, whatever their files say."""
+    train: dict[str, Any] = {} if options.seed is None else {"seed": options.seed}
+    if options.time_budget is not None:
+        train |= {"epochs": None, "time_budget_s": medseg.parse_duration(options.time_budget)}
+    elif options.epochs is not None:
+        train |= {"epochs": options.epochs, "time_budget_s": None}
+    return medseg.overlay(options.settings or {}, {"train": train} if train else {})
+
+
 def _refuse_other_data(data: Any, asked: Mapping[str, Mapping[str, Any]], folder: Path, options: Options) -> None:
     """Raises `ConfigError` where a file contradicts the data set, unless its networks are planned already."""
     typed = (options.settings or {}).get("data", {})
@@ -271,25 +276,11 @@ def _refuse_other_data(data: Any, asked: Mapping[str, Mapping[str, Any]], folder
     for file in dict.fromkeys(new):
         values = medseg.read_yaml(file)
         medseg.refuse_other_data(data, file, values.get("data", {}), typed)
-        medseg.refuse_other_axes(values, options.settings or {}, source=str(file))
 
 
 def _files(options: Options) -> list[Path]:
     """The file of each network, in the order in which they are asked."""
     return [file for file in options.configs for _ in options.networks or (None,)]
-
-
-def _unmirrored(data: Any, asked: Mapping[str, dict[str, Any]], options: Options) -> dict[str, dict[str, Any]]:
-    """What is asked, without axes of a file to mirror along that mix up the labels of the data set."""
-    if "flip_axes" in (options.settings or {}).get("augment", {}):
-        return dict(asked)
-    files = {name: str(file) for name, file in zip(asked, _files(options))}
-    return {
-        name: medseg.unmirrored(ask, medseg.told(data, ask.get("data", {})).labels, source=files[name])
-        if name in files
-        else ask
-        for name, ask in asked.items()
-    }
 
 
 # of the data section, what decides what is found in files
@@ -333,17 +324,28 @@ def _weights(path: Path) -> Weights:
     return Weights(file, medseg.file_sha256(file))
 
 
-def _draft(ask: Mapping[str, Any], dataset: Path, place: Path, options: Options) -> tuple[medseg.Config, str]:
+def _draft(
+    ask: Mapping[str, Any], file: Path | None, dataset: Path, place: Path, options: Options
+) -> tuple[medseg.Config, str]:
     """The configuration of a network and its text: what its folder `place` has, else planned now; nothing is written.
 
-    What cannot be is told once and leaves nothing behind, nor does a network beside it.
+    `ask` is what its `file` and the command say. What cannot be is told once and leaves nothing behind, nor does a
+    network beside it.
     """
     there = _written(place)
     if there is not None:
         return medseg.read_config(there), there.read_text(encoding="utf-8")
+    typed = _typed(options)
+    if options.networks:
+        typed = medseg.overlay(typed, {"network": {"name": ask["network"]["name"]}})
     with shown_progress() as progress:
         made = medseg.plan(
-            dataset, settings=ask, device=options.device, pretrained=options.pretrained, progress=progress
+            dataset,
+            config=file,
+            settings=typed,
+            device=options.device,
+            pretrained=options.pretrained,
+            progress=progress,
         )
     data = made.config.data
     medseg.build_network(
@@ -376,7 +378,7 @@ def _segmented(config: medseg.Config) -> dict[str, frozenset[int]]:
     return {name: frozenset(value if isinstance(value, tuple) else (value,)) for name, value in labels.items()}
 
 
-def _settled(file: Path, text: str, ask: Mapping[str, Any]) -> medseg.Config:
+def _settled(file: Path, text: str, ask: Mapping[str, Any], typed: Mapping[str, Any]) -> medseg.Config:
     """The one configuration of all folds of a network, which is `text` unless another machine was first to write it.
 
     Raises `ConfigError` where it is not what is asked.
@@ -384,7 +386,7 @@ def _settled(file: Path, text: str, ask: Mapping[str, Any]) -> medseg.Config:
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
         publish(file, text)
-    return _refuse_other_settings(file, ask)
+    return _refuse_other_settings(file, ask, typed)
 
 
 def _written(folder: Path) -> Path | None:
@@ -392,8 +394,11 @@ def _written(folder: Path) -> Path | None:
     return next((p for p in (folder / CONFIG, *sorted(folder.glob(f"fold_*/{CONFIG}"))) if p.is_file()), None)
 
 
-def _refuse_other_settings(file: Path, ask: Mapping[str, Any]) -> medseg.Config:
+def _refuse_other_settings(file: Path, ask: Mapping[str, Any], typed: Mapping[str, Any]) -> medseg.Config:
     found = medseg.read_config(file)
+    if not found.augment.flip_axes and "flip_axes" not in typed.get("augment", {}):
+        # a file's axes may have been left out: labels that tell sides apart are not mirrored
+        ask = {**ask, "augment": {key: value for key, value in ask.get("augment", {}).items() if key != "flip_axes"}}
     asked = medseg.make_config(medseg.overlay(found.model_dump(mode="json"), ask), source="what is asked")
     other = first_difference(found.model_dump(mode="json"), asked.model_dump(mode="json"))
     if other is not None:

@@ -1026,6 +1026,22 @@ def test_a_file_does_not_mirror_labels_that_tell_sides_apart(
     typed = ("-c", str(file), "--set", sides, "--set", "augment.flip_axes=[1]")
     assert run(command(dataset, tmp_path / "typed", *typed)) != USAGE
     assert medseg.read_config(tmp_path / "typed" / "unet" / "config.yaml").augment.flip_axes == (1,)
+    # what was begun mirrored goes on so, and says nothing else
+    caplog.clear()
+    assert run(command(dataset, tmp_path / "typed", "-c", str(file), "--set", sides)) != USAGE
+    assert "left out" not in caplog.text
+    other = ("-c", str(file), "--set", sides, "--set", "augment.flip_axes=[0]")
+    assert run(command(dataset, tmp_path / "out", *other)) == USAGE
+
+
+def test_a_file_mirrors_along_axes_that_are_not_left_to_right(
+    tiny_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossval, "_train", lambda *_: {})
+    file, sides = tmp_path / "mine.yaml", "data.labels={left: 1, right: 2}"
+    file.write_text("augment: {flip_axes: [1, 2]}\n")
+    assert run(command(tiny_dataset(cases=4), tmp_path / "out", "-c", str(file), "--set", sides)) != USAGE
+    assert medseg.read_config(tmp_path / "out" / "unet" / "config.yaml").augment.flip_axes == (1, 2)
 
 
 def test_what_was_trained_with_a_configuration_that_would_be_refused_now_is_collected(
@@ -1118,8 +1134,9 @@ def test_settings_of_a_name_that_is_taken_are_refused(
 def test_networks_that_segment_different_things_are_refused_and_leave_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def planned(_: Path, *, settings: Mapping[str, Any], **__: Any) -> medseg.Plan:
-        return medseg.Plan(medseg.make_config(medseg.overlay(CONFIG.model_dump(mode="json"), settings)), {})
+    def planned(_: Path, *, config: Path, settings: Mapping[str, Any], **__: Any) -> medseg.Plan:
+        values = medseg.overlay(CONFIG.model_dump(mode="json"), medseg.read_yaml(config), settings)
+        return medseg.Plan(medseg.make_config(values), {})
 
     monkeypatch.setattr(medseg, "plan", planned)
     two, one = tmp_path / "two.yaml", tmp_path / "one.yaml"

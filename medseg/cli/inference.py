@@ -75,8 +75,8 @@ def infer(
         Tta,
         typer.Option(
             help="Average over copies of the image. flip: mirrored; scale: of other sizes as well; auto: those, "
-            "and moved ones, that held-back cases were better with when training ended; none: the fastest. Each copy "
-            "costs as much as the image."
+            "and moved ones, that held-back cases were not worse with when training ended; none: the fastest. "
+            "Each copy costs as much as the image."
         ),
     ] = Tta.auto,
     overlap: Annotated[

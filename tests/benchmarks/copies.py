@@ -66,7 +66,9 @@ RULES: dict[str, Rule] = {
         gain.is_worth_it() and (gain.kind != "scale" or gain.surely_above(0))
     ),
     "flip and shift unless worse, scale where surely": lambda gain: (
-        gain.is_worth_it() and gain.surely_above(0) if gain.kind == "scale" else gain.mean > -MARGIN
+        gain.is_worth_it() and gain.surely_above(0)
+        if gain.kind == "scale"
+        else gain.mean > -MARGIN and gain.interval is not None and gain.interval[1] > 0
     ),
     "flip and shift unless surely worse, scale where surely": lambda gain: (
         gain.is_worth_it() and gain.surely_above(0)
