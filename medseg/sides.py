@@ -120,12 +120,17 @@ def why_unmirrored(labels: Labels | None) -> str | None:
     return None
 
 
-def keep_sides(config: Config, *, source: str, typed: bool) -> tuple[Config, dict[str, str]]:
+def keep_sides(
+    config: Config, *, source: str, typed: bool, begun: tuple[int, ...] = ()
+) -> tuple[Config, dict[str, str]]:
     """`config` without axes to mirror along where that mixes up the labels, and the reason if there were some.
 
-    What was `typed` is meant: it holds, with a warning. `source`: where the others stand.
+    What was `typed` is meant: it holds, with a warning. Axes that a training was `begun` with hold too. `source`: where
+    the others stand.
     """
     axes = config.augment.flip_axes if config.augment.p_flip else ()
+    if set(axes) <= set(begun):
+        return config, {}
     orient, dims = config.preprocess.orient, config.data.spatial_dims
     why = _why_not(axes, config.data.labels, spatial_dims=dims, orient=orient)
     if why is None:
@@ -134,24 +139,8 @@ def keep_sides(config: Config, *, source: str, typed: bool) -> tuple[Config, dic
         log.warning("augment.flip_axes %s is used as asked for, although %s", list(axes), why)
         return config, {}
     _tell_left_out(source, axes, why)
-    augment = config.augment.model_copy(update={"flip_axes": ()})
+    augment = config.augment.model_copy(update={"flip_axes": begun})
     return config.model_copy(update={"augment": augment}), {"augment.flip_axes": f"{why}: never mirrored"}
-
-
-def unmirrored(
-    values: Mapping[str, Any], labels: Labels | None, *, source: str, begun: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What the file `source` sets, without its axes to mirror along where that mixes up `labels`; else all of it.
-
-    Those that a training was `begun` with are none to leave out.
-    """
-    meant = (begun or {}).get("augment", {}).get("flip_axes", ())
-    axes, dims = _given(values, FLIPS) or (), _given(values, ("data", "spatial_dims"))
-    why = None if set(axes) <= set(meant) else _why_not(axes, labels, spatial_dims=dims, orient=is_turned(values))
-    if why is None:
-        return dict(values)
-    _tell_left_out(source, axes, why)
-    return {**values, "augment": {key: value for key, value in values["augment"].items() if key != "flip_axes"}}
 
 
 def is_turned(*given: Mapping[str, Any]) -> bool:
@@ -160,21 +149,16 @@ def is_turned(*given: Mapping[str, Any]) -> bool:
     return PreprocessConfig.model_validate({"orient": said[-1]} if said else {}).orient
 
 
-def refuse_other_axes(
-    values: Mapping[str, Any], typed: Mapping[str, Any], *, source: str, spatial_dims: int | None = None
-) -> None:
+def refuse_other_axes(values: Mapping[str, Any], typed: Mapping[str, Any], *, source: str, spatial_dims: int) -> None:
     """Raises `ConfigError` where `typed` turns the axes otherwise than `source`, whose `values` count them.
 
-    What is the same along all axes fits any order, and what was typed beside is meant for the new one. `spatial_dims`
-    None: as many as the settings have numbers; only volumes are turned.
+    What is the same along all axes fits any order, and what was typed beside is meant for the new one. Only volumes are
+    turned.
     """
     was, now = is_turned(values), is_turned(values, typed)
-    if was == now:
+    if was == now or spatial_dims != 3:
         return
     given = {path: _given(values, path) for path in (*BY_AXIS, FLIPS) if _given(typed, path) is None}
-    lengths = {len(given[path]) for path in BY_AXIS if given.get(path)}
-    if (spatial_dims or max(lengths, default=0)) != 3:
-        return
     uneven = [
         ".".join(path)
         for path, value in given.items()
@@ -192,7 +176,7 @@ def _given(values: Mapping[str, Any], path: tuple[str, str]) -> Any:
     return (values.get(section) or {}).get(key)
 
 
-def _why_not(axes: Sequence[int], labels: Labels | None, *, spatial_dims: int | None, orient: bool) -> str | None:
+def _why_not(axes: Sequence[int], labels: Labels, *, spatial_dims: int, orient: bool) -> str | None:
     """Why not to mirror along `axes`; None: nothing is mixed up. Only in turned volumes it is known what they are."""
     if not axes or (spatial_dims == 3 and orient and 0 not in axes):
         return None

@@ -49,7 +49,7 @@ from medseg.progress import Progress, silent
 from medseg.ranks import Ranks
 from medseg.readers import file_sha256
 from medseg.report import Report, report_pairs
-from medseg.sides import unmirrored
+from medseg.sides import keep_sides
 from medseg.state import STATE
 from medseg.told import unless_repeated
 from medseg.versions import versions
@@ -200,8 +200,8 @@ def _begun(folder: Path, options: TrainOptions, asked: str) -> TrainOptions:
         config = make_config(values, source=str(source))
         if isinstance(options.config, Path):
             # what was left out when it was begun is left out again
-            kept = unmirrored(values, config.data.labels, source=str(source), begun=began)
-            config = make_config(overlay(began, kept), source=str(source))
+            axes = make_config(began, source=str(folder / CONFIG)).augment.flip_axes
+            config, _ = keep_sides(config, source=str(source), typed=False, begun=axes)
         options = replace(options, config=config, settings=unless_repeated(options.settings, began))
     return options
 

@@ -122,7 +122,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     Raises `ConfigError`, `DataError` or `OSError` before anything is trained, `TrainingError` for what breaks all off
     later, `KeyboardInterrupt` once the state is saved.
     """
-    asked = _asked(options)
+    asked, typed = _asked(options), _typed(options)
     # also where all is trained: without it no network could be judged
     medseg.choose_device(options.device)
     weights = None if options.pretrained is None else _weights(options.pretrained)
@@ -136,7 +136,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     for name, ask in asked.items():
         there = _written(folder / name)
         if there is not None:
-            _refuse_other_settings(there, ask, _typed(options))
+            _refuse_other_settings(there, ask, typed)
     # a file is in most of the folds
     read_once = cache(medseg.file_sha256)
     for k, (training, held_back) in enumerate(splits):
@@ -144,7 +144,6 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     files = dict(zip(asked, _files(options)))
     drafts = {name: _draft(ask, files.get(name), dataset, folder / name, options) for name, ask in asked.items()}
     _refuse_other_labels({name: config for name, (config, _) in drafts.items()})
-    typed = _typed(options)
     configs = {name: _settled(folder / name / CONFIG, text, asked[name], typed) for name, (_, text) in drafts.items()}
     digests = [[medseg.data_sha256(part, file_digest=read_once) for part in split] for split in splits]
     folds = []

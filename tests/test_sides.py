@@ -21,7 +21,7 @@ from medseg.datasets import read_dataset
 from medseg.errors import ConfigError
 from medseg.fingerprint import measure
 from medseg.preprocess import prepare
-from medseg.sides import BEGINNINGS, PAIRED, STEMS, WORDS, sided_label, unmirrored
+from medseg.sides import BEGINNINGS, PAIRED, STEMS, WORDS, keep_sides, sided_label
 from medseg.train import CONFIG, _begun
 
 MakeDataset = Callable[..., Path]
@@ -250,13 +250,12 @@ def test_what_was_left_out_is_left_out_again_where_a_training_goes_on(tmp_path: 
         assert found.augment.p_flip == 0.25
 
 
-def test_axes_of_slices_and_of_an_unknown_number_count_from_the_first() -> None:
-    for data in ({}, {"data": {"spatial_dims": 2}}):
-        values = {"augment": {"flip_axes": [1], "p_noise": 0.5}, **data}
-        assert unmirrored(values, dict(KIDNEYS), source="a file")["augment"] == {"p_noise": 0.5}
-        assert unmirrored(values, {"liver": 1}, source="a file") == values
-    volumes = {"augment": {"flip_axes": [1]}, "data": {"spatial_dims": 3}}
-    assert unmirrored(volumes, dict(KIDNEYS), source="a file") == volumes
+def test_axes_of_slices_count_from_the_first() -> None:
+    for dims, labels, kept in ((2, KIDNEYS, ()), (2, {"liver": 1}, (1,)), (3, KIDNEYS, (1,))):
+        asked = {"data": {"spatial_dims": dims, "labels": labels}, "augment": {"flip_axes": [1], "p_noise": 0.5}}
+        asked |= {"windows": {"patch_size": [32] * dims}, "preprocess": {"spacing_mm": [1.0] * dims}}
+        found, _ = keep_sides(medseg.make_config(asked), source="a file", typed=False)
+        assert (found.augment.flip_axes, found.augment.p_noise) == (kept, 0.5)
 
 
 # ---- axes as they are
