@@ -33,8 +33,9 @@ from medseg.windows import Ensemble, Scorer, stream, views
 
 log = logging.getLogger(__name__)
 
-# share of the time that the first look at the cases, with the windows of training, may take of the whole
-FIRST_SHARE = 0.15
+# share of the time that the first look at the cases, with the windows of training, may take of the whole: mirrored and
+# moved copies take six such looks more
+FIRST_SHARE = 0.12
 # what the estimate of Dice learns from beside the cases as they are
 WORSE: tuple[tuple[Degradation, float], ...] = tuple((kind, s) for s in (0.2, 0.6) for kind in DEGRADATIONS)
 # the least of each part is done where it takes no longer than this, however short a training was
@@ -226,11 +227,14 @@ class Bench:
         """Whether the clock has a say in what is tried and chosen."""
         return self._budget_s is not None
 
-    def run(self, name: str, settings: Settings, *, expected: float = 0.0) -> Trial | None:
-        """Try a way, or leave it out where `expected` seconds a case are more than there is time for."""
+    def run(self, name: str, settings: Settings, *, expected: float = 0.0, keeping: float = 0.0) -> Trial | None:
+        """Try a way, or leave it out where `expected` seconds a case are more than there is time for.
+
+        Of which `keeping` seconds a case are kept for what comes later.
+        """
         # what is known already takes none
         unknown = sum(not self._notes.knows(["trial", settings, case.id]) for case in self.cases)
-        if expected * unknown > self.left():
+        if unknown and expected * unknown + keeping * len(self.cases) > self.left():
             log.info("no time left to try %s", name)
             return None
         config, scorer = self._changed(settings), self._scorer(settings)

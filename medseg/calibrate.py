@@ -45,6 +45,8 @@ MOST_LOSS = 0.005
 LEAST_GAIN = 0.0005
 # seconds of a case up to which time is no reason against copies
 SOON_S = 1.0
+# kinds of copies that then stay without proof (docs/recipe.md), and for which time to try them is kept
+WELCOME = ("flip", "shift")
 # share by which two times must differ to mean anything
 NOISE = 0.1
 # whole volumes are trusted up to this many times the voxels of the largest one they were judged on
@@ -91,7 +93,7 @@ def calibrate(
     usual = bench.first()
     if usual is None:
         return {}
-    windows = _choose_windows(bench, usual)
+    windows = _choose_windows(bench, usual, keeping=_time_for_copies(bench, usual))
     tta = _choose_copies(bench, windows[-1])
     return {
         "windows": _record(windows),
@@ -101,14 +103,15 @@ def calibrate(
     }
 
 
-def _choose_windows(bench: Bench, usual: Trial) -> list[Trial]:
+def _choose_windows(bench: Bench, usual: Trial, *, keeping: float = 0.0) -> list[Trial]:
     """All trials, the chosen one last: the fastest whose Dice is within `MARGIN` of the best.
 
-    Another way than the training's also has to be surely no more than `MOST_LOSS` below that.
+    Another way than the training's also has to be surely no more than `MOST_LOSS` below that. It is not tried where it
+    would leave less than `keeping` seconds a case.
     """
     trials = [usual]
     for name, settings in _window_ways(bench):
-        trial = bench.run(name, settings, expected=usual.seconds)
+        trial = bench.run(name, settings, expected=usual.seconds, keeping=keeping)
         if trial is not None:
             trials.append(trial)
     able = [trial for trial in trials if trial is usual or _surely_loses_little(trial, usual)]
@@ -146,26 +149,43 @@ def _window_ways(bench: Bench) -> Iterator[tuple[str, Settings]]:
 def _choose_copies(bench: Bench, base: Trial) -> list[Trial]:
     """All trials, the chosen one last: mirrored copies, moved ones, other sizes, each tried beside those before it."""
     trials, chosen = [base], base
-    axes = [] if sided_label(bench.config.data) else list(bench.config.augment.flip_axes)
-    ways: list[tuple[str, dict[str, Any]]] = [
-        ("flip", {"flip_axes": axes}),
-        ("shift", {"shifts": shifts_within(stride_by_axis(bench.config.network, bench.config.data.spatial_dims))}),
-        ("scale", {"scales": list(SCALES)}),
-    ]
-    for name, changes in ways:
+    for name, changes in _copy_ways(bench.config).items():
         settings = overlay(chosen.settings, {"windows": changes})
         before, after = (views(laid_over(bench.config, way).windows) for way in (chosen.settings, settings))
         if before == after:
             # no axis to mirror along, or no stride to move within
             continue
-        trial = bench.run(name, settings, expected=len(after) / len(before) * chosen.seconds)
+        times = len(after) / len(before)
+        trial = bench.run(name, settings, expected=times * chosen.seconds)
         if trial is None:
             continue
         trials.append(trial)
         is_soon = trial.seconds <= SOON_S or not bench.is_timed
-        if _is_kept(trial, chosen, times=len(after) / len(before), is_welcome=is_soon and name != "scale"):
+        if _is_kept(trial, chosen, times=times, is_welcome=is_soon and name in WELCOME):
             chosen = trial
     return [*(t for t in trials if t is not chosen), chosen]
+
+
+def _copy_ways(config: Config) -> dict[str, dict[str, Any]]:
+    """What each kind of copies changes of the windows, in the order in which they are tried."""
+    axes = [] if sided_label(config.data) else list(config.augment.flip_axes)
+    return {
+        "flip": {"flip_axes": axes},
+        "shift": {"shifts": shifts_within(stride_by_axis(config.network, config.data.spatial_dims))},
+        "scale": {"scales": list(SCALES)},
+    }
+
+
+def _time_for_copies(bench: Bench, usual: Trial) -> float:
+    """Seconds a case to try the kinds of copies that are welcome, as far as a case takes no longer than `SOON_S`."""
+    needed, settings, before = 0.0, usual.settings, views(laid_over(bench.config, usual.settings).windows)
+    for name in WELCOME:
+        settings = overlay(settings, {"windows": _copy_ways(bench.config)[name]})
+        after = views(laid_over(bench.config, settings).windows)
+        if after != before and len(after) * usual.seconds <= SOON_S:
+            needed += len(after) * usual.seconds
+        before = after
+    return needed
 
 
 def _is_kept(trial: Trial, chosen: Trial, *, times: float, is_welcome: bool) -> bool:

@@ -24,6 +24,7 @@ from medseg.infer import InferOptions, load_model
 from medseg.model import chosen_settings, new_network, read_model, record_choices
 from medseg.notebook import Notebook
 from medseg.preprocess import Prepared
+from medseg.windows import views
 
 CPU = torch.device("cpu")
 # gains by case whose mean is not surely above 0, nor below
@@ -56,7 +57,7 @@ def bench(ways: Mapping[str, Trial | None], **augment: Any) -> Any:
     config = tiny_config(augment=augment)
     asked: list[str] = []
 
-    def run(name: str, settings: Mapping[str, Any], *, expected: float = 0.0) -> Trial | None:
+    def run(name: str, settings: Mapping[str, Any], *, expected: float = 0.0, keeping: float = 0.0) -> Trial | None:
         asked.append(name)
         found = ways.get(name)
         return None if found is None else Trial(name, settings, found.dice, found.seconds)
@@ -272,7 +273,7 @@ def looks_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int]
         now, number = [0.0], itertools.count(1)
 
         def look(config: Config, *given: Any, **tick: Any) -> Any:
-            now[0] += seconds(next(number), 1 + len(config.windows.flip_axes))
+            now[0] += seconds(next(number), len(views(config.windows)))
             return label_case(config, *given, **tick)
 
         monkeypatch.setattr(Bench, "pools_locally", lambda *given: False)
@@ -319,6 +320,23 @@ def test_a_cold_start_does_not_cost_the_choices(looks_take: Any) -> None:
     cases = [a_case(n) for n in range(6)]
     found = calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=27)
     assert all(found[part]["measured"] for part in ("windows", "tta", "quality"))
+
+
+@pytest.mark.parametrize(("budget_s", "ways"), [(6.8, 0), (8.5, 1)])
+def test_quick_copies_are_tried_before_other_windows(budget_s: float, ways: int, looks_take: Any) -> None:
+    looks_take(lambda number, copies: 0.1 * copies)
+    config, cases = tiny_config(augment={"flip_axes": [0]}), [a_case(n) for n in range(8)]
+    found = calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=budget_s)
+    # of 4.1 and 5.1 seconds, five and six cases: copies take three and 3.6 of them, another way 0.5 and 0.6
+    assert {row["name"] for row in found["tta"]["measured"]} >= {"flip", "shift"}
+    assert len(found["windows"]["measured"]) == 1 + ways
+
+
+def test_no_time_is_kept_for_copies_that_take_long(looks_take: Any) -> None:
+    looks_take(lambda number, copies: 0.6 * copies)
+    config, cases = tiny_config(augment={"flip_axes": [0]}), [a_case(n) for n in range(8)]
+    found = calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=27)
+    assert len(found["windows"]["measured"]) > 1
 
 
 def test_an_estimate_from_the_plain_image_is_better_than_none(looks_take: Any) -> None:
