@@ -34,8 +34,8 @@ from medseg.windows import Ensemble, Scorer, stream, views
 log = logging.getLogger(__name__)
 
 # share of the time that the first look at the cases, with the windows of training, may take of the whole: mirrored and
-# moved copies take six such looks more
-FIRST_SHARE = 0.12
+# moved copies take six such looks more, and the machine may be slower then
+FIRST_SHARE = 0.1
 # what the estimate of Dice learns from beside the cases as they are
 WORSE: tuple[tuple[Degradation, float], ...] = tuple((kind, s) for s in (0.2, 0.6) for kind in DEGRADATIONS)
 # the least of each part is done where it takes no longer than this, however short a training was
@@ -301,10 +301,11 @@ class Bench:
         total = turns * len(cases)
         for turn in range(turns):
             for number, case in enumerate(cases):
-                # every case once as it is and once worse: so many were taken
-                if turn > 1 and budget_s is not None and self._notes.clock() - began > budget_s:
+                looks = turn * len(cases) + number
+                # every case once as it is and once worse: so many were taken. Of more, the next one has to fit
+                if turn > 1 and budget_s is not None and (self._notes.clock() - began) * (1 + 1 / looks) > budget_s:
                     return found
-                self._progress("calibrate", turn * len(cases) + number, total, "quality")
+                self._progress("calibrate", looks, total, "quality")
                 # in one turn all kinds come, each on other cases
                 worse = WORSE[(turn + number) % len(WORSE)] if turn else None
                 make = partial(self._samples, config, scorer, profile, case, worse, (turn, number))

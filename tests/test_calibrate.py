@@ -322,12 +322,12 @@ def test_a_cold_start_does_not_cost_the_choices(looks_take: Any) -> None:
     assert all(found[part]["measured"] for part in ("windows", "tta", "quality"))
 
 
-@pytest.mark.parametrize(("budget_s", "ways"), [(6.8, 0), (8.5, 1)])
+@pytest.mark.parametrize(("budget_s", "ways"), [(6.8, 0), (8.2, 2)])
 def test_quick_copies_are_tried_before_other_windows(budget_s: float, ways: int, looks_take: Any) -> None:
     looks_take(lambda number, copies: 0.1 * copies)
     config, cases = tiny_config(augment={"flip_axes": [0]}), [a_case(n) for n in range(8)]
     found = calibrate(config, Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=budget_s)
-    # of 4.1 and 5.1 seconds, five and six cases: copies take three and 3.6 of them, another way 0.5 and 0.6
+    # of 4.1 and 4.9 seconds; five cases take 0.5 a look, copies three, and to see what a case takes 0.2
     assert {row["name"] for row in found["tta"]["measured"]} >= {"flip", "shift"}
     assert len(found["windows"]["measured"]) == 1 + ways
 
