@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from medseg.notebook import Notebook
 from medseg.postprocess import LEAST_CASES, choose, clean
 from medseg.preprocess import Prepared
 from medseg.progress import Progress, silent
-from medseg.quality import fit_quality, profile_of
+from medseg.quality import Profile, QualityModel, fit_quality, profile_of
 from medseg.sides import sided_label
 from medseg.windows import views
 
@@ -82,24 +82,30 @@ def calibrate(
     `notes` keep what was found for each case, so that a calibration that was ended goes on; they must be about this
     very network, these cases and this device.
     """
-    if len(cases) < LEAST_CASES:
-        log.info("%d cases held back: too few to choose windows, copies or post-processing by", len(cases))
-        return {}
     if budget_s == 0:
         log.info("no time to choose windows, copies or post-processing: train.calibration_share is 0")
         return {}
+    profile = profile_of(spread_evenly(training, PROFILED), config.data)
+    warnings_alone = {"quality": _quality_record(QualityModel(profile=profile))}
+    if len(cases) < LEAST_CASES:
+        log.warning(
+            "%d cases held back: too few to choose windows, copies or post-processing by, or to learn what Dice to "
+            "expect of a case",
+            len(cases),
+        )
+        return warnings_alone
     trying_s, quality_s = (None if budget_s is None else s * budget_s for s in (1 - QUALITY_SHARE, QUALITY_SHARE))
     bench = Bench(config, network, cases, device, precision, trying_s, notes or Notebook(None, ""), progress)
     usual = bench.first()
     if usual is None:
-        return {}
+        return warnings_alone
     windows = _choose_windows(bench, usual, keeping=_time_for_copies(bench, usual))
     tta = _choose_copies(bench, windows[-1])
     return {
         "windows": _record(windows),
         "tta": _record(tta, only=("flip_axes", "shifts", "scales")),
         "postprocess": _choose_postprocess(bench, windows[-1], usual),
-        "quality": _learn_quality(bench, windows[-1], training, quality_s),
+        "quality": _learn_quality(bench, windows[-1], profile, quality_s),
     }
 
 
@@ -239,7 +245,7 @@ def _choose_postprocess(bench: Bench, base: Trial, usual: Trial) -> dict[str, An
     return {"settings": settings, "measured": [dict(row) for row in found.table]}
 
 
-def _learn_quality(bench: Bench, base: Trial, training: Sequence[Prepared], budget_s: float | None) -> dict[str, Any]:
+def _learn_quality(bench: Bench, base: Trial, profile: Profile, budget_s: float | None) -> dict[str, Any]:
     """The estimate of Dice, from the cases as they are and worse; with mirrored copies too, where sides are alike."""
     data = bench.config.data
     axes = [] if sided_label(data) else list(bench.config.augment.flip_axes)[:1]
@@ -251,12 +257,11 @@ def _learn_quality(bench: Bench, base: Trial, training: Sequence[Prepared], budg
         axes, cases = [], bench.teaching(base.seconds, spare_s)
     if not cases:
         log.warning("no time to learn what Dice to expect of a case; a larger train.calibration_share gives more")
-        return {"settings": {}, "measured": []}
+        return _quality_record(QualityModel(profile=profile))
     plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
-    profile = profile_of(spread_evenly(training, PROFILED), data)
     plain = bench.samples(base.settings, cases, profile, plain_s)
     if not plain:
-        return {"settings": {}, "measured": []}
+        return _quality_record(QualityModel(profile=profile))
     model = fit_quality(plain, profile)
     if axes:
         flipped = overlay(base.settings, {"windows": {"flip_axes": axes}})
@@ -267,7 +272,18 @@ def _learn_quality(bench: Bench, base: Trial, training: Sequence[Prepared], budg
             # a label that only the plain image shows, spurious, is in no mean of both
             axes = []
     measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
-    return {"settings": {}, "measured": measured, "flip_axes": axes, "model": model.model_dump(mode="json")}
+    return _quality_record(model, measured, axes)
+
+
+def _quality_record(
+    model: QualityModel, measured: Sequence[Mapping[str, int]] = (), flip_axes: Sequence[int] = ()
+) -> dict[str, Any]:
+    return {
+        "settings": {},
+        "measured": list(measured),
+        "flip_axes": list(flip_axes),
+        "model": model.model_dump(mode="json"),
+    }
 
 
 def _record(trials: Sequence[Trial], *, only: Sequence[str] = ()) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from medseg.infer import InferOptions, load_model
 from medseg.model import chosen_settings, new_network, read_model, record_choices
 from medseg.notebook import Notebook
 from medseg.preprocess import Prepared
+from medseg.quality import Evidence, QualityModel
 from medseg.windows import views
 
 CPU = torch.device("cpu")
@@ -284,9 +285,18 @@ def looks_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int]
     return made
 
 
-def test_a_few_cases_tell_nothing() -> None:
+def test_a_few_cases_tell_nothing_but_training_tells_what_is_unlike_it(caplog: pytest.LogCaptureFixture) -> None:
     cases = [a_case(n) for n in range(4)]
-    assert calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60) == {}
+    found = calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60)
+    assert list(found) == ["quality"]
+    assert "4 cases held back: too few" in caplog.text
+    learnt = QualityModel.model_validate(found["quality"]["model"])
+    case = replace(a_case(9), image=torch.full((1, 12, 10, 9), 5.0))
+    evidence = Evidence(tiny_config().data)
+    label_case(tiny_config(), case, lambda w: Threshold()(w).softmax(1), CPU, evidence)
+    assessed = learnt.assess(case, evidence)
+    assert assessed.estimates == {}
+    assert any("constant" in warning for warning in assessed.warnings)
 
 
 def test_a_budget_of_nothing_chooses_nothing() -> None:
@@ -309,7 +319,7 @@ def test_cases_that_take_long_are_looked_at_no_more_often_than_there_is_time(
     assert measured >= known
     assert ("quality" in measured) == ("quality" in known)
     if not known:
-        assert found == {}
+        assert list(found) == ["quality"]
         assert "case1 took 40 s, and there are 108 s to try 5 cases" in caplog.text
     if "quality" not in known:
         assert "a larger train.calibration_share gives more" in caplog.text

@@ -113,15 +113,17 @@ class Regression(Section):
 
 
 class QualityModel(Section):
-    """What is stored with a model: what training was like, and the way from features to Dice."""
+    """What is stored with a model: what training was like, and the way from features to Dice, where one was learnt."""
 
     profile: Profile
-    plain: Regression
+    plain: Regression | None = None
     with_members: Regression | None = None
 
     def assess(self, prepared: Prepared, evidence: Evidence) -> Assessment:
-        """Expected Dice and warnings of a segmented case."""
+        """Expected Dice and warnings of a segmented case; warnings alone where nothing was learnt."""
         strange = novelty(self.profile, prepared, evidence)
+        if self.plain is None:
+            return Assessment({}, None, is_far(strange), strange.warnings)
         features = features_of(evidence, strange)
         agreed = any("agreement" in f for f in features.values())
         regression = self.with_members if self.with_members and agreed else self.plain
@@ -159,7 +161,12 @@ def features_of(evidence: Evidence, strange: Novelty) -> dict[str, Features]:
 
 def expected_dice_needs_a_look(regression: Regression, expected: float | None, strange: Novelty) -> bool:
     """Whether a case is likely to be segmented badly: a low expected Dice, nothing found, or an image far from all."""
-    return expected is None or expected < regression.look_below or max(strange.image.values(), default=0) > FAR
+    return expected is None or expected < regression.look_below or is_far(strange)
+
+
+def is_far(strange: Novelty) -> bool:
+    """Whether an image is unlike all of training."""
+    return max(strange.image.values(), default=0) > FAR
 
 
 def samples_of(
