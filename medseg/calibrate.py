@@ -53,8 +53,8 @@ NOISE = 0.1
 LARGER = 1.5
 # share of the time that goes into the estimate of Dice
 QUALITY_SHARE = 0.4
-# training images that are looked at for what is usual
-PROFILED = 100
+# training images that are looked at for what is usual; fewer tell it only beside an estimate of Dice, which weighs it
+PROFILED, LEAST_PROFILED = 100, 20
 
 
 def calibrate(
@@ -86,12 +86,13 @@ def calibrate(
         log.info("no time to choose windows, copies or post-processing: train.calibration_share is 0")
         return {}
     profile = profile_of(spread_evenly(training, PROFILED), config.data)
-    warnings_alone = {"quality": _quality_record(QualityModel(profile=profile))}
+    warnings_alone = {"quality": _warnings_alone(profile)}
     if len(cases) < LEAST_CASES:
         log.warning(
             "%d cases held back: too few to choose windows, copies or post-processing by, or to learn what Dice to "
-            "expect of a case",
+            "expect of a case; of an image unlike training `infer` will %s",
             len(cases),
+            "warn" if profile.cases >= LEAST_PROFILED else f"not warn, after {profile.cases} training cases",
         )
         return warnings_alone
     trying_s, quality_s = (None if budget_s is None else s * budget_s for s in (1 - QUALITY_SHARE, QUALITY_SHARE))
@@ -257,11 +258,11 @@ def _learn_quality(bench: Bench, base: Trial, profile: Profile, budget_s: float 
         axes, cases = [], bench.teaching(base.seconds, spare_s)
     if not cases:
         log.warning("no time to learn what Dice to expect of a case; a larger train.calibration_share gives more")
-        return _quality_record(QualityModel(profile=profile))
+        return _warnings_alone(profile)
     plain_s = budget_s / 3 if axes and budget_s is not None else budget_s
     plain = bench.samples(base.settings, cases, profile, plain_s)
     if not plain:
-        return _quality_record(QualityModel(profile=profile))
+        return _warnings_alone(profile)
     model = fit_quality(plain, profile)
     if axes:
         flipped = overlay(base.settings, {"windows": {"flip_axes": axes}})
@@ -273,6 +274,13 @@ def _learn_quality(bench: Bench, base: Trial, profile: Profile, budget_s: float 
             axes = []
     measured = [{"samples": len(plain), "cases": len({s.case for s in plain})}]
     return _quality_record(model, measured, axes)
+
+
+def _warnings_alone(profile: Profile) -> dict[str, Any]:
+    """No estimate of Dice: what is unlike training is told of nevertheless, where that was enough to know."""
+    if profile.cases < LEAST_PROFILED:
+        return {"settings": {}, "measured": []}
+    return _quality_record(QualityModel(profile=profile))
 
 
 def _quality_record(

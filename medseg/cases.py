@@ -37,6 +37,9 @@ from medseg.readers.series import Found, find_series
 
 log = logging.getLogger(__name__)
 
+GROUP_COLUMNS = ("group", "patient", "subject", "patient_id", "subject_id")
+"""Columns of a table that name patients without being asked for, the first that is there."""
+
 Labels = dict[str, int | tuple[int, ...]]
 Item = TypeVar("Item")
 

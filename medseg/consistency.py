@@ -83,7 +83,11 @@ def _lost_colour(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
     if not coloured or len(dataset.channels) != 1:
         return []
     found = f"{len(coloured)} of {len(facts)} pictures are in colour and will be read as grey"
-    return [Finding("note", "", "", found, "", "to keep the colour, plan and train with --set 'data.channels=[R,G,B]'")]
+    return [
+        Finding(
+            "note", "", "", found, "one channel", "to keep three, plan and train with --set 'data.channels=[R,G,B]'"
+        )
+    ]
 
 
 def _odd_ones(facts: Sequence[CaseFacts], value: Callable[[CaseFacts], int]) -> list[tuple[str, int, int]]:

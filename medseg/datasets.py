@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medseg.cases import CHANNEL_SUFFIX, Case, Dataset, Fold, Labels, Problem, images_in, label_values
+from medseg.cases import CHANNEL_SUFFIX, GROUP_COLUMNS, Case, Dataset, Fold, Labels, Problem, images_in, label_values
 from medseg.errors import DataError
 from medseg.readers import ENDINGS, is_picture, split_ending, why_absent
 from medseg.readers.dicom_files import holds_dicom
@@ -26,7 +26,7 @@ FORMS = """a data set is one of:
   1. nnU-Net folder: imagesTr/CASE_0000.EXT, labelsTr/CASE.EXT, dataset.json
   2. Decathlon folder: dataset.json with training: [{image, label}]
   3. plain folder: images/ and labels/ with equal stems
-  4. CSV or JSON list: columns case,image[,image2...],label[,fold][,group]"""
+  4. CSV or JSON list: columns case,image[,image2...],label[,fold][,group or patient]"""
 
 
 _IMAGE_COLUMN = re.compile(r"image\d*")
@@ -201,14 +201,15 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
         raise DataError(
             f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image{hint}; {FORMS}"
         )
-    unused = [c for c in columns if c not in ("case", "label", "fold", "group", *images)]
+    group = next((c for c in GROUP_COLUMNS if c in columns), None)
+    unused = [c for c in columns if c not in ("case", "label", "fold", group, *images)]
     if unused:
         log.warning("%s: columns not used: %s", path, ", ".join(unused))
     cases: list[Case] = []
     problems: list[Problem] = []
     for row in rows:
         names = [str(row[c]) for c in images if row.get(c)]
-        case, more = _case(path.parent, path, row, names)
+        case, more = _case(path.parent, path, {**row, "group": row.get(group) if group else None}, names)
         problems += more
         cases += [case] if case is not None else []
         if case is not None and len(names) != len(images):

@@ -54,8 +54,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def infer(
-    inputs: Sequence[str | Path],
-    models: Sequence[str | Path] | Segmenter,
+    inputs: str | Path | Sequence[str | Path],
+    models: str | Path | Sequence[str | Path] | Segmenter,
     out: str | Path,
     options: InferOptions | None = None,
     *,
@@ -83,8 +83,10 @@ def infer(
     part, parts = options.shard
     if not 1 <= part <= parts:
         raise ConfigError(f"--shard {part}/{parts}: expected i/n with i from 1 to n")
-    first, *others = (models,) if isinstance(models, Segmenter) else _loaded(models, options)
-    cases = infer_inputs([Path(i) for i in inputs], channels=len(first.config.data.channels), series=options.series)
+    first, *others = (models,) if isinstance(models, Segmenter) else _loaded(_each(models), options)
+    cases = infer_inputs(
+        [Path(i) for i in _each(inputs)], channels=len(first.config.data.channels), series=options.series
+    )
     if part > len(cases):
         log.warning("shard %d/%d has none of the %d cases", part, parts, len(cases))
     mine = cases[part - 1 :: parts]
@@ -485,6 +487,10 @@ class _Run:
         except BaseException as error:
             log.debug("case %s ends the run", case.id, exc_info=True)
             self._end_with(error)
+
+
+def _each(given: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [given] if isinstance(given, (str, os.PathLike)) else given
 
 
 def _loaded(models: Sequence[str | Path], options: InferOptions) -> list[Segmenter]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -194,9 +195,15 @@ class Segmenter:
         For one folder, archive or file of DICOM `options.series` holds. Raises `DataError` or `GeometryError` naming
         the file.
         """
-        paths = tuple(Path(f) for f in files)
-        if not paths:
+        if not files:
             raise ConfigError("no file given, expected one, or one for each channel")
+        for file in files:
+            if not isinstance(file, (str, os.PathLike)):
+                raise ConfigError(
+                    f"{type(file).__name__} given, expected the path of a file, whose header tells where its voxels "
+                    "lie, or one for each channel: segment(a, b); write an image in memory to a file first"
+                )
+        paths = tuple(Path(f) for f in files)
         series = choose_series(paths[0], self.options.series) if len(paths) == 1 and is_series(paths[0]) else None
         prepared = self.prepare(Case(paths[0].name, paths, None, paths[0].name, series=series))
         found = self.segment_prepared(prepared)

@@ -21,6 +21,7 @@ from medseg.config import COLOURS, Config, DataConfig, Section, make_config, ove
 from medseg.errors import ConfigError, ModelError
 from medseg.networks import at_output_stride, build_network, check_settings
 from medseg.readers import file_sha256
+from medseg.state import STATE
 from medseg.versions import versions
 from medseg.writers import atomic_path, write_text
 
@@ -184,6 +185,11 @@ def read_best(folder: Path) -> Best | None:
     """
     file = folder / BEST
     if (folder / DESCRIPTION).exists():
+        if file.is_file():
+            raise ModelError(
+                f"{folder}: holds a training run ({DESCRIPTION}) and a cross-validation ({BEST}), so that it is open "
+                "which is meant; move one of them elsewhere"
+            )
         return None
     if not file.is_file():
         if (folder / CROSSVAL).is_file():
@@ -336,8 +342,13 @@ def _unchangeable(changes: Mapping[str, Any]) -> list[str]:
 
 def read_description(folder: Path) -> dict[str, Any]:
     """What model.json in a model folder says, not checked. Raises `ModelError` where a file is missing or damaged."""
+    if folder.is_file():
+        raise ModelError(f"{folder}: a file, expected the folder that `medseg train -o` wrote, such as {folder.parent}")
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; a model is the folder that `medseg train -o` wrote")
+    state, *parts = ((folder / name).is_file() for name in (STATE, DESCRIPTION, WEIGHTS))
+    if state and not any(parts):
+        raise ModelError(f"{folder}: its training has not ended ({STATE}, no {DESCRIPTION}); go on with --resume")
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name} found; a model folder holds {DESCRIPTION} and {WEIGHTS}")

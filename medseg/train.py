@@ -19,7 +19,7 @@ import torch
 from medseg.asked import TrainOptions, parse_duration, plan_run, values_of
 from medseg.calibrate import calibrate
 from medseg.cases import Case, Dataset, fold_split
-from medseg.catalogue import WEIGHTS
+from medseg.catalogue import CROSSVAL, WEIGHTS
 from medseg.config import (
     Config,
     dump_yaml,
@@ -132,6 +132,7 @@ def _train(
     resumed = options.resume and ranks.led((folder / STATE).is_file)
     weights = None if resumed else options.pretrained
     data, made, folds = ranks.led(lambda: _planned(dataset, options, end, weights, ranks, progress))
+    _refuse_data_folder(folder, data)
     config, (training, validation) = made.config, folds
     seconds: dict[str, float] = {}
     with log_file(folder) if ranks.first else faults_told(sys.stderr):
@@ -268,6 +269,8 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
     """Whether the run folder may be written; it is made later, once there is something to write."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file, expected a folder for the run")
+    if (folder / CROSSVAL).is_file():
+        raise ConfigError(f"{folder}: holds a cross-validation, whose folder means its choice; choose another -o")
     state, model = ((folder / name).is_file() for name in (STATE, WEIGHTS))
     if not resume and (state or model):
         raise ConfigError(f"{folder}: holds a training run already; go on with --resume, or choose another -o")
@@ -279,6 +282,13 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written, because {nearest} is no writable folder; choose another -o")
+
+
+def _refuse_data_folder(folder: Path, data: Dataset) -> None:
+    """Raises `ConfigError` where the run would lie among the data: who removes it would remove both."""
+    files = (file for case in data.cases for file in (*case.images, case.label) if file is not None)
+    if folder.resolve() in {data.path.resolve(), *(file.parent.resolve() for file in files)}:
+        raise ConfigError(f"{folder}: holds images or labels of the data set; choose another -o")
 
 
 def _check_network(config: Config, weights: Path | None) -> None:

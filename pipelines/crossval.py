@@ -36,6 +36,7 @@ log = logging.getLogger("medseg.crossval")
 OK, TERMINATED, INTERRUPTED = 0, 75, 130
 
 CACHE = "cache"
+OF_A_RUN = ("model.json", "last.pt")
 # beside the folders of the networks
 TAKEN = (CACHE, JUDGED, REPORT, OTHERS, COMPARISON)
 
@@ -123,6 +124,8 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     later, `KeyboardInterrupt` once the state is saved.
     """
     asked, typed = _asked(options), _typed(options)
+    if any((folder / name).is_file() for name in OF_A_RUN):
+        raise medseg.ConfigError(f"{folder}: holds a training run, which this folder means then; choose another -o")
     # also where all is trained: without it no network could be judged
     medseg.choose_device(options.device)
     weights = None if options.pretrained is None else _weights(options.pretrained)

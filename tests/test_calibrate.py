@@ -286,10 +286,11 @@ def looks_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int]
 
 
 def test_a_few_cases_tell_nothing_but_training_tells_what_is_unlike_it(caplog: pytest.LogCaptureFixture) -> None:
-    cases = [a_case(n) for n in range(4)]
-    found = calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60)
+    cases, training = [a_case(n) for n in range(4)], [a_case(n) for n in range(20)]
+    found = calibrate(tiny_config(), Threshold(), cases, training=training, device=CPU, precision="32", budget_s=60)
     assert list(found) == ["quality"]
     assert "4 cases held back: too few" in caplog.text
+    assert "of an image unlike training `infer` will warn" in caplog.text
     learnt = QualityModel.model_validate(found["quality"]["model"])
     case = replace(a_case(9), image=torch.full((1, 12, 10, 9), 5.0))
     evidence = Evidence(tiny_config().data)
@@ -297,6 +298,13 @@ def test_a_few_cases_tell_nothing_but_training_tells_what_is_unlike_it(caplog: p
     assessed = learnt.assess(case, evidence)
     assert assessed.estimates == {}
     assert any("constant" in warning for warning in assessed.warnings)
+
+
+def test_a_few_training_cases_do_not_tell_what_is_usual(caplog: pytest.LogCaptureFixture) -> None:
+    cases = [a_case(n) for n in range(4)]
+    found = calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60)
+    assert found == {"quality": {"settings": {}, "measured": []}}
+    assert "`infer` will not warn, after 4 training cases" in caplog.text
 
 
 def test_a_budget_of_nothing_chooses_nothing() -> None:

@@ -461,6 +461,14 @@ def test_a_fold_of_moved_data_is_recognised(dataset: Path, tmp_path: Path) -> No
     assert look(make_fold(moved, tmp_path / "out", 0)).state == "done"
 
 
+@pytest.mark.parametrize("file", ["model.json", "last.pt"])
+def test_the_folder_of_a_run_is_refused(dataset: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).touch()
+    with pytest.raises(medseg.ConfigError, match="run: holds a training run"):
+        crossval.cross_validate(dataset, tmp_path / "run", crossval.Options(epochs=1, device="cpu"))
+
+
 def test_a_fold_of_other_settings_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
     fold = make_fold(dataset, tmp_path / "out", 0)
     values = CONFIG.model_dump(mode="json")

@@ -209,6 +209,24 @@ def test_folders_of_dicom_in_a_data_set_are_told_with_what_to_do(
     assert [p.severity for p in read_dataset(root).problems] == ["warning"]
 
 
+@pytest.mark.parametrize("column", ["group", "patient", "subject", "patient_id", "subject_id"])
+def test_a_column_of_a_list_that_names_patients_keeps_them_together(
+    tmp_path: Path, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"{name},{name}.nii,{name}.nii,{owner}\n" for name, owner in zip("abcd", ("x", "x", "y", "")))
+    found = read_dataset(listed(tmp_path, f"case,image,label,{column}\n{rows}"))
+    assert [case.group for case in found.cases] == ["x", "x", "y", "d"]
+    assert "not used" not in caplog.text
+
+
+def test_of_two_columns_that_name_patients_the_plainer_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = read_dataset(listed(tmp_path, "case,image,label,patient,group\na,a.nii,b.nii,p,g\n"))
+    assert [case.group for case in found.cases] == ["g"]
+    assert "columns not used: patient" in caplog.text
+
+
 def test_a_list_that_names_a_folder_of_dicom_says_what_to_do(tmp_path: Path) -> None:
     folder = phantom.series(tmp_path / "scan")
     (problem,) = read_dataset(listed(tmp_path, "case,image,label\nx,scan,a.nii\n")).problems

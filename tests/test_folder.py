@@ -62,6 +62,13 @@ def test_masks_lie_on_the_grids_of_their_images(tmp_path: Path, model: Path) -> 
         np.testing.assert_array_equal(mask.affine, nib.load(path).affine)
 
 
+def test_one_path_needs_no_list(tmp_path: Path, model: Path) -> None:
+    (path,) = some_images(tmp_path / "in", 1)
+    for number, (given, models) in enumerate([(path, model), (str(path), str(model)), (str(path), [model])]):
+        (result,) = infer(given, models, tmp_path / f"out{number}", EXACT)
+        assert (result.case, result.status) == ("case0", "done")
+
+
 def test_a_written_mask_is_what_segment_gives(tmp_path: Path, model: Path) -> None:
     (path,) = some_images(tmp_path / "in", 1)
     infer([path], [model], tmp_path / "out", EXACT)

@@ -39,6 +39,13 @@ def test_one_anatomy_gets_one_answer_in_all_48_orientations(tmp_path: Path, mode
     assert set(np.unique(expected)) == {0, 3, 7}
 
 
+@pytest.mark.parametrize("given", [np.zeros((4, 4, 4)), torch.zeros(4, 4, 4), ["a.nii", "b.nii"], None])
+def test_what_is_no_path_is_told_with_what_to_do(model: Path, given: Any) -> None:
+    name = type(given).__name__
+    with pytest.raises(ConfigError, match=rf"{name} given, expected the path of a file, .* segment\(a, b\)"):
+        load_model(model, options=EXACT).segment(given)
+
+
 def test_a_mask_follows_a_move_of_the_patient(tmp_path: Path, model: Path) -> None:
     segmenter = load_model(model, options=EXACT)
     near = segmenter.segment(save(tmp_path / "a.nii", blobs(SHAPE), AFFINE))

@@ -340,6 +340,25 @@ def test_a_choice_that_is_no_json_is_named(tmp_path: Path) -> None:
         load_model(tmp_path, options=EXACT)
 
 
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_file_of_a_model_is_told_with_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tiny_model(tmp_path / "run")
+    with pytest.raises(ModelError, match=rf"{name}: a file, expected the folder .* such as .*run$"):
+        load_model(folder / name, options=EXACT)
+
+
+def test_a_training_that_has_not_ended_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ModelError, match=r"training has not ended \(last.pt, no model.json\); go on with --resume"):
+        load_model(tmp_path, options=EXACT)
+
+
+def test_a_run_in_the_folder_of_a_cross_validation_is_not_taken_for_its_choice(tmp_path: Path) -> None:
+    tiny_model(chosen(tmp_path / "cv"), seed=5)
+    with pytest.raises(ModelError, match=r"cv: holds a training run .* and a cross-validation .* move one of them"):
+        load_model(tmp_path / "cv", options=EXACT)
+
+
 def test_a_cross_validation_without_a_choice_is_told(tmp_path: Path) -> None:
     chosen(tmp_path).joinpath("best.json").rename(tmp_path / "crossval.json")
     with pytest.raises(ModelError, match=r"a cross-validation without best\.json: a fold is missing or has failed"):

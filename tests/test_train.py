@@ -599,6 +599,26 @@ def _command(dataset: Path, folder: Path, settings: tuple[str, ...], *more: str)
     ]
 
 
+def test_the_folder_of_a_cross_validation_is_refused(train: Train, tiny_dataset, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "crossval.json").write_text("{}")
+    dataset = tiny_dataset(cases=2)
+    for resume in (False, True):
+        with pytest.raises(medseg.ConfigError, match="run: holds a cross-validation"):
+            train(dataset, fold="all", resume=resume)
+
+
+@pytest.mark.parametrize("part", [".", "images", "labels"])
+def test_a_run_among_the_data_is_refused(train: Train, tiny_dataset, tmp_path: Path, part: str) -> None:
+    dataset = tiny_dataset(cases=2)
+    before = sorted(dataset.rglob("*"))
+    (tmp_path / "link").symlink_to(dataset / part)
+    for name in (f"{dataset.name}/{part}", "link"):
+        with pytest.raises(medseg.ConfigError, match="holds images or labels of the data set; choose another -o"):
+            train(dataset, fold="all", name=name)
+    assert sorted(dataset.rglob("*")) == before
+
+
 def _start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,

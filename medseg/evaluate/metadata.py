@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from medseg.cases import GROUP_COLUMNS
 from medseg.errors import DataError
 from medseg.evaluate.pairs import case_name, counted, named, printable
 
 CASE = "case"
-GROUP_COLUMNS = ("group", "patient", "subject", "patient_id", "subject_id")
-"""Columns that name patients without being asked for, the first that is there; capitals and signs do not matter."""
+# capitals and signs do not matter
 _BARE_GROUP_COLUMNS = tuple(name.replace("_", "") for name in GROUP_COLUMNS)
 NO_VALUE = "(none)"
 MOST_VALUES = 12

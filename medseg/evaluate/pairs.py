@@ -82,9 +82,10 @@ def find_pairs(
     the folder are passed over. Two files given belong together whatever their names. A case in two files is a failure
     of that case. Raises `DataError` for folders that are not there, hold no label maps, or are one and the same.
     """
-    for path in (predictions, references, images, probabilities):
+    what = ("label maps", "label maps", "images", "probabilities")
+    for path, content in zip((predictions, references, images, probabilities), what):
         if path is not None and (reason := why_absent(path)):
-            raise DataError(f"{path}: {reason}, expected a folder of label maps or one file; check the path")
+            raise DataError(f"{path}: {reason}, expected a folder of {content} or one file; check the path")
     if predictions.samefile(references):
         raise DataError(
             f"{predictions}: given as predictions and as references; every measure would be perfect. Give two folders"
