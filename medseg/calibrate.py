@@ -88,7 +88,7 @@ def calibrate(
     profile = profile_of(spread_evenly(training, PROFILED), config.data)
     warnings_alone = {"quality": _warnings_alone(profile)}
     if len(cases) < LEAST_CASES:
-        log.warning(
+        log.info(
             "%d cases held back: too few to choose windows, copies or post-processing by, or to learn what Dice to "
             "expect of a case; of an image unlike training `infer` will %s",
             len(cases),

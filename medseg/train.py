@@ -287,7 +287,8 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
 def _refuse_data_folder(folder: Path, data: Dataset) -> None:
     """Raises `ConfigError` where the run would lie among the data: who removes it would remove both."""
     files = (file for case in data.cases for file in (*case.images, case.label) if file is not None)
-    if folder.resolve() in {data.path.resolve(), *(file.parent.resolve() for file in files)}:
+    folders = {data.path, *(file.parent for file in files)}
+    if folder.resolve() in {path.resolve() for path in folders}:
         raise ConfigError(f"{folder}: holds images or labels of the data set; choose another -o")
 
 

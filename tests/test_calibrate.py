@@ -286,6 +286,7 @@ def looks_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int]
 
 
 def test_a_few_cases_tell_nothing_but_training_tells_what_is_unlike_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     cases, training = [a_case(n) for n in range(4)], [a_case(n) for n in range(20)]
     found = calibrate(tiny_config(), Threshold(), cases, training=training, device=CPU, precision="32", budget_s=60)
     assert list(found) == ["quality"]
@@ -301,6 +302,7 @@ def test_a_few_cases_tell_nothing_but_training_tells_what_is_unlike_it(caplog: p
 
 
 def test_a_few_training_cases_do_not_tell_what_is_usual(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     cases = [a_case(n) for n in range(4)]
     found = calibrate(tiny_config(), Threshold(), cases, training=cases, device=CPU, precision="32", budget_s=60)
     assert found == {"quality": {"settings": {}, "measured": []}}
