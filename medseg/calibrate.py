@@ -86,7 +86,6 @@ def calibrate(
         log.info("no time to choose windows, copies or post-processing: train.calibration_share is 0")
         return {}
     profile = profile_of(spread_evenly(training, PROFILED), config.data)
-    warnings_alone = {"quality": _warnings_alone(profile)}
     if len(cases) < LEAST_CASES:
         log.info(
             "%d cases held back: too few to choose windows, copies or post-processing by, or to learn what Dice to "
@@ -94,12 +93,12 @@ def calibrate(
             len(cases),
             "warn" if profile.cases >= LEAST_PROFILED else f"not warn, after {profile.cases} training cases",
         )
-        return warnings_alone
+        return {"quality": _warnings_alone(profile)}
     trying_s, quality_s = (None if budget_s is None else s * budget_s for s in (1 - QUALITY_SHARE, QUALITY_SHARE))
     bench = Bench(config, network, cases, device, precision, trying_s, notes or Notebook(None, ""), progress)
     usual = bench.first()
     if usual is None:
-        return warnings_alone
+        return {"quality": _warnings_alone(profile)}
     windows = _choose_windows(bench, usual, keeping=_time_for_copies(bench, usual))
     tta = _choose_copies(bench, windows[-1])
     return {
@@ -186,8 +185,9 @@ def _copy_ways(config: Config) -> dict[str, dict[str, Any]]:
 def _time_for_copies(bench: Bench, usual: Trial) -> float:
     """Seconds a case to try the kinds of copies that are welcome, as far as a case takes no longer than `SOON_S`."""
     needed, settings, before = 0.0, usual.settings, views(laid_over(bench.config, usual.settings).windows)
+    ways = _copy_ways(bench.config)
     for name in WELCOME:
-        settings = overlay(settings, {"windows": _copy_ways(bench.config)[name]})
+        settings = overlay(settings, {"windows": ways[name]})
         after = views(laid_over(bench.config, settings).windows)
         if after != before and len(after) * usual.seconds <= SOON_S:
             needed += len(after) * usual.seconds

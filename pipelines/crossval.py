@@ -29,6 +29,7 @@ from medseg_pipelines.folds import CONFIG, Fold, Found, Weights, failure_of, loo
 from medseg_pipelines.judging import CLEANED, JUDGED
 from medseg_pipelines.locks import UNTIL_STALE_S, held, holder_of, publish
 from medseg_pipelines.processes import read_json
+from medseg_pipelines.trial import DESCRIPTION, STATE
 from medseg_pipelines.trials import first_difference
 
 log = logging.getLogger("medseg.crossval")
@@ -36,7 +37,6 @@ log = logging.getLogger("medseg.crossval")
 OK, TERMINATED, INTERRUPTED = 0, 75, 130
 
 CACHE = "cache"
-OF_A_RUN = ("model.json", "last.pt")
 # beside the folders of the networks
 TAKEN = (CACHE, JUDGED, REPORT, OTHERS, COMPARISON)
 
@@ -124,7 +124,7 @@ def cross_validate(dataset: Path, folder: Path, options: Options) -> Outcome:
     later, `KeyboardInterrupt` once the state is saved.
     """
     asked, typed = _asked(options), _typed(options)
-    if any((folder / name).is_file() for name in OF_A_RUN):
+    if any((folder / name).is_file() for name in (DESCRIPTION, STATE)):
         raise medseg.ConfigError(f"{folder}: holds a training run, which this folder means then; choose another -o")
     # also where all is trained: without it no network could be judged
     medseg.choose_device(options.device)
