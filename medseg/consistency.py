@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.cases import Dataset, Labels
+from medseg.config import BACKGROUND, IGNORE
 from medseg.errors import ConfigError
 from medseg.findings import CaseFacts, Finding, Intensities, is_flat
 from medseg.metrics.codes import members
@@ -43,6 +44,7 @@ def inconsistencies(
         *_outliers(facts),
         *_odd_intensities(dataset, facts),
         *_unused_labels(dataset, facts),
+        *_lonely_labels(dataset, facts),
         *_impossible_labels(dataset, facts),
         *(_odd_values(facts) if dataset.labels is None else ()),
         *_moved_colours(palettes),
@@ -208,6 +210,31 @@ def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
             "remove them from the labels, or they train on nothing",
         )
     ]
+
+
+def _lonely_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
+    """Labels that one case alone has: mistaken values, or nothing that could be learnt and judged both."""
+    if sum(any(f.label_voxels) for f in facts) < OUTLIER_CASES:
+        return []
+    present = sorted({value for f in facts for value in f.label_voxels if value})
+    named = dataset.labels is not None
+    labels: Labels = {f"value {value}": value for value in present} if dataset.labels is None else dataset.labels
+    lonely = []
+    for name, value in labels.items():
+        cases = [f.case for f in facts if f.label_voxels.keys() & set(members(value))]
+        if name not in (BACKGROUND, IGNORE) and len(cases) == 1:
+            lonely.append(f"{name} in {cases[0]}")
+    # grey values and instances are told as what they are
+    if not lonely or (not named and len(present) > MOST_UNNAMED):
+        return []
+    listed = ", ".join(lonely[:8]) + (", …" if len(lonely) > 8 else "")
+    fix = (
+        "add cases that have them, or take them out of the labels: nothing of them is learnt where it is held back"
+        if named
+        else "correct the files if it is a mistake: each value becomes a label, unless --set data.labels says otherwise"
+    )
+    text = f"labels that one case of {len(facts)} has: {listed}"
+    return [Finding("warning", "", _description(dataset), text, "each label in several cases", fix)]
 
 
 def _impossible_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:

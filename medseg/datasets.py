@@ -30,6 +30,7 @@ FORMS = """a data set is one of:
 
 
 _IMAGE_COLUMN = re.compile(r"image\d*")
+COLUMNS = ("case", "label", "fold")
 
 
 def read_dataset(path: Path) -> Dataset:
@@ -202,7 +203,7 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
             f"{path}: columns {', '.join(columns) or 'none'} found, expected at least case and image{hint}; {FORMS}"
         )
     group = next((c for c in GROUP_COLUMNS if c in columns), None)
-    unused = [c for c in columns if c not in ("case", "label", "fold", group, *images)]
+    unused = [c for c in columns if c not in (*COLUMNS, group, *images)]
     if unused:
         log.warning("%s: columns not used: %s", path, ", ".join(unused))
     cases: list[Case] = []
@@ -212,12 +213,10 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
         case, more = _case(path.parent, path, {**row, "group": row.get(group) if group else None}, names)
         problems += more
         cases += [case] if case is not None else []
-        if case is not None and len(names) != len(images):
-            problems.append(
-                Problem(
-                    case.id, path, f"{len(names)} images", f"{len(images)}", "fill every image column, or drop the case"
-                )
-            )
+        gaps = [c for c in images if not row.get(c)]
+        if case is not None and gaps:
+            found = f"nothing in column {', '.join(gaps)} of case {case.id}"
+            problems.append(Problem(case.id, path, found, "an image for each channel", "name it, or drop the case"))
     return Dataset(path, "list", tuple(cases), tuple(images), problems=tuple(problems))
 
 
@@ -480,7 +479,9 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    columns = filled[0][1] if filled else []
+    columns = [_known(column) for column in filled[0][1]] if filled else []
+    if len(filled) == 1:
+        raise DataError(f"{path}: no row below the header found, expected one for each case; add them")
     twice = [column for column, count in Counter(columns).items() if column and count > 1]
     if twice:
         raise DataError(
@@ -495,6 +496,12 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
         if any(field for column, field in zip(columns, line) if not column):
             raise DataError(f"{path}: line {number} has a field in a column without a name; name the column")
     return [{column: field for column, field in zip(columns, line) if column} for _, line in filled[1:]]
+
+
+def _known(column: str) -> str:
+    """A column by the name that it has here, where only capitals differ: spreadsheets like them."""
+    small = column.lower()
+    return small if small in (*COLUMNS, *GROUP_COLUMNS) or _IMAGE_COLUMN.fullmatch(small) else column
 
 
 def _json_rows(path: Path, content: Any) -> list[dict[str, Any]]:

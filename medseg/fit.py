@@ -39,7 +39,7 @@ from medseg.pretrained import Pretrained, load_pretrained
 from medseg.process import end_asked_by, hearing_signals
 from medseg.progress import Progress
 from medseg.ranks import Ranks
-from medseg.state import STATE, arithmetic, check_arithmetic, read_state, write_state
+from medseg.state import STATE, arithmetic, check_arithmetic, check_settings, read_state, settings_of, write_state
 from medseg.writers import is_disk_full
 
 log = logging.getLogger(__name__)
@@ -227,6 +227,7 @@ class Fit:
                 "held_back": [case.id for case in self.validation],
                 "learnt": self.learnt,
                 "meaning": self._meaning(),
+                "settings": settings_of(self.config),
                 "arithmetic": arithmetic(self.precision, self.device),
                 "pretrained": self._from,
                 "loaded": sorted(self._loaded),
@@ -283,8 +284,9 @@ class Fit:
                 f"{self.learnt[:12]}… now); bring them back, or train into a new folder"
             )
         now, deterministic = arithmetic(self.precision, self.device), self.config.train.deterministic
-        # the state has the threads of the first process
+        # the state has the threads of the first process, and one warning is enough
         self.ranks.led(lambda: check_arithmetic(self.folder, state, now, deterministic=deterministic))
+        self.ranks.led(lambda: check_settings(self.folder, state, self.config))
 
     def _go_on(self, state: dict[str, Any]) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from medseg.config import Config
 from medseg.errors import ConfigError, DataError, TrainingError
 from medseg.writers import atomic_path
 
@@ -21,6 +23,9 @@ STATE = "last.pt"
 VERSION = 3
 # what a state has had in every version, and other projects' checkpoints have not all of
 OURS = frozenset({"network", "optimizer", "deck", "generator"})
+# settings of training that change nothing of what is learnt, or are checked by themselves
+ELSEWHERE = frozenset({"seed", "precision", "deterministic", "save_every_s", "validation_share", "calibration_share"})
+END = ("train.epochs", "train.time_budget_s")
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -97,3 +102,40 @@ def check_arithmetic(folder: Path, state: Mapping[str, Any], now: Mapping[str, A
             )
         if key == "precision":
             log.warning("%s; %s keeps it as it was", said, way.format(was))
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a state keeps of how its weights were learnt, by section.key."""
+    sections = config.model_dump(mode="json", include={"loss", "augment", "train"})
+    return {
+        f"{section}.{key}": value
+        for section, settings in sections.items()
+        for key, value in settings.items()
+        if key not in ELSEWHERE
+    }
+
+
+def check_settings(folder: Path, state: Mapping[str, Any], now: Config) -> None:
+    """Warn of what is learnt otherwise from here on than in the `state`; one of an earlier medseg does not tell.
+
+    Raises `ConfigError` where the end was changed to one that lies behind.
+    """
+    path, course, train = folder / STATE, state["course"], now.train
+    asked = settings_of(now)
+    before = state.get("settings", asked)
+    others = {key: f"{key} {value} (was {before.get(key)})" for key, value in asked.items() if before.get(key) != value}
+    anew = "or train into a new folder"
+    if train.epochs is not None and course["step"] > train.epochs * train.steps_per_epoch:
+        raise ConfigError(
+            f"{path}: has learnt {course['step']} steps, more than train.epochs {train.epochs} of "
+            f"{train.steps_per_epoch}; expected {math.ceil(course['step'] / train.steps_per_epoch)} epochs or more, "
+            f"{anew}"
+        )
+    if train.time_budget_s is not None and others.keys() & set(END) and course["elapsed"] > train.time_budget_s:
+        raise ConfigError(
+            f"{path}: has learnt for {course['elapsed']:.0f} s, more than train.time_budget_s {train.time_budget_s:g}; "
+            f"expected --time-budget {math.ceil(course['elapsed'])}s, which ends it here, or more, {anew}"
+        )
+    changed = [text for key, text in others.items() if key not in END]
+    if changed:
+        log.warning("%s: from here on with %s, as its weights have not been learnt so far", path, ", ".join(changed))

@@ -122,6 +122,22 @@ def test_white_in_one_mask_and_one_in_the_others_is_a_warning() -> None:
     assert inconsistencies(PLAIN, [*facts(USUAL), *facts(USUAL, label_voxels={0: 9, 1: 9, 255: 9})], {}) == []
 
 
+def test_a_label_that_one_case_alone_has_is_a_warning() -> None:
+    usual = facts(*[USUAL] * 4, label_voxels={0: 9, 1: 9, 2: 9})
+    odd = [replace(f, case="odd") for f in facts(USUAL, label_voxels={0: 9, 1: 9, 2: 9, 7: 2})]
+    (told,) = of(inconsistencies(PLAIN, [*usual, *odd], {}), "warning")
+    assert "labels that one case of 5 has: value 7 in odd, expected each label in several cases" in told
+    assert "each value becomes a label" in told
+    named = replace(PLAIN, labels={"background": 0, "liver": (1, 2), "stone": 7})
+    (told,) = of(inconsistencies(named, [*usual, *odd], {}), "warning")
+    assert "stone in odd" in told
+    assert "nothing of them is learnt where it is held back" in told
+    # what is ignored is not learnt, two cases are enough, and few cases say nothing
+    assert not of(inconsistencies(replace(named, labels={"liver": (1, 2), "ignore": 7}), [*usual, *odd], {}), "warning")
+    assert not of(inconsistencies(PLAIN, [*usual, *odd, *odd], {}), "warning")
+    assert not of(inconsistencies(PLAIN, [*usual[1:], *odd], {}), "warning")
+
+
 def _palette_pictures(folder: Path, *palettes: tuple[list[int], list[int]]) -> Path:
     """Pictures whose labels show a red and a green box: (index of each of black, red, green; colours by index)."""
     for name in ("images", "labels"):

@@ -60,11 +60,25 @@ def test_a_comma_at_the_end_of_each_line_is_no_field(tmp_path: Path, header: str
         ("case,image,\nx,a.nii,b.nii\n", "line 2 has a field in a column without a name"),
         ("case;image;label\nx;a.nii;b.nii\n", "separate the columns by commas"),
         ("case\timage\tlabel\nx\ta.nii\tb.nii\n", "separate the columns by commas"),
+        ("case,image,label\n", "no row below the header found"),
+        ("", "columns none found"),
+        ("Image,image,case\na.nii,b.nii,x\n", "column 'image' found twice"),
     ],
 )
 def test_a_list_that_is_no_table_says_where(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_dataset(listed(tmp_path, text))
+
+
+def test_columns_may_have_capitals(tmp_path: Path) -> None:
+    (case,) = read_dataset(listed(tmp_path, "Case,Image,LABEL,Patient,Fold\nx,a.nii,b.nii,p1,\n")).cases
+    assert (case.id, case.label, case.group, case.fold) == ("x", tmp_path / "b.nii", "p1", None)
+
+
+def test_a_gap_in_a_list_is_told_by_case_and_column(tmp_path: Path) -> None:
+    data = read_dataset(listed(tmp_path, "case,image,image2,label\nx,a.nii,b.nii,c.nii\ny,a.nii,,c.nii\n"))
+    (problem,) = data.problems
+    assert "l.csv: nothing in column image2 of case y, expected an image for each channel" in str(problem)
 
 
 def test_a_case_of_a_json_list_may_be_the_number_0(tmp_path: Path) -> None:

@@ -230,7 +230,48 @@ def test_settings_of_the_optimiser_are_those_asked_for_last(state: Path) -> None
     assert {group["weight_decay"] for group in fit.optimizer.param_groups} == {0.5}
 
 
+def test_what_is_learnt_otherwise_from_now_on_is_told(state: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changed = noise_config(train={"weight_decay": 0.5, "save_every_s": 7.0}, augment={"p_noise": 0.25})
+    before = noise_config()
+    noise_fit(state.parent, changed, resume=True)
+    assert caplog.messages == [
+        f"{state}: from here on with augment.p_noise 0.25 (was {before.augment.p_noise}), "
+        f"train.weight_decay 0.5 (was {before.train.weight_decay}), as its weights have not been learnt so far"
+    ]
+
+
+def test_a_longer_end_and_the_state_of_an_earlier_medseg_need_no_word(
+    state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise_fit(state.parent, noise_config(train={"epochs": 9}), resume=True)
+    content = read_state(state.parent)
+    assert content.pop("settings")["train.epochs"] == 3
+    write_state(state.parent, content)
+    noise_fit(state.parent, noise_config(train={"weight_decay": 0.5}), resume=True)
+    assert caplog.messages == []
+
+
 # ---- a state that cannot be believed
+
+
+def test_an_end_that_lies_behind_is_refused(state: Path) -> None:
+    told = f"{state}: has learnt 6 steps, more than train.epochs 2 of 2; expected 3 epochs or more"
+    assert told in _refusal(state.parent, noise_config(train={"epochs": 2}))
+    content = read_state(state.parent)
+    content["course"]["elapsed"] = 61.2
+    write_state(state.parent, content)
+    told = f"{state}: has learnt for 61 s, more than train.time_budget_s 60; expected --time-budget 62s, which ends it"
+    assert told in _refusal(state.parent, noise_config(train={"epochs": None, "time_budget_s": 60}))
+    fit = noise_fit(state.parent, noise_config(train={"epochs": None, "time_budget_s": 62}), resume=True)
+    assert fit.course.step == 6
+
+
+def test_a_time_budget_that_was_kept_a_little_late_is_its_own_end(tmp_path: Path) -> None:
+    config = noise_config(train={"epochs": None, "time_budget_s": 60})
+    fit = noise_fit(tmp_path, config)
+    fit.course.elapsed = 60.4
+    fit.save()
+    assert noise_fit(tmp_path, config, resume=True).progress == 1
 
 
 def test_another_seed_is_refused(state: Path) -> None:
