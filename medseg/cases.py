@@ -44,6 +44,8 @@ Labels = dict[str, int | tuple[int, ...]]
 Item = TypeVar("Item")
 
 CHANNEL_SUFFIX = re.compile(r"(.+)_(\d{4})")
+# where the images of a data set are, those to be segmented first
+IMAGE_FOLDERS = ("imagesTs", "imagesTr", "images")
 # so many names that several inputs share are told, and the number of the others
 MOST_CLASHES = 5
 COLOURS = 3
@@ -211,7 +213,10 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
             raise ConfigError(f"{path}: {reason}; check the path")
         found = _input_files(path)
         if not found:
-            raise ConfigError(f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}")
+            inside = next((f"; give {path / name}" for name in IMAGE_FOLDERS if os.path.isdir(path / name)), "")
+            raise ConfigError(
+                f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}{inside}"
+            )
         for file in found:
             if not is_image_file(file) or os.path.isdir(file):
                 dicom.setdefault(file.resolve(), file)
@@ -230,6 +235,20 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
         raise ConfigError(f"no series {wanted} in the inputs" if wanted else "no input given; give files or folders")
     _refuse_clashes({name: [case.images for case in found.values()] for name, found in by_name.items()})
     return [next(iter(found.values())) for found in by_name.values()]
+
+
+def refuse_among(read: Iterable[Path], folder: Path, *, written: str) -> None:
+    """Raises `ConfigError` where `folder` cannot be that of an output: what is `read` lies in it, or it is called so.
+
+    `written` among what is read would be lost, and who removes it later would remove both.
+    """
+    if folder.resolve() in {path.resolve() for path in read}:
+        raise ConfigError(
+            f"{folder}: images or labels are there, among which {written} would be lost; choose another -o"
+        )
+    ending = split_ending(folder.name)[1]
+    if ending and not folder.is_dir():
+        raise ConfigError(f"{folder}: is called as an image, expected a folder for {written}; give it without {ending}")
 
 
 def dicom_cases(path: Path) -> list[Case]:

@@ -337,7 +337,7 @@ def _compare(scan: _Scan, file: Path, geometry: Geometry, of_image: Geometry) ->
         return
     elif close:
         found = f"affine differs by up to {_apart(grid, image_grid):.4g} mm"
-        scan.add("warning", file, found, "the affine of its image", "differs by rounding only: nothing to do")
+        scan.add("note", file, found, "the affine of its image", "differs by rounding only: nothing to do")
     elif _is_turned(grid, image_grid):
         found = f"axes stored as {_axcodes(grid) or grid.shape}"
         fix = "resample it to the image, which only turns its axes; copying the image's header would mirror or turn it"

@@ -481,7 +481,7 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
         raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
     columns = [_known(column) for column in filled[0][1]] if filled else []
     if len(filled) == 1:
-        raise DataError(f"{path}: no row below the header found, expected one for each case; add them")
+        raise DataError(f"{path}: no case below the header found, expected a row for each; add them")
     twice = [column for column, count in Counter(columns).items() if column and count > 1]
     if twice:
         raise DataError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from medseg.cases import Case, infer_inputs
+from medseg.cases import Case, infer_inputs, refuse_among
 from medseg.device import choose_device, is_out_of_memory
 from medseg.errors import ConfigError, DataError, MedsegError
 from medseg.infer import InferOptions, Segmenter, load_model, timed
@@ -120,13 +120,9 @@ def segment_cases(
     probabilities = probabilities_path(folder, "").parent
     parts = [probabilities] if segmenter.options.save_probabilities else []
     parts += [folder / FORMATS[name].folder for name in segmenter.options.formats if FORMATS[name].folder]
-    parents = {path.parent.resolve() for case in everyone for path in _files(case) if os.path.isfile(path)}
+    sources = {path.parent for case in everyone for path in _files(case) if os.path.isfile(path)}
     for made in (folder, *parts):
-        if made.resolve() in parents:
-            raise ConfigError(
-                f"{made}: images to segment are there, among which {'masks' if made == folder else made.name} "
-                "would be lost; choose another -o"
-            )
+        refuse_among(sources, made, written="masks" if made == folder else made.name)
         try:
             made.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -160,10 +160,14 @@ class ResampleToGridd(MapTransform):
             f"that the network sees this is {_times(there.shape)} voxels"
         )
         if voxels > max(MOST_VOXELS, math.prod(here.shape)):
-            raise DataError(f"{told}, expected at most {MOST_VOXELS:,}; correct the header")
+            raise DataError(
+                f"{told}, expected at most {MOST_VOXELS:,}; correct the header, or the spacing that was set"
+            )
         if taken := beyond_memory(HELD_BY_RESAMPLING * channels * voxels):
             # no fault of the file: another machine may hold it
-            raise MemoryError(f"{told}, whose resampling takes {taken}; use one with more, or mend a wrong header")
+            raise MemoryError(
+                f"{told}, whose resampling takes {taken}; use one with more, or correct the header or the spacing that was set"
+            )
         for key in self.key_iterator(result):
             values = result[key].as_tensor()
             if key == "label":

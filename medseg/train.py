@@ -18,7 +18,7 @@ import torch
 
 from medseg.asked import TrainOptions, parse_duration, plan_run, values_of
 from medseg.calibrate import calibrate
-from medseg.cases import Case, Dataset, fold_split
+from medseg.cases import Case, Dataset, fold_split, refuse_among
 from medseg.catalogue import CROSSVAL, WEIGHTS
 from medseg.config import (
     Config,
@@ -132,7 +132,8 @@ def _train(
     resumed = options.resume and ranks.led((folder / STATE).is_file)
     weights = None if resumed else options.pretrained
     data, made, folds = ranks.led(lambda: _planned(dataset, options, end, weights, ranks, progress))
-    _refuse_data_folder(folder, data)
+    files = (file for case in data.cases for file in (*case.images, case.label) if file is not None)
+    refuse_among({data.path, *(file.parent for file in files)}, folder, written="the run")
     config, (training, validation) = made.config, folds
     seconds: dict[str, float] = {}
     with log_file(folder) if ranks.first else faults_told(sys.stderr):
@@ -282,14 +283,6 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: cannot be written, because {nearest} is no writable folder; choose another -o")
-
-
-def _refuse_data_folder(folder: Path, data: Dataset) -> None:
-    """Raises `ConfigError` where the run would lie among the data: who removes it would remove both."""
-    files = (file for case in data.cases for file in (*case.images, case.label) if file is not None)
-    folders = {data.path, *(file.parent for file in files)}
-    if folder.resolve() in {path.resolve() for path in folders}:
-        raise ConfigError(f"{folder}: holds images or labels of the data set; choose another -o")
 
 
 def _check_network(config: Config, weights: Path | None) -> None:

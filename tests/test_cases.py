@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -535,6 +536,14 @@ def test_infer_counts_the_inputs_of_one_name(tmp_path: Path) -> None:
     touch(tmp_path, *(f"p{n}/image.nii" for n in range(6)))
     with pytest.raises(ConfigError, match=r"p1/image\.nii and 4 more would all become case image; rename"):
         infer_inputs([tmp_path / f"p{n}" for n in range(6)], channels=1)
+
+
+@pytest.mark.parametrize("folders", [("imagesTr", "imagesTs"), ("images", "labels"), ("imagesTr",)])
+def test_infer_names_the_images_of_a_data_set(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    touch(tmp_path, *(f"{folder}/a.nii" for folder in folders))
+    meant = re.escape(str(tmp_path / ("imagesTs" if "imagesTs" in folders else folders[0])))
+    with pytest.raises(ConfigError, match=f"no image found, .*; give {meant}$"):
+        infer_inputs([tmp_path], channels=1)
 
 
 def test_infer_refuses_what_holds_no_image(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_comma_at_the_end_of_each_line_is_no_field(tmp_path: Path, header: str
         ("case,image,\nx,a.nii,b.nii\n", "line 2 has a field in a column without a name"),
         ("case;image;label\nx;a.nii;b.nii\n", "separate the columns by commas"),
         ("case\timage\tlabel\nx\ta.nii\tb.nii\n", "separate the columns by commas"),
-        ("case,image,label\n", "no row below the header found"),
+        ("case,image,label\n", "no case below the header found"),
         ("", "columns none found"),
         ("Image,image,case\na.nii,b.nii,x\n", "column 'image' found twice"),
     ],

@@ -788,12 +788,23 @@ def test_a_file_of_somebody_else_is_not_written_over(tmp_path: Path, model: Path
     assert (tmp_path / "out" / "run.json").read_text() == text
 
 
+def test_a_folder_is_not_called_as_an_image(tmp_path: Path, model: Path) -> None:
+    some_images(tmp_path / "in", 1)
+    out = tmp_path / "mask.nii.gz"
+    with pytest.raises(ConfigError, match=r"mask\.nii\.gz: is called as an image, .*; give it without \.nii\.gz"):
+        infer([tmp_path / "in"], [model], out, EXACT)
+    assert not out.exists()
+    # one that is there already is told apart by nothing but its name
+    out.mkdir()
+    assert [r.status for r in infer([tmp_path / "in"], [model], out, EXACT)] == ["done"]
+
+
 def test_masks_do_not_go_among_the_images(tmp_path: Path, model: Path) -> None:
     (path,) = some_images(tmp_path / "in", 1)
     # its mask would have another name, and be an image of the next run
     nib.save(nib.load(path), tmp_path / "in" / "scan.nii")
     path.unlink()
-    with pytest.raises(ConfigError, match="images to segment are there"):
+    with pytest.raises(ConfigError, match="images or labels are there, among which"):
         infer([tmp_path / "in"], [model], tmp_path / "in", EXACT)
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
 

@@ -521,7 +521,7 @@ def test_a_case_whose_mask_cannot_be_written_has_no_probabilities(
 def test_the_folder_is_refused_where_images_are(tmp_path: Path, model: Path) -> None:
     (tmp_path / "out").mkdir()
     some_images(tmp_path / "out" / "probabilities", 1)
-    with pytest.raises(ConfigError, match="images to segment are there"):
+    with pytest.raises(ConfigError, match="images or labels are there, among which"):
         infer([tmp_path / "out" / "probabilities"], [model], tmp_path / "out", SAVING)
 
 

@@ -614,7 +614,9 @@ def test_a_run_among_the_data_is_refused(train: Train, tiny_dataset, tmp_path: P
     before = sorted(dataset.rglob("*"))
     (tmp_path / "link").symlink_to(dataset / part)
     for name in (f"{dataset.name}/{part}", "link"):
-        with pytest.raises(medseg.ConfigError, match="holds images or labels of the data set; choose another -o"):
+        with pytest.raises(
+            medseg.ConfigError, match="images or labels are there, among which the run would be lost; choose another -o"
+        ):
             train(dataset, fold="all", name=name)
     assert sorted(dataset.rglob("*")) == before
 
