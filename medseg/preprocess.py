@@ -166,7 +166,8 @@ class ResampleToGridd(MapTransform):
         if taken := beyond_memory(HELD_BY_RESAMPLING * channels * voxels):
             # no fault of the file: another machine may hold it
             raise MemoryError(
-                f"{told}, whose resampling takes {taken}; use one with more, or correct the header or the spacing that was set"
+                f"{told}, whose resampling takes {taken}; use one with more, or correct the header or the spacing that "
+                "was set"
             )
         for key in self.key_iterator(result):
             values = result[key].as_tensor()
