@@ -129,6 +129,8 @@ def plan_run(
     refuse_other_axes(values, changes, source=source, spatial_dims=measured.spatial_dims)
     if options.pretrained is not None:
         network = inherited_network(options.pretrained, network, spatial_dims=measured.spatial_dims)
+        # weights that do not tell theirs are of the usual one, or of another that is asked for
+        network = {"name": NetworkConfig().name, **network}
     made = make_plan(
         data,
         measured,

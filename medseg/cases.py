@@ -213,7 +213,8 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
             raise ConfigError(f"{path}: {reason}; check the path")
         found = _input_files(path)
         if not found:
-            inside = next((f"; give {path / name}" for name in IMAGE_FOLDERS if os.path.isdir(path / name)), "")
+            folders = [path / name for name in IMAGE_FOLDERS if os.path.isdir(path / name)]
+            inside = next((f"; give {folder}" for folder in folders if images_in(folder)), "")
             raise ConfigError(
                 f"{path}: no image found, expected DICOM or a file ending in {', '.join(ENDINGS)}{inside}"
             )
@@ -238,14 +239,18 @@ def infer_inputs(inputs: Iterable[Path], *, channels: int, series: SeriesOptions
 
 
 def refuse_among(read: Iterable[Path], folder: Path, *, written: str) -> None:
-    """Raises `ConfigError` where `folder` cannot be that of an output: what is `read` lies in it, or it is called so.
+    """Raises `ConfigError` where `folder`, of an output, is one of those that are `read`.
 
-    `written` among what is read would be lost, and who removes it later would remove both.
+    `written` would be lost there, and who removes it later would remove both.
     """
     if folder.resolve() in {path.resolve() for path in read}:
         raise ConfigError(
             f"{folder}: images or labels are there, among which {written} would be lost; choose another -o"
         )
+
+
+def refuse_image_name(folder: Path, *, written: str) -> None:
+    """Raises `ConfigError` where a `folder` that is not there yet is called as an image."""
     ending = split_ending(folder.name)[1]
     if ending and not folder.is_dir():
         raise ConfigError(f"{folder}: is called as an image, expected a folder for {written}; give it without {ending}")

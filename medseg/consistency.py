@@ -213,16 +213,18 @@ def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
 
 
 def _lonely_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
-    """Labels that one case alone has: mistaken values, or nothing that could be learnt and judged both."""
+    """Labels that one patient alone has: mistaken values, or nothing that could be learnt and judged both."""
     if sum(any(f.label_voxels) for f in facts) < OUTLIER_CASES:
         return []
     present = sorted({value for f in facts for value in f.label_voxels if value})
+    patients = {case.id: case.group for case in dataset.cases}
     named = dataset.labels is not None
     labels: Labels = {f"value {value}": value for value in present} if dataset.labels is None else dataset.labels
     lonely = []
     for name, value in labels.items():
         cases = [f.case for f in facts if f.label_voxels.keys() & set(members(value))]
-        if name not in (BACKGROUND, IGNORE) and len(cases) == 1:
+        # folds keep the cases of a patient together
+        if value and name not in (BACKGROUND, IGNORE) and len({patients.get(case, case) for case in cases}) == 1:
             lonely.append(f"{name} in {cases[0]}")
     # grey values and instances are told as what they are
     if not lonely or (not named and len(present) > MOST_UNNAMED):
@@ -233,8 +235,8 @@ def _lonely_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
         if named
         else "correct the files if it is a mistake: each value becomes a label, unless --set data.labels says otherwise"
     )
-    text = f"labels that one case of {len(facts)} has: {listed}"
-    return [Finding("warning", "", _description(dataset), text, "each label in several cases", fix)]
+    text = f"labels of one patient alone: {listed}"
+    return [Finding("warning", "", _description(dataset), text, "each label in several ones", fix)]
 
 
 def _impossible_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:

@@ -195,6 +195,7 @@ def _from_plain(path: Path) -> Dataset:
 
 
 def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    rows = _by_their_names(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     images = [c for c in columns if _IMAGE_COLUMN.fullmatch(c)]
     if "case" not in columns or not images:
@@ -218,6 +219,15 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
             found = f"nothing in column {', '.join(gaps)} of case {case.id}"
             problems.append(Problem(case.id, path, found, "an image for each channel", "name it, or drop the case"))
     return Dataset(path, "list", tuple(cases), tuple(images), problems=tuple(problems))
+
+
+def _by_their_names(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with columns in small letters where only capitals keep them from a name that is known here."""
+    columns = {key: None for row in rows for key in row}
+    small = Counter(column.lower() for column in columns)
+    known = (*COLUMNS, *GROUP_COLUMNS)
+    names = {c: c.lower() for c in columns if c.lower() in known or _IMAGE_COLUMN.fullmatch(c.lower())}
+    return [{names.get(c, c) if small[c.lower()] == 1 else c: value for c, value in row.items()} for row in rows]
 
 
 def _case(root: Path, source: Path, row: Mapping[str, Any], names: Sequence[str]) -> tuple[Case | None, list[Problem]]:
@@ -479,7 +489,7 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    columns = [_known(column) for column in filled[0][1]] if filled else []
+    columns = filled[0][1] if filled else []
     if len(filled) == 1:
         raise DataError(f"{path}: no case below the header found, expected a row for each; add them")
     twice = [column for column, count in Counter(columns).items() if column and count > 1]
@@ -496,12 +506,6 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
         if any(field for column, field in zip(columns, line) if not column):
             raise DataError(f"{path}: line {number} has a field in a column without a name; name the column")
     return [{column: field for column, field in zip(columns, line) if column} for _, line in filled[1:]]
-
-
-def _known(column: str) -> str:
-    """A column by the name that it has here, where only capitals differ: spreadsheets like them."""
-    small = column.lower()
-    return small if small in (*COLUMNS, *GROUP_COLUMNS) or _IMAGE_COLUMN.fullmatch(small) else column
 
 
 def _json_rows(path: Path, content: Any) -> list[dict[str, Any]]:

@@ -284,9 +284,8 @@ class Fit:
                 f"{self.learnt[:12]}… now); bring them back, or train into a new folder"
             )
         now, deterministic = arithmetic(self.precision, self.device), self.config.train.deterministic
-        # the state has the threads of the first process, and one warning is enough
+        # the state has the threads of the first process
         self.ranks.led(lambda: check_arithmetic(self.folder, state, now, deterministic=deterministic))
-        self.ranks.led(lambda: check_settings(self.folder, state, self.config))
 
     def _go_on(self, state: dict[str, Any]) -> None:
         try:
@@ -315,7 +314,10 @@ class Fit:
                 f"{self.folder / STATE}: was begun with seed {self.generator.initial_seed()}, found train.seed "
                 f"{self.config.train.seed}; resume with the same --seed, or train into a new folder"
             )
-        log.info("resumed at step %d", self.course.step)
+        step, elapsed, before = self.course.step, self.course.elapsed, state.get("settings")
+        # one warning is enough
+        self.ranks.led(lambda: check_settings(self.folder, before, self.config, step=step, elapsed=elapsed))
+        log.info("resumed at step %d", step)
 
     def _meaning(self) -> str:
         """What the weights stand for: a state of another meaning is not resumed."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from medseg.cases import Case, infer_inputs, refuse_among
+from medseg.cases import Case, infer_inputs, refuse_among, refuse_image_name
 from medseg.device import choose_device, is_out_of_memory
 from medseg.errors import ConfigError, DataError, MedsegError
 from medseg.infer import InferOptions, Segmenter, load_model, timed
@@ -123,6 +123,7 @@ def segment_cases(
     sources = {path.parent for case in everyone for path in _files(case) if os.path.isfile(path)}
     for made in (folder, *parts):
         refuse_among(sources, made, written="masks" if made == folder else made.name)
+        refuse_image_name(made, written="masks")
         try:
             made.mkdir(parents=True, exist_ok=True)
         except OSError as error:

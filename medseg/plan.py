@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 ANISOTROPIC = 3.0
 PICTURE_SIDE = {"cpu": 256, "cuda": 512}
-# voxels of a patch that give a training step of about 0.3 s (two cores) or fill a large GPU well
+# voxels of a patch that give a training step of 0.3 to 0.5 s (two cores) or fill a large GPU well
 VOXELS = {("cpu", 3): 40 * 56 * 40, ("cuda", 3): 128**3, ("cpu", 2): 256**2, ("cuda", 2): 512**2}
 # patches in a batch, fewer where they are large; and voxels of a step on a GPU, where those of a batch are one piece
 BATCH, LEAST_BATCH = {3: 4, 2: 6}, 2
@@ -78,6 +78,9 @@ UNCALIBRATED: dict[str, Any] = {
     "stretch": 0.15,
     "shear": 0.1,
 }
+# stages of the residual U-Net for small volumes, and what it reads beside them: other settings are of the usual network
+UNET_CHANNELS = (16, 32, 64, 128)
+UNET_READS = {"norm", "leak", "width"}
 # what is given of a network and decides how the rest of it is planned
 SHAPING = {"encoder", "channels"}
 
@@ -140,6 +143,8 @@ def make_plan(
     chosen = _network(usual, preprocess, windows, sizes, reasons)
     if network and (network.get("name", chosen.name) != chosen.name or SHAPING & set(network)):
         chosen = _other_network(network, chosen, data, preprocess, windows, device, reasons, published=published)
+    elif _is_small(shape, windows, chosen) and set(network or {}) <= UNET_READS:
+        chosen = _unet(chosen, shape, reasons)
     config = Config(
         data=data,
         preprocess=preprocess,
@@ -400,6 +405,29 @@ def _network(
             "patches are smaller in turn"
         )
     return fit_to_patch(base, patch)
+
+
+def _is_small(shape: tuple[int, ...], windows: WindowsConfig, network: NetworkConfig) -> bool:
+    """Whether a patch that a processor trains on holds volumes of `shape` whole, with voxels as long as they are wide.
+
+    Of others it was not measured what maps at full resolution bring, and they take more memory and time.
+    """
+    patch, stride = windows.patch_size, 2 ** (len(UNET_CHANNELS) - 1)
+    if len(shape) != 3 or network.strides is not None or network.output_stride < NetworkConfig().output_stride:
+        return False
+    return math.prod(patch) <= VOXELS["cpu", 3] and all(p >= s and p > stride for p, s in zip(patch, shape))
+
+
+def _unet(usual: NetworkConfig, shape: tuple[int, ...], reasons: dict[str, str]) -> NetworkConfig:
+    """The residual U-Net with what the usual network has of its settings."""
+    for key in [k for k in reasons if k.startswith("network.")]:
+        del reasons[key]
+    reasons["network.name"] = (
+        f"volumes of {_text(shape)} voxels are few enough for maps at full resolution, which learn more from a step "
+        "than those of deeplabv3plus, the usual network (docs/recipe.md)"
+    )
+    base = default_config("residual_unet").model_dump() | {"channels": UNET_CHANNELS}
+    return NetworkConfig.model_validate(base | {key: getattr(usual, key) for key in ("norm", "leak", "dropout")})
 
 
 def _other_network(

@@ -8,7 +8,7 @@ import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -115,27 +115,41 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
 
 
-def check_settings(folder: Path, state: Mapping[str, Any], now: Config) -> None:
-    """Warn of what is learnt otherwise from here on than in the `state`; one of an earlier medseg does not tell.
+def check_settings(folder: Path, before: Mapping[str, Any] | None, now: Config, *, step: int, elapsed: float) -> None:
+    """Warn of what is learnt otherwise from here on than `before`, the settings in the state (None: not known).
 
-    Raises `ConfigError` where the end was changed to one that lies behind.
+    Raises `ConfigError` where that is nothing any more: where the end was changed to one that lies behind, or other
+    settings come after it.
     """
-    path, course, train = folder / STATE, state["course"], now.train
-    asked = settings_of(now)
-    before = state.get("settings", asked)
-    others = {key: f"{key} {value} (was {before.get(key)})" for key, value in asked.items() if before.get(key) != value}
+    path, asked, train = folder / STATE, settings_of(now), now.train
+    # what a later medseg has added was its default before
+    others = {
+        key: f"{key} {asked[key]} (was {value})"
+        for key, value in (before or {}).items()
+        if key in asked and asked[key] != value
+    }
+    changed = ", ".join(text for key, text in others.items() if key not in END)
     anew = "or train into a new folder"
-    if train.epochs is not None and course["step"] > train.epochs * train.steps_per_epoch:
+    if train.epochs is not None:
+        done, total = f"{step} steps", train.epochs * train.steps_per_epoch
+        is_beyond, is_over = step > total, step >= total
+        asked_for = f"{train.epochs} epochs of {train.steps_per_epoch} steps"
+        least = f"--epochs {math.ceil(step / train.steps_per_epoch)}"
+    else:
+        done, budget = f"for {elapsed:.0f} s", cast(float, train.time_budget_s)
+        is_over = elapsed >= budget
+        # a little beyond its own end is every training
+        is_beyond = is_over and bool(others.keys() & set(END))
+        asked_for, least = f"--time-budget {budget:g}s", f"--time-budget {math.ceil(elapsed)}s"
+    if is_beyond:
         raise ConfigError(
-            f"{path}: has learnt {course['step']} steps, more than train.epochs {train.epochs} of "
-            f"{train.steps_per_epoch}; expected {math.ceil(course['step'] / train.steps_per_epoch)} epochs or more, "
-            f"{anew}"
+            f"{path}: has learnt {done}, more than the {asked_for} that are asked for; expected {least}, which ends it "
+            f"here, or more, {anew}"
         )
-    if train.time_budget_s is not None and others.keys() & set(END) and course["elapsed"] > train.time_budget_s:
+    if changed and is_over:
         raise ConfigError(
-            f"{path}: has learnt for {course['elapsed']:.0f} s, more than train.time_budget_s {train.time_budget_s:g}; "
-            f"expected --time-budget {math.ceil(course['elapsed'])}s, which ends it here, or more, {anew}"
+            f"{path}: has learnt {done} and is at its end, so that nothing would be learnt with {changed}; leave that "
+            f"as it was, give it more than {least}, {anew}"
         )
-    changed = [text for key, text in others.items() if key not in END]
     if changed:
-        log.warning("%s: from here on with %s, as its weights have not been learnt so far", path, ", ".join(changed))
+        log.warning("%s: from here on with %s, as its weights have not been learnt so far", path, changed)

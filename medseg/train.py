@@ -18,7 +18,7 @@ import torch
 
 from medseg.asked import TrainOptions, parse_duration, plan_run, values_of
 from medseg.calibrate import calibrate
-from medseg.cases import Case, Dataset, fold_split, refuse_among
+from medseg.cases import Case, Dataset, fold_split, refuse_among, refuse_image_name
 from medseg.catalogue import CROSSVAL, WEIGHTS
 from medseg.config import (
     Config,
@@ -270,6 +270,7 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
     """Whether the run folder may be written; it is made later, once there is something to write."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file, expected a folder for the run")
+    refuse_image_name(folder, written="the run")
     if (folder / CROSSVAL).is_file():
         raise ConfigError(f"{folder}: holds a cross-validation, whose folder means its choice; choose another -o")
     state, model = ((folder / name).is_file() for name in (STATE, WEIGHTS))

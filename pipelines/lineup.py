@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 EqualTo = Literal["multiply-adds", "parameters", "none"]
 BASELINE = "residual_unet"
+# what all are measured by, also where a plan would have another one
+USUAL = "deeplabv3plus"
 LIBRARY = "monai."
 """Networks of this prefix have arguments of their own, and no width."""
 
@@ -40,8 +42,8 @@ class Entry:
 class Planner:
     """Configurations for one data set. The plan of a network is made once; nothing is trained here.
 
-    `equal` brings every network's width to the parameters or multiply-adds (of a patch) of the planned default
-    network; with `published` the widths of the papers stay.
+    `equal` brings every network's width to the parameters or multiply-adds (of a patch) of the usual network as it is
+    planned; with `published` the widths of the papers stay.
     """
 
     def __init__(
@@ -63,12 +65,12 @@ class Planner:
         self.device = device
         self.equal: EqualTo = "none" if published else equal
         self.published = published
-        self._plans: dict[str | None, medseg.Plan] = {}
+        self._plans: dict[str, medseg.Plan] = {}
 
     @property
     def default(self) -> medseg.Config:
-        """The plan of the data set with the network that `medseg train` would take: the size of all others."""
-        return self._plan(None).config
+        """The plan of the data set with the usual network: the size of all others."""
+        return self._plan(USUAL).config
 
     def config(self, variant: Variant) -> medseg.Config:
         """The configuration of a variant. Raises `ConfigError` where its settings contradict each other or the data."""
@@ -98,10 +100,10 @@ class Planner:
             return config
         return fit(config, self.equal, structure(self.default))
 
-    def _plan(self, name: str | None) -> medseg.Plan:
+    def _plan(self, name: str) -> medseg.Plan:
         if name not in self._plans:
-            own = dict(self.settings.get("network", {})) | ({} if name is None else {"name": name})
-            if name is None or not name.startswith(LIBRARY):
+            own = {**self.settings.get("network", {}), "name": name}
+            if not name.startswith(LIBRARY):
                 own.pop("arguments", None)
             settings = {**self.settings, "network": own}
             self._plans[name] = medseg.plan(self.dataset, settings=settings, device=self.device)

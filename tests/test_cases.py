@@ -541,6 +541,7 @@ def test_infer_counts_the_inputs_of_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folders", [("imagesTr", "imagesTs"), ("images", "labels"), ("imagesTr",)])
 def test_infer_names_the_images_of_a_data_set(tmp_path: Path, folders: tuple[str, ...]) -> None:
     touch(tmp_path, *(f"{folder}/a.nii" for folder in folders))
+    (tmp_path / "imagesTs").mkdir(exist_ok=True)
     meant = re.escape(str(tmp_path / ("imagesTs" if "imagesTs" in folders else folders[0])))
     with pytest.raises(ConfigError, match=f"no image found, .*; give {meant}$"):
         infer_inputs([tmp_path], channels=1)

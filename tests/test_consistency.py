@@ -14,7 +14,7 @@ import pytest
 from geometry import save
 from PIL import Image as Picture
 
-from medseg.cases import Dataset
+from medseg.cases import Case, Dataset
 from medseg.check import Findings, check_dataset
 from medseg.consistency import inconsistencies
 from medseg.findings import CaseFacts, Finding, Intensities, measure_intensities
@@ -122,11 +122,11 @@ def test_white_in_one_mask_and_one_in_the_others_is_a_warning() -> None:
     assert inconsistencies(PLAIN, [*facts(USUAL), *facts(USUAL, label_voxels={0: 9, 1: 9, 255: 9})], {}) == []
 
 
-def test_a_label_that_one_case_alone_has_is_a_warning() -> None:
+def test_a_label_that_one_patient_alone_has_is_a_warning() -> None:
     usual = facts(*[USUAL] * 4, label_voxels={0: 9, 1: 9, 2: 9})
     odd = [replace(f, case="odd") for f in facts(USUAL, label_voxels={0: 9, 1: 9, 2: 9, 7: 2})]
     (told,) = of(inconsistencies(PLAIN, [*usual, *odd], {}), "warning")
-    assert "labels that one case of 5 has: value 7 in odd, expected each label in several cases" in told
+    assert "labels of one patient alone: value 7 in odd, expected each label in several ones" in told
     assert "each value becomes a label" in told
     named = replace(PLAIN, labels={"background": 0, "liver": (1, 2), "stone": 7})
     (told,) = of(inconsistencies(named, [*usual, *odd], {}), "warning")
@@ -134,7 +134,11 @@ def test_a_label_that_one_case_alone_has_is_a_warning() -> None:
     assert "nothing of them is learnt where it is held back" in told
     # what is ignored is not learnt, two cases are enough, and few cases say nothing
     assert not of(inconsistencies(replace(named, labels={"liver": (1, 2), "ignore": 7}), [*usual, *odd], {}), "warning")
-    assert not of(inconsistencies(PLAIN, [*usual, *odd, *odd], {}), "warning")
+    second = replace(odd[0], case="second")
+    assert not of(inconsistencies(PLAIN, [*usual, *odd, second], {}), "warning")
+    cases = tuple(Case(name, (), None, "p") for name in ("odd", "second"))
+    (told,) = of(inconsistencies(replace(PLAIN, cases=cases), [*usual, *odd, second], {}), "warning")
+    assert "value 7 in odd" in told
     assert not of(inconsistencies(PLAIN, [*usual[1:], *odd], {}), "warning")
 
 

@@ -62,7 +62,7 @@ def test_a_comma_at_the_end_of_each_line_is_no_field(tmp_path: Path, header: str
         ("case\timage\tlabel\nx\ta.nii\tb.nii\n", "separate the columns by commas"),
         ("case,image,label\n", "no case below the header found"),
         ("", "columns none found"),
-        ("Image,image,case\na.nii,b.nii,x\n", "column 'image' found twice"),
+        ("Image,IMAGE,case\na.nii,b.nii,x\n", "columns Image, IMAGE, case found"),
     ],
 )
 def test_a_list_that_is_no_table_says_where(tmp_path: Path, text: str, message: str) -> None:
@@ -73,6 +73,11 @@ def test_a_list_that_is_no_table_says_where(tmp_path: Path, text: str, message: 
 def test_columns_may_have_capitals(tmp_path: Path) -> None:
     (case,) = read_dataset(listed(tmp_path, "Case,Image,LABEL,Patient,Fold\nx,a.nii,b.nii,p1,\n")).cases
     assert (case.id, case.label, case.group, case.fold) == ("x", tmp_path / "b.nii", "p1", None)
+    # a column that is there by its name is meant
+    (case,) = read_dataset(listed(tmp_path, "case,image,label,Label\nx,a.nii,b.nii,c.nii\n")).cases
+    assert case.label == tmp_path / "b.nii"
+    (tmp_path / "l.json").write_text('[{"Case": "y", "Image": "a.nii", "Label": "b.nii"}]')
+    assert [c.id for c in read_dataset(tmp_path / "l.json").cases] == ["y"]
 
 
 def test_a_gap_in_a_list_is_told_by_case_and_column(tmp_path: Path) -> None:

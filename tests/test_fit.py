@@ -226,14 +226,14 @@ def test_two_fits_with_one_seed_are_one_and_another_seed_is_another(tmp_path: Pa
 
 
 def test_settings_of_the_optimiser_are_those_asked_for_last(state: Path) -> None:
-    fit = noise_fit(state.parent, noise_config(train={"weight_decay": 0.5}), resume=True)
+    fit = noise_fit(state.parent, noise_config(train={"weight_decay": 0.5, "epochs": 4}), resume=True)
     assert {group["weight_decay"] for group in fit.optimizer.param_groups} == {0.5}
 
 
 def test_what_is_learnt_otherwise_from_now_on_is_told(state: Path, caplog: pytest.LogCaptureFixture) -> None:
-    changed = noise_config(train={"weight_decay": 0.5, "save_every_s": 7.0}, augment={"p_noise": 0.25})
+    longer = {"epochs": 4, "weight_decay": 0.5, "save_every_s": 7.0}
     before = noise_config()
-    noise_fit(state.parent, changed, resume=True)
+    noise_fit(state.parent, noise_config(train=longer, augment={"p_noise": 0.25}), resume=True)
     assert caplog.messages == [
         f"{state}: from here on with augment.p_noise 0.25 (was {before.augment.p_noise}), "
         f"train.weight_decay 0.5 (was {before.train.weight_decay}), as its weights have not been learnt so far"
@@ -245,9 +245,12 @@ def test_a_longer_end_and_the_state_of_an_earlier_medseg_need_no_word(
 ) -> None:
     noise_fit(state.parent, noise_config(train={"epochs": 9}), resume=True)
     content = read_state(state.parent)
-    assert content.pop("settings")["train.epochs"] == 3
+    assert content["settings"].pop("train.weight_decay") == noise_config().train.weight_decay
     write_state(state.parent, content)
     noise_fit(state.parent, noise_config(train={"weight_decay": 0.5}), resume=True)
+    assert content.pop("settings")["train.epochs"] == 3
+    write_state(state.parent, content)
+    noise_fit(state.parent, noise_config(train={"learning_rate": 0.5}), resume=True)
     assert caplog.messages == []
 
 
@@ -255,15 +258,26 @@ def test_a_longer_end_and_the_state_of_an_earlier_medseg_need_no_word(
 
 
 def test_an_end_that_lies_behind_is_refused(state: Path) -> None:
-    told = f"{state}: has learnt 6 steps, more than train.epochs 2 of 2; expected 3 epochs or more"
+    told = (
+        f"{state}: has learnt 6 steps, more than the 2 epochs of 2 steps that are asked for; expected --epochs 3, which"
+    )
     assert told in _refusal(state.parent, noise_config(train={"epochs": 2}))
     content = read_state(state.parent)
     content["course"]["elapsed"] = 61.2
     write_state(state.parent, content)
-    told = f"{state}: has learnt for 61 s, more than train.time_budget_s 60; expected --time-budget 62s, which ends it"
+    told = (
+        f"{state}: has learnt for 61 s, more than the --time-budget 60s that are asked for; expected --time-budget 62s"
+    )
     assert told in _refusal(state.parent, noise_config(train={"epochs": None, "time_budget_s": 60}))
     fit = noise_fit(state.parent, noise_config(train={"epochs": None, "time_budget_s": 62}), resume=True)
     assert fit.course.step == 6
+
+
+def test_other_settings_after_the_end_are_refused(state: Path) -> None:
+    told = (
+        "6 steps and is at its end, so that nothing would be learnt with loss.smooth 0.5 (was 1e-05); leave that as it"
+    )
+    assert told in _refusal(state.parent, noise_config(loss={"smooth": 0.5}))
 
 
 def test_a_time_budget_that_was_kept_a_little_late_is_its_own_end(tmp_path: Path) -> None:

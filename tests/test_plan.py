@@ -38,6 +38,8 @@ PRINT = Fingerprint(
     foreground=({"mean": 40.0, "sd": 20.0, "p005": -60.0, "p995": 180.0},),
     nonzero_share=0.9,
 )
+# such as crops of an organ: a patch holds them whole
+SMALL = replace(PRINT, shapes=((34, 50, 35), (38, 54, 40), (36, 52, 38)), spacings_mm=((1.0, 1.0, 1.0),) * 3)
 PICTURES = replace(PRINT, spatial_dims=2, pictures=True, shapes=((420, 580),) * 3, spacings_mm=((1.0, 1.0),) * 3)
 # slices of 6 mm, and one case with slices of 3 mm
 THICK = replace(PRINT, shapes=((256, 256, 20),) * 10, spacings_mm=((0.8, 0.8, 6.0),) * 9 + ((0.8, 0.8, 3.0),))
@@ -525,6 +527,53 @@ def test_every_network_is_planned_at_the_cost_of_the_usual_one(name: str) -> Non
     with torch.device("meta"):
         smallest: Any = new_network(other).min_shape
     assert all(p >= s for p, s in zip(other.windows.patch_size, smallest))
+
+
+def test_small_volumes_get_maps_at_full_resolution() -> None:
+    found = plan(SMALL)
+    network, patch = found.config.network, found.config.windows.patch_size
+    assert (network.name, network.channels, network.strides, patch) == (
+        "residual_unet",
+        (16, 32, 64, 128),
+        None,
+        (40, 56, 40),
+    )
+    usual = plan(SMALL, network={"name": "deeplabv3plus"}).config.network
+    assert (network.norm, network.leak, network.dropout) == (usual.norm, usual.leak, usual.dropout)
+    (reason,) = (text for key, text in found.reasons.items() if key.startswith("network."))
+    assert "volumes of 38 × 54 × 40 voxels are few enough for maps at full resolution" in reason
+    # no dearer than what it replaces
+    cost = [
+        count(new_network(c), spatial_dims=3, in_channels=1, shape=patch)[1]
+        for c in (found.config, found.config.model_copy(update={"network": usual}))
+    ]
+    assert 0.5 * cost[1] < cost[0] < cost[1]
+    assert plan(SMALL, device="cuda").config.network == network
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "given"),
+    [
+        (PRINT, {}),
+        (THICK, {}),
+        (PICTURES, {}),
+        # larger than a patch; of thick slices; with an axis of one map voxel; with tiny labels
+        (replace(SMALL, shapes=((48, 56, 48),) * 3), {}),
+        (replace(SMALL, spacings_mm=((1.0, 1.0, 3.0),) * 3), {}),
+        (replace(SMALL, shapes=((34, 50, 8),) * 3), {}),
+        (replace(SMALL, label_voxels=({1: 20},) * 3), {}),
+        # whoever sets what it does not read means the usual network
+        (SMALL, {"output_stride": 4}),
+        (SMALL, {"name": "deeplabv3plus"}),
+    ],
+)
+def test_others_keep_the_usual_network(fingerprint: Fingerprint, given: dict[str, Any]) -> None:
+    network = plan(fingerprint, network=given).config.network
+    assert (network.name, network.upsampling) == ("deeplabv3plus", "subpixel")
+
+
+def test_what_the_small_network_reads_does_not_change_it() -> None:
+    assert plan(SMALL, network={"norm": "group", "width": 0.5}).config.network.name == "residual_unet"
 
 
 def test_what_is_given_of_a_network_stays_and_the_rest_is_planned() -> None:

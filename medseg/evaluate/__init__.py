@@ -67,8 +67,7 @@ def evaluate_folders(
 
     Both may also be one file each; what belongs together is said at `find_pairs`. `metadata` is a CSV file with a
     column `case`, see `read_metadata`. A case that cannot be read or lies on another grid is a failure and costs no
-    other case. Raises `DataError` where predictions are missing (unless `allow_missing`), no case is left, or no mask
-    has a label that is asked for, but others.
+    other case. Raises `DataError` where predictions are missing (unless `allow_missing`) or no case is left.
     """
     options = EvaluateOptions() if options is None else options
     if not isinstance(options, EvaluateOptions):
@@ -86,7 +85,7 @@ def evaluate_folders(
         )
     cases = sorted([pair.case for pair in found.pairs] + [failure.case for failure in found.failures])
     about = None if metadata is None else read_metadata(metadata, cases, group=options.group)
-    return _evaluate(found, options, about, progress, typed=True)
+    return _evaluate(found, options, about, progress)
 
 
 def evaluate_pairs(
@@ -110,10 +109,7 @@ def evaluate_pairs(
     return _evaluate(Found(tuple(pairs), (), tuple(warnings)), options, about, progress)
 
 
-def _evaluate(
-    found: Found, options: EvaluateOptions, about: Metadata | None, progress: Progress, *, typed: bool = False
-) -> Evaluation:
-    """`typed`: the labels were asked for by somebody who may have mistaken them."""
+def _evaluate(found: Found, options: EvaluateOptions, about: Metadata | None, progress: Progress) -> Evaluation:
     results, failures = [], list(found.failures)
     for done, result in enumerate(measure_each(found.pairs, options), start=1):
         if isinstance(result, Failure):
@@ -129,8 +125,6 @@ def _evaluate(
         if failures:
             raise CasesError(message, [f"{failure.case}: {failure.reason}" for failure in failures])
         raise DataError(message)
-    if typed:
-        _check_asked(results, options.labels or {})
     labels = options.labels or _names_found(results)
     calibration, uncalibrated = _calibration(results, options)
     judged = Judged(
@@ -175,17 +169,6 @@ def _names_found(results: Iterable[CaseResult]) -> dict[str, Value]:
     return {str(value): value for value in values}
 
 
-def _check_asked(results: Iterable[CaseResult], labels: Mapping[str, Value]) -> None:
-    """Raises `DataError` where masks have values, and none of those that were asked for."""
-    held = frozenset[int]().union(*(r.reference_values | r.prediction_values for r in results))
-    asked = sorted({value for label in labels.values() for value in members(label)})
-    if asked and held and held.isdisjoint(asked):
-        raise DataError(
-            f"labels {named([str(value) for value in asked])} asked for, but no mask has one of them; the masks have "
-            f"{named([str(value) for value in sorted(held)])}: correct --labels, or leave it out to judge each value"
-        )
-
-
 def _odd(results: Iterable[CaseResult]) -> list[str]:
     """What looks odd in the headers of the files."""
     cases: dict[str, list[str]] = {}
@@ -200,12 +183,16 @@ def _unknown(results: Iterable[CaseResult], judged: Judged) -> list[str]:
     known = {v for value in judged.labels.values() for v in members(value)}
     cases: dict[int, list[str]] = {}
     for result in results:
-        for value in (result.reference_values | result.prediction_values) - known:
+        for value in result.reference_values | result.prediction_values:
             cases.setdefault(value, []).append(result.case)
+    are_strange = bool(cases) and known.isdisjoint(cases)
     warnings = [
         f"value {value} is no label and was not judged; it occurs in {len(names)} cases: {named(names)}"
         for value, names in sorted(cases.items())
+        if value not in known
     ]
+    if are_strange:
+        warnings.insert(0, f"no mask has a label of those asked for ({named(list(judged.labels))}); are they right?")
     unused = [name for name in judged.options.own_tolerances_mm if name not in judged.labels]
     if unused:
         warnings.append(f"NSD tolerance for {named(unused)} given, but no reference has such a value")
