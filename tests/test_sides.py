@@ -225,7 +225,7 @@ def test_labels_without_names_are_not_mirrored_by_a_file(tiny_dataset: MakeDatas
 def test_only_what_was_planned_has_a_reason(kidneys: Path, tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text("preprocess: {spacing_mm: [2, 2, 2]}\ndata: {labels: {left: 1, right: 2}}\n")
-    before = planned(kidneys).reasons
+    before = planned(kidneys, network={"name": "deeplabv3plus"}).reasons
     settings = {"train": {"time_budget_s": 60.0}, "network": {"output_stride": 2}}
     found = planned(kidneys, file, **settings).reasons
     laid = {"preprocess.spacing_mm", "data.labels", "train.time_budget_s", "network.output_stride"}
