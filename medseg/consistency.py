@@ -199,13 +199,12 @@ def _unused_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
     unused = [name for name in unused if dataset.labels[name] != 0]
     if not unused:
         return []
-    listed = ", ".join(unused[:8]) + (", …" if len(unused) > 8 else "")
     return [
         Finding(
             "warning",
             "",
             _description(dataset),
-            f"{len(unused)} labels are in no case: {listed}",
+            f"{len(unused)} labels are in no case: {_listed(unused)}",
             "each label in at least one case",
             "remove them from the labels, or they train on nothing",
         )
@@ -229,13 +228,12 @@ def _lonely_labels(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding
     # grey values and instances are told as what they are
     if not lonely or (not named and len(present) > MOST_UNNAMED):
         return []
-    listed = ", ".join(lonely[:8]) + (", …" if len(lonely) > 8 else "")
     fix = (
         "add cases that have them, or take them out of the labels: nothing of them is learnt where it is held back"
         if named
         else "correct the files if it is a mistake: each value becomes a label, unless --set data.labels says otherwise"
     )
-    text = f"labels of one patient alone: {listed}"
+    text = f"labels of one patient alone: {_listed(lonely)}"
     return [Finding("warning", "", _description(dataset), text, "each label in several ones", fix)]
 
 
@@ -292,6 +290,10 @@ def _moved_colours(palettes: Mapping[str, tuple[Path, Palette]]) -> list[Finding
 def _description(dataset: Dataset) -> str:
     file = dataset.path / "dataset.json"
     return str(file) if file.is_file() else str(dataset.path)
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
 
 
 def _mm(values: npt.NDArray[np.float64]) -> str:

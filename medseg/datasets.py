@@ -223,7 +223,7 @@ def _from_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> Dataset:
 
 def _by_their_names(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with columns in small letters where only capitals keep them from a name that is known here."""
-    columns = {key: None for row in rows for key in row}
+    columns = {key for row in rows for key in row}
     small = Counter(column.lower() for column in columns)
     known = (*COLUMNS, *GROUP_COLUMNS)
     names = {c: c.lower() for c in columns if c.lower() in known or _IMAGE_COLUMN.fullmatch(c.lower())}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from machine import machine
+from time_to_dice import read_cases
 
 import medseg
 
@@ -49,10 +49,7 @@ def main() -> None:
 def judged(folder: Path) -> dict[str, Any]:
     """What a fold's model.json says of its training, and the Dice of each case by label."""
     model = json.loads((folder / "model.json").read_text())
-    said, table = model["training"], pd.read_csv(folder / "validation" / "report" / "metrics.csv")
-    cases: Dice = {}
-    for case, name, dice in table[["case", "name", "dice"]].itertuples(index=False):
-        cases.setdefault(case, {})[name] = dice
+    said, cases = model["training"], read_cases(folder / "validation" / "report" / "metrics.csv")
     about = {key: said[key] for key in ("fold", "steps", "seconds", "seed", "device", "precision", "command")}
     return {**about, "network": model["config"]["network"], "inference": model.get("inference"), "cases": cases}
 
@@ -60,8 +57,8 @@ def judged(folder: Path) -> dict[str, Any]:
 def row(cases: Dice) -> dict[str, Any]:
     """Mean Dice by label and of both, with their intervals over cases."""
     labels = sorted({label for dice in cases.values() for label in dice})
-    found = {label: medseg.summarise([dice[label] for dice in cases.values()]) for label in labels}
-    whole = medseg.summarise([float(np.nanmean(list(dice.values()))) for dice in cases.values()])
+    found = {label: medseg.summarise([dice[label] for dice in cases.values() if label in dice]) for label in labels}
+    whole = medseg.summarise([float(np.mean(list(dice.values()))) for dice in cases.values()])
     return {
         "number": len(cases),
         "by_label": {label: {"mean": round(one.mean, 4), "ci95": one.ci95} for label, one in found.items()},
